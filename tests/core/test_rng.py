@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vqd_scale.core.rng import Purpose, integers, permutation, philox4x32, uniforms
+
+# Random123's kat_vectors for philox4x32, 10 rounds: counter, key, result.
+KNOWN_ANSWERS = [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+
+def words(text: str) -> list[int]:
+    return [int(word, 16) for word in text.split()]
+
+
+def philox_of_plain_integers(counter: list[int], key: list[int]) -> list[int]:
+    """The paper's round function on Python's unbounded integers."""
+    c, (k0, k1) = list(counter), key
+    for _ in range(10):
+        first, second = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(second >> 32) ^ c[1] ^ k0, second % 2**32, (first >> 32) ^ c[3] ^ k1, first % 2**32]
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return c
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
+def test_published_vectors_in_numpy_and_torch(counter: str, key: str, expected: str) -> None:
+    k0, k1 = words(key)
+    n0, n1, n2, n3 = (np.array([word], dtype=np.int64) for word in words(counter))
+    t0, t1, t2, t3 = (torch.tensor([word]) for word in words(counter))
+    assert [int(word[0]) for word in philox4x32((n0, n1, n2, n3), (k0, k1))] == words(expected)
+    assert [int(word[0]) for word in philox4x32((t0, t1, t2, t3), (k0, k1))] == words(expected)
+    assert philox_of_plain_integers(words(counter), [k0, k1]) == words(expected)
+
+
+word32 = st.integers(0, 2**32 - 1)
+
+
+@given(st.tuples(word32, word32, word32, word32), st.tuples(word32, word32))
+def test_numpy_and_torch_equal_plain_integers(
+    counter: tuple[int, int, int, int], key: tuple[int, int]
+) -> None:
+    n0, n1, n2, n3 = (np.array([word], dtype=np.int64) for word in counter)
+    t0, t1, t2, t3 = (torch.tensor([word]) for word in counter)
+    expected = philox_of_plain_integers(list(counter), list(key))
+    assert [int(word[0]) for word in philox4x32((n0, n1, n2, n3), key)] == expected
+    assert [int(word[0]) for word in philox4x32((t0, t1, t2, t3), key)] == expected
+
+
+@given(st.integers(0, 2**40), st.integers(1, 40), st.integers(0, 99))
+def test_torch_uniforms_are_the_numpy_words(slot: int, count: int, draw: int) -> None:
+    drawn = uniforms(7, Purpose.CORRUPTION, torch.tensor([slot]), count, draw=draw)
+    expected = integers(7, Purpose.CORRUPTION, slot, count, draw=draw)
+    assert (drawn[0].double().numpy() * 2**24 == expected >> 8).all()
+
+
+def test_a_slot_has_the_same_numbers_in_any_batch() -> None:
+    together = uniforms(0, Purpose.SAMPLING, torch.arange(10), 13, dtype=torch.float64)
+    alone = uniforms(0, Purpose.SAMPLING, torch.tensor([4]), 13, dtype=torch.float64)
+    assert torch.equal(together[4:5], alone)
+
+
+def test_purposes_draws_and_seeds_do_not_share_numbers() -> None:
+    slots = torch.arange(4)
+    rows = [
+        uniforms(seed, purpose, slots, 8, draw=draw)
+        for seed in (0, 1)
+        for purpose in Purpose
+        for draw in (0, 1)
+    ]
+    assert torch.cat([row.flatten() for row in rows]).unique().numel() > 0.999 * len(rows) * 32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_uniforms_fill_the_unit_interval_evenly(dtype: torch.dtype) -> None:
+    drawn = uniforms(3, Purpose.SAMPLING, torch.arange(1000), 1000, dtype=dtype)
+    assert float(drawn.min()) >= 0 and float(drawn.max()) < 1
+    counts = torch.histc(drawn, bins=100, min=0, max=1)
+    chi_square = float(((counts - 10_000) ** 2 / 10_000).sum())
+    assert chi_square < 160  # 99 degrees of freedom: the 0.9999 quantile
+
+
+def test_low_precision_uniforms_are_refused() -> None:
+    with pytest.raises(ValueError, match="float32 or float64"):
+        uniforms(0, Purpose.SAMPLING, torch.arange(1), 1, dtype=torch.bfloat16)
+
+
+@given(st.integers(0, 300), st.integers(0, 2**33))
+def test_permutation_is_one(length: int, slot: int) -> None:
+    order = permutation(5, Purpose.SHARD_ORDER, slot, length)
+    assert sorted(order.tolist()) == list(range(length))

@@ -1,0 +1,169 @@
+"""Strict, typed configuration: defaults < YAML file < ``a.b=value`` overrides.
+
+A configuration is a tree of frozen pydantic models, each declared beside what it configures. A choice
+between components is a tagged union with the tag ``kind``. Nothing else in the package reads YAML.
+"""
+
+import difflib
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from vqd_scale.core.errors import UserError
+
+ConfigType = TypeVar("ConfigType", bound="Config")
+
+
+class Config(BaseModel):
+    """Base of every configuration: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML where a key given twice is an error instead of a silent override."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [cast(str, self.construct_object(key, deep=True)) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key}' is given twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def load_config(
+    kind: type[ConfigType], path: Path | None = None, overrides: Sequence[str] = ()
+) -> ConfigType:
+    """Read a configuration file, apply overrides, validate everything.
+
+    Args:
+        kind: The configuration class.
+        path: A YAML file that holds differences from the defaults; ``None`` starts from the defaults.
+        overrides: ``a.b=value`` strings, values in YAML syntax, later ones win.
+
+    Raises:
+        UserError: The file is missing or not YAML, or a key or value is wrong; the message names the dotted
+            path, what was given and what is allowed.
+    """
+    values = _read_yaml(path) if path is not None else {}
+    for override in overrides:
+        _apply_override(values, override)
+    return validated(kind, values, source=str(path) if path is not None else "the overrides")
+
+
+def validated(kind: type[ConfigType], values: Mapping[str, Any], source: str) -> ConfigType:
+    """Build ``kind`` from plain values; ``source`` is named in errors.
+
+    Raises:
+        UserError: A key or value is wrong.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise UserError(f"{source}: {_describe(kind, values, first)}{more}") from None
+
+
+def to_yaml(config: Config) -> str:
+    """The whole resolved configuration as YAML, defaults included; `load_config` reads it back equal."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the configuration file cannot be read ({error}).") from None
+    try:
+        # A SafeLoader: no tag of the file constructs anything but plain values.
+        values = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of keys to values, found {type(values).__name__}.")
+    return cast(dict[str, Any], values)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not all(path.split(".")):
+        raise UserError(f"override '{override}': expected key.subkey=value.")
+    try:
+        value: Any = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override '{override}': '{text}' is not a YAML value; quote it.") from None
+    *parents, last = path.split(".")
+    node = values
+    for key in parents:
+        child = node.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise UserError(f"override '{override}': {key} holds the value {child!r}, not further keys.")
+        node = cast(dict[str, Any], child)
+    node[last] = value
+
+
+def _describe(kind: type[Config], values: Mapping[str, Any], error: ErrorDetails) -> str:
+    """One sentence for one of pydantic's findings: dotted path, what was given, what is allowed."""
+    path = _dotted(values, error["loc"])
+    if error["type"] == "extra_forbidden":
+        allowed = _fields_at(kind, error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), allowed, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else "."
+        return f"{path}: unknown key; allowed here: {', '.join(sorted(allowed))}{hint}"
+    if error["type"] == "missing":
+        return f"{path}: required, but not given."
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ").rstrip(".")
+    if error["type"] in ("value_error", "assertion_error"):
+        return f"{path}: {message}." if path else f"{message}."
+    if error["type"].startswith("union_tag"):
+        allowed = str(error.get("ctx", {}).get("expected_tags", "a mapping with the key 'kind'"))
+        given = error["input"].get("kind") if isinstance(error["input"], dict) else error["input"]
+        return f"{path}.kind: given {given!r}, allowed: {allowed}."
+    return f"{path}: given {error['input']!r}, allowed: {message}."
+
+
+def _dotted(values: Mapping[str, Any], location: tuple[int | str, ...]) -> str:
+    """Leave out the tags of unions, which pydantic puts into the location but no user typed there."""
+    parts: list[str] = []
+    node: Any = values
+    for position, key in enumerate(location):
+        is_last = position == len(location) - 1
+        if isinstance(node, Mapping) and key in node:
+            node = cast(Mapping[Any, Any], node)[key]
+        elif isinstance(node, Sequence) and isinstance(key, int) and key < len(cast(Sequence[Any], node)):
+            node = cast(Sequence[Any], node)[key]
+        elif not is_last or (isinstance(node, Mapping) and cast(Mapping[Any, Any], node).get("kind") == key):
+            continue
+        parts.append(str(key))
+    return ".".join(parts)
+
+
+def _fields_at(kind: type[Config], location: tuple[int | str, ...]) -> list[str]:
+    """The keys allowed at a location of pydantic's, union tags included in it."""
+    candidates: list[type[BaseModel]] = [kind]
+    for key in location:
+        following: list[type[BaseModel]] = []
+        for model in candidates:
+            if key in model.model_fields:
+                following.extend(_models_in(model.model_fields[str(key)].annotation))
+            elif isinstance(key, int) or (
+                "kind" in model.model_fields and model.model_fields["kind"].default == key
+            ):
+                following.append(model)
+        candidates = following
+    return [name for model in candidates for name in model.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:  # noqa: ANN401 - an annotation may be any object
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]

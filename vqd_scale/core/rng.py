@@ -1,0 +1,137 @@
+"""Randomness as a function of (seed, purpose, slot, draw, position), never a state.
+
+Nothing random is saved or restored anywhere in the package: whoever needs a number asks for it by name, so a
+resumed run, another number of ranks or another batch composition sees the same numbers.
+
+The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). One
+implementation serves numpy arrays and torch tensors on any device: it uses 64-bit integer arithmetic that
+wraps alike everywhere, so the results are equal bit for bit.
+"""
+
+from enum import IntEnum
+from typing import TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+Words = TypeVar("Words", NDArray[np.int64], Tensor)
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+class Purpose(IntEnum):
+    """What a random number is for; purposes never share numbers. Values are frozen: runs depend on them."""
+
+    SCENE = 1
+    CAPTION = 2
+    SHARD_ORDER = 3
+    LANE_ORDER = 4
+    CROP = 5
+    CAPTION_CHOICE = 6
+    CAPTION_DROPOUT = 7
+    TIMESTEP = 8
+    CORRUPTION = 9
+    SAMPLING = 10
+    PRIOR = 11
+    REVEAL = 12
+    INITIALISATION = 13
+    CODEBOOK = 14
+    EVALUATION = 15
+    GUMBEL = 16
+
+
+def philox4x32(
+    counter: tuple[Words, Words, Words, Words], key: tuple[int, int]
+) -> tuple[Words, Words, Words, Words]:
+    """Philox4x32-10: four 32-bit words from a 128-bit counter and a 64-bit key.
+
+    Args:
+        counter: Four int64 arrays or tensors of one shape that hold unsigned 32-bit values.
+        key: Two unsigned 32-bit values.
+
+    Returns:
+        Four int64 arrays or tensors of the same shape, unsigned 32-bit values.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # The 64-bit product may wrap into the sign bit; shift and mask give the unsigned halves back.
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _MASK) ^ c1 ^ k0,
+            product1 & _MASK,
+            ((product0 >> 32) & _MASK) ^ c3 ^ k1,
+            product0 & _MASK,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def uniforms(
+    seed: int,
+    purpose: Purpose,
+    slots: Int[Tensor, " batch"],
+    count: int,
+    *,
+    draw: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "batch count"]:
+    """Uniform numbers in [0, 1), a row for each slot, on the device of ``slots``.
+
+    Args:
+        seed: The run's seed, 0 to 2**32 - 1.
+        purpose: What the numbers are for.
+        slots: int64, the global number of each sample (not its place in a batch), >= 0.
+        count: How many numbers per slot (its positions).
+        draw: Which draw of this purpose, such as a sampler's step; 0 to 2**32 - 1.
+        dtype: float32 (24 random bits) or float64 (53 random bits).
+
+    Returns:
+        A tensor of ``dtype``, [batch, count].
+
+    Raises:
+        ValueError: ``dtype`` is a low-precision type, whose few bits would distort a distribution's tail.
+    """
+    if dtype is torch.float32:
+        words = _torch_words(seed, purpose, slots, count, draw)
+        return (words >> 8).to(torch.float32) * 2.0**-24
+    if dtype is torch.float64:
+        words = _torch_words(seed, purpose, slots, 2 * count, draw).view(len(slots), count, 2)
+        return ((words[..., 0] >> 5) * 2**26 + (words[..., 1] >> 6)).to(torch.float64) * 2.0**-53
+    raise ValueError(f"uniforms are drawn in float32 or float64, not {dtype}")
+
+
+def integers(seed: int, purpose: Purpose, slot: int, count: int, *, draw: int = 0) -> NDArray[np.int64]:
+    """Random 32-bit words for one slot, as numpy int64 in [0, 2**32), shape [count]."""
+    blocks = np.arange(-(-count // 4), dtype=np.int64)
+    constant = np.zeros_like(blocks)
+    counter = (blocks, constant + draw, constant + (slot & _MASK), constant + (slot >> 32))
+    return np.stack(philox4x32(counter, _key(seed, purpose)), axis=-1).reshape(-1)[:count]
+
+
+def permutation(seed: int, purpose: Purpose, slot: int, length: int) -> NDArray[np.int64]:
+    """A random order of ``range(length)``; each ``slot`` (an epoch, a lane) has one of its own."""
+    words = integers(seed, purpose, slot, 2 * length).reshape(length, 2)
+    # 63 random bits as sort keys; the stable sort makes a tie, should one ever come, harmless.
+    return np.argsort((words[:, 0] >> 1 << 32) | words[:, 1], kind="stable")
+
+
+def _key(seed: int, purpose: Purpose) -> tuple[int, int]:
+    if not 0 <= seed <= _MASK:
+        raise ValueError(f"seed {seed}: a seed lies between 0 and 2**32 - 1")
+    return seed, int(purpose)
+
+
+def _torch_words(
+    seed: int, purpose: Purpose, slots: Int[Tensor, " batch"], count: int, draw: int
+) -> Int[Tensor, "batch count"]:
+    blocks = torch.arange(-(-count // 4), device=slots.device)
+    low, high, position = torch.broadcast_tensors(slots[:, None] & _MASK, slots[:, None] >> 32, blocks)
+    counter = (position, torch.full_like(position, draw), low, high)
+    return torch.stack(philox4x32(counter, _key(seed, purpose)), dim=-1).flatten(1)[:, :count]
