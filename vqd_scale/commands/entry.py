@@ -23,14 +23,19 @@ def tool_parser(description: str, example: str) -> argparse.ArgumentParser:
 def add_config_arguments(parser: argparse.ArgumentParser, *, file_required: bool) -> None:
     """Add the configuration file, ``a.b=value`` overrides and ``--print-config``."""
     parser.add_argument(
-        "config", type=Path, nargs=None if file_required else "?", help="YAML file: differences from the defaults"
+        "config",
+        type=Path,
+        nargs=None if file_required else "?",
+        help="YAML file: differences from the defaults",
     )
     add_override_arguments(parser)
 
 
 def add_override_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``a.b=value`` overrides and ``--print-config`` for a tool whose defaults suffice."""
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="configuration keys to set, last wins")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="a.b=value", help="configuration keys to set, last wins"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and leave")
 
 

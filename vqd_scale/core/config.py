@@ -121,34 +121,50 @@ def _describe(kind: type[Config], values: Mapping[str, Any], error: ErrorDetails
         return f"{path}: unknown key; allowed here: {', '.join(sorted(allowed))}{hint}"
     if error["type"] == "missing":
         return f"{path}: required, but not given."
+    if error["type"] == "union_tag_not_found":
+        return f"{path}.kind: required, but not given; allowed: {_tags_at(kind, error['loc'])}."
+    if error["type"] == "union_tag_invalid":
+        return f"{path}.kind: given {error['input'].get('kind')!r}, allowed: {_tags_at(kind, error['loc'])}."
+    if error["type"] in ("model_type", "model_attributes_type"):
+        keys = ", ".join(dict.fromkeys(_fields_at(kind, error["loc"])))
+        return f"{path}: given {error['input']!r}, allowed: a mapping with keys among {keys}."
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ").rstrip(".")
     if error["type"] in ("value_error", "assertion_error"):
         return f"{path}: {message}." if path else f"{message}."
-    if error["type"].startswith("union_tag"):
-        allowed = str(error.get("ctx", {}).get("expected_tags", "a mapping with the key 'kind'"))
-        given = error["input"].get("kind") if isinstance(error["input"], dict) else error["input"]
-        return f"{path}.kind: given {given!r}, allowed: {allowed}."
     return f"{path}: given {error['input']!r}, allowed: {message}."
 
 
 def _dotted(values: Mapping[str, Any], location: tuple[int | str, ...]) -> str:
-    """Leave out the tags of unions, which pydantic puts into the location but no user typed there."""
+    """Leave out the tags and types of unions, which pydantic names but no user typed."""
     parts: list[str] = []
     node: Any = values
     for position, key in enumerate(location):
         is_last = position == len(location) - 1
-        if isinstance(node, Mapping) and key in node:
-            node = cast(Mapping[Any, Any], node)[key]
-        elif isinstance(node, Sequence) and isinstance(key, int) and key < len(cast(Sequence[Any], node)):
-            node = cast(Sequence[Any], node)[key]
-        elif not is_last or (isinstance(node, Mapping) and cast(Mapping[Any, Any], node).get("kind") == key):
+        if isinstance(node, Mapping):
+            mapping = cast(Mapping[Any, Any], node)
+            if key in mapping:
+                node = mapping[key]
+            elif not is_last or mapping.get("kind") == key:
+                continue
+        elif isinstance(key, int) and isinstance(node, Sequence):
+            sequence = cast(Sequence[Any], node)
+            node = sequence[key] if key < len(sequence) else None
+        elif node is not None:
             continue
         parts.append(str(key))
     return ".".join(parts)
 
 
 def _fields_at(kind: type[Config], location: tuple[int | str, ...]) -> list[str]:
-    """The keys allowed at a location of pydantic's, union tags included in it."""
+    return [name for model in _models_at(kind, location) for name in model.model_fields]
+
+
+def _tags_at(kind: type[Config], location: tuple[int | str, ...]) -> str:
+    return ", ".join(repr(model.model_fields["kind"].default) for model in _models_at(kind, location))
+
+
+def _models_at(kind: type[Config], location: tuple[int | str, ...]) -> list[type[BaseModel]]:
+    """The classes of which a value at a location of pydantic's can be, union tags included in it."""
     candidates: list[type[BaseModel]] = [kind]
     for key in location:
         following: list[type[BaseModel]] = []
@@ -160,7 +176,7 @@ def _fields_at(kind: type[Config], location: tuple[int | str, ...]) -> list[str]
             ):
                 following.append(model)
         candidates = following
-    return [name for model in candidates for name in model.model_fields]
+    return candidates
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:  # noqa: ANN401 - an annotation may be any object

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,11 +31,35 @@ def published(path: Path) -> Generator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
-            _flush(partial)
+            sync_to_disk(partial)
             partial.replace(path)
-            _flush(path.parent)
+            sync_to_disk(path.parent)
         except BaseException:
             partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def published_folder(path: Path) -> Generator[Path]:
+    """Give a folder to fill; on success it takes the place of ``path`` at once, on failure not at all.
+
+    Raises:
+        UserError: The disk is full, or the place is read-only or missing rights.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    with writing(path):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            for file in sorted(partial.rglob("*")):
+                sync_to_disk(file)
+            if path.exists():
+                shutil.rmtree(path)
+            partial.rename(path)
+            sync_to_disk(path.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
@@ -53,6 +78,8 @@ def writing(path: Path) -> Generator[None]:
         errno.EACCES: "permission was denied",
         errno.EPERM: "permission was denied",
         errno.ENOTDIR: "a part of the path is a file, not a folder",
+        errno.EEXIST: "a part of the path is a file, not a folder",
+        errno.EISDIR: "a folder of this name is in the way",
     }
     try:
         yield
@@ -104,7 +131,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     """Make a file's bytes, or a folder's entries, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

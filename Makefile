@@ -1,0 +1,72 @@
+# `make help` lists what can be made. Everything is installed into .venv and nowhere else.
+
+PYTHON ?= python3
+UV_VERSION := 0.13.9
+
+BIN := .venv/bin
+DONE := .venv/done
+UV := $(BIN)/uv pip
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-all lint types lock
+
+# What a machine happens to keep in local folders must not decide which versions are installed.
+unexport PIP_FIND_LINKS UV_FIND_LINKS
+# torch finds the `ninja` of the environment through PATH.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(DONE)/project $(DONE)/bytecode $(DONE)/operators ## install the locked versions into .venv
+
+demo: setup ## shards -> tokenizer -> tokens -> training -> pictures -> score; FAST=1 for the short form
+	$(BIN)/python tools/demo.py $(if $(FAST),--fast)
+
+test: setup ## every test that needs no GPU and no long run
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long and not gpu" -n 2 --dist loadfile
+
+test-all: setup ## the long tests as well
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
+
+lint: setup ## formatting and lint rules
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+types: setup ## pyright, strict
+	$(BIN)/pyright
+
+lock: $(DONE)/uv ## resolve pyproject.toml anew into requirements.lock
+	$(UV) compile --quiet --universal --python-version 3.10 --all-extras --upgrade \
+		--generate-hashes --no-header --no-annotate --output-file requirements.lock pyproject.toml
+
+$(DONE)/uv:
+	@echo "creating .venv with $$($(PYTHON) --version)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -qq --disable-pip-version-check uv==$(UV_VERSION)
+	@mkdir -p $(DONE) && touch $@
+
+$(DONE)/packages: requirements.lock | $(DONE)/uv
+	@echo "installing the locked packages (several GB)"
+	$(UV) install --quiet --require-hashes -r requirements.lock
+	@touch $@
+
+$(DONE)/project: pyproject.toml $(DONE)/packages
+	$(UV) install --quiet --no-deps -e .
+	@touch $@
+
+# Packages arrive without bytecode, and without this every process of every run would compile them anew. The
+# exit status says only that some file is written for a newer Python, which nothing imports.
+$(DONE)/bytecode: $(DONE)/packages
+	@echo "compiling the packages to bytecode"
+	$(BIN)/python -m compileall -qq -j2 .venv/lib || true
+	@touch $@
+
+# What DeepSpeed's CPU communication would otherwise build at the first start of a run.
+$(DONE)/operators: $(DONE)/packages $(DONE)/bytecode
+	@echo "building DeepSpeed's shared-memory operator"
+	$(BIN)/python -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()' \
+		> $(DONE)/operators.log 2>&1 || { cat $(DONE)/operators.log; exit 1; }
+	@touch $@

@@ -1,0 +1,182 @@
+"""Who may import whom: DESIGN's one direction, the owners of heavy libraries, and no cycles.
+
+Every import counts, be it at the top of a file, inside a function or for type checking only. Each rule is a
+function from parsed modules to complaints; it is tried on planted sources before it is held to the package.
+"""
+
+import ast
+import sys
+from collections.abc import Callable, Mapping
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = "vqd_scale"
+
+LAYERS = [
+    {"core"},
+    {"diffusion", "nn", "tokenizers", "text", "data", "launchers"},
+    {"inference"},
+    {"evaluation"},
+    {"training"},
+    {"commands"},
+]
+OWNERS = {
+    "deepspeed": ("training.engine", "training.partition"),
+    "submitit": ("launchers.slurm",),
+    "webdataset": ("data",),
+    "yaml": ("core.config",),
+    "matplotlib": ("core.report",),
+}
+PURE = {"torch", "pydantic", "jaxtyping", "numpy", "triton", "typing_extensions"}
+
+Modules = Mapping[str, ast.Module]
+
+
+def modules_of(sources: Mapping[str, str]) -> Modules:
+    return {name: ast.parse(source) for name, source in sources.items()}
+
+
+def the_package() -> Modules:
+    paths = sorted((ROOT / PACKAGE).rglob("*.py"))
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    return modules_of(
+        {name.removesuffix(".__init__"): path.read_text() for name, path in zip(names, paths, strict=True)}
+    )
+
+
+def imported(module: str, tree: ast.Module, known: Modules) -> set[str]:
+    """The modules that a module names: of this package the exact ones, of others as they are written."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")[: -node.level]
+                base = ".".join([*parents, base] if base else parents)
+            members = {f"{base}.{alias.name}" for alias in node.names}
+            found.update({member if member in known else base for member in members})
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            found.update(str(name.value) for name in node.args[:1] if isinstance(name, ast.Constant))
+    return found
+
+
+def folder_of(module: str) -> str:
+    return module.split(".")[1] if module.startswith(f"{PACKAGE}.") else ""
+
+
+def layer_of(folder: str) -> int:
+    return next(number for number, layer in enumerate(LAYERS) if folder in layer)
+
+
+def against_the_order(modules: Modules) -> list[str]:
+    return [
+        f"{module} imports {other}"
+        for module, tree in modules.items()
+        for other in imported(module, tree, modules)
+        if folder_of(module) and folder_of(other) and folder_of(module) != folder_of(other)
+        if layer_of(folder_of(other)) >= layer_of(folder_of(module))
+    ]
+
+
+def not_the_owner(modules: Modules) -> list[str]:
+    return [
+        f"{module} imports {library}"
+        for module, tree in modules.items()
+        for other in imported(module, tree, modules)
+        for library in OWNERS.keys() & {other.split(".")[0]}
+        if not any(f"{module}.".startswith(f"{PACKAGE}.{owner}.") for owner in OWNERS[library])
+    ]
+
+
+def impure_mathematics(modules: Modules) -> list[str]:
+    return [
+        f"{module} imports {other}"
+        for module, tree in modules.items()
+        if folder_of(module) == "diffusion"
+        for other in imported(module, tree, modules)
+        if (library := other.split(".")[0]) != PACKAGE
+        if library not in PURE and library not in sys.stdlib_module_names
+    ]
+
+
+def cycles(modules: Modules) -> list[str]:
+    graph = {module: imported(module, tree, modules) & modules.keys() for module, tree in modules.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return [" imports ".join(reversed(error.args[1]))]
+    return []
+
+
+RULES = [against_the_order, not_the_owner, impure_mathematics, cycles]
+
+BROKEN = [
+    (against_the_order, {"vqd_scale.core.a": "from vqd_scale.data.b import c", "vqd_scale.data.b": ""}),
+    (against_the_order, {"vqd_scale.data.a": "def f():\n    import vqd_scale.nn.b", "vqd_scale.nn.b": ""}),
+    (against_the_order, {"vqd_scale.nn.a": "from ..diffusion import b", "vqd_scale.diffusion.b": ""}),
+    (against_the_order, {"vqd_scale.text.a": "if TYPE_CHECKING:\n    from vqd_scale.inference import b"}),
+    (against_the_order, {"vqd_scale.training.a": "import_module('vqd_scale.commands.train')"}),
+    (not_the_owner, {"vqd_scale.training.loop": "def f():\n    import deepspeed.comm"}),
+    (not_the_owner, {"vqd_scale.training.engineering": "import deepspeed"}),
+    (not_the_owner, {"vqd_scale.commands.train": "from submitit import AutoExecutor"}),
+    (not_the_owner, {"vqd_scale.inference.tokenize": "import webdataset as wds"}),
+    (impure_mathematics, {"vqd_scale.diffusion.a": "import scipy.special"}),
+    (cycles, {"vqd_scale.core.a": "from vqd_scale.core.b import x", "vqd_scale.core.b": "from . import a"}),
+    (
+        cycles,
+        {
+            "vqd_scale": "def __getattr__(name):\n    from vqd_scale.core import a\n    return a",
+            "vqd_scale.core.a": "from vqd_scale import TextToImage",
+        },
+    ),
+]
+
+SOUND = {
+    "vqd_scale": "",
+    "vqd_scale.core.a": "import torch",
+    "vqd_scale.core.config": "import yaml",
+    "vqd_scale.diffusion.a": "import math\nfrom torch import nn\nfrom . import b\nimport vqd_scale.core.a",
+    "vqd_scale.diffusion.b": "from vqd_scale.core import a",
+    "vqd_scale.data.shards": "from webdataset import ShardWriter",
+    "vqd_scale.training.engine": "import deepspeed\nfrom vqd_scale.evaluation.a import b",
+    "vqd_scale.evaluation.a": "def f():\n    from vqd_scale.diffusion.a import b",
+}
+
+
+@pytest.mark.parametrize(("rule", "sources"), BROKEN)
+def test_a_planted_offence_is_found(rule: Callable[[Modules], list[str]], sources: Mapping[str, str]) -> None:
+    assert rule(modules_of(sources))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_sound_sources_pass(rule: Callable[[Modules], list[str]]) -> None:
+    assert rule(modules_of(SOUND)) == []
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_package_obeys(rule: Callable[[Modules], list[str]]) -> None:
+    assert rule(the_package()) == []
+
+
+def test_every_folder_has_its_place() -> None:
+    folders = {path.parent.name for path in (ROOT / PACKAGE).glob("*/__init__.py")}
+    assert folders <= set.union(*LAYERS)
+    assert "core" in folders
+
+
+def test_a_tool_does_nothing_but_call_its_command() -> None:
+    # Without the guard every data worker, which imports the tool anew, would start the tool itself.
+    tools = sorted((ROOT / "tools").glob("*.py"))
+    assert tools
+    unlike = [
+        tool.name
+        for tool in tools
+        if tool.read_text()
+        != f'from {PACKAGE}.commands.{tool.stem} import main\n\nif __name__ == "__main__":\n    main()\n'
+    ]
+    assert unlike == []

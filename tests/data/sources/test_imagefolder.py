@@ -1,0 +1,121 @@
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vqd_scale.core.errors import UserError
+from vqd_scale.data.decode import fitted
+from vqd_scale.data.index import INDEX, ShardSet
+from vqd_scale.data.shards import read_shard
+from vqd_scale.data.sources.imagefolder import (
+    QUARANTINE,
+    ImageFolderConfig,
+    Jpeg,
+    write_imagefolder,
+)
+
+CONFIG = ImageFolderConfig(image_size=32, shard_size=4, max_bad_share=0.2)
+
+
+def texture(number: int) -> Image.Image:
+    """Smooth colours with grain: nothing like a drawn scene."""
+    rng = np.random.default_rng(number)
+    waves = np.sin(np.mgrid[0:40, 0 : 50 + number] * rng.uniform(0.05, 0.3)).sum(axis=0)
+    colours = waves[..., None] * rng.uniform(20, 60, 3) + rng.uniform(80, 160, 3)
+    return Image.fromarray((colours + rng.normal(0, 8, colours.shape)).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    for number in range(10):
+        path = folder / ("deep/er" if number % 3 else "") / f"pic {number}.{('png', 'JPG')[number % 2]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        texture(number).save(path)
+        path.with_suffix(".txt").write_text(f"texture number {number}\n")
+    return folder
+
+
+def corrupt(pictures: Path, count: int) -> list[str]:
+    paths = sorted(path for path in pictures.rglob("*") if path.suffix in (".png", ".JPG"))[:count]
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:200])
+    return [path.relative_to(pictures).as_posix() for path in paths]
+
+
+def test_every_picture_with_its_caption(pictures: Path, tmp_path: Path) -> None:
+    shards = write_imagefolder(CONFIG, pictures, tmp_path / "out")
+    assert [shard.count for shard in shards.shards] == [4, 4, 2]
+    samples = [sample for shard in shards.shards for sample in read_shard(shard)]
+    assert len(samples) == 10
+    for sample in samples:
+        source = pictures / json.loads(sample["json"])["source"]
+        assert sample["txt"].decode() == source.with_suffix(".txt").read_text().strip()
+        with Image.open(source) as original:
+            expected = np.asarray(fitted(original.convert("RGB"), 32))
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(sample["png"]))), expected)
+    assert not (tmp_path / "out" / QUARANTINE).exists()
+
+
+def test_jpeg(pictures: Path, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"encoding": Jpeg(quality=90)})
+    (shard, *_) = write_imagefolder(config, pictures, tmp_path / "out").shards
+    sample = next(iter(read_shard(shard)))
+    assert Image.open(io.BytesIO(sample["jpg"])).format == "JPEG"
+
+
+def test_corrupt_pictures_are_reported_and_left_out(pictures: Path, tmp_path: Path) -> None:
+    bad = corrupt(pictures, 2)
+    shards = write_imagefolder(CONFIG, pictures, tmp_path / "out")
+    assert shards.count == 8
+    kept = [json.loads(sample["json"])["source"] for shard in shards.shards for sample in read_shard(shard)]
+    assert not set(kept) & set(bad)
+    lines = (tmp_path / "out" / QUARANTINE).read_text().splitlines()
+    assert [json.loads(line)["key"] for line in lines] == bad
+    assert all("not a readable picture" in line for line in lines)
+    write_imagefolder(CONFIG, pictures, tmp_path / "out")
+    assert (tmp_path / "out" / QUARANTINE).read_text().splitlines() == lines
+
+
+def test_too_many_corrupt_pictures_stop_and_more_tolerance_goes_on(pictures: Path, tmp_path: Path) -> None:
+    corrupt(pictures, 3)
+    with pytest.raises(UserError, match=r"max_bad_share=0\.2 of the 10 pictures"):
+        write_imagefolder(CONFIG, pictures, tmp_path / "out")
+    with pytest.raises(UserError, match="half-made"):
+        ShardSet.open(tmp_path / "out")
+    tolerant = CONFIG.model_copy(update={"max_bad_share": 0.3})
+    assert write_imagefolder(tolerant, pictures, tmp_path / "out").count == 7
+
+
+def test_pictures_without_captions(pictures: Path, tmp_path: Path) -> None:
+    (pictures / "pic 0.txt").unlink()
+    (pictures / "deep/er/pic 4.txt").unlink()
+    with pytest.raises(UserError, match=r"deep/er/pic 4\.png: .* 2 of 10"):
+        write_imagefolder(CONFIG, pictures, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_caption_is_a_bad_sample(pictures: Path, tmp_path: Path) -> None:
+    (pictures / "pic 0.txt").write_text(" \n")
+    assert write_imagefolder(CONFIG, pictures, tmp_path / "out").count == 9
+    assert "empty caption" in (tmp_path / "out" / QUARANTINE).read_text()
+
+
+def test_changed_pictures_are_refused(pictures: Path, tmp_path: Path) -> None:
+    write_imagefolder(CONFIG, pictures, tmp_path / "out")
+    os.utime(pictures / "pic 0.png", ns=(1, 1))
+    with pytest.raises(UserError, match=r"source\.pictures was"):
+        write_imagefolder(CONFIG, pictures, tmp_path / "out")
+
+
+def test_wrong_uses(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        write_imagefolder(CONFIG, tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no picture"):
+        write_imagefolder(CONFIG, tmp_path / "empty", tmp_path / "out")
+    assert not (tmp_path / "out" / INDEX).exists()

@@ -1,0 +1,173 @@
+import io
+import json
+from collections import Counter
+from itertools import combinations, product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from open_clip import SimpleTokenizer
+from PIL import Image
+
+from vqd_scale.data.index import ShardSet
+from vqd_scale.data.shards import read_shard
+from vqd_scale.data.sources.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    ShapesConfig,
+    all_scenes,
+    coverage,
+    make_sample,
+    render,
+    scene_at,
+    write_shapes,
+)
+
+SMALL = ShapesConfig(train_samples=50, held_out_samples=20, shard_size=16)
+
+
+def combination(scene: Scene) -> set[tuple[str, str, str]]:
+    return {(figure.shape, figure.colour, scene.background) for figure in scene.figures}
+
+
+def test_no_combination_in_both_splits() -> None:
+    train, held_out = all_scenes(1, "train"), all_scenes(1, "held_out")
+    assert len(train) + len(held_out) == 4 * 8 * 2 * 9 * 8 == len({*train, *held_out})
+    trained = set[tuple[str, str, str]]().union(*map(combination, train))
+    kept = set[tuple[str, str, str]]().union(*map(combination, held_out))
+    assert not trained & kept
+    assert 0.12 < len(kept) / (len(kept) + len(trained)) < 0.17
+    assert all(not combination(scene) & kept for scene in all_scenes(2, "train"))
+    assert all(combination(scene) & kept for scene in all_scenes(2, "held_out"))
+
+
+def test_training_has_every_pair_of_attributes() -> None:
+    tables = {
+        "shape": list(SHAPES),
+        "colour": list(COLOURS),
+        "size": list(SIZES),
+        "position": list(POSITIONS),
+        "background": list(BACKGROUNDS),
+    }
+    seen = Counter(
+        ((first, values[first]), (second, values[second]))
+        for values in (scene.attributes() for scene in all_scenes(1, "train"))
+        for first, second in combinations(tables, 2)
+    )
+    for first, second in combinations(tables, 2):
+        for pair in product(tables[first], tables[second]):
+            assert seen[(first, pair[0]), (second, pair[1])] > 0
+
+
+def test_each_round_has_every_scene_once() -> None:
+    scenes = all_scenes(1, "held_out")
+    for turn in range(2):
+        indices = range(turn * len(scenes), (turn + 1) * len(scenes))
+        drawn = [scene_at(SMALL, "held_out", index) for index in indices]
+        assert set(drawn) == set(scenes)
+        assert drawn != list(scenes)
+
+
+@pytest.mark.parametrize("objects", [1, 2])
+def test_captions_say_everything_in_few_words(objects: int) -> None:
+    config = ShapesConfig.model_validate({"objects": objects})
+    tokenizer = SimpleTokenizer()
+    samples = [make_sample(config, "train", index) for index in range(400)]
+    captions = [sample["txt"] for sample in samples]
+    for sample in samples:
+        caption, scene = sample["txt"], Scene.from_json(sample["json"])
+        assert caption == caption.lower()
+        assert "a orange" not in caption
+        assert len(tokenizer.encode(caption)) + 2 <= 24
+        for figure in scene.figures:
+            assert figure.colour in caption
+            size_words = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
+            assert any(word in caption for word in size_words[figure.size])
+            shape_words = {"circle": ("circle", "disk"), "square": ("square", "box")}
+            assert any(word in caption for word in shape_words.get(figure.shape, (figure.shape,)))
+        assert scene.background in caption
+    assert len(set(captions)) > 380
+
+
+def test_places_and_relations_can_be_told_apart() -> None:
+    """A caption with its other words taken out names one position only."""
+    meaning: dict[str, set[str]] = {}
+    for index in range(6_000):
+        sample = make_sample(SMALL, "train", index)
+        figure = Scene.from_json(sample["json"]).figures[0]
+        words = sample["txt"].replace(",", "").split()
+        places = {"upper": "top", "lower": "bottom", "middle": "center"}
+        said = [places.get(word, word) for word in words]
+        found = " ".join(sorted({"top", "bottom", "center", "left", "right"} & set(said)))
+        meaning.setdefault(found, set()).add(figure.position)
+    ambiguous = {found: positions for found, positions in meaning.items() if len(positions) > 1}
+    assert not ambiguous
+    assert set[str]().union(*meaning.values()) == set(POSITIONS)
+
+
+def test_relation_words_match_the_picture() -> None:
+    config = ShapesConfig(objects=2)
+    backward = ("right of", "below", "under")
+    for index in range(300):
+        sample = make_sample(config, "train", index)
+        scene = Scene.from_json(sample["json"])
+        is_reversed = any(word in sample["txt"] for word in backward)
+        first = scene.figures[1] if is_reversed else scene.figures[0]
+        start = min(sample["txt"].index(colour) for colour in COLOURS if colour in sample["txt"].split())
+        assert sample["txt"][start:].startswith(first.colour)
+        across = any(word in sample["txt"] for word in ("left of", "right of"))
+        assert scene.relation == ("left of" if across else "above")
+
+
+def test_figures_are_seen_and_lie_inside() -> None:
+    for shape, size, position in product(SHAPES, SIZES, POSITIONS):
+        cover = coverage(shape, size, position, 64)
+        assert cover[0].max() == cover[-1].max() == cover[:, 0].max() == cover[:, -1].max() == 0
+        rows, columns = np.mgrid[0:64, 0:64] + 0.5
+        x, y = (cover * columns).sum() / cover.sum() / 64, (cover * rows).sum() / cover.sum() / 64
+        assert abs(x - POSITIONS[position][0]) < 0.02
+        assert abs(y - POSITIONS[position][1]) < 0.03
+        assert np.logical_and(cover > 0, cover < 1).any()
+    for colour, background in product(COLOURS.values(), BACKGROUNDS.values()):
+        assert np.abs(np.subtract(colour, background)).max() > 60
+    for one, other in [*combinations(COLOURS.values(), 2), *combinations(BACKGROUNDS.values(), 2)]:
+        assert np.linalg.norm(np.subtract(one, other)) > 40
+
+
+def test_render_is_the_formula() -> None:
+    scene = all_scenes(1, "train")[1_234]
+    figure = scene.figures[0]
+    cover = coverage(figure.shape, figure.size, figure.position, 32)
+    picture = render(scene, 32)
+    for row, column in [(0, 0), (8, 8), (16, 16), (7, 25)]:
+        for channel in range(3):
+            back, front = BACKGROUNDS[scene.background][channel], COLOURS[figure.colour][channel]
+            expected = back + float(cover[row, column]) * (front - back)
+            assert abs(float(picture[row, column, channel]) - expected) <= 0.5 + 1e-3
+
+
+def test_written_sets(tmp_path: Path) -> None:
+    written = write_shapes(SMALL, tmp_path / "one")
+    assert {split: shards.count for split, shards in written.items()} == {"train": 50, "held_out": 20}
+    opened = ShardSet.open(tmp_path / "one" / "train")
+    samples = [sample for shard in opened.shards for sample in read_shard(shard)]
+    assert [shard.count for shard in opened.shards] == [16, 16, 16, 2]
+    for index, sample in enumerate(samples):
+        scene = Scene.from_json(json.loads(sample["json"]))
+        assert scene == scene_at(SMALL, "train", index)
+        picture = np.asarray(Image.open(io.BytesIO(sample["png"])))
+        np.testing.assert_array_equal(picture, render(scene, 64))
+    write_shapes(SMALL, tmp_path / "two")
+    for path in (tmp_path / "one").rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
+
+
+def test_seeds_differ() -> None:
+    other = ShapesConfig(seed=1)
+    assert [scene_at(SMALL, "train", index) for index in range(20)] != [
+        scene_at(other, "train", index) for index in range(20)
+    ]

@@ -1,0 +1,113 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vqd_scale.core.config import Config, validated
+from vqd_scale.core.errors import UserError
+from vqd_scale.diffusion.guidance import (
+    Constant,
+    GuidanceScale,
+    Interval,
+    Linear,
+    Predict,
+    TopK,
+    TopP,
+    guided,
+    guided_pair,
+    truncated,
+)
+from vqd_scale.diffusion.schedule import Paper
+from vqd_scale.diffusion.transition import MaskAndReplace
+
+TOKENS = torch.zeros(1, 1, dtype=torch.long)
+CONDITIONAL = torch.tensor([0.5, 0.3, 0.2]).log()
+UNCONDITIONAL = torch.tensor([0.2, 0.2, 0.6]).log()
+
+
+def constant(log_p: Tensor) -> Predict:
+    return lambda tokens, t: log_p.expand(*tokens.shape, len(log_p))
+
+
+def refused(tokens: Tensor, t: int) -> Tensor:
+    raise AssertionError("the unconditional network was asked where its answer is not used")
+
+
+@given(st.floats(0, 8))
+def test_trap_11_guidance_is_the_formula_renormalised(scale: float) -> None:
+    predict = guided(constant(CONDITIONAL), constant(UNCONDITIONAL), Constant(scale=scale))
+    weights = [
+        math.exp(float(u) + scale * (float(c) - float(u)))
+        for c, u in zip(CONDITIONAL, UNCONDITIONAL, strict=True)
+    ]
+    expected = torch.tensor([weight / sum(weights) for weight in weights])
+    torch.testing.assert_close(predict(TOKENS, 5)[0, 0].exp(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_trap_11_scale_one_is_the_conditional_alone_and_zero_the_unconditional() -> None:
+    one = guided(constant(CONDITIONAL), refused, Constant(scale=1.0))
+    assert torch.equal(one(TOKENS, 5)[0, 0], CONDITIONAL)
+    zero = guided(constant(CONDITIONAL), constant(UNCONDITIONAL), Constant(scale=0.0))
+    torch.testing.assert_close(zero(TOKENS, 5)[0, 0], UNCONDITIONAL)
+
+
+def test_one_doubled_batch_gives_what_two_calls_give() -> None:
+    pair = guided_pair(
+        refused,
+        lambda tokens, t: (constant(CONDITIONAL)(tokens, t), constant(UNCONDITIONAL)(tokens, t)),
+        Constant(),
+    )
+    two = guided(constant(CONDITIONAL), constant(UNCONDITIONAL), Constant())
+    assert torch.equal(pair(TOKENS, 5), two(TOKENS, 5))
+
+
+def test_scales_over_time() -> None:
+    assert [Linear(noisy=1, clean=3, noisy_time=80).at(t) for t in (0, 40, 80, 99)] == [3, 2, 1, 1]
+    assert [Interval(scale=4, first=60, last=20).at(t) for t in (99, 60, 20, 19)] == [1, 4, 4, 1]
+    guided(constant(CONDITIONAL), refused, Interval(first=60, last=20))(TOKENS, 99)
+
+
+def test_an_interval_the_wrong_way_round_is_named() -> None:
+    class Holder(Config):
+        scale: GuidanceScale
+
+    with pytest.raises(UserError, match="sampling goes from first down to last"):
+        validated(Holder, {"scale": {"kind": "interval", "first": 10, "last": 20}}, source="a test")
+
+
+@pytest.mark.parametrize(
+    ("rate", "kept"),
+    [(0.0, [0]), (0.5, [0]), (0.51, [0, 1]), (0.8, [0, 1]), (0.82, [0, 1, 2]), (1.0, [0, 1, 2])],
+)
+def test_trap_10_top_p_keeps_the_crossing_code_and_never_none(rate: float, kept: list[int]) -> None:
+    p = torch.tensor([0.5, 0.3125, 0.1875])
+    log_p = truncated(constant(p.log()), TopP(rate=rate))(TOKENS, 5)[0, 0]
+    assert log_p.isfinite().nonzero().flatten().tolist() == kept
+    assert torch.equal(log_p[kept], p.log()[kept])
+
+
+@given(st.permutations(range(6)), st.integers(1, 8))
+def test_top_k_keeps_the_likeliest_wherever_they_are(order: list[int], count: int) -> None:
+    log_p = torch.arange(6.0).log_softmax(-1)[torch.tensor(order)]
+    kept = truncated(constant(log_p), TopK(count=count))(TOKENS, 5)[0, 0].isfinite()
+    assert sorted(torch.tensor(order)[kept].tolist()) == list(range(6))[-count:]
+
+
+def test_trap_10_truncation_needs_no_renormalisation() -> None:
+    transition = MaskAndReplace(Paper(), 3)
+    p = truncated(constant(CONDITIONAL), TopP(rate=0.6))(TOKENS, 5).exp()
+    for x_t in range(4):
+        raw = transition.posterior(p, torch.tensor([[x_t]]), 50, 30)
+        normal = transition.posterior(p / p.sum(), torch.tensor([[x_t]]), 50, 30)
+        torch.testing.assert_close(raw / raw.sum(), normal, rtol=1e-5, atol=1e-7)
+
+
+def test_two_truncations_of_one_prediction_do_not_disturb_each_other() -> None:
+    predict = constant(CONDITIONAL)
+    narrow, wide = truncated(predict, TopP(rate=0.1)), truncated(predict, TopP(rate=1.0))
+    assert int(narrow(TOKENS, 5).isfinite().sum()) == 1
+    assert int(wide(TOKENS, 5).isfinite().sum()) == 3
+    assert int(predict(TOKENS, 5).isfinite().sum()) == 3

@@ -1,0 +1,3 @@
+from vqd_scale.commands.make_shards import main
+
+main()

@@ -1,0 +1,28 @@
+"""What the training tools share: join the ranks, train, leave."""
+
+import logging
+from collections.abc import Callable
+
+from vqd_scale.core.stop import REQUEUE_EXIT_CODE
+from vqd_scale.core.world import World, join_world, leave_world
+from vqd_scale.training.config import RunConfig
+from vqd_scale.training.loop import train
+from vqd_scale.training.task import BatchType, Task
+
+
+def run_task(build: Callable[[World], Task[BatchType]], config: RunConfig, title: str) -> None:
+    """Train what ``build`` builds.
+
+    Raises:
+        UserError: See `train`.
+        SystemExit: With `REQUEUE_EXIT_CODE` after a signal: the run saved itself and can be started again.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("vqd_scale").setLevel(logging.INFO)
+    world = join_world()
+    outcome = train(build(world), config, world, title)
+    leave_world()
+    if outcome.stopped:
+        raise SystemExit(REQUEUE_EXIT_CODE)
+    if world.is_first:
+        print(f"trained on {outcome.images:,} images; the model is {config.run / 'export'}")

@@ -1,0 +1,22 @@
+import argparse
+from collections.abc import Sequence
+
+from vqd_scale.commands.entry import add_config_arguments, config_from, run_tool, tool_parser
+from vqd_scale.commands.run import run_task
+from vqd_scale.training.denoising import DenoisingTask, TrainConfig
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``tools/train.py``."""
+    parser = tool_parser(
+        "Train a denoiser on token shards, on one process or as many as torchrun or srun start; started again, "
+        "it goes on from the newest whole checkpoint.",
+        "torchrun --nproc-per-node 2 tools/train.py configs/demo/train.yaml optim.lr=2e-3",
+    )
+    add_config_arguments(parser, file_required=True)
+    run_tool(parser, _train, arguments)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    config = config_from(TrainConfig, arguments)
+    run_task(lambda world: DenoisingTask(config, world), config, "train denoiser")

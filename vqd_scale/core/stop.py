@@ -1,0 +1,19 @@
+"""Signals set a flag; what to do about it is decided at a step boundary, by all ranks together."""
+
+import signal
+from types import FrameType
+
+REQUEUE_EXIT_CODE = 75
+"""Exit code of a run that was asked to stop and saved itself: start it again and it goes on (EX_TEMPFAIL)."""
+
+
+class StopFlag:
+    """Becomes true at the first SIGTERM, SIGUSR1 or SIGUSR2."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True

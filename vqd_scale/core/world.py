@@ -1,0 +1,97 @@
+"""Who this process is among the ranks of a run, and the few things that ranks say to each other."""
+
+import os
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place in the run.
+
+    Attributes:
+        rank: 0 to size - 1.
+        size: Number of ranks.
+        device: Where this rank computes.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes, prints and decides."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks (a new tensor; equal bits on every rank)."""
+        total = tensor.clone()
+        distributed.all_reduce(total)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        flags = torch.tensor([float(flag)], device=self.device)
+        distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
+        return bool(flags.item())
+
+    def all(self, flag: bool) -> bool:
+        """Whether the flag is set on every rank."""
+        return not self.any(not flag)
+
+    def concatenated(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks along dimension 0, in the order of ranks; all must have one shape."""
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        distributed.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def gathered(self, value: dict[str, Any]) -> list[dict[str, Any]]:
+        """Small plain values of all ranks, in the order of ranks."""
+        values: list[dict[str, Any] | None] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return cast(list[dict[str, Any]], values)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        distributed.barrier()
+
+
+def join_world() -> World:
+    """Join the ranks that the launcher (torchrun, srun, or nobody) started; gloo on CPU, NCCL on GPU.
+
+    Raises:
+        KeyError: A launcher named a world size but no rendezvous address; torch says which variable is missing.
+    """
+    rank = _from_environment("RANK", "SLURM_PROCID", 0)
+    size = _from_environment("WORLD_SIZE", "SLURM_NTASKS", 1)
+    local_rank = _from_environment("LOCAL_RANK", "SLURM_LOCALID", 0)
+    for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", local_rank)):
+        os.environ.setdefault(name, str(value))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if not distributed.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if size == 1:
+            distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        else:
+            distributed.init_process_group(backend, rank=rank, world_size=size)
+    return World(rank, size, device)
+
+
+def leave_world() -> None:
+    """Say goodbye to the other ranks."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _from_environment(torchrun: str, slurm: str, alone: int) -> int:
+    return int(os.environ.get(torchrun, os.environ.get(slurm, alone)))

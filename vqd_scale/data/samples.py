@@ -1,0 +1,142 @@
+"""The kinds of samples that a stream can read: how a batch's rows are read, and what batch they make."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Int64, Integer
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vqd_scale.data.batch import ImageBatch, TokenBatch
+from vqd_scale.data.decode import (
+    IMAGE_EXTENSIONS,
+    BadSample,
+    decode_array,
+    decode_image,
+    decode_text,
+    fitted,
+)
+from vqd_scale.data.shards import ShardReader
+
+BatchType_co = TypeVar("BatchType_co", covariant=True)
+
+Place = tuple[ShardReader, int]
+"""A sample: its shard and its number in it."""
+
+Columns = dict[str, NDArray[Any]]
+"""Arrays with a row per sample: what goes from a reading process to its rank."""
+
+CaptionTokenizer = Callable[[Sequence[str]], Int64[Tensor, "batch text_length"]]
+"""Captions to ids; picklable, since it may be called in another process."""
+
+
+class SampleKind(Protocol[BatchType_co]):
+    """A kind of sample; picklable, since it may be used in another process."""
+
+    def read(self, places: Sequence[Place]) -> tuple[Columns, dict[int, str]]:
+        """Read samples into rows; rows of bad samples are blank, and their reasons are given by row."""
+        ...
+
+    def batch(self, columns: Columns) -> BatchType_co:
+        """The batch of the columns that `read` gave, with ``slots``, ``valid`` and ``keys`` beside them."""
+        ...
+
+
+@dataclass(frozen=True)
+class TokenSamples:
+    """Samples with the members ``tokens.npy`` and ``text.npy``.
+
+    Attributes:
+        length: Codes per image.
+        codes: Size of the codebook; a sample with a code beyond it is bad.
+        text_length: Ids per caption.
+    """
+
+    length: int
+    codes: int
+    text_length: int
+
+    def read(self, places: Sequence[Place]) -> tuple[Columns, dict[int, str]]:
+        """Codes and caption ids."""
+        tokens = np.zeros((len(places), self.length), np.int64)
+        text = np.zeros((len(places), self.text_length), np.int64)
+        bad: dict[int, str] = {}
+        for row, (reader, member) in enumerate(places):
+            try:
+                tokens[row] = _integers(reader.read(member, "tokens.npy"), self.length)
+                text[row] = _integers(reader.read(member, "text.npy"), self.text_length)
+            except BadSample as error:
+                bad[row] = str(error)
+        outside = (tokens.min(axis=1) < 0) | (tokens.max(axis=1) >= self.codes)
+        bad |= dict.fromkeys(np.flatnonzero(outside).tolist(), f"has tokens outside 0 to {self.codes - 1}")
+        tokens[list(bad)], text[list(bad)] = 0, 0
+        return {"tokens": tokens, "text": text}, bad
+
+    def batch(self, columns: Columns) -> TokenBatch:
+        """Token samples."""
+        return TokenBatch(
+            tokens=torch.from_numpy(columns["tokens"]),
+            text=torch.from_numpy(columns["text"]),
+            slots=torch.from_numpy(columns["slots"]),
+            valid=torch.from_numpy(columns["valid"]),
+            keys=columns["keys"].tolist(),
+        )
+
+
+@dataclass(frozen=True)
+class ImageSamples:
+    """Samples with a picture and a caption (``txt``).
+
+    Attributes:
+        size: Height and width to which pictures are fitted.
+        tokenize: The captions' tokenizer, if ids are wanted.
+    """
+
+    size: int
+    tokenize: CaptionTokenizer | None = None
+
+    def read(self, places: Sequence[Place]) -> tuple[Columns, dict[int, str]]:
+        """Pictures, captions and, with a tokenizer, caption ids."""
+        images = np.zeros((len(places), 3, self.size, self.size), np.uint8)
+        captions = [""] * len(places)
+        bad: dict[int, str] = {}
+        for row, (reader, member) in enumerate(places):
+            try:
+                captions[row] = decode_text(reader.read(member, "txt"))
+                images[row] = self._pixels(reader, member)
+            except BadSample as error:
+                captions[row] = ""
+                bad[row] = str(error)
+        columns = {"images": images, "captions": np.array(captions, dtype=np.object_)}
+        if self.tokenize is not None:
+            columns["text"] = self.tokenize(captions).numpy()
+        return columns, bad
+
+    def batch(self, columns: Columns) -> ImageBatch:
+        """Image samples."""
+        return ImageBatch(
+            images=torch.from_numpy(columns["images"]),
+            captions=columns["captions"].tolist(),
+            text=torch.from_numpy(columns["text"]) if "text" in columns else None,
+            slots=torch.from_numpy(columns["slots"]),
+            valid=torch.from_numpy(columns["valid"]),
+            keys=columns["keys"].tolist(),
+        )
+
+    def _pixels(self, reader: ShardReader, member: int) -> NDArray[np.uint8]:
+        present = set(reader.extensions(member))
+        extension = next((name for name in IMAGE_EXTENSIONS if name in present), None)
+        if extension is None:
+            raise BadSample("has no picture")
+        image = fitted(decode_image(reader.read(member, extension)), self.size)
+        return np.asarray(image).transpose(2, 0, 1)
+
+
+def _integers(data: bytes, length: int) -> Integer[NDArray[np.integer], " length"]:
+    array = decode_array(data)
+    if array.shape != (length,) or array.dtype.kind not in "iu":
+        raise BadSample(f"has an array of type {array.dtype} and shape {array.shape}, not {length} integers")
+    return array

@@ -1,0 +1,368 @@
+"""The embedded data set: drawn scenes that a caption describes wholly and a reader can read back.
+
+A scene is one figure on a plain background, or two in a relation. Some combinations of shape, colour and
+background never occur in training: whoever draws them right has understood the words, not learnt pictures.
+"""
+
+import functools
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from pydantic import Field
+
+from vqd_scale.core.config import Config
+from vqd_scale.core.rng import Purpose, integers, permutation
+from vqd_scale.data.index import ShardSet
+from vqd_scale.data.shards import KEY, Sample, ShardRecipe, shard_name, write_shard_set
+
+Colour = tuple[int, int, int]
+Split = Literal["train", "held_out"]
+
+SHAPES = ("circle", "square", "triangle", "star")
+COLOURS: Mapping[str, Colour] = {
+    "red": (226, 45, 58),
+    "orange": (255, 128, 0),
+    "yellow": (255, 212, 0),
+    "green": (32, 178, 78),
+    "turquoise": (0, 196, 204),
+    "blue": (38, 98, 255),
+    "purple": (140, 56, 224),
+    "pink": (255, 92, 172),
+}
+BACKGROUNDS: Mapping[str, Colour] = {
+    "white": (250, 250, 247),
+    "gray": (150, 156, 166),
+    "black": (20, 20, 24),
+    "navy": (22, 38, 92),
+    "brown": (92, 58, 40),
+    "lavender": (214, 204, 248),
+    "mint": (192, 240, 212),
+    "peach": (255, 216, 188),
+}
+SIZES: Mapping[str, float] = {"small": 0.1, "large": 0.175}
+"""Radius of the circle, as a share of the picture's side; the other shapes have about its area."""
+
+_ROWS = {"top": 0.25, "middle": 0.5, "bottom": 0.75}
+_COLUMNS = {"left": 0.25, "center": 0.5, "right": 0.75}
+POSITIONS: Mapping[str, tuple[float, float]] = {
+    f"{row} {column}": (x, y) for (row, y), (column, x) in product(_ROWS.items(), _COLUMNS.items())
+}
+"""Centre (x, y) of a figure, as shares of the picture's side."""
+
+RELATIONS: Mapping[str, tuple[str, str]] = {
+    "left of": ("middle left", "middle right"),
+    "above": ("top center", "bottom center"),
+}
+"""Where the two figures of a scene lie, the first one first."""
+
+_SUPERSAMPLING = 8
+_WORDS_BLOCK = 1_024
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A shape in its colour, size and position: keys of the tables above."""
+
+    shape: str
+    colour: str
+    size: str
+    position: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A background and one figure, or two that stand in one of `RELATIONS`."""
+
+    background: str
+    figures: tuple[Figure, ...]
+
+    @property
+    def relation(self) -> str:
+        """How the first of two figures lies to the second."""
+        positions = tuple(figure.position for figure in self.figures)
+        return next(name for name, placed in RELATIONS.items() if placed == positions)
+
+    def attributes(self) -> dict[str, str]:
+        """Everything a caption says, each by name."""
+        if len(self.figures) == 1:
+            return {**asdict(self.figures[0]), "background": self.background}
+        named = {
+            f"{order} {name}": value
+            for order, figure in zip(("first", "second"), self.figures, strict=True)
+            for name, value in asdict(figure).items()
+            if name != "position"
+        }
+        return {**named, "relation": self.relation, "background": self.background}
+
+    def to_json(self) -> dict[str, Any]:
+        """The scene as a shard's ``json`` member holds it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Scene":
+        """The scene of a shard's ``json`` member."""
+        return cls(value["background"], tuple(Figure(**figure) for figure in value["figures"]))
+
+
+class ShapesConfig(Config):
+    """The embedded data set.
+
+    Attributes:
+        image_size: Height and width in pixels.
+        objects: Figures in a scene.
+        train_samples: Samples for training; every scene comes equally often, with other words each time.
+        held_out_samples: Samples of held-out scenes.
+        shard_size: Samples per shard.
+        seed: Which scenes come when, in which words.
+    """
+
+    image_size: int = Field(default=64, ge=16, le=512)
+    objects: Literal[1, 2] = 1
+    train_samples: int = Field(default=16_384, ge=1)
+    held_out_samples: int = Field(default=512, ge=1)
+    shard_size: int = Field(default=1_024, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+
+def write_shapes(config: ShapesConfig, folder: Path) -> dict[Split, ShardSet]:
+    """Write the training and the held-out set into the folders ``train`` and ``held_out``.
+
+    Raises:
+        UserError: A folder holds another set, or cannot be written.
+    """
+    return {
+        "train": _write_split(config, "train", config.train_samples, folder / "train"),
+        "held_out": _write_split(config, "held_out", config.held_out_samples, folder / "held_out"),
+    }
+
+
+def make_sample(config: ShapesConfig, split: Split, index: int) -> Sample:
+    """Sample ``index`` of a split, a function of the seed and the index alone."""
+    scene = scene_at(config, split, index)
+    block, place = divmod(index, _WORDS_BLOCK)
+    words = _words(config.seed, _own_slot(split, block))[place]
+    return {
+        KEY: f"{index:09d}",
+        "png": _png(scene, config.image_size),
+        "txt": caption(scene, words),
+        "json": scene.to_json(),
+    }
+
+
+def scene_at(config: ShapesConfig, split: Split, index: int) -> Scene:
+    """The scene of a sample: each round through the split's scenes is in an order of its own."""
+    scenes = all_scenes(config.objects, split)
+    turn, place = divmod(index, len(scenes))
+    return scenes[_scene_order(config.seed, _own_slot(split, turn), len(scenes))[place]]
+
+
+@functools.cache
+def all_scenes(objects: int, split: Split) -> tuple[Scene, ...]:
+    """Every scene of a split; a scene is held out if one of its figures is, on its background."""
+    placements = [(position,) for position in POSITIONS] if objects == 1 else list(RELATIONS.values())
+    looks = list(product(SHAPES, COLOURS, SIZES))
+    scenes = (
+        Scene(background, tuple(Figure(*look, place) for look, place in zip(drawn, places, strict=True)))
+        for background, places in product(BACKGROUNDS, placements)
+        for drawn in product(looks, repeat=objects)
+    )
+    return tuple(scene for scene in scenes if _is_held_out(scene) == (split == "held_out"))
+
+
+def render(scene: Scene, pixels: int) -> UInt8[NDArray[np.uint8], "height width 3"]:
+    """Draw a scene, anti-aliased, ``pixels`` high and wide."""
+    canvas = np.empty((pixels, pixels, 3), np.float32)
+    canvas[:] = BACKGROUNDS[scene.background]
+    for figure in scene.figures:
+        cover = coverage(figure.shape, figure.size, figure.position, pixels)[..., None]
+        canvas += cover * (np.array(COLOURS[figure.colour], np.float32) - canvas)
+    return np.rint(canvas).astype(np.uint8)
+
+
+@functools.cache
+def coverage(
+    shape: str, size: str, position: str, pixels: int
+) -> Float32[NDArray[np.float32], "height width"]:
+    """Which share of each pixel a figure covers, 0 to 1."""
+    side = pixels * _SUPERSAMPLING
+    image = Image.new("L", (side, side))
+    draw = ImageDraw.Draw(image)
+    x, y = POSITIONS[position]
+    outline = [((x + dx) * side, (y + dy) * side) for dx, dy in _outline(shape, SIZES[size])]
+    draw.polygon(outline, fill=255)
+    return np.divide(np.asarray(image.reduce(_SUPERSAMPLING)), 255, dtype=np.float32)
+
+
+def caption(scene: Scene, words: Sequence[int]) -> str:
+    """Say the whole of a scene in words that ``words``, two random integers, choose."""
+    if len(scene.figures) == 1:
+        return _caption_of_one(scene, words)
+    return _caption_of_two(scene, words)
+
+
+# Sizes come before colours, so that "a" is right before every figure; backgrounds all start with a consonant.
+_ONE_FIGURE = (
+    "a {size} {colour} {shape} {place} on a {background} background",
+    "a {size} {colour} {shape} {place}, {background} background",
+    "a {size} {colour} {shape} on a {background} background, {place}",
+    "a {background} background with a {size} {colour} {shape} {place}",
+    "{place}, a {size} {colour} {shape} on {background}",
+    "{place} of a {background} picture, a {size} {colour} {shape}",
+    "one {size} {colour} {shape} {place} of a {background} image",
+    "a picture of a {size} {colour} {shape} {place} on {background}",
+    "there is a {size} {colour} {shape} {place} on a {background} background",
+    "a {size} {shape} in {colour}, {place}, on a {background} background",
+    "on a {background} background, a {size} {colour} {shape} {place}",
+    "a {shape} {place}, {size} and {colour}, on {background}",
+    "a {colour} {shape}, {size}, {place}, on a {background} background",
+    "the {shape} {place} is {size} and {colour}, the background is {background}",
+)
+_TWO_FIGURES = (
+    "{first} {relation} {second} on a {background} background",
+    "{first} {relation} {second}, {background} background",
+    "on {background}, {first} {relation} {second}",
+    "a {background} background with {first} {relation} {second}",
+    "{first} is {relation} {second} on {background}",
+    "there is {first} {relation} {second} on {background}",
+)
+_SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
+_SHAPE_WORDS = {
+    "circle": ("circle", "disk"),
+    "square": ("square", "box"),
+    "triangle": ("triangle",),
+    "star": ("star",),
+}
+_ROW_WORDS = {"top": ("top", "upper"), "bottom": ("bottom", "lower")}
+_RELATION_WORDS = {
+    "left of": (("to the left of", "left of"), ("to the right of", "right of")),
+    "above": (("above", "over"), ("below", "under")),
+}
+"""How the first figure lies to the second, and how the second lies to the first."""
+
+
+def _caption_of_one(scene: Scene, words: Sequence[int]) -> str:
+    figure = scene.figures[0]
+    template, rest = _choose(_ONE_FIGURE, words[0])
+    size, shape, rest = _size_and_shape(figure, rest)
+    place, _ = _choose(_place_words(figure.position), words[1])
+    text = template.format(
+        size=size, colour=figure.colour, shape=shape, place=place, background=scene.background
+    )
+    return text.replace("a orange", "an orange")
+
+
+def _caption_of_two(scene: Scene, words: Sequence[int]) -> str:
+    template, rest = _choose(_TWO_FIGURES, words[0])
+    is_reversed, rest = _choose((False, True), rest)
+    forward, backward = _RELATION_WORDS[scene.relation]
+    relation, _ = _choose(backward if is_reversed else forward, rest)
+    described: list[str] = []
+    rest = words[1]
+    for figure in scene.figures[::-1] if is_reversed else scene.figures:
+        size, shape, rest = _size_and_shape(figure, rest)
+        described.append(f"a {size} {figure.colour} {shape}")
+    return template.format(
+        first=described[0], second=described[1], relation=relation, background=scene.background
+    )
+
+
+def _size_and_shape(figure: Figure, word: int) -> tuple[str, str, int]:
+    size, rest = _choose(_SIZE_WORDS[figure.size], word)
+    shape, rest = _choose(_SHAPE_WORDS[figure.shape], rest)
+    return size, shape, rest
+
+
+def _place_words(position: str) -> tuple[str, ...]:
+    row, column = position.split()
+    if position == "middle center":
+        return "in the middle", "in the center"
+    if row == "middle":
+        return f"on the {column}", f"at the {column} side"
+    if column == "center":
+        return f"at the {row}", f"in the {row} center"
+    return (*(f"in the {word} {column}" for word in _ROW_WORDS[row]), f"in the {row} {column} corner")
+
+
+def _choose(choices: Sequence[Any], word: int) -> tuple[Any, int]:
+    """One of the choices, and what is left of the random integer for the next choice."""
+    rest, choice = divmod(word, len(choices))
+    return choices[choice], rest
+
+
+def _outline(shape: str, radius: float) -> list[tuple[float, float]]:
+    """Corners around the centre; the factors give the shapes about the same area."""
+    if shape == "circle":
+        return _regular(120, radius)
+    if shape == "square":
+        side = 0.9 * radius
+        return [(-side, -side), (side, -side), (side, side), (-side, side)]
+    if shape == "triangle":
+        # To the eye its centre lies between the centre of mass and the one of the bounding box.
+        return [(dx, dy + 0.15 * radius) for dx, dy in _regular(3, 1.25 * radius)]
+    points, notches = _regular(5, 1.25 * radius), _regular(5, 0.58 * radius, turn=math.pi / 5)
+    return [corner for pair in zip(points, notches, strict=True) for corner in pair]
+
+
+def _regular(corners: int, radius: float, turn: float = 0.0) -> list[tuple[float, float]]:
+    """A regular polygon whose first corner points up, clockwise."""
+    angles = [turn + 2 * math.pi * corner / corners for corner in range(corners)]
+    return [(radius * math.sin(angle), -radius * math.cos(angle)) for angle in angles]
+
+
+def _is_held_out(scene: Scene) -> bool:
+    """A Latin pattern: a seventh of the combinations, yet every pair of attributes is left in training."""
+    background = list(BACKGROUNDS).index(scene.background)
+    return any(
+        (2 * SHAPES.index(figure.shape) + 3 * list(COLOURS).index(figure.colour) + background) % 7 == 0
+        for figure in scene.figures
+    )
+
+
+def _own_slot(split: Split, number: int) -> int:
+    """The splits share a seed but no random numbers."""
+    return 2 * number + (split == "held_out")
+
+
+@functools.lru_cache(maxsize=4)
+def _words(seed: int, slot: int) -> list[list[int]]:
+    """The two random integers of each caption of a block; drawn together, they cost next to nothing."""
+    return integers(seed, Purpose.CAPTION, slot, 2 * _WORDS_BLOCK).reshape(-1, 2).tolist()
+
+
+@functools.lru_cache(maxsize=4)
+def _scene_order(seed: int, slot: int, scenes: int) -> list[int]:
+    return permutation(seed, Purpose.SCENE, slot, scenes).tolist()
+
+
+@functools.cache
+def _png(scene: Scene, pixels: int) -> bytes:
+    """A scene's file; cached, since it comes again with other words."""
+    with io.BytesIO() as file:
+        Image.fromarray(render(scene, pixels)).save(file, format="PNG")
+        return file.getvalue()
+
+
+def _write_split(config: ShapesConfig, split: Split, samples: int, folder: Path) -> ShardSet:
+    def made(numbers: range) -> Iterator[Sample]:
+        return (make_sample(config, split, number) for number in numbers)
+
+    recipes = [
+        ShardRecipe(shard_name(number), len(numbers), functools.partial(made, numbers))
+        for number, first in enumerate(range(0, samples, config.shard_size))
+        for numbers in [range(first, min(first + config.shard_size, samples))]
+    ]
+    meta = {
+        "content": "images",
+        "image_size": config.image_size,
+        "source": {"name": "shapes", "split": split, "config": config.model_dump(mode="json")},
+    }
+    return write_shard_set(folder, meta, recipes, title=f"drawing {split.replace('_', '-')} scenes")

@@ -1,0 +1,276 @@
+"""The endless, exactly resumable stream of batches that a rank trains on."""
+
+import functools
+import itertools
+import multiprocessing
+import pickle
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+from jaxtyping import Int64
+from numpy.typing import NDArray
+from pydantic import Field
+
+from vqd_scale.core.config import Config
+from vqd_scale.core.errors import UserError
+from vqd_scale.data.index import ShardSet
+from vqd_scale.data.plan import Plan, owned_lanes
+from vqd_scale.data.quarantine import Quarantine
+from vqd_scale.data.samples import Columns, SampleKind
+from vqd_scale.data.shards import ShardReader
+
+BatchType = TypeVar("BatchType")
+
+OPEN_SHARDS = 64
+"""At least so many shards a reader keeps open, tables included; two per lane where there are more lanes."""
+
+
+class StreamConfig(Config):
+    """What is read, and in which order.
+
+    Attributes:
+        path: Folder of the shards.
+        lanes: Global batch: every batch takes one sample from each lane. Part of the order, as the window is.
+        shuffle_window: Over how many neighbours of its lane a sample may be moved.
+        workers: Reading processes per rank; 0 reads in a thread of the rank's own. Not part of the order.
+        prefetch: Batches read ahead.
+        max_bad_share: Which share of an epoch may be unusable before the run stops.
+    """
+
+    path: Path
+    lanes: int = Field(default=128, ge=1)
+    shuffle_window: int = Field(default=256, ge=1)
+    workers: int = Field(default=0, ge=0, le=64)
+    prefetch: int = Field(default=4, ge=1)
+    max_bad_share: float = Field(default=0.01, ge=0, le=1)
+
+
+class Stream(Generic[BatchType]):
+    """This rank's part of the global batches, from a cursor on, for ever.
+
+    Global batch k holds slots ``k * lanes`` to ``(k + 1) * lanes - 1`` and is the same at any number of ranks
+    and workers: rank r's part is the slots of its lanes, and the ranks' parts one after the other are the
+    batch. A sample that cannot be used keeps its slot with ``valid`` false and is reported to the quarantine.
+
+    Args:
+        config: What is read, and in which order.
+        kind: What the samples are.
+        seed: The run's seed.
+        rank: This rank.
+        ranks: Number of ranks; divides the lanes.
+        cursor: Global slots consumed before; a multiple of the lanes.
+        quarantine: This rank's report of bad samples.
+
+    Raises:
+        UserError: The set cannot be opened, the ranks do not divide the lanes, or the cursor was reached with
+            another number of lanes; while iterating, if too many samples are bad or a shard is damaged.
+    """
+
+    def __init__(
+        self,
+        config: StreamConfig,
+        kind: SampleKind[BatchType],
+        *,
+        seed: int,
+        rank: int,
+        ranks: int,
+        cursor: int,
+        quarantine: Path,
+    ) -> None:
+        if cursor % config.lanes:
+            raise UserError(
+                f"{config.path}: cannot go on from slot {cursor} with lanes={config.lanes}, which does not "
+                "divide it; set lanes to what the run began with."
+            )
+        self.shards = ShardSet.open(config.path)
+        self._config = config
+        self._kind = kind
+        self._seed = seed
+        self._lanes = owned_lanes(config.lanes, rank, ranks)
+        self._tolerated = config.max_bad_share * self.shards.count / ranks
+        self._cursor = cursor
+        self._quarantine = Quarantine(quarantine)
+
+    def __iter__(self) -> Generator[BatchType]:
+        """Batches for ever; closing the iterator ends its thread or processes."""
+        workers = min(self._config.workers, len(self._lanes))
+        bad_by_epoch = Counter[int]()
+        with closing(self._read_ahead(workers)) as parts:
+            while True:
+                group = [next(parts) for _ in range(max(1, workers))]
+                for bad in (bad for part in group for bad in part.bad):
+                    bad_by_epoch[bad.epoch] += 1
+                    self._report(bad, bad_by_epoch[bad.epoch])
+                yield self._kind.batch(_joined([part.columns for part in group]))
+
+    def _read_ahead(self, workers: int) -> "Generator[_Part]":
+        lanes = np.array_split(np.asarray(self._lanes, dtype=np.int64), max(1, workers))
+        readers = [
+            _PartReader(self.shards, self._config, self._kind, self._seed, self._cursor + own)
+            for own in lanes
+        ]
+        if workers == 0:
+            return _in_thread(readers[0], self._config.prefetch)
+        return _in_processes(readers, self._config.prefetch)
+
+    def _report(self, bad: "_Bad", count: int) -> None:
+        self._quarantine.add(bad.shard, bad.key, bad.reason)
+        if count > self._tolerated:
+            raise UserError(
+                f"{self.shards.folder}: more than max_bad_share={self._config.max_bad_share} of the samples "
+                f"cannot be used; '{bad.key}' for one {bad.reason}; {self._quarantine.path} lists them."
+            )
+
+
+@dataclass(frozen=True)
+class _Bad:
+    epoch: int
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The rows of a batch that one reader read."""
+
+    columns: Columns
+    bad: list[_Bad]
+
+
+@dataclass(frozen=True)
+class _PartReader:
+    """One reader's part of every global batch, its ``slots`` being those of the first; picklable."""
+
+    shards: ShardSet
+    config: StreamConfig
+    kind: SampleKind[object]
+    seed: int
+    slots: Int64[NDArray[np.int64], " slots"]
+
+    def __call__(self) -> Iterator[_Part]:
+        counts = [shard.count for shard in self.shards.shards]
+        plan = Plan(counts, self.config.lanes, self.config.shuffle_window, self.seed)
+        open_shard = functools.lru_cache(max(OPEN_SHARDS, 2 * len(self.slots)))(self._open)
+        slots = self.slots
+        while True:
+            yield self._read(plan, open_shard, slots)
+            slots = slots + self.config.lanes
+
+    def _open(self, number: int) -> ShardReader:
+        return ShardReader(self.shards.shards[number])
+
+    def _read(
+        self, plan: Plan, open_shard: Callable[[int], ShardReader], slots: Int64[NDArray[np.int64], " slots"]
+    ) -> _Part:
+        found = plan.locate(slots)
+        places = [
+            (open_shard(shard), member)
+            for shard, member in zip(found.shards.tolist(), found.members.tolist(), strict=True)
+        ]
+        columns, bad = self.kind.read(places)
+        valid = np.ones(len(slots), np.bool_)
+        valid[list(bad)] = False
+        keys = np.array([reader.key(member) for reader, member in places], dtype=np.object_)
+        reports = [
+            _Bad(int(found.epochs[row]), places[row][0].shard.path.name, keys[row], reason)
+            for row, reason in bad.items()
+        ]
+        return _Part({**columns, "slots": slots, "valid": valid, "keys": keys}, reports)
+
+
+def _joined(parts: Sequence[Columns]) -> Columns:
+    if len(parts) == 1:
+        return parts[0]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _in_thread(reader: _PartReader, depth: int) -> Generator[_Part]:
+    """The reader's parts, read ahead in a thread; what it raises is raised here."""
+    ready: queue.Queue[_Part | Exception] = queue.Queue(depth)
+    is_closed = threading.Event()
+
+    def offer(item: _Part | Exception) -> None:
+        while not is_closed.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return
+
+    def produce() -> None:
+        # Whatever it is, it belongs to the consumer: dying here would leave the consumer waiting for ever.
+        try:
+            for part in reader():
+                offer(part)
+                if is_closed.is_set():
+                    return
+        except Exception as error:  # noqa: BLE001
+            offer(error)
+
+    thread = threading.Thread(target=produce, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        is_closed.set()
+        thread.join()
+
+
+def _in_processes(readers: Sequence[_PartReader], depth: int) -> Generator[_Part]:
+    """The readers' parts, each reader in a process: the first one's of a batch, then the second one's."""
+    # Spawned, since neither S3 clients nor the threads of torch survive a fork.
+    context = multiprocessing.get_context("spawn")
+    connections: list[Connection] = []
+    processes: list[BaseProcess] = []
+    try:
+        for reader in readers:
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_serve, args=(reader, depth, theirs), daemon=True)
+            process.start()
+            # With this end open in one process only, its death is an end of file and not an endless wait.
+            theirs.close()
+            connections.append(ours)
+            processes.append(process)
+        for connection in itertools.cycle(connections):
+            yield _received(connection)
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+        for connection in connections:
+            connection.close()
+
+
+def _serve(reader: _PartReader, depth: int, connection: Connection) -> None:
+    """A reading process: reads ahead in a thread, and sends."""
+    try:
+        for part in _in_thread(reader, depth):
+            # Not connection.send: it would share tensors through file descriptors; these bytes are arrays.
+            connection.send_bytes(pickle.dumps(part))
+    except UserError as error:
+        connection.send_bytes(pickle.dumps(error))
+
+
+def _received(connection: Connection) -> _Part:
+    try:
+        item = pickle.loads(connection.recv_bytes())  # noqa: S301 - sent by our own process
+    except EOFError:
+        raise RuntimeError("a reading process died; what it printed above says why") from None
+    if isinstance(item, UserError):
+        raise item
+    return item

@@ -1,0 +1,390 @@
+"""The training objective: the variational bound by the closed-form KL, and the auxiliary x_0 term.
+
+Three numbers per token carry everything the loss needs from a row of logits: log p(x_0), log p(x_t), and one
+sum over the codes. They are computed chunk by chunk, and computed again in backward, so that the logits
+[batch, length, codes] never exist as a whole. What follows them is ordinary differentiable arithmetic on
+[batch, length] tensors. ``docs/maths.md`` derives the formulas; `dense.divergence` is their slow twin.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from vqd_scale.core.config import Config
+from vqd_scale.core.errors import UserError
+from vqd_scale.diffusion.schedule import Rates
+from vqd_scale.diffusion.transition import MaskAndReplace, PosteriorRates, posterior_rates
+
+# Elements of a chunk of logits: what stays in a CPU's cache, and what fills a GPU.
+_CHUNK_ON_CPU = 2**19
+_CHUNK_ON_GPU = 2**26
+# Logarithms of rates that are zero, and of ratios with them: finite, so that zero times them is zero.
+_LOG_ZERO = -600.0
+_LOG_HUGE = 80.0
+
+
+class ObjectiveConfig(Config):
+    """Weights of the objective's terms.
+
+    Attributes:
+        auxiliary_weight: Weight of the cross entropy of x_0 (VQ-Diffusion: 5e-4 for text, 1e-3 for classes).
+        adaptive_auxiliary: Multiply that weight by ``2 - t / T``, as the released code does.
+        mask_weight: Weight of the KL of masked tokens; the decoder term at t = 0 is never weighted.
+        visible_weight: Weight of the KL of visible tokens.
+        check_values: Look at every batch's tokens, times and losses, which waits for the device each step.
+    """
+
+    auxiliary_weight: float = Field(default=0.0005, ge=0)
+    adaptive_auxiliary: bool = True
+    mask_weight: float = Field(default=1.0, ge=0)
+    visible_weight: float = Field(default=1.0, ge=0)
+    check_values: bool = False
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """What a batch of images costs, in nats per token, and how well x_0 is read.
+
+    Attributes:
+        loss_per_image: Differentiable: (weighted KL or decoder term, plus the auxiliary term). Divided by
+            p(t) and averaged over images it estimates the bound per token, a sum over all T times.
+        vlb_per_image: The unweighted KL or decoder term alone, detached.
+        cross_entropy_per_image: -log p(x_0 | x_t) over all tokens, detached.
+        masked_correct: How many masked tokens' most likely code is x_0.
+        masked_count: How many tokens are masked.
+        visible_correct: How many visible tokens' most likely code is x_0.
+        visible_count: How many tokens are visible.
+    """
+
+    loss_per_image: Float[Tensor, " batch"]
+    vlb_per_image: Float[Tensor, " batch"]
+    cross_entropy_per_image: Float[Tensor, " batch"]
+    masked_correct: Float[Tensor, " batch"]
+    masked_count: Float[Tensor, " batch"]
+    visible_correct: Float[Tensor, " batch"]
+    visible_count: Float[Tensor, " batch"]
+
+
+class Objective:
+    """Bound plus auxiliary term (VQ-Diffusion, sections 4.1 and 4.2), from the last hidden layer.
+
+    Call it inside the network's own forward: under ZeRO-3 the head's weight is empty elsewhere.
+    """
+
+    def __init__(self, transition: MaskAndReplace, config: ObjectiveConfig) -> None:
+        self.transition = transition
+        self.config = config
+
+    def __call__(
+        self,
+        hidden: Float[Tensor, "batch length width"],
+        weight: Float[Tensor, "codes width"],
+        bias: Float[Tensor, " codes"] | None,
+        tokens: Int[Tensor, "batch length"],
+        noisy: Int[Tensor, "batch length"],
+        t: Int[Tensor, " batch"],
+    ) -> ObjectiveOutput:
+        """The objective of ``logits = hidden @ weight.T + bias``, which are never stored.
+
+        Args:
+            hidden: The network's last layer, any float dtype; the sums run in float32 (float64 for float64).
+            weight: The head's weight.
+            bias: The head's bias.
+            tokens: x_0, int64, 0 to K-1.
+            noisy: x_t, int64, 0 to K.
+            t: int64, 0 to T-1.
+
+        Raises:
+            UserError: The head has another number of codes than the schedule; with ``check_values`` also a
+                token or time out of range, or a loss that is not finite.
+        """
+        self.transition.check_codes(weight.shape[0], "the network's head")
+        return self._evaluate(hidden, weight, bias, tokens, noisy, t)
+
+    def from_logits(
+        self,
+        logits: Float[Tensor, "batch length codes"],
+        tokens: Int[Tensor, "batch length"],
+        noisy: Int[Tensor, "batch length"],
+        t: Int[Tensor, " batch"],
+    ) -> ObjectiveOutput:
+        """The objective of logits that exist already, from a head that is no linear layer.
+
+        Args:
+            logits: Unnormalised, any float dtype.
+            tokens: x_0, int64, 0 to K-1.
+            noisy: x_t, int64, 0 to K.
+            t: int64, 0 to T-1.
+
+        Raises:
+            UserError: As when called.
+        """
+        self.transition.check_codes(logits.shape[-1], "the logits")
+        return self._evaluate(logits, None, None, tokens, noisy, t)
+
+    def _evaluate(
+        self,
+        hidden: Float[Tensor, "batch length width"],
+        weight: Float[Tensor, "codes width"] | None,
+        bias: Float[Tensor, " codes"] | None,
+        tokens: Int[Tensor, "batch length"],
+        noisy: Int[Tensor, "batch length"],
+        t: Int[Tensor, " batch"],
+    ) -> ObjectiveOutput:
+        if self.config.check_values:
+            self.transition.check_tokens(tokens, masks_allowed=False)
+            self.transition.check_tokens(noisy, masks_allowed=True)
+            self.transition.check_times(t)
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        case = _Case.of(self.transition.rates_on(tokens.device), tokens, noisy, t, dtype)
+        flat = _Statistics.apply(
+            hidden.flatten(0, 1),
+            weight,
+            bias,
+            tokens.flatten(),
+            case.seen.flatten(),
+            case.reach.flatten(),
+            (case.log_match - case.log_spread).flatten(),
+        )
+        log_true, log_seen, code_sum, correct = (part.view_as(tokens) for part in flat)
+        divergence = case.divergence(log_true, log_seen, code_sum)
+        if self.config.check_values and not bool(divergence.isfinite().all()):
+            image = int((~divergence.isfinite().all(-1)).nonzero()[0])
+            raise UserError(
+                f"the loss of image {image} of the batch (t = {int(t[image])}) is not finite: the network's "
+                "output holds NaN or infinity; lower the learning rate or look for the layer that overflows."
+            )
+        token_weight = torch.where(case.masked, self.config.mask_weight, self.config.visible_weight)
+        token_weight = torch.where((t == 0)[:, None], 1.0, token_weight)
+        adaptive = 2 - t / self.transition.steps if self.config.adaptive_auxiliary else torch.ones_like(t)
+        auxiliary = self.config.auxiliary_weight * adaptive.to(dtype)[:, None]
+        loss = token_weight.to(dtype) * divergence - auxiliary * log_true
+        return ObjectiveOutput(
+            loss_per_image=loss.mean(-1),
+            vlb_per_image=divergence.detach().mean(-1),
+            cross_entropy_per_image=-log_true.detach().mean(-1),
+            masked_correct=(correct & case.masked).sum(-1).to(dtype),
+            masked_count=case.masked.sum(-1).to(dtype),
+            visible_correct=(correct & ~case.masked).sum(-1).to(dtype),
+            visible_count=(~case.masked).sum(-1).to(dtype),
+        )
+
+
+def sums_by_time(
+    t: Int[Tensor, " batch"], values: Float[Tensor, " batch"], steps: int, bins: int
+) -> tuple[Float[Tensor, " bins"], Float[Tensor, " bins"]]:
+    """Sums and counts of per-image values in equal bins of time, float64, ready to be added up over ranks."""
+    place = t * bins // steps
+    zeros = torch.zeros(bins, dtype=torch.float64, device=t.device)
+    return zeros.index_add(0, place, values.double()), zeros.index_add(
+        0, place, torch.ones_like(place).double()
+    )
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A batch's tokens and the coefficients of their KL: [batch, length], or [batch, 1] of t alone.
+
+    With p = p(x_0 | x_t), every code but a visible x_t itself has ``p(x_{t-1} = k) = match p_k + spread V``,
+    ``V = 1 - (1 - reach) p(x_t)``; a mask takes reach = 1 and so V = 1. See `PosteriorRates`.
+    """
+
+    codes: int
+    tokens: Int[Tensor, "batch length"]
+    seen: Int[Tensor, "batch length"]
+    masked: Bool[Tensor, "batch length"]
+    kept: Bool[Tensor, "batch length"]
+    reach: Float[Tensor, "batch length"]
+    log_match: Float[Tensor, "batch length"]
+    log_spread: Float[Tensor, "batch length"]
+    rates: PosteriorRates
+
+    @staticmethod
+    def of(
+        rates: Rates,
+        tokens: Int[Tensor, "batch length"],
+        noisy: Int[Tensor, "batch length"],
+        t: Int[Tensor, " batch"],
+        dtype: torch.dtype,
+    ) -> "_Case":
+        coefficients = posterior_rates(rates, t[:, None], t[:, None] - 1)
+        masked = noisy == rates.codes
+        match = torch.where(masked, coefficients.masked_match, coefficients.other_match)
+        spread = torch.where(masked, coefficients.masked_spread, coefficients.other_spread)
+        return _Case(
+            codes=rates.codes,
+            tokens=tokens,
+            seen=noisy.clamp(max=rates.codes - 1),
+            masked=masked,
+            kept=noisy == tokens,
+            reach=torch.where(masked, 1.0, coefficients.reach).to(dtype),
+            log_match=_log(match).to(dtype),
+            log_spread=_log(spread).to(dtype),
+            rates=coefficients,
+        )
+
+    def divergence(
+        self,
+        log_true: Float[Tensor, "batch length"],
+        log_seen: Float[Tensor, "batch length"],
+        code_sum: Float[Tensor, "batch length"],
+    ) -> Float[Tensor, "batch length"]:
+        """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), nats per token; at t = 0 it is the decoder term.
+
+        The states are of three kinds: x_0 (or a visible x_t that equals it), a visible x_t that does not, and
+        the rest, whose logarithms ``code_sum`` adds up. A masked state has the same chance on both sides.
+        """
+        rates = self.rates
+        log_share = _log_share(self.reach, log_seen)
+        log_spread = self.log_spread + log_share
+        log_true_code = torch.logaddexp(self.log_match + log_true, log_spread)
+        log_seen_code = torch.logaddexp(self.log_match + log_seen, log_spread)
+        log_stay = torch.logaddexp(
+            _log(rates.stay_match).to(log_seen) + log_seen, _log(rates.stay_spread).to(log_seen) + log_share
+        )
+        moved = ~self.masked & ~self.kept
+        stays = rates.stay_match + rates.stay_spread * rates.reach
+        leaves = torch.where(
+            self.masked, rates.masked_match + rates.masked_spread, rates.other_match + rates.other_spread
+        )
+        rest = torch.where(
+            self.masked,
+            rates.masked_spread,
+            rates.other_spread * torch.where(self.kept, rates.reach, 1.0),
+        )
+        log_rest = torch.where(self.kept, _log(rates.reach), 0.0).to(log_share)
+        code_sum = (
+            code_sum
+            - torch.where(self.kept, 0.0, log_true_code - log_spread)
+            - torch.where(self.masked, 0.0, log_seen_code - log_spread)
+        )
+        rest_codes = self.codes - 1 - moved.long()
+        return (
+            _cross(torch.where(self.kept, stays, leaves), torch.where(self.kept, log_stay, log_true_code))
+            + _cross(torch.where(moved, rates.stay_spread, 0.0), log_stay)
+            - rest.to(code_sum) * (rest_codes * (log_share - log_rest) + code_sum)
+        )
+
+
+def _cross(
+    chance: Float[Tensor, "batch length"], log_model: Float[Tensor, "batch length"]
+) -> Float[Tensor, "batch length"]:
+    """One state's part of a KL: chance · (log chance - log model)."""
+    return torch.xlogy(chance, chance).to(log_model) - chance.to(log_model) * log_model
+
+
+def _log(chance: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
+    return chance.log().clamp(min=_LOG_ZERO)
+
+
+def _log_share(
+    reach: Float[Tensor, " *shape"], log_seen: Float[Tensor, " *shape"]
+) -> Float[Tensor, " *shape"]:
+    """Log V = log(1 - (1 - reach) p(x_t)), what of p could have become the visible x_t by replacement."""
+    share = reach * log_seen.exp() - torch.expm1(log_seen)
+    return share.clamp(min=torch.finfo(share.dtype).tiny).log()
+
+
+def _code_ratio(
+    log_ratio: Float[Tensor, " tokens"], reach: Float[Tensor, " tokens"], log_seen: Float[Tensor, " tokens"]
+) -> Float[Tensor, " tokens"]:
+    """γ in ``p(x_{t-1} = k) = spread V (1 + γ p_k)``: match / (spread V)."""
+    return (log_ratio - _log_share(reach, log_seen)).clamp(max=_LOG_HUGE).exp()
+
+
+class _Statistics(torch.autograd.Function):
+    """log p(x_0), log p(x_t), Σ log(1 + γ p_k) and "x_0 is the likeliest code" of every token.
+
+    Backward gets another factor for every image, and the weight's gradient mixes images: no gradient can be
+    prepared in forward without keeping one per image. Computing a chunk's logits again is exact and cheaper.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - autograd's context has no public type
+        hidden: Float[Tensor, "tokens width"],
+        weight: Float[Tensor, "codes width"] | None,
+        bias: Float[Tensor, " codes"] | None,
+        true: Int[Tensor, " tokens"],
+        seen: Int[Tensor, " tokens"],
+        reach: Float[Tensor, " tokens"],
+        log_ratio: Float[Tensor, " tokens"],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        log_true, log_seen, code_sum = (torch.empty_like(reach) for _ in range(3))
+        correct = torch.empty_like(true, dtype=torch.bool)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows, logits in _chunks(hidden, weight, bias, reach.dtype):
+                probabilities = logits.softmax(-1)
+                at_true, at_seen = true[rows, None], seen[rows, None]
+                believed = probabilities.gather(-1, at_true)
+                rival = probabilities.scatter_(-1, at_true, 0.0).amax(-1, keepdim=True)
+                probabilities.scatter_(-1, at_true, believed)
+                # The largest probability is at least 1/K: its logarithm is exact where others underflow.
+                log_norm = logits.amax(-1, keepdim=True) - torch.maximum(believed, rival).log()
+                log_true[rows] = (logits.gather(-1, at_true) - log_norm).squeeze(-1)
+                log_seen[rows] = (logits.gather(-1, at_seen) - log_norm).squeeze(-1)
+                correct[rows] = (believed > rival).squeeze(-1)
+                ratio = _code_ratio(log_ratio[rows], reach[rows], log_seen[rows])
+                code_sum[rows] = probabilities.mul_(ratio[:, None]).log1p_().sum(-1)
+        ctx.save_for_backward(hidden, weight, bias, true, seen, reach, log_ratio, log_seen)
+        ctx.mark_non_differentiable(correct)
+        return log_true, log_seen, code_sum, correct
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        for_true, for_seen, for_sum, _ = gradients
+        hidden, weight, bias, true, seen, reach, log_ratio, log_seen = ctx.saved_tensors
+        dtype = reach.dtype
+        to_hidden = torch.empty_like(hidden)
+        to_weight = None if weight is None else torch.zeros_like(weight, dtype=dtype)
+        to_bias = None if bias is None else torch.zeros_like(bias, dtype=dtype)
+        ratio = _code_ratio(log_ratio, reach, log_seen)
+        # γ itself depends on p(x_t) where x_t is visible: d log γ / d log p(x_t).
+        slope = (1 - reach) * (log_seen - _log_share(reach, log_seen)).exp()
+        slope = torch.where(ratio < math.exp(_LOG_HUGE), slope, 0.0)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows, logits in _chunks(hidden, weight, bias, dtype):
+                probabilities = logits.softmax(-1)
+                inverse = torch.mul(probabilities, ratio[rows, None]).add_(1).reciprocal_()
+                # d Σ log(1 + γ p_k) / d log p_k = γ p_k / (1 + γ p_k) = 1 - inverse_k
+                total = probabilities.shape[-1] - inverse.sum(-1, keepdim=True)
+                of_true, of_sum = for_true[rows, None], for_sum[rows, None]
+                of_seen = for_seen[rows, None] + of_sum * total * slope[rows, None]
+                to_logits = probabilities.mul_(-(of_true + of_seen + of_sum * total))
+                to_logits.add_(of_sum).addcmul_(inverse, of_sum, value=-1)
+                to_logits.scatter_add_(-1, true[rows, None], of_true)
+                to_logits.scatter_add_(-1, seen[rows, None], of_seen)
+                if weight is None or to_weight is None:
+                    to_hidden[rows] = to_logits
+                    continue
+                to_hidden[rows] = to_logits @ weight.to(dtype)
+                to_weight.addmm_(to_logits.T, hidden[rows].to(dtype))
+                if to_bias is not None:
+                    to_bias += to_logits.sum(0)
+        to_weight = None if weight is None or to_weight is None else to_weight.to(weight.dtype)
+        to_bias = None if bias is None or to_bias is None else to_bias.to(bias.dtype)
+        return to_hidden, to_weight, to_bias, None, None, None, None
+
+
+def _chunks(
+    hidden: Float[Tensor, "tokens width"],
+    weight: Float[Tensor, "codes width"] | None,
+    bias: Float[Tensor, " codes"] | None,
+    dtype: torch.dtype,
+) -> Iterator[tuple[slice, Float[Tensor, "chunk codes"]]]:
+    """Logits of some tokens at a time; without a head ``hidden`` is the logits."""
+    codes = hidden.shape[-1] if weight is None else weight.shape[0]
+    budget = _CHUNK_ON_CPU if hidden.device.type == "cpu" else _CHUNK_ON_GPU
+    size = max(1, budget // codes)
+    weight = None if weight is None else weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    for first in range(0, len(hidden), size):
+        rows = slice(first, first + size)
+        part = hidden[rows].to(dtype)
+        yield rows, part if weight is None else torch.nn.functional.linear(part, weight, bias)

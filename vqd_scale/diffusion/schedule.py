@@ -1,0 +1,197 @@
+"""How fast tokens are masked and replaced: the constants of the forward chain, and its rates in float64.
+
+Time ``t`` is 0-based: at ``t = 0`` one step of noise was added, and ``-1`` is the clean image.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor
+from typing_extensions import Self
+
+from vqd_scale.core.config import Config
+
+
+@dataclass(frozen=True)
+class Chances:
+    """What happens to a code between two times: it is kept, redrawn uniformly, or masked.
+
+    The three are float64 tensors of one shape and add up to one. ``replace`` is the whole chance of a redraw
+    (K times the papers' β); a redraw may give the same code again. A masked token stays masked.
+    """
+
+    keep: Float[Tensor, " *times"]
+    replace: Float[Tensor, " *times"]
+    mask: Float[Tensor, " *times"]
+
+
+class Released(Config):
+    """The constants in the public checkpoints: all but mask-only, as ``replace`` is 1e-6 at every time.
+
+    Source: the code released with VQ-Diffusion; the paper describes `Paper` instead.
+    """
+
+    kind: Literal["released"] = "released"
+    steps: int = Field(default=100, ge=2)
+    keep_first: float = Field(default=0.99999, gt=0, lt=1)
+    keep_last: float = Field(default=0.000009, gt=0, lt=1)
+    mask_first: float = Field(default=0.000009, gt=0, lt=1)
+    mask_last: float = Field(default=0.99999, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _rates_are_a_chain(self) -> Self:
+        if self.keep_first + self.mask_first > 1 or self.keep_last + self.mask_last > 1:
+            raise ValueError("keep and mask exceed 1 together; lower one of them")
+        if self.keep_last >= self.keep_first or self.mask_last <= self.mask_first:
+            raise ValueError("keep must fall and mask must rise from the first step to the last")
+        return self
+
+    @property
+    def prior_mask(self) -> float:
+        """The masked share of x_T; the reference starts from nothing but masks."""
+        return 1.0
+
+    def cumulative(self) -> Chances:
+        """From the clean image to each t, shape [steps]: two straight lines (VQ-Diffusion, section 4.1)."""
+        fraction = torch.arange(self.steps, dtype=torch.float64) / (self.steps - 1)
+        keep = self.keep_first + fraction * (self.keep_last - self.keep_first)
+        mask = self.mask_first + fraction * (self.mask_last - self.mask_first)
+        return Chances(keep, 1 - keep - mask, mask)
+
+
+class Paper(Config):
+    """The schedule of the VQ-Diffusion paper: mask 0 → ``mask_rate``, replace 0 → the rest.
+
+    ``mask_rate`` 1 only masks, 0 only replaces: the paper's ablation.
+    """
+
+    kind: Literal["paper"] = "paper"
+    steps: int = Field(default=100, ge=1)
+    mask_rate: float = Field(default=0.9, ge=0, le=1)
+
+    @property
+    def replace_rate(self) -> float:
+        """The chance of a redraw at the last time."""
+        return 1 - self.mask_rate
+
+    @property
+    def prior_mask(self) -> float:
+        """The masked share of x_T."""
+        return self.mask_rate
+
+    def cumulative(self) -> Chances:
+        """From the clean image to each t, shape [steps]."""
+        noise = torch.arange(1, self.steps + 1, dtype=torch.float64) / self.steps
+        return Chances(1 - noise, self.replace_rate * noise, self.mask_rate * noise)
+
+
+class UniformCosine(Config):
+    """VQ-DDM's schedule: no mask, replacement along a squared cosine (its square root, step by step).
+
+    ``offset`` keeps the first steps from being too small; ``least_ratio`` bounds the last one.
+    Source: the code of VQ-DDM (arXiv 2112.01799), after Hoogeboom et al., arXiv 2102.05379.
+    """
+
+    kind: Literal["uniform_cosine"] = "uniform_cosine"
+    steps: int = Field(default=4000, ge=1)
+    offset: float = Field(default=0.008, gt=0)
+    least_ratio: float = Field(default=0.001, gt=0, lt=1)
+
+    @property
+    def prior_mask(self) -> float:
+        """The masked share of x_T."""
+        return 0.0
+
+    def cumulative(self) -> Chances:
+        """From the clean image to each t, shape [steps]."""
+        fraction = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
+        cosine = torch.cos((fraction + self.offset) / (1 + self.offset) * math.pi / 2) ** 2
+        ratio = (cosine[1:] / cosine[:-1]).clamp(self.least_ratio, 1)
+        log_keep = 0.5 * ratio.log().cumsum(0)
+        return Chances(log_keep.exp(), -torch.expm1(log_keep), torch.zeros_like(log_keep))
+
+
+class Absorbing(Config):
+    """Only masks, a straight line from 0 to 1: D3PM's absorbing state, MaskGIT and MDLM in this frame."""
+
+    kind: Literal["absorbing"] = "absorbing"
+    steps: int = Field(default=100, ge=1)
+
+    @property
+    def prior_mask(self) -> float:
+        """The masked share of x_T."""
+        return 1.0
+
+    def cumulative(self) -> Chances:
+        """From the clean image to each t, shape [steps]."""
+        mask = torch.arange(1, self.steps + 1, dtype=torch.float64) / self.steps
+        return Chances(1 - mask, torch.zeros_like(mask), mask)
+
+
+Schedule = Annotated[Released | Paper | UniformCosine | Absorbing, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """A schedule's chances between any two times, float64.
+
+    Attributes:
+        codes: K, how many codes a redraw chooses from.
+        prior_mask: The masked share of x_T; its other tokens are uniform codes.
+        cumulative: From the clean image to time ``index - 1``, shape [steps + 1]. Entry 0 is the clean image
+            itself (keep 1), so that no time needs a special case.
+    """
+
+    codes: int
+    prior_mask: float
+    cumulative: Chances
+
+    @property
+    def steps(self) -> int:
+        """T, the number of noise steps."""
+        return len(self.cumulative.keep) - 1
+
+    def to(self, device: torch.device) -> "Rates":
+        """The same rates on another device."""
+        chances = self.cumulative
+        moved = Chances(chances.keep.to(device), chances.replace.to(device), chances.mask.to(device))
+        return Rates(self.codes, self.prior_mask, moved)
+
+    def at(self, t: "int | Int[Tensor, ' *times']") -> Chances:
+        """From the clean image to ``t``, -1 <= t < T; float64 in the shape of ``t``."""
+        chances = self.cumulative
+        return Chances(chances.keep[t + 1], chances.replace[t + 1], chances.mask[t + 1])
+
+    def between(self, t: "int | Int[Tensor, ' *times']", s: "int | Int[Tensor, ' *times']") -> Chances:
+        """From ``s`` to ``t``, -1 <= s < t < T; float64 in the shape of the times.
+
+        The differences are taken between products of rates, not from 1, so that a tiny ``replace`` keeps its
+        digits.
+        """
+        start, end = self.at(s), self.at(t)
+        visible = start.keep + start.replace
+        replaced = end.replace * start.keep - end.keep * start.replace
+        return Chances(
+            keep=end.keep / start.keep,
+            replace=(replaced / (visible * start.keep)).clamp(min=0),
+            mask=(end.mask - start.mask) / visible,
+        )
+
+
+def rates_of(schedule: Schedule, codes: int) -> Rates:
+    """The rates of ``schedule`` over ``codes`` codes, on the CPU."""
+    chances = schedule.cumulative()
+    identity = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    return Rates(
+        codes=codes,
+        prior_mask=schedule.prior_mask,
+        cumulative=Chances(
+            keep=torch.cat([identity[:1], chances.keep]),
+            replace=torch.cat([identity[1:2], chances.replace]),
+            mask=torch.cat([identity[2:], chances.mask]),
+        ),
+    )

@@ -1,0 +1,262 @@
+"""Mask-and-replace diffusion: the forward chain and its posteriors, in closed form.
+
+K codes 0 to K-1 and the mask, K. Everything here costs O(K) per token; `vqd_scale.diffusion.dense` has the
+same things as products of (K+1) x (K+1) matrices, which the tests compare with. ``docs/maths.md`` derives it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vqd_scale.core.errors import UserError
+from vqd_scale.diffusion.schedule import Rates, Schedule, rates_of
+
+# Stands in for a chance of zero where it divides and the quotient is not used.
+_NEVER = 1e-30
+
+
+@dataclass(frozen=True)
+class PosteriorRates:
+    """The coefficients of q(x_s | x_t, x_0) and of its mixture over p(x_0), float64, for each time asked.
+
+    Where x_t is masked: ``P(k) = masked_match · p_k + masked_spread`` and ``P(mask) = masked_stay``.
+    Where x_t is the code i, with ``V = 1 - (1 - reach) · p_i``:
+    ``P(k) = other_match · p_k + other_spread · V`` for k other than i, and
+    ``P(i) = stay_match · p_i + stay_spread · V``.
+    A known x_0 is the one-hot p.
+    """
+
+    masked_match: Float[Tensor, " *times"]
+    masked_spread: Float[Tensor, " *times"]
+    masked_stay: Float[Tensor, " *times"]
+    other_match: Float[Tensor, " *times"]
+    other_spread: Float[Tensor, " *times"]
+    stay_match: Float[Tensor, " *times"]
+    stay_spread: Float[Tensor, " *times"]
+    reach: Float[Tensor, " *times"]
+
+
+def posterior_rates(
+    rates: Rates, t: "int | Int[Tensor, ' *times']", s: "int | Int[Tensor, ' *times']"
+) -> PosteriorRates:
+    """Bayes' rule for the chain between any two times (VQ-Diffusion eq. 5 and 11).
+
+    Where a schedule never masks or never replaces, some states cannot occur and Bayes' rule says 0/0. Then a
+    mask counts as new in this step, and a visible code stays as it is.
+    """
+    step, start, end = rates.between(t, s), rates.at(s), rates.at(t)
+    codes = rates.codes
+    newly_masked = _ratio(step.mask, end.mask, otherwise=1.0)
+    newly_replaced = _ratio(step.replace, end.replace, otherwise=0.0)
+    same = step.keep + step.replace / codes
+    observed = end.keep + end.replace / codes
+    return PosteriorRates(
+        masked_match=newly_masked * start.keep,
+        masked_spread=newly_masked * start.replace / codes,
+        masked_stay=_ratio(start.mask, end.mask, otherwise=0.0),
+        other_match=newly_replaced * start.keep,
+        other_spread=newly_replaced * start.replace / codes,
+        stay_match=_ratio(same * start.keep, observed, otherwise=1.0),
+        stay_spread=_ratio(same * start.replace, end.replace, otherwise=1.0),
+        reach=_ratio(end.replace / codes, observed, otherwise=0.0),
+    )
+
+
+class MaskAndReplace:
+    """The forward chain of VQ-Diffusion over images of discrete tokens.
+
+    Attributes:
+        codes: K, the number of codes; tokens of an image are 0 to K-1.
+        mask: The mask's token, K.
+        steps: T, the number of noise steps; times run from 0 to T-1, and -1 is the clean image.
+        rates: The schedule's rates, on the CPU.
+
+    Raises:
+        UserError: Fewer than two codes.
+    """
+
+    def __init__(self, schedule: Schedule, codes: int) -> None:
+        if codes < 2:
+            raise UserError(f"codes: given {codes}; a codebook needs at least two codes.")
+        self.codes = codes
+        self.mask = codes
+        self.steps = schedule.steps
+        self.rates = rates_of(schedule, codes)
+        self._rates_on = {torch.device("cpu"): self.rates}
+
+    def rates_on(self, device: torch.device) -> Rates:
+        """The rates on ``device``, copied there once."""
+        if device not in self._rates_on:
+            self._rates_on[device] = self.rates.to(device)
+        return self._rates_on[device]
+
+    def corrupt(
+        self,
+        tokens: Int[Tensor, "batch length"],
+        t: Int[Tensor, " batch"],
+        uniforms: Float[Tensor, "batch length"],
+    ) -> Int[Tensor, "batch length"]:
+        """Draw x_t from q(x_t | x_0), one uniform number per token.
+
+        Args:
+            tokens: x_0, int64, 0 to K-1.
+            t: Times, int64, -1 to T-1; -1 changes nothing.
+            uniforms: In [0, 1). Below float64 the codes that a rare replacement can draw are few.
+
+        Returns:
+            x_t, int64, 0 to K.
+        """
+        chances = self.rates_on(tokens.device).at(t)
+        masked, replaced = chances.mask[:, None], chances.replace[:, None]
+        code = self._uniform_code((uniforms - masked) / replaced.clamp(min=_NEVER))
+        noisy = torch.where(uniforms < masked + replaced, code, tokens)
+        return torch.where(uniforms < masked, self.mask, noisy)
+
+    def prior(self, uniforms: Float[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
+        """Draw x_T from the schedule's prior: masks in its share, else uniform codes.
+
+        Args:
+            uniforms: In [0, 1).
+
+        Returns:
+            x_T, int64, 0 to K.
+        """
+        share = self.rates.prior_mask
+        code = self._uniform_code((uniforms.double() - share) / max(1 - share, _NEVER))
+        return torch.where(uniforms < share, self.mask, code)
+
+    def posterior(
+        self,
+        probabilities: Float[Tensor, "batch length codes"],
+        x_t: Int[Tensor, "batch length"],
+        t: int,
+        s: int,
+    ) -> Float[Tensor, "batch length states"]:
+        """p(x_s | x_t) = Σ q(x_s | x_t, x_0) p(x_0): the mixture over what the network believes.
+
+        Exact for any stride: t - s steps at once are as good as one by one (VQ-Diffusion eq. 11 and
+        its fast inference).
+
+        Args:
+            probabilities: p(x_0 | x_t) over the K codes; rows that do not add up to one (a truncated
+                distribution) give a result scaled alike.
+            x_t: int64, 0 to K.
+            t: The time of ``x_t``, 0 to T-1.
+            s: The time wanted, -1 to t-1.
+
+        Returns:
+            Probabilities over the K codes and, last, the mask; the dtype of ``probabilities``.
+
+        Raises:
+            UserError: The times are out of order or range, or ``probabilities`` has another number of codes.
+        """
+        self._check_posterior(probabilities, t, s)
+        dtype = probabilities.dtype
+        rates = posterior_rates(self.rates_on(x_t.device), t, s)
+        masked = (x_t == self.mask).unsqueeze(-1)
+        total = probabilities.sum(-1, keepdim=True)
+        seen = x_t.clamp(max=self.codes - 1).unsqueeze(-1)
+        believed = probabilities.gather(-1, seen)
+        spread = total - (1 - rates.reach.to(dtype)) * believed
+        match = torch.where(masked, rates.masked_match, rates.other_match).to(dtype)
+        offset = torch.where(masked, rates.masked_spread * total, rates.other_spread * spread).to(dtype)
+        stay = (rates.stay_match * believed + rates.stay_spread * spread).to(dtype)
+        result = torch.empty(*x_t.shape, self.codes + 1, dtype=dtype, device=x_t.device)
+        codes = result[..., :-1]
+        torch.mul(probabilities, match, out=codes).add_(offset)
+        codes.scatter_(-1, seen, torch.where(masked, codes.gather(-1, seen), stay))
+        result[..., -1:] = torch.where(masked, rates.masked_stay * total, 0.0)
+        return result
+
+    def posterior_plug_in(
+        self,
+        probabilities: Float[Tensor, "batch length codes"],
+        x_t: Int[Tensor, "batch length"],
+        t: int,
+        s: int,
+    ) -> Float[Tensor, "batch length states"]:
+        """VQ-DDM's form: p(x_0) put in the place of the one-hot x_0, then renormalised.
+
+        It equals `posterior` where p(x_0) is one-hot or x_t is masked, and differs elsewhere (Hoogeboom et
+        al., arXiv 2102.05379).
+
+        Args:
+            probabilities: p(x_0 | x_t) over the K codes, adding up to one.
+            x_t: int64, 0 to K.
+            t: The time of ``x_t``, 0 to T-1.
+            s: The time wanted, -1 to t-1.
+
+        Returns:
+            Probabilities over the K codes and, last, the mask; the dtype of ``probabilities``.
+
+        Raises:
+            UserError: The times are out of order or range, or ``probabilities`` has another number of codes.
+        """
+        self._check_posterior(probabilities, t, s)
+        dtype = probabilities.dtype
+        rates = self.rates_on(x_t.device)
+        step, start = rates.between(t, s), rates.at(s)
+        masked = (x_t == self.mask).unsqueeze(-1)
+        seen = x_t.clamp(max=self.codes - 1).unsqueeze(-1)
+        # q(x_t | x_s = k) for the observed x_t: a row of the step's matrix.
+        arrival = torch.where(masked, step.mask, step.replace / self.codes).expand(-1, -1, self.codes).clone()
+        arrival.scatter_add_(-1, seen, torch.where(masked, 0.0, step.keep))
+        codes = arrival * (start.keep * probabilities + start.replace / self.codes)
+        joint = torch.cat([codes, torch.where(masked, start.mask, 0.0)], dim=-1)
+        return (joint / joint.sum(-1, keepdim=True)).to(dtype)
+
+    def check_tokens(self, tokens: Int[Tensor, "batch length"], *, masks_allowed: bool) -> None:
+        """Look at the values, which waits for the device: for first batches and debugging.
+
+        Raises:
+            UserError: A token is no code (nor, where allowed, the mask).
+        """
+        highest = self.codes if masks_allowed else self.codes - 1
+        wrong = tokens[(tokens < 0) | (tokens > highest)]
+        if len(wrong):
+            raise UserError(
+                f"token {int(wrong[0])} is not between 0 and {highest}; check that the tokenizer's codebook "
+                f"(and its reduction map) has the {self.codes} codes of the diffusion schedule."
+            )
+
+    def check_times(self, t: Int[Tensor, " batch"]) -> None:
+        """Look at the values, which waits for the device: for first batches and debugging.
+
+        Raises:
+            UserError: A time is not between 0 and T-1.
+        """
+        wrong = t[(t < 0) | (t >= self.steps)]
+        if len(wrong):
+            raise UserError(
+                f"time {int(wrong[0])} is not between 0 and {self.steps - 1}, the schedule's last."
+            )
+
+    def check_codes(self, codes: int, what: str) -> None:
+        """Compare a number of classes with K; cheap.
+
+        Raises:
+            UserError: They differ.
+        """
+        if codes != self.codes:
+            raise UserError(
+                f"{what} has {codes} classes, but the diffusion schedule was made for {self.codes} codes; "
+                "give both the size of the (reduced) codebook."
+            )
+
+    def _uniform_code(self, fractions: Float[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
+        return (fractions * self.codes).clamp(0, self.codes - 1).long()
+
+    def _check_posterior(self, probabilities: Tensor, t: int, s: int) -> None:
+        self.check_codes(probabilities.shape[-1], "p(x_0)")
+        if not -1 <= s < t < self.steps:
+            raise UserError(f"times t={t}, s={s}: a posterior needs -1 <= s < t < {self.steps}.")
+
+
+def _ratio(
+    numerator: Float[Tensor, " *times"], denominator: Float[Tensor, " *times"], otherwise: float
+) -> Float[Tensor, " *times"]:
+    """Their quotient, or ``otherwise`` where the state that the denominator weighs cannot occur."""
+    possible = denominator > 0
+    return torch.where(possible, numerator / torch.where(possible, denominator, 1.0), otherwise)

@@ -1,0 +1,209 @@
+"""Captions to features: CLIP's byte-pair tokenizer and text tower, by open_clip.
+
+What VQ-Diffusion's published weights expect: lower-cased captions, padding with id 0, the last token replaced
+by the end token where a caption is too long, the output of every position after the final LayerNorm without the
+projection, each position scaled to unit length. There is no padding mask: all positions condition.
+"""
+
+import functools
+import gzip
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vqd_scale.core.config import Config
+from vqd_scale.core.errors import UserError
+
+if TYPE_CHECKING:
+    from open_clip.tokenizer import SimpleTokenizer
+    from open_clip.transformer import TextTransformer
+
+_ALL_MERGES = 49152 - 256 - 2
+_BYTES = 256
+
+
+class Tower(Config):
+    """A CLIP text tower trained from scratch, together with the denoiser."""
+
+    kind: Literal["tower"] = "tower"
+    context_length: PositiveInt = 77
+    width: PositiveInt = 512
+    heads: PositiveInt = 8
+    layers: PositiveInt = 12
+    merges: int = Field(default=_ALL_MERGES, ge=0, le=_ALL_MERGES)
+    """How many of CLIP's byte-pair merges are kept: fewer make a smaller vocabulary for a small data set."""
+    normalise: bool = True
+    null: Literal["learned", "empty"] = "learned"
+    """What stands for "no caption" under guidance: a learned embedding, or the empty caption's features."""
+
+
+class Pretrained(Config):
+    """The text tower of an open_clip model, frozen."""
+
+    kind: Literal["open_clip"] = "open_clip"
+    model: str = "ViT-B-32-quickgelu"
+    pretrained: str = "openai"
+    """An open_clip tag, or a local file of weights."""
+    null: Literal["learned", "empty"] = "learned"
+
+
+TextConfig = Annotated[Tower | Pretrained, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class CaptionTokenizer:
+    """Captions to token ids; small and picklable, so that data workers can hold one.
+
+    Attributes:
+        context_length: Positions per caption.
+        merges: How many of CLIP's byte-pair merges are used.
+    """
+
+    context_length: int = 77
+    merges: int = _ALL_MERGES
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids: bytes, word-final bytes, merges, start and end."""
+        return 2 * _BYTES + self.merges + 2
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 over what decides the ids; token shards carry it."""
+        described = json.dumps({**asdict(self), "bpe": "open_clip"}, sort_keys=True)
+        return hashlib.sha256(described.encode()).hexdigest()
+
+    def __call__(self, captions: Sequence[str]) -> NDArray[np.int64]:
+        """Tokenize captions.
+
+        Returns:
+            int64 [captions, context_length]: start, tokens, end, then zeros.
+        """
+        tokenizer = _byte_pair_tokenizer(self.merges)
+        return tokenizer(list(captions), context_length=self.context_length).numpy()
+
+
+@functools.lru_cache(maxsize=2)
+def _byte_pair_tokenizer(merges: int) -> "SimpleTokenizer":
+    # open_clip brings torchvision and transformers along: seconds that only those pay who read captions.
+    from open_clip.tokenizer import SimpleTokenizer, default_bpe
+
+    lines = gzip.decompress(Path(default_bpe()).read_bytes()).decode("utf-8").split("\n")
+    # The file's first line is a header; a prefix of the merge list is itself a valid byte-pair encoding.
+    kept = "\n".join(lines[: merges + 1])
+    with tempfile.NamedTemporaryFile(suffix=".txt.gz") as file:
+        file.write(gzip.compress(kept.encode("utf-8")))
+        file.flush()
+        return SimpleTokenizer(bpe_path=file.name)
+
+
+class TextEncoder(nn.Module):
+    """Caption ids to features of every position, and to those of "no caption".
+
+    A tower to train is a submodule like any other. A frozen one is not: it must be neither sharded, nor
+    averaged, nor saved, so it is held outside of torch's bookkeeping and follows the device of its input.
+
+    Args:
+        config: A tower to train, or an open_clip model to load.
+
+    Raises:
+        UserError: The open_clip model or its weights cannot be had.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        if isinstance(config, Tower):
+            self.tokenizer = CaptionTokenizer(config.context_length, config.merges)
+            self.tower = _build_tower(config, self.tokenizer, quick_gelu=True)
+            self.width = config.width
+            self.normalise = config.normalise
+        else:
+            self.tokenizer = CaptionTokenizer()
+            self._frozen = (_load_tower(config, self.tokenizer),)
+            self.width = int(self._frozen[0].width)
+            self.normalise = True
+        self.null: nn.Parameter | None = None
+        if config.null == "learned":
+            self.null = nn.Parameter(torch.randn(self.tokenizer.context_length, self.width))
+        empty = torch.from_numpy(self.tokenizer([""]))[0]
+        self.register_buffer("empty_caption", empty, persistent=False)
+        self.empty_caption: Tensor
+
+    def forward(
+        self, captions: Int[Tensor, "batch positions"], dropped: Bool[Tensor, " batch"]
+    ) -> Float[Tensor, "batch positions width"]:
+        """Encode captions; where ``dropped`` is true the null condition stands in.
+
+        Args:
+            captions: Token ids from `CaptionTokenizer`.
+            dropped: Which samples are to see no caption.
+        """
+        mask = dropped[:, None]
+        features = self._encode(torch.where(mask, self.empty_caption, captions))
+        if self.normalise:
+            features = functional.normalize(features, dim=-1)
+        if self.null is None:
+            return features
+        return torch.where(mask[..., None], self.null, features.to(self.null.dtype))
+
+    def _encode(self, captions: Int[Tensor, "batch positions"]) -> Float[Tensor, "batch positions width"]:
+        if hasattr(self, "tower"):
+            return self.tower(captions)
+        with torch.no_grad():
+            return self._frozen[0].to(captions.device)(captions)
+
+
+def _build_tower(shape: Tower, tokenizer: CaptionTokenizer, *, quick_gelu: bool) -> "TextTransformer":
+    from open_clip.transformer import QuickGELU, TextTransformer
+
+    return TextTransformer(
+        context_length=tokenizer.context_length,
+        vocab_size=tokenizer.vocabulary,
+        width=shape.width,
+        heads=shape.heads,
+        layers=shape.layers,
+        pool_type="none",
+        proj_type="none",
+        act_layer=QuickGELU if quick_gelu else nn.GELU,
+    )
+
+
+def _load_tower(config: Pretrained, tokenizer: CaptionTokenizer) -> "TextTransformer":
+    import open_clip
+
+    described = open_clip.get_model_config(config.model)
+    if described is None:
+        raise UserError(
+            f"text.model: open_clip knows no model '{config.model}'; see open_clip.list_models()."
+        )
+    quick_gelu = bool(described.get("quick_gelu", False))
+    if config.pretrained == "openai" and not quick_gelu:
+        raise UserError(
+            f"text.model: OpenAI's weights were trained with QuickGELU, which '{config.model}' lacks; "
+            f"take '{config.model}-quickgelu'."
+        )
+    try:
+        model = open_clip.create_model(config.model, pretrained=config.pretrained)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"text.pretrained: the weights '{config.pretrained}' of '{config.model}' cannot be loaded "
+            f"({' '.join(str(error).split())[:300]}); give an open_clip tag or a local file."
+        ) from None
+    published = described["text_cfg"]
+    shape = Tower(width=published["width"], heads=published["heads"], layers=published["layers"])
+    tower = _build_tower(shape, tokenizer, quick_gelu=quick_gelu)
+    state = model.state_dict()
+    tower.load_state_dict({name: state[name] for name in tower.state_dict()})
+    return tower.requires_grad_(False)

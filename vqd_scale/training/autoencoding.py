@@ -1,0 +1,155 @@
+"""The task of training a tokenizer: reconstruct pictures through a codebook."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, UInt8
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+
+from vqd_scale.core.config import Config
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.world import World
+from vqd_scale.data.batch import ImageBatch
+from vqd_scale.data.samples import ImageSamples
+from vqd_scale.inference.bundle import save_tokenizer
+from vqd_scale.tokenizers.base import to_signal
+from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
+from vqd_scale.training.config import RunConfig
+from vqd_scale.training.task import Forward, Losses
+
+
+class ReconstructionConfig(Config):
+    """Weights of the autoencoder's loss."""
+
+    absolute: NonNegativeFloat = 1.0
+    """Of the mean absolute error."""
+    squared: NonNegativeFloat = 0.0
+    """Of the mean squared error."""
+    commitment: NonNegativeFloat = 0.25
+    """Of the latents' squared distance to their codes (beta of VQ-VAE)."""
+
+
+class TokenizerTrainConfig(RunConfig):
+    """Train a VQ tokenizer on image shards."""
+
+    size: PositiveInt = 256
+    """Pictures are fitted to a square of so many pixels."""
+    vqgan: VQGANConfig = VQGANConfig()
+    reconstruction: ReconstructionConfig = ReconstructionConfig()
+    codebook_start: NonNegativeInt = 10_000
+    """Images after which the codebook, placed by k-means on a batch's latents, joins; plain autoencoder before."""
+    revival: PositiveInt = 5_000
+    """Images between two looks for dead codes, which are replaced by latents of the current batch."""
+
+
+class AutoencodingStep(nn.Module):
+    """From pictures to losses in one forward; what the engine wraps.
+
+    Args:
+        vqgan: The autoencoder.
+        weights: Of the loss's terms.
+    """
+
+    def __init__(self, vqgan: VQGAN, weights: ReconstructionConfig) -> None:
+        super().__init__()
+        self.vqgan = vqgan
+        self.weights = weights
+        self.quantised = False
+
+    def forward(self, images: UInt8[Tensor, "batch 3 height width"]) -> tuple[Tensor, ...]:
+        """Per-sample loss (differentiable), squared error, latents and codes."""
+        signal = to_signal(images)
+        output = self.vqgan(signal, quantised=self.quantised)
+        error = (output.images - signal).flatten(1)
+        squared = error.square().mean(dim=1)
+        loss = (
+            self.weights.absolute * error.abs().mean(dim=1)
+            + self.weights.squared * squared
+            + self.weights.commitment * output.commitment
+        )
+        return loss, squared.detach(), output.latents.detach(), output.ids
+
+
+class AutoencodingTask:
+    """See `vqd_scale.training.task.Task`.
+
+    Args:
+        config: The run.
+        world: This process's place among the ranks.
+
+    Raises:
+        UserError: Picture size and autoencoder do not fit, or a batch has too few latents for the codebook.
+    """
+
+    def __init__(self, config: TokenizerTrainConfig, world: World) -> None:
+        self.config = config
+        self.world = world
+        torch.manual_seed(config.seed)
+        self.vqgan = VQGAN(config.vqgan)
+        if config.size % self.vqgan.factor:
+            raise UserError(f"size: {config.size} is not a multiple of the factor {self.vqgan.factor}.")
+        latents = config.data.lanes * (config.size // self.vqgan.factor) ** 2
+        if latents < config.vqgan.codes:
+            raise UserError(
+                f"vqgan.codes: a batch of {config.data.lanes} pictures has {latents} latents, too few to place "
+                f"{config.vqgan.codes} codes at; enlarge data.lanes."
+            )
+        self.module = AutoencodingStep(self.vqgan, config.reconstruction)
+        self.latents: Tensor | None = None
+
+    def samples(self) -> ImageSamples:
+        """Pictures."""
+        return ImageSamples(self.config.size)
+
+    def losses(self, forward: Forward, batch: ImageBatch, images: int) -> Losses:
+        """Reconstruct, and move the codebook towards this batch's latents."""
+        codebook = self.vqgan.quantize
+        valid = batch.valid.to(self.world.device)
+        pictures = batch.images.to(self.world.device)
+        self.module.quantised = images >= self.config.codebook_start
+        if self.module.quantised and not bool(codebook.cluster_size.any()):
+            self._place_codebook(forward, pictures)
+        loss, squared, latents, ids = forward(pictures)
+        statistics = {"squared_error": _mean(squared, valid)}
+        if self.module.quantised:
+            per_picture = len(ids) // len(valid)
+            kept = valid.repeat_interleave(per_picture)
+            codebook.update(latents[kept], ids[kept], self.world.sum)
+            statistics["codes_used"] = torch.tensor([ids[kept].unique().numel(), 1.0])
+            self.latents = latents
+        return Losses(loss, statistics)
+
+    @torch.no_grad()
+    def _place_codebook(self, forward: Forward, pictures: Tensor) -> None:
+        self.module.quantised = False
+        latents = self.world.concatenated(forward(pictures)[2])
+        self.module.quantised = True
+        self.vqgan.quantize.initialise(latents, self.config.seed)
+
+    def stepped(self, images: int) -> None:
+        """Look for dead codes when it is time."""
+        batch = self.config.data.lanes
+        turn = images // self.config.revival
+        if self.latents is None or turn == (images - batch) // self.config.revival:
+            return
+        self.vqgan.quantize.revive(self.world.concatenated(self.latents), self.config.seed, turn)
+
+    def state(self) -> dict[str, Tensor]:
+        """The codebook."""
+        return dict(self.vqgan.quantize.state_dict())
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take it back."""
+        self.vqgan.quantize.load_state_dict(dict(state))
+
+    def export(self, parameters: Mapping[str, Tensor], folder: Path) -> None:
+        """Write the bundle that `vqd_scale.inference.bundle.load_tokenizer` loads."""
+        weights = {name.removeprefix("vqgan."): value for name, value in parameters.items()}
+        codebook = {f"quantize.{name}": value.cpu() for name, value in self.state().items()}
+        save_tokenizer(folder, self.config.vqgan, weights | codebook)
+
+
+def _mean(values: Float[Tensor, " batch"], valid: Tensor) -> Float[Tensor, " 2"]:
+    return torch.stack([torch.where(valid, values, 0.0).sum(), valid.sum()])

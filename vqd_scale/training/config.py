@@ -1,0 +1,36 @@
+"""What every training run is told, whatever it trains. Periods and horizons count images."""
+
+from pathlib import Path
+
+from pydantic import Field, PositiveInt
+
+from vqd_scale.core.config import Config
+from vqd_scale.data.stream import StreamConfig
+from vqd_scale.training.checkpoint import CheckpointConfig
+from vqd_scale.training.ema import EMAConfig
+from vqd_scale.training.engine import EngineConfig
+from vqd_scale.training.optim import OptimConfig
+
+
+class LogConfig(Config):
+    """What is written down while a run goes on."""
+
+    every: PositiveInt = 10_000
+    """Images between two rows of metrics.jsonl."""
+
+
+class RunConfig(Config):
+    """A run of any task; the tasks' own configurations extend it."""
+
+    run: Path
+    """The run's folder; a folder that holds this run already is gone on with."""
+    images: PositiveInt
+    """Where the run ends, rounded up to a whole batch."""
+    data: StreamConfig
+    """What it reads; ``data.lanes`` is the global batch."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    engine: EngineConfig = EngineConfig()
+    optim: OptimConfig = OptimConfig()
+    ema: EMAConfig = EMAConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()

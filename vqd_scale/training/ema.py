@@ -1,0 +1,42 @@
+"""The moving average of the weights, kept on this rank's share of them."""
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+
+from vqd_scale.core.config import Config
+from vqd_scale.training.partition import Partition
+
+
+class EMAConfig(Config):
+    """How long the average remembers."""
+
+    half_life: PositiveInt = 500_000
+    """Images after which a weight's old value counts half."""
+    ramp: PositiveFloat = 0.05
+    """Early in a run the half-life is at most this share of the images seen, so that the start is forgotten."""
+
+
+class EMA:
+    """One flat tensor beside each of the partition's; no communication.
+
+    Args:
+        config: How long it remembers.
+        partition: The weights to average.
+    """
+
+    def __init__(self, config: EMAConfig, partition: Partition) -> None:
+        self.config = config
+        self.partition = partition
+        self.flats = [master.detach().clone() for master in partition.masters]
+
+    @torch.no_grad()
+    def update(self, images: int, batch: int) -> None:
+        """Average in the weights after a step.
+
+        Args:
+            images: Images seen so far, this batch included.
+            batch: Images in this batch.
+        """
+        half_life = min(self.config.half_life, self.config.ramp * images)
+        for average, master in zip(self.flats, self.partition.masters, strict=True):
+            average.lerp_(master, 1 - 0.5 ** (batch / half_life))

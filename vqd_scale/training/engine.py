@@ -1,0 +1,114 @@
+"""DeepSpeed, behind the few calls that the loop needs. Nothing else in the package imports it."""
+
+import logging
+import os
+import warnings
+from typing import Any, Literal
+
+import torch
+from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+
+from vqd_scale.core.config import Config
+from vqd_scale.core.world import World
+from vqd_scale.training.optim import OptimConfig, build_optimizer
+from vqd_scale.training.partition import Partition
+
+if not torch.cuda.is_available():
+    # Said before the import, since DeepSpeed otherwise warns that it had to find out.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed  # noqa: E402
+from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+
+
+class EngineConfig(Config):
+    """How the model is held and computed over the ranks (ZeRO stage 3)."""
+
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """What the network computes in; weights and moments of the optimizer are float32 in any case."""
+    accumulation: PositiveInt = 1
+    """Parts that a rank's share of a batch is computed in, one after the other, to save memory."""
+    persistence_threshold: NonNegativeInt = 100_000
+    """Parameters with fewer elements are kept whole on every rank (their optimizer state is sharded anyway)."""
+    bucket_elements: PositiveInt = 50_000_000
+    """Elements that are gathered or reduced in one message."""
+
+
+def deepspeed_json(config: EngineConfig, optim: OptimConfig, batch: int, ranks: int) -> dict[str, Any]:
+    """The engine's configuration. Every default of DeepSpeed's that would change the numbers is named here."""
+    return {
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": batch // ranks // config.accumulation,
+        "gradient_accumulation_steps": config.accumulation,
+        # Left out, DeepSpeed clips at 1.0.
+        "gradient_clipping": optim.clip,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {"enabled": False},
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "communication_data_type": "fp32",
+        # torch's AdamW: needs no compiler at the start and is the optimizer that the tests compare with.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": config.persistence_threshold,
+            "stage3_prefetch_bucket_size": config.bucket_elements,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+            "reduce_bucket_size": config.bucket_elements,
+            "sub_group_size": 1_000_000_000,
+            "contiguous_gradients": True,
+            "overlap_comm": torch.cuda.is_available(),
+        },
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+
+
+class Engine:
+    """A module whose parameters, gradients and optimizer state are spread over the ranks.
+
+    Args:
+        module: Its forward goes from a batch to per-sample losses; parameters as every rank initialised them
+            alike (rank 0's are broadcast).
+        config: How it is held.
+        optim: The optimizer.
+        batch: Images in a global batch.
+        world: This process's place among the ranks.
+    """
+
+    def __init__(
+        self, module: nn.Module, config: EngineConfig, optim: OptimConfig, batch: int, world: World
+    ) -> None:
+        deepspeed_logger.setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module="deepspeed")
+        optimizer = build_optimizer(module, optim)
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=deepspeed_json(config, optim, batch, world.size),
+        )
+        self._engine: Any = engine
+        self.module = module
+        self.partition = Partition(engine.optimizer, module, world.rank)
+
+    def __call__(self, *inputs: Tensor) -> Any:  # noqa: ANN401 - what the module's forward returns
+        """The module's forward, parameters gathered as they are needed."""
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a loss; the mean over ranks (and parts of a batch) is what is stepped on."""
+        self._engine.backward(loss)
+
+    def step(self, learning_rate: float) -> None:
+        """Clip and apply the gradient, after the last part of a batch; before that, only count the part."""
+        for group in self._engine.optimizer.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+
+    @property
+    def gradient_norm(self) -> float:
+        """Global norm of the last applied gradient, before clipping."""
+        return float(self._engine.get_global_grad_norm() or 0.0)

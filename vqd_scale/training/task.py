@@ -1,0 +1,65 @@
+"""What the training loop asks of whatever it trains."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from vqd_scale.core.world import World
+from vqd_scale.data.batch import ImageBatch, TokenBatch
+from vqd_scale.data.samples import SampleKind
+
+BatchType = TypeVar("BatchType", TokenBatch, ImageBatch)
+Forward = Callable[..., Any]
+"""A task's module, wrapped by the engine."""
+
+
+class Losses(NamedTuple):
+    """What a task makes of a batch.
+
+    Attributes:
+        per_sample: Differentiable, float32 [batch]; the loop weighs bad samples out and averages.
+        statistics: Detached (sum, count) pairs, float [2], that a person watches beside the loss.
+    """
+
+    per_sample: Tensor
+    statistics: dict[str, Tensor]
+
+
+class Task(Protocol[BatchType]):
+    """Something to train: a module that goes into the engine, and how a batch becomes losses."""
+
+    module: nn.Module
+    """Holds every trained parameter, and nothing that is frozen."""
+    world: World
+
+    def samples(self) -> SampleKind[BatchType]:
+        """What kind of samples the stream is to read."""
+        ...
+
+    def losses(self, forward: Forward, batch: BatchType, images: int) -> Losses:
+        """The losses of this rank's part of a batch.
+
+        Args:
+            forward: Stands for the module.
+            batch: The samples, on the CPU.
+            images: Images the run had seen before this batch.
+        """
+        ...
+
+    def stepped(self, images: int) -> None:
+        """Called on all ranks after the optimizer's step, with the images seen by then."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What the task remembers beside the module's parameters, equal on all ranks."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take a state back."""
+        ...
+
+    def export(self, parameters: Mapping[str, Tensor], folder: Path) -> None:
+        """Write the trained model as a bundle (called on the first rank only)."""
+        ...
