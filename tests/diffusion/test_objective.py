@@ -10,7 +10,7 @@ from torch.nn import functional
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.diffusion import dense, objective
-from vqd_scale.diffusion.objective import Objective, ObjectiveConfig, ObjectiveOutput, sums_by_time
+from vqd_scale.diffusion.objective import Objective, ObjectiveConfig, ObjectiveOutput
 from vqd_scale.diffusion.schedule import Absorbing, Paper, Released, Schedule, UniformCosine
 from vqd_scale.diffusion.transition import MaskAndReplace
 
@@ -288,6 +288,18 @@ def test_extreme_logits_have_finite_losses_and_gradients() -> None:
             assert bool(output.loss_per_image.isfinite().all()) and bool(gradient.isfinite().all())
 
 
+def test_a_hopeless_token_still_costs_and_teaches_in_full() -> None:
+    """Under a schedule that never replaces, nothing may cap the loss of a code with a chance of e^-150."""
+    transition = MaskAndReplace(Absorbing(), 3)
+    logits = torch.tensor([[[150.0, 0.0, 0.0]]], requires_grad=True)
+    output = Objective(transition, BOUND).from_logits(
+        logits, torch.tensor([[1]]), torch.tensor([[3]]), torch.tensor([49])
+    )
+    (gradient,) = torch.autograd.grad(output.loss_per_image.sum(), logits)
+    assert float(output.loss_per_image.detach()) == pytest.approx(150 / 50)
+    assert gradient.flatten().tolist() == pytest.approx([1 / 50, -1 / 50, 0.0], abs=1e-6)
+
+
 def test_wrong_input_is_named() -> None:
     transition = MaskAndReplace(Paper(), 3)
     checked = Objective(transition, ObjectiveConfig(check_values=True))
@@ -304,11 +316,3 @@ def test_wrong_input_is_named() -> None:
         checked.from_logits(torch.zeros(2, 1, 4), tokens, tokens, t)
     with pytest.raises(UserError, match="head has 4 classes"):
         checked(torch.zeros(2, 1, 8), torch.zeros(4, 8), None, tokens, tokens, t)
-
-
-def test_sums_by_time() -> None:
-    sums, counts = sums_by_time(
-        torch.tensor([0, 9, 10, 99]), torch.tensor([1.0, 2.0, 3.0, 4.0]), steps=100, bins=10
-    )
-    assert sums.tolist() == [3, 3, 0, 0, 0, 0, 0, 0, 0, 4]
-    assert counts.tolist() == [2, 1, 0, 0, 0, 0, 0, 0, 0, 1]

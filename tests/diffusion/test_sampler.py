@@ -11,23 +11,19 @@ from torch import Tensor
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.diffusion.guidance import Predict
+from vqd_scale.diffusion.reveal import Confidence, Halton, Purity, Remask, halton_order
 from vqd_scale.diffusion.sampler import (
     Ancestral,
-    Confidence,
-    Halton,
     KnownTokens,
     LegacyDiffusers,
     LegacyFast,
-    Noise,
-    Purity,
-    Remask,
     Sampler,
     Start,
     Strided,
-    halton_order,
     sample,
 )
 from vqd_scale.diffusion.schedule import Absorbing, Paper, Released, Schedule, UniformCosine
+from vqd_scale.diffusion.steps import Noise
 from vqd_scale.diffusion.transition import MaskAndReplace
 
 MASKING = [Released(), Paper(), Absorbing()]
@@ -244,7 +240,7 @@ def test_a_code_without_a_chance_is_never_drawn() -> None:
     assert (drawn == 1).all()
 
 
-REVEALING = [Purity, Confidence, Halton]
+REVEALING = (Purity, Confidence, Halton)
 
 
 @pytest.mark.parametrize("kind", REVEALING, ids=lambda kind: kind.__name__)
@@ -282,6 +278,19 @@ def test_trap_14_purity_reveals_sure_positions_first_and_sharpens_them() -> None
     plain = sample(network, Purity(steps=10, weight=0.0), transition, torch.arange(batch), length, seed=1)
     assert (final == 0)[:, 1::2].double().mean() > (plain == 0)[:, 1::2].double().mean() + 0.03
     assert float((plain == 0)[:, 1::2].double().mean()) == pytest.approx(0.4, abs=0.03)
+
+
+def test_confidence_without_temperature_reveals_the_surest_first() -> None:
+    transition, seen = MaskAndReplace(Absorbing(), 3), list[tuple[Tensor, int]]()
+    log_p = torch.tensor([0.4, 0.3, 0.3]).log().repeat(40, 1)
+    log_p[::2] = torch.tensor([0.98, 0.01, 0.01]).log()
+    network = watched(lambda tokens, t: log_p.expand(50, 40, 3), seen)
+    for temperature, sure in ((0.0, 0.99), (1000.0, 0.5)):
+        seen.clear()
+        sampler = Confidence(steps=10, temperature=temperature)
+        sample(network, sampler, transition, torch.arange(50), 40, seed=1)
+        visible = seen[5][0] != 3
+        assert float(visible[:, ::2].sum() / visible.sum()) == pytest.approx(sure, abs=0.04)
 
 
 def test_remasking_changes_visible_tokens_and_without_strength_never() -> None:
@@ -340,6 +349,10 @@ def test_known_tokens_stay_and_are_noised_to_the_level_of_each_step(sampler: Sam
         assert (noisy == tokens)[visible].double().mean() > 0.99 or not visible.any()
         assert not (previous & ~visible).any()
         previous = visible
+    if isinstance(sampler, REVEALING):
+        for noisy, t in seen:
+            left = int((~mask[0]).sum()) * float(transition.rates.at(t).mask / transition.rates.at(99).mask)
+            assert (((noisy == codes) & ~mask).sum(-1).double() - left).abs().max() <= 0.5
     if isinstance(sampler, Strided):
         for noisy, t in seen:
             share, expected = (

@@ -70,6 +70,21 @@ def test_one_loss_at_a_time_is_the_running_mean_of_squares() -> None:
         assert float(times.history) == pytest.approx(history)
 
 
+def test_many_losses_at_one_time_count_as_many() -> None:
+    times = TimeSampler(Importance(), 1)
+    times.observe(torch.zeros(3, dtype=torch.long), torch.tensor([1.0, 3.0, 2.0]))
+    times.synchronise(alone)
+    assert float(times.history) == pytest.approx((1 - 0.9**3) * (1 + 9 + 4) / 3)
+
+
+def test_one_time_that_was_never_seen_keeps_the_distribution_uniform() -> None:
+    times = TimeSampler(Importance(), STEPS)
+    for _ in range(20):
+        times.observe(torch.arange(STEPS - 1), LOSSES[:-1])
+        times.synchronise(alone)
+    torch.testing.assert_close(times.distribution(), torch.full((STEPS,), 1 / STEPS).double())
+
+
 def test_trap_8_neither_order_nor_accumulation_nor_ranks_matter() -> None:
     t, loss = torch.tensor([1, 1, 2, 5, 1, 7]), torch.tensor([0.3, 0.4, 0.1, 0.9, 0.2, 0.7])
     whole, parts = TimeSampler(Importance(), STEPS), TimeSampler(Importance(), STEPS)

@@ -1,6 +1,7 @@
 """What every tool shares: its arguments, and how it ends."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,8 +68,15 @@ def run_tool(
     try:
         command(parser.parse_intermixed_args(arguments))
     except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        if not _is_an_echo():
+            print(f"{parser.prog}: {error}", file=sys.stderr)
         raise SystemExit(USER_MISTAKE) from None
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; the same command goes on from here.", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _is_an_echo() -> bool:
+    """Whether every rank found the same mistake, before any talked to another, and this is not the first."""
+    distributed = sys.modules.get("torch.distributed")
+    return int(os.environ.get("RANK", "0")) > 0 and not (distributed and distributed.is_initialized())

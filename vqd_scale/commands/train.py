@@ -9,8 +9,8 @@ from vqd_scale.training.denoising import DenoisingTask, TrainConfig
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``tools/train.py``."""
     parser = tool_parser(
-        "Train a denoiser on token shards, on one process or as many as torchrun or srun start; started again, "
-        "it goes on from the newest whole checkpoint.",
+        "Train a denoiser on token shards, on one process or as many as torchrun or srun start; started "
+        "again, it goes on from the newest whole checkpoint.",
         "torchrun --nproc-per-node 2 tools/train.py configs/demo/train.yaml optim.lr=2e-3",
     )
     add_config_arguments(parser, file_required=True)

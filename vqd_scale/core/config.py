@@ -51,7 +51,7 @@ def load_config(
         UserError: The file is missing or not YAML, or a key or value is wrong; the message names the dotted
             path, what was given and what is allowed.
     """
-    values = _read_yaml(path) if path is not None else {}
+    values = read_yaml(path) if path is not None else {}
     for override in overrides:
         _apply_override(values, override)
     return validated(kind, values, source=str(path) if path is not None else "the overrides")
@@ -76,7 +76,12 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The plain values of a YAML file.
+
+    Raises:
+        UserError: The file is missing, or holds no mapping, or names a key twice.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 
 def progress_bar(
     description: str, total: int, *, done: int = 0, unit: str = "it", quiet: bool = False
-) -> "tqdm[int]":
+) -> "tqdm[Any]":
     """A bar on the standard error stream; a line every ten seconds where that is no terminal.
 
     Args:
@@ -21,7 +21,8 @@ def progress_bar(
         unit: What one unit is called.
         quiet: Show nothing (ranks other than the first).
     """
-    bar: tqdm[int] = tqdm(
+    # A bar without items to go through: the stubs know it as one of no type.
+    bar: tqdm[Any] = tqdm(
         total=total,
         initial=done,
         desc=description,

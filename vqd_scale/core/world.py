@@ -66,7 +66,7 @@ def join_world() -> World:
     """Join the ranks that the launcher (torchrun, srun, or nobody) started; gloo on CPU, NCCL on GPU.
 
     Raises:
-        KeyError: A launcher named a world size but no rendezvous address; torch says which variable is missing.
+        ValueError: A launcher named a world size but no rendezvous; torch says which variable is missing.
     """
     rank = _from_environment("RANK", "SLURM_PROCID", 0)
     size = _from_environment("WORLD_SIZE", "SLURM_NTASKS", 1)

@@ -24,9 +24,10 @@ from vqd_scale.diffusion.transition import MaskAndReplace, PosteriorRates, poste
 # Elements of a chunk of logits: what stays in a CPU's cache, and what fills a GPU.
 _CHUNK_ON_CPU = 2**19
 _CHUNK_ON_GPU = 2**26
-# Logarithms of rates that are zero, and of ratios with them: finite, so that zero times them is zero.
+# Logarithms of rates that are zero, and of ratios with them: finite, so that zero times them is zero. Two
+# ratios may be multiplied in float32.
 _LOG_ZERO = -600.0
-_LOG_HUGE = 80.0
+_LOG_HUGE = 40.0
 
 
 class ObjectiveConfig(Config):
@@ -176,17 +177,6 @@ class Objective:
         )
 
 
-def sums_by_time(
-    t: Int[Tensor, " batch"], values: Float[Tensor, " batch"], steps: int, bins: int
-) -> tuple[Float[Tensor, " bins"], Float[Tensor, " bins"]]:
-    """Sums and counts of per-image values in equal bins of time, float64, ready to be added up over ranks."""
-    place = t * bins // steps
-    zeros = torch.zeros(bins, dtype=torch.float64, device=t.device)
-    return zeros.index_add(0, place, values.double()), zeros.index_add(
-        0, place, torch.ones_like(place).double()
-    )
-
-
 @dataclass(frozen=True)
 class _Case:
     """A batch's tokens and the coefficients of their KL: [batch, length], or [batch, 1] of t alone.
@@ -298,6 +288,13 @@ def _code_ratio(
     return (log_ratio - _log_share(reach, log_seen)).clamp(max=_LOG_HUGE).exp()
 
 
+def _log_product(factors: Float[Tensor, "tokens codes"]) -> Float[Tensor, " tokens"]:
+    """Σ log over the codes, one logarithm for two factors, which it overwrites."""
+    half = factors.shape[-1] // 2
+    pairs = factors[:, :half].mul_(factors[:, half : 2 * half])
+    return pairs.log_().sum(-1) + factors[:, 2 * half :].log().sum(-1)
+
+
 class _Statistics(torch.autograd.Function):
     """log p(x_0), log p(x_t), Σ log(1 + γ p_k) and "x_0 is the likeliest code" of every token.
 
@@ -331,7 +328,7 @@ class _Statistics(torch.autograd.Function):
                 log_seen[rows] = (logits.gather(-1, at_seen) - log_norm).squeeze(-1)
                 correct[rows] = (believed > rival).squeeze(-1)
                 ratio = _code_ratio(log_ratio[rows], reach[rows], log_seen[rows])
-                code_sum[rows] = probabilities.mul_(ratio[:, None]).log1p_().sum(-1)
+                code_sum[rows] = _log_product(probabilities.mul_(ratio[:, None]).add_(1))
         ctx.save_for_backward(hidden, weight, bias, true, seen, reach, log_ratio, log_seen)
         ctx.mark_non_differentiable(correct)
         return log_true, log_seen, code_sum, correct
@@ -341,7 +338,7 @@ class _Statistics(torch.autograd.Function):
         for_true, for_seen, for_sum, _ = gradients
         hidden, weight, bias, true, seen, reach, log_ratio, log_seen = ctx.saved_tensors
         dtype = reach.dtype
-        to_hidden = torch.empty_like(hidden)
+        to_hidden = torch.empty_like(hidden, dtype=dtype)
         to_weight = None if weight is None else torch.zeros_like(weight, dtype=dtype)
         to_bias = None if bias is None else torch.zeros_like(bias, dtype=dtype)
         ratio = _code_ratio(log_ratio, reach, log_seen)
@@ -350,26 +347,25 @@ class _Statistics(torch.autograd.Function):
         slope = torch.where(ratio < math.exp(_LOG_HUGE), slope, 0.0)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows, logits in _chunks(hidden, weight, bias, dtype):
-                probabilities = logits.softmax(-1)
+                # Without a head the gradient is built where it is to lie.
+                probabilities = torch.softmax(logits, -1, out=to_hidden[rows] if weight is None else None)
                 inverse = torch.mul(probabilities, ratio[rows, None]).add_(1).reciprocal_()
                 # d Σ log(1 + γ p_k) / d log p_k = γ p_k / (1 + γ p_k) = 1 - inverse_k
                 total = probabilities.shape[-1] - inverse.sum(-1, keepdim=True)
                 of_true, of_sum = for_true[rows, None], for_sum[rows, None]
                 of_seen = for_seen[rows, None] + of_sum * total * slope[rows, None]
-                to_logits = probabilities.mul_(-(of_true + of_seen + of_sum * total))
-                to_logits.add_(of_sum).addcmul_(inverse, of_sum, value=-1)
+                inverse.mul_(of_sum * ratio[rows, None]).sub_(of_true + of_seen + of_sum * total)
+                to_logits = probabilities.mul_(inverse)
                 to_logits.scatter_add_(-1, true[rows, None], of_true)
                 to_logits.scatter_add_(-1, seen[rows, None], of_seen)
-                if weight is None or to_weight is None:
-                    to_hidden[rows] = to_logits
-                    continue
-                to_hidden[rows] = to_logits @ weight.to(dtype)
-                to_weight.addmm_(to_logits.T, hidden[rows].to(dtype))
+                if weight is not None and to_weight is not None:
+                    to_hidden[rows] = to_logits @ weight.to(dtype)
+                    to_weight.addmm_(to_logits.T, hidden[rows].to(dtype))
                 if to_bias is not None:
                     to_bias += to_logits.sum(0)
         to_weight = None if weight is None or to_weight is None else to_weight.to(weight.dtype)
         to_bias = None if bias is None or to_bias is None else to_bias.to(bias.dtype)
-        return to_hidden, to_weight, to_bias, None, None, None, None
+        return to_hidden.to(hidden.dtype), to_weight, to_bias, None, None, None, None
 
 
 def _chunks(

@@ -1,6 +1,6 @@
 """Which time each image is trained at: uniform, or by importance (Improved DDPM, arXiv 2102.09672)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -88,8 +88,9 @@ class TimeSampler:
 
         Args:
             t: The times drawn.
-            loss: Each image's loss at its time, before any weighting by probability. One that is not finite
-                is left out: it must not spoil the distribution of all that follow.
+            loss: Each image's bound at its time, summed over its tokens as in the reference (``floor`` is in
+                this unit) and before any weighting by probability. One that is not finite is left out: it
+                must not spoil the distribution of all that follow.
             weight: 1 for images that count and 0 for the places of bad samples; ``None`` counts all.
         """
         finite = loss.detach().isfinite()
@@ -119,7 +120,7 @@ class TimeSampler:
         """The history and its counts, the same on all ranks; take it after `synchronise`."""
         return {"history": self.history.clone(), "count": self.count.clone()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state_dict`.
 
         Raises:

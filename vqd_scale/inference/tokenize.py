@@ -101,8 +101,8 @@ def tokenize_shards(config: TokenizeConfig, device: torch.device) -> ShardSet:
     """Write a token shard for every image shard, in order; resumable shard by shard.
 
     Raises:
-        UserError: The pictures or the tokenizer are missing, sizes do not fit, the disk is full, or the folder
-            holds tokens of other pictures, another tokenizer or another vocabulary.
+        UserError: The pictures or the tokenizer are missing, sizes do not fit, the disk is full, or the
+            folder holds tokens of other pictures, another tokenizer or another vocabulary.
     """
     source = ShardSet.open(config.images)
     tokenizer = load_tokenizer(config.tokenizer, device)

@@ -1,8 +1,8 @@
 """Captions to features: CLIP's byte-pair tokenizer and text tower, by open_clip.
 
-What VQ-Diffusion's published weights expect: lower-cased captions, padding with id 0, the last token replaced
-by the end token where a caption is too long, the output of every position after the final LayerNorm without the
-projection, each position scaled to unit length. There is no padding mask: all positions condition.
+What VQ-Diffusion's published weights expect: lower-cased captions, padding with id 0, the last token
+replaced by the end token where a caption is too long, the output of every position after the final LayerNorm
+without the projection, each scaled to unit length. There is no padding mask: all positions condition.
 """
 
 import functools
@@ -45,7 +45,7 @@ class Tower(Config):
     merges: int = Field(default=_ALL_MERGES, ge=0, le=_ALL_MERGES)
     """How many of CLIP's byte-pair merges are kept: fewer make a smaller vocabulary for a small data set."""
     normalise: bool = True
-    null: Literal["learned", "empty"] = "learned"
+    no_caption: Literal["learned", "empty"] = "learned"
     """What stands for "no caption" under guidance: a learned embedding, or the empty caption's features."""
 
 
@@ -56,7 +56,7 @@ class Pretrained(Config):
     model: str = "ViT-B-32-quickgelu"
     pretrained: str = "openai"
     """An open_clip tag, or a local file of weights."""
-    null: Literal["learned", "empty"] = "learned"
+    no_caption: Literal["learned", "empty"] = "learned"
 
 
 TextConfig = Annotated[Tower | Pretrained, Field(discriminator="kind")]
@@ -135,7 +135,7 @@ class TextEncoder(nn.Module):
             self.width = int(self._frozen[0].width)
             self.normalise = True
         self.null: nn.Parameter | None = None
-        if config.null == "learned":
+        if config.no_caption == "learned":
             self.null = nn.Parameter(torch.randn(self.tokenizer.context_length, self.width))
         empty = torch.from_numpy(self.tokenizer([""]))[0]
         self.register_buffer("empty_caption", empty, persistent=False)

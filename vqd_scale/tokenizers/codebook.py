@@ -1,4 +1,4 @@
-"""The codebook of a VQ tokenizer, learned by exponential moving averages of the vectors assigned to each code.
+"""The codebook of a VQ tokenizer, learned by moving averages of the vectors assigned to each code.
 
 van den Oord et al., "Neural Discrete Representation Learning", appendix A.1. Buffers, not parameters: every
 rank sees the sums over all ranks, so they stay equal without belonging to any optimizer.
@@ -26,7 +26,7 @@ class Codebook(nn.Module):
         codes: K.
         width: The length of a code's vector.
         decay: Share of the old averages that a step keeps.
-        revival_share: A code used less than this share of its even share is replaced by a vector of the batch.
+        revival_share: A code used less than this part of its even share is replaced by a vector of a batch.
     """
 
     def __init__(self, codes: int, width: int, decay: float, revival_share: float) -> None:

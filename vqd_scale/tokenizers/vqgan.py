@@ -1,4 +1,4 @@
-"""VQ-GAN's autoencoder (Esser et al., arXiv 2012.09841): convolutional encoder and decoder around a codebook."""
+"""VQ-GAN's autoencoder (Esser et al., arXiv 2012.09841): convolutions around a codebook."""
 
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -28,7 +28,7 @@ class VQGANConfig(Config):
     multipliers: tuple[PositiveInt, ...] = Field(default=(1, 1, 2, 4), min_length=1)
     residual_blocks: PositiveInt = 2
     patch: PositiveInt = 1
-    """Side of the pixel blocks folded into channels at the entrance; 1 is the published form, more is cheaper."""
+    """Side of the pixel blocks folded into channels at the entrance; 1 as published, more is cheaper."""
     norm: Literal["group", "none"] = "group"
     codebook_decay: float = Field(default=0.99, ge=0, lt=1)
     revival_share: float = Field(default=0.03, ge=0, lt=1)

@@ -19,6 +19,10 @@ from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
 from vqd_scale.training.config import RunConfig
 from vqd_scale.training.task import Forward, Losses
 
+_POOL = "pool"
+_LATENTS_PER_CODE = 16
+"""How many latents k-means sees for each code that it places."""
+
 
 class ReconstructionConfig(Config):
     """Weights of the autoencoder's loss."""
@@ -39,7 +43,7 @@ class TokenizerTrainConfig(RunConfig):
     vqgan: VQGANConfig = VQGANConfig()
     reconstruction: ReconstructionConfig = ReconstructionConfig()
     codebook_start: NonNegativeInt = 10_000
-    """Images after which the codebook, placed by k-means on a batch's latents, joins; plain autoencoder before."""
+    """Images after which the codebook joins, placed by k-means; a plain autoencoder before."""
     revival: PositiveInt = 5_000
     """Images between two looks for dead codes, which are replaced by latents of the current batch."""
 
@@ -90,13 +94,16 @@ class AutoencodingTask:
         self.vqgan = VQGAN(config.vqgan)
         if config.size % self.vqgan.factor:
             raise UserError(f"size: {config.size} is not a multiple of the factor {self.vqgan.factor}.")
-        latents = config.data.lanes * (config.size // self.vqgan.factor) ** 2
-        if latents < config.vqgan.codes:
+        self.pool_images = -(
+            -_LATENTS_PER_CODE * config.vqgan.codes // (config.size // self.vqgan.factor) ** 2
+        )
+        if self.pool_images > config.codebook_start:
             raise UserError(
-                f"vqgan.codes: a batch of {config.data.lanes} pictures has {latents} latents, too few to place "
-                f"{config.vqgan.codes} codes at; enlarge data.lanes."
+                f"codebook_start: placing {config.vqgan.codes} codes takes the latents of {self.pool_images} "
+                f"images, more than come before image {config.codebook_start}; start the codebook later."
             )
         self.module = AutoencodingStep(self.vqgan, config.reconstruction)
+        self.pool: list[Tensor] = []
         self.latents: Tensor | None = None
 
     def samples(self) -> ImageSamples:
@@ -109,8 +116,9 @@ class AutoencodingTask:
         valid = batch.valid.to(self.world.device)
         pictures = batch.images.to(self.world.device)
         self.module.quantised = images >= self.config.codebook_start
-        if self.module.quantised and not bool(codebook.cluster_size.any()):
-            self._place_codebook(forward, pictures)
+        if self.module.quantised and self.pool:
+            codebook.initialise(torch.cat(self.pool), self.config.seed)
+            self.pool = []
         loss, squared, latents, ids = forward(pictures)
         statistics = {"squared_error": _mean(squared, valid)}
         if self.module.quantised:
@@ -119,14 +127,9 @@ class AutoencodingTask:
             codebook.update(latents[kept], ids[kept], self.world.sum)
             statistics["codes_used"] = torch.tensor([ids[kept].unique().numel(), 1.0])
             self.latents = latents
+        elif images >= self.config.codebook_start - self.pool_images:
+            self.pool.append(self.world.concatenated(latents))
         return Losses(loss, statistics)
-
-    @torch.no_grad()
-    def _place_codebook(self, forward: Forward, pictures: Tensor) -> None:
-        self.module.quantised = False
-        latents = self.world.concatenated(forward(pictures)[2])
-        self.module.quantised = True
-        self.vqgan.quantize.initialise(latents, self.config.seed)
 
     def stepped(self, images: int) -> None:
         """Look for dead codes when it is time."""
@@ -137,17 +140,21 @@ class AutoencodingTask:
         self.vqgan.quantize.revive(self.world.concatenated(self.latents), self.config.seed, turn)
 
     def state(self) -> dict[str, Tensor]:
-        """The codebook."""
-        return dict(self.vqgan.quantize.state_dict())
+        """The codebook, and before it starts the latents that it will be placed at."""
+        pool = {_POOL: torch.cat(self.pool)} if self.pool else {}
+        return dict(self.vqgan.quantize.state_dict()) | pool
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take it back."""
-        self.vqgan.quantize.load_state_dict(dict(state))
+        self.pool = [state[_POOL]] if _POOL in state else []
+        self.vqgan.quantize.load_state_dict({name: state[name] for name in state if name != _POOL})
 
     def export(self, parameters: Mapping[str, Tensor], folder: Path) -> None:
         """Write the bundle that `vqd_scale.inference.bundle.load_tokenizer` loads."""
         weights = {name.removeprefix("vqgan."): value for name, value in parameters.items()}
-        codebook = {f"quantize.{name}": value.cpu() for name, value in self.state().items()}
+        codebook = {
+            f"quantize.{name}": value.cpu() for name, value in self.vqgan.quantize.state_dict().items()
+        }
         save_tokenizer(folder, self.config.vqgan, weights | codebook)
 
 

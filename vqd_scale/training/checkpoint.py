@@ -1,9 +1,9 @@
 """Checkpoints: named slices, published, not written.
 
 Every rank writes its pieces of the weights, of the optimizer's moments and of the average as one safetensors
-file of flat slices ``{kind}/{parameter}/{start}``. The folder gets its name, and its manifest, only when every
-file is on the disk; loading copies the overlap of whatever slices there are with whatever pieces this rank holds,
-so any number of ranks reads what any other number wrote. Nothing is pickled.
+file of flat slices, ``{kind}/{parameter}/{start}``. The folder gets its name, and its manifest, only when all
+files are on the disk. Loading copies the overlap of whatever slices there are with whatever pieces this rank
+holds, so any number of ranks reads what any other number wrote. Nothing is pickled.
 """
 
 import logging
@@ -83,7 +83,7 @@ class Checkpoints:
             state: The task's own tensors, equal on every rank.
 
         Raises:
-            UserError: Some rank could not write; the unfinished folder is gone then, older ones are untouched.
+            UserError: Some rank could not write; the unfinished folder is gone, older ones are untouched.
         """
         final = self.folder / f"{images:012d}"
         if self.world.any(final.exists()):

@@ -1,4 +1,4 @@
-"""The task of VQ-Diffusion: a denoiser on tokens under a caption, with the bound and the auxiliary x0 loss."""
+"""The task of VQ-Diffusion: undo noise on tokens under a caption, by the bound and the auxiliary loss."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,7 +63,7 @@ class DenoisingStep(nn.Module):
         dropped: Bool[Tensor, " batch"],
         valid: Bool[Tensor, " batch"],
     ) -> tuple[Float[Tensor, " batch"], ...]:
-        """Losses in nats per token: the differentiable one, the bound's term, the cross-entropy, accuracies."""
+        """Each sample's loss (differentiable), term of the bound and cross-entropy, and the accuracies."""
         text = self.model.text(captions, dropped)
 
         def consume(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
@@ -120,7 +120,8 @@ class DenoisingTask:
         seed, device = self.config.seed, self.world.device
         slots, tokens, valid = (tensor.to(device) for tensor in (batch.slots, batch.tokens, batch.valid))
         t, probability = self.times.draw(uniforms(seed, Purpose.TIMESTEP, slots, 1)[:, 0])
-        noise = uniforms(seed, Purpose.CORRUPTION, slots, tokens.shape[1])
+        # float64: what is left of 24 bits after a rare replacement would reach only a few of the codes.
+        noise = uniforms(seed, Purpose.CORRUPTION, slots, tokens.shape[1], dtype=torch.float64)
         noisy = self.transition.corrupt(tokens, t, noise)
         dropped = uniforms(seed, Purpose.CAPTION_DROPOUT, slots, 1)[:, 0] < self.config.caption_dropout
         loss, bound, cross_entropy, accuracies = forward(

@@ -13,7 +13,7 @@ class EMAConfig(Config):
     half_life: PositiveInt = 500_000
     """Images after which a weight's old value counts half."""
     ramp: PositiveFloat = 0.05
-    """Early in a run the half-life is at most this share of the images seen, so that the start is forgotten."""
+    """Early on the half-life is at most this share of the images seen, so that the start is forgotten."""
 
 
 class EMA:

@@ -18,8 +18,8 @@ if not torch.cuda.is_available():
     # Said before the import, since DeepSpeed otherwise warns that it had to find out.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed  # noqa: E402
-from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+import deepspeed
+from deepspeed.utils import logger as deepspeed_logger
 
 
 class EngineConfig(Config):
@@ -30,13 +30,13 @@ class EngineConfig(Config):
     accumulation: PositiveInt = 1
     """Parts that a rank's share of a batch is computed in, one after the other, to save memory."""
     persistence_threshold: NonNegativeInt = 100_000
-    """Parameters with fewer elements are kept whole on every rank (their optimizer state is sharded anyway)."""
+    """Parameters with fewer elements stay whole on every rank; their optimizer state is sharded anyway."""
     bucket_elements: PositiveInt = 50_000_000
     """Elements that are gathered or reduced in one message."""
 
 
 def deepspeed_json(config: EngineConfig, optim: OptimConfig, batch: int, ranks: int) -> dict[str, Any]:
-    """The engine's configuration. Every default of DeepSpeed's that would change the numbers is named here."""
+    """DeepSpeed's configuration, with every default of its own that would change the numbers."""
     return {
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": batch // ranks // config.accumulation,
@@ -80,7 +80,12 @@ class Engine:
     """
 
     def __init__(
-        self, module: nn.Module, config: EngineConfig, optim: OptimConfig, batch: int, world: World
+        self,
+        module: nn.Module,
+        config: EngineConfig,
+        optim: OptimConfig,
+        batch: int,
+        world: World,
     ) -> None:
         deepspeed_logger.setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module="deepspeed")
@@ -99,7 +104,7 @@ class Engine:
         return self._engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of a loss; the mean over ranks (and parts of a batch) is what is stepped on."""
+        """Accumulate a loss's gradient; its mean over ranks and parts of a batch is what is stepped on."""
         self._engine.backward(loss)
 
     def step(self, learning_rate: float) -> None:

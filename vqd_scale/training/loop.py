@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, Generic
 
 import torch
-import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from vqd_scale.core.config import to_yaml
+from vqd_scale.core.config import read_yaml, to_yaml
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress_bar
 from vqd_scale.core.stop import StopFlag
@@ -59,13 +58,14 @@ def train(task: Task[BatchType], config: RunConfig, world: World, title: str) ->
         title: What the progress bar says.
 
     Raises:
-        UserError: The folder holds another run, a loss is not finite, the disk is full, the data are unusable.
+        UserError: The folder holds another run, a loss is not finite, the disk is full, data are unusable.
     """
     batch = config.data.lanes
-    if batch % (world.size * config.engine.accumulation):
+    parts = world.size * config.engine.accumulation
+    if batch % parts:
         raise UserError(
             f"data.lanes: a global batch of {batch} cannot be cut into {world.size} ranks times "
-            f"{config.engine.accumulation} parts; choose a multiple of {world.size * config.engine.accumulation}."
+            f"{config.engine.accumulation} parts; choose a multiple of {parts}."
         )
     if world.is_first:
         _claim(config.run, config)
@@ -99,7 +99,7 @@ def _claim(folder: Path, config: RunConfig) -> None:
     """Write the resolved configuration into the run's folder, or see that it holds this very run."""
     path = folder / "config.yaml"
     if path.exists():
-        theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
+        theirs = read_yaml(path)
         ours = config.model_dump(mode="json")
         for key in (theirs.keys() | ours.keys()) - _CHANGEABLE:
             if theirs.get(key) != ours.get(key):
@@ -152,7 +152,7 @@ class _Trainer(Generic[BatchType]):
         with closing(iter(stream)) as batches, bar:
             return self._run(batches, bar)
 
-    def _run(self, batches: Iterator[BatchType], bar: "tqdm[int]") -> Outcome:
+    def _run(self, batches: Iterator[BatchType], bar: "tqdm[Any]") -> Outcome:
         self.report.start()
         while self.images < self.config.images:
             batch = self.report.waited_for(batches)
@@ -194,12 +194,10 @@ class _Trainer(Generic[BatchType]):
         bad = ~losses.per_sample.detach().isfinite().cpu() & batch.valid
         if self.world.any(bool(bad.any())):
             slots = batch.slots[bad].tolist()[:4]
-            where = (
-                f"samples in slots {slots} of rank {self.world.rank}" if slots else "samples of another rank"
-            )
+            whose = f"slots {slots} on rank {self.world.rank}" if slots else "another rank's samples"
             raise UserError(
-                f"{self.config.run}: after {self.images} images the loss of {where} is not finite; lower optim.lr "
-                f"or lengthen optim.warmup and start again, it goes on from the last checkpoint."
+                f"{self.config.run}: after {self.images} images the loss of {whose} is not finite; lower "
+                f"optim.lr or lengthen optim.warmup and start again, it goes on from the last checkpoint."
             )
 
 

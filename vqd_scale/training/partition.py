@@ -1,8 +1,8 @@
 """This rank's share of a model under ZeRO-3, by name.
 
-The one file that knows DeepSpeed's private layout (checked against 0.19): each rank holds a flat piece of every
-parameter, the pieces of a group of parameters lie one after the other in a flat float32 tensor, and the inner
-optimizer's state is keyed by that tensor. Everything that saves, loads or averages weights works on the pieces.
+The one file that knows DeepSpeed's private layout (checked against 0.19): each rank holds a flat piece of
+every parameter, the pieces of a group of parameters lie one after the other in a flat float32 tensor, and the
+inner optimizer's state is keyed by that tensor. What saves, loads or averages weights works on the pieces.
 """
 
 from dataclasses import dataclass
@@ -90,7 +90,7 @@ class Partition:
             persistent[0].all_gather(persistent)
 
     def _state_of(self, master: Tensor) -> dict[str, Tensor]:
-        # torch's AdamW makes its state at the first step; made here in the same form, it can be loaded before.
+        # torch's AdamW makes its state at the first step; made here alike, it can be loaded before.
         state: dict[str, Tensor] = self._optimizer.optimizer.state[master]
         if not state:
             state["step"] = torch.tensor(0.0)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from vqd_scale.core.world import World
 from vqd_scale.data.batch import ImageBatch, TokenBatch
 from vqd_scale.data.samples import SampleKind
 
@@ -30,9 +29,10 @@ class Losses(NamedTuple):
 class Task(Protocol[BatchType]):
     """Something to train: a module that goes into the engine, and how a batch becomes losses."""
 
-    module: nn.Module
-    """Holds every trained parameter, and nothing that is frozen."""
-    world: World
+    @property
+    def module(self) -> nn.Module:
+        """Holds every trained parameter, and nothing that is frozen; its forward is what the engine wraps."""
+        ...
 
     def samples(self) -> SampleKind[BatchType]:
         """What kind of samples the stream is to read."""

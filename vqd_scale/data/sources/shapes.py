@@ -48,7 +48,7 @@ BACKGROUNDS: Mapping[str, Colour] = {
     "mint": (192, 240, 212),
     "peach": (255, 216, 188),
 }
-SIZES: Mapping[str, float] = {"small": 0.1, "large": 0.175}
+SIZES: Mapping[str, float] = {"small": 0.12, "large": 0.2}
 """Radius of the circle, as a share of the picture's side; the other shapes have about its area."""
 
 _ROWS = {"top": 0.25, "middle": 0.5, "bottom": 0.75}

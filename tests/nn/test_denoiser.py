@@ -1,0 +1,118 @@
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+from torch.nn import functional
+
+from vqd_scale.nn.denoiser import Denoiser, DenoiserConfig, NoCondition, TextCondition
+from vqd_scale.nn.layers import GELU2, AdaptiveLayerNorm, Convolutional, ConvolutionalFeedForward
+
+SMALL = DenoiserConfig(width=24, layers=2, heads=2, condition=TextCondition(width=10))
+
+
+def build(config: DenoiserConfig = SMALL, *, grid: tuple[int, int] = (3, 4)) -> Denoiser:
+    torch.manual_seed(0)
+    return Denoiser(config.model_copy(update={"initial_deviation": 0.3}), codes=7, grid=grid, steps=9)
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 8, (3, 12), generator=generator)
+    return tokens, torch.tensor([0, 4, 8]), torch.randn(3, 5, 10, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("config", "codes", "parameters"),
+    [
+        (DenoiserConfig(width=192, layers=18, feed_forward=Convolutional(multiplier=2)), 2887, 35_936_647),
+        (DenoiserConfig(), 2887, 388_780_871),
+        (DenoiserConfig(width=1408, layers=36), 4096, 1_359_274_624),
+        (
+            DenoiserConfig(
+                width=512, layers=20, condition=NoCondition(), feed_forward=Convolutional(multiplier=4)
+            ),
+            1024,
+            411_185_664,
+        ),
+    ],
+    ids=["S", "B", "L", "FFHQ"],
+)
+def test_trap_21_parameter_counts_of_the_published_sizes(
+    config: DenoiserConfig, codes: int, parameters: int
+) -> None:
+    with torch.device("meta"):
+        denoiser = Denoiser(config, codes, (32, 32), steps=100)
+    assert sum(parameter.numel() for parameter in denoiser.parameters()) == parameters
+
+
+def test_trap_17_gelu2_is_the_sigmoid_form() -> None:
+    assert GELU2()(torch.tensor(1.0)).item() == pytest.approx(0.845796, abs=1e-6)
+
+
+def test_trap_18_each_sample_has_its_own_timestep() -> None:
+    denoiser = build()
+    tokens, t, text = inputs()
+    together = denoiser(tokens, t, text)
+    for row in range(3):
+        alone = denoiser(tokens[row : row + 1], t[row : row + 1], text[row : row + 1])
+        torch.testing.assert_close(together[row : row + 1], alone)
+    assert not torch.allclose(together, denoiser(tokens, t.flip(0), text))
+
+
+@pytest.mark.parametrize("timestep", ["learned", "sinusoidal"])
+def test_adaptive_norm_takes_scale_first_and_adds_one(timestep: str) -> None:
+    norm = AdaptiveLayerNorm(6, 9, timestep)  # pyright: ignore[reportArgumentType]
+    with torch.no_grad():
+        norm.linear.weight.zero_()
+        norm.linear.bias.copy_(torch.cat([torch.full((6,), 2.0), torch.full((6,), 5.0)]))
+    x = torch.randn(2, 3, 6)
+    expected = functional.layer_norm(x, (6,)) * 3.0 + 5.0
+    torch.testing.assert_close(norm(x, torch.tensor([0, 8])), expected)
+
+
+def test_the_caption_matters_and_every_position_sees_every_other() -> None:
+    denoiser = build()
+    tokens, t, text = inputs()
+    base = denoiser(tokens, t, text)
+    other_captions = text + torch.randn(3, 5, 10, generator=torch.Generator().manual_seed(2))
+    assert (denoiser(tokens, t, other_captions) - base).abs().amax(dim=2).gt(0).all()
+    changed = tokens.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 8
+    assert (denoiser(changed, t, text) - base).abs().amax(dim=2).gt(0).all()
+
+
+def test_consuming_the_head_equals_its_logits() -> None:
+    denoiser = build()
+    tokens, t, text = inputs()
+    consumed = denoiser.forward(tokens, t, text, functional.linear)
+    torch.testing.assert_close(consumed, denoiser(tokens, t, text))
+
+
+def test_unconditional_model_has_no_cross_attention() -> None:
+    denoiser = build(SMALL.model_copy(update={"condition": NoCondition()}))
+    tokens, t, _ = inputs()
+    assert denoiser(tokens, t, None).shape == (3, 12, 7)
+    assert not any("attn2" in name for name, _ in denoiser.named_parameters())
+
+
+def test_convolutional_feed_forward_works_on_the_grid() -> None:
+    layer = ConvolutionalFeedForward(4, 2, (3, 5))
+    x = torch.randn(2, 15, 4)
+    image = x.reshape(2, 3, 5, 4).permute(0, 3, 1, 2)
+    expected = layer[2](layer[1](layer[0](image))).permute(0, 2, 3, 1).reshape(2, 15, 4)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_initial_weights_follow_the_recipe() -> None:
+    torch.manual_seed(0)
+    denoiser = Denoiser(DenoiserConfig(width=64, layers=2, heads=4), 50, (8, 8), steps=100)
+    for module in denoiser.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.1)
+        if isinstance(module, nn.Linear):
+            assert not module.bias.any()
+
+
+def test_width_must_be_a_multiple_of_heads() -> None:
+    with pytest.raises(ValidationError, match="not a multiple of heads"):
+        DenoiserConfig(width=10, heads=4)

@@ -1,0 +1,135 @@
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from vqd_scale.data.shards import KEY, Sample, ShardRecipe, write_shard_set
+from vqd_scale.inference.bundle import save_tokenizer, tokenizer_fingerprint
+from vqd_scale.inference.tokenize import TokenSetMeta
+from vqd_scale.text.clip import CaptionTokenizer
+from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
+
+ROOT = Path(__file__).parents[2]
+CODES, SIDE, SAMPLES = 12, 3, 40
+CAPTIONS = CaptionTokenizer(context_length=8, merges=300)
+WORDS = ("red", "green", "blue", "white")
+
+RunTool = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def token_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer, token shards and a configuration small enough for seconds."""
+    folder = tmp_path_factory.mktemp("tokens")
+    shape = VQGANConfig(
+        codes=CODES, code_width=4, channels=8, multipliers=(1, 2), residual_blocks=1, norm="none"
+    )
+    torch.manual_seed(0)
+    save_tokenizer(folder / "tokenizer", shape, VQGAN(shape).state_dict())
+    meta = TokenSetMeta(
+        codes=CODES,
+        grid=(SIDE, SIDE),
+        tokenizer=tokenizer_fingerprint(folder / "tokenizer"),
+        captions=CAPTIONS.fingerprint,
+        source={},
+    )
+    recipes = [
+        ShardRecipe(f"{shard:06d}.tar", count, lambda shard=shard, count=count: _samples(shard, count))
+        for shard, count in enumerate((17, 3, SAMPLES - 20))
+    ]
+    write_shard_set(folder / "shards", {"kind": "tokens", **asdict(meta)}, recipes, "tokens")
+    (folder / "train.yaml").write_text(yaml.safe_dump(_config(folder)))
+    return folder
+
+
+def _samples(shard: int, count: int) -> list[Sample]:
+    """Tokens that follow from the caption's word, with a few of them at random."""
+    generator = np.random.default_rng(shard)
+    samples: list[Sample] = []
+    for number in range(count):
+        word = int(generator.integers(len(WORDS)))
+        tokens = np.full(SIDE * SIDE, 3 * word, np.uint16)
+        tokens[generator.integers(SIDE * SIDE)] += 1
+        caption = f"a {WORDS[word]} picture"
+        samples.append(
+            {
+                KEY: f"{shard:03d}{number:04d}",
+                "tokens.npy": tokens,
+                "text.npy": CAPTIONS([caption])[0].astype(np.int32),
+                "txt": caption,
+            }
+        )
+    return samples
+
+
+def _config(folder: Path) -> dict[str, object]:
+    return {
+        "run": "set-by-each-test",
+        "images": 160,
+        "tokenizer": str(folder / "tokenizer"),
+        "data": {"path": str(folder / "shards"), "lanes": 8, "shuffle_window": 4},
+        "engine": {"precision": "fp32", "persistence_threshold": 0},
+        "denoiser": {
+            "width": 16,
+            "layers": 2,
+            "heads": 2,
+            "initial_deviation": 0.2,
+            "condition": {"kind": "text", "width": 16},
+        },
+        "text": {
+            "kind": "tower",
+            "context_length": 8,
+            "width": 16,
+            "heads": 2,
+            "layers": 1,
+            "merges": 300,
+        },
+        "diffusion": {"kind": "paper", "steps": 10},
+        "objective": {"auxiliary_weight": 0.1, "adaptive_auxiliary": False},
+        "times": {"kind": "importance", "warm_up": 2},
+        "optim": {"lr": 1e-3, "warmup": 32},
+        "ema": {"half_life": 64},
+        "checkpoint": {"every": 40},
+        "log": {"every": 8},
+    }
+
+
+def command(tool: str, arguments: Sequence[str], ranks: int) -> list[str]:
+    """What starts a tool on so many ranks, as `vqd_scale.launchers.local` does for the demo."""
+    launch = "import sys; from pathlib import Path; from vqd_scale.launchers.local import run_on_this_machine"
+    call = f"sys.exit(run_on_this_machine(Path('tools/{tool}'), sys.argv[1:], {ranks}))"
+    return [sys.executable, "-c", f"{launch}; {call}", *arguments]
+
+
+@pytest.fixture(scope="session")
+def run_tool() -> RunTool:
+    """Run one of the project's tools on so many ranks."""
+
+    def run(tool: str, *arguments: str, ranks: int = 1) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            command(tool, arguments, ranks), cwd=ROOT, capture_output=True, text=True, check=False
+        )
+
+    return run
+
+
+@pytest.fixture
+def start_tool() -> Callable[..., "subprocess.Popen[bytes]"]:
+    """Start a tool in a process group of its own, to be killed."""
+
+    def start(tool: str, *arguments: str, ranks: int = 1) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            command(tool, arguments, ranks),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    return start

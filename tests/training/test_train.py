@@ -1,0 +1,201 @@
+"""The trainer as its users start it: whole processes, one rank and two."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vqd_scale.core.config import load_config
+from vqd_scale.core.world import World
+from vqd_scale.data.stream import Stream
+from vqd_scale.training.denoising import DenoisingTask, TrainConfig
+from vqd_scale.training.metrics import read_metrics
+from vqd_scale.training.optim import build_optimizer, learning_rate
+
+pytestmark = pytest.mark.ranks
+RunTool = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run / "metrics.jsonl")]
+
+
+def digest(run: Path) -> str:
+    return hashlib.sha256((run / "export" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def newest(run: Path) -> Path:
+    return max(path for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    token_world: Path, tmp_path_factory: pytest.TempPathFactory, run_tool: RunTool
+) -> dict[int, Path]:
+    """The same run on one rank and on two, never stopped."""
+    runs = {ranks: tmp_path_factory.mktemp("runs") / f"ranks-{ranks}" for ranks in (1, 2)}
+    for ranks, run in runs.items():
+        done = run_tool("train.py", str(token_world / "train.yaml"), f"run={run}", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    return runs
+
+
+def test_one_rank_and_two_ranks_have_the_same_losses(undisturbed: dict[int, Path]) -> None:
+    one, two = losses(undisturbed[1]), losses(undisturbed[2])
+    assert len(one) == 20
+    assert two == pytest.approx(one, rel=1e-5)
+    first, second = (load_file(undisturbed[ranks] / "export" / "model.safetensors") for ranks in (1, 2))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert tensor.numel() > 0
+        torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=1e-5)
+
+
+def test_zero_3_equals_plain_adamw_average_included(
+    token_world: Path, undisturbed: dict[int, Path], tmp_path: Path
+) -> None:
+    """The engine's slow twin: one process, one optimizer, no sharding, whole tensors."""
+    config = load_config(TrainConfig, token_world / "train.yaml", [f"run={tmp_path}"])
+
+    class Alone(World):
+        def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor
+
+    task = DenoisingTask(config, Alone(0, 1, torch.device("cpu")))
+    optimizer = build_optimizer(task.module, config.optim)
+    average = {name: tensor.detach().clone() for name, tensor in task.module.named_parameters()}
+    stream = Stream(
+        config.data, task.samples(), seed=0, rank=0, ranks=1, cursor=0, quarantine=tmp_path / "q.jsonl"
+    )
+    expected: list[float] = []
+    with closing(iter(stream)) as batches:
+        for images in range(0, config.images, 8):
+            loss = task.losses(task.module, next(batches), images).per_sample.mean()
+            expected.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(task.module.parameters(), config.optim.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config.optim, images, config.images)
+            optimizer.step()
+            task.stepped(images + 8)
+            half_life = min(config.ema.half_life, config.ema.ramp * (images + 8))
+            for name, parameter in task.module.named_parameters():
+                average[name].lerp_(parameter.detach(), 1 - 0.5 ** (8 / half_life))
+    assert losses(undisturbed[2]) == pytest.approx(expected, rel=1e-5)
+    exported = load_file(undisturbed[2] / "export" / "model.safetensors")
+    assert {f"model.{name}" for name in exported} == average.keys()
+    for name, tensor in exported.items():
+        torch.testing.assert_close(tensor, average[f"model.{name}"], rtol=1e-3, atol=1e-5)
+
+
+def kill_after(
+    start: Callable[..., "subprocess.Popen[bytes]"], config: Path, run: Path, images: int, number: int
+) -> int:
+    """Start on two ranks, send a signal to all once so many images are logged; returns the exit code."""
+    process = start("train.py", str(config), f"run={run}", ranks=2)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        rows = read_metrics(run / "metrics.jsonl")
+        if rows and rows[-1]["images"] >= images:
+            os.killpg(process.pid, number)
+            break
+        time.sleep(0.01)
+    return process.wait(timeout=60)
+
+
+def test_killed_and_resumed_equals_never_stopped(
+    token_world: Path,
+    undisturbed: dict[int, Path],
+    tmp_path: Path,
+    run_tool: RunTool,
+    start_tool: Callable[..., "subprocess.Popen[bytes]"],
+) -> None:
+    run, config = tmp_path / "run", token_world / "train.yaml"
+    kill_after(start_tool, config, run, images=72, number=signal.SIGKILL)
+    assert not (run / "export").exists()
+    resumed = run_tool("train.py", str(config), f"run={run}", ranks=2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(run) == losses(undisturbed[2])
+    assert digest(run) == digest(undisturbed[2])
+
+
+def test_damaged_newest_checkpoint_is_passed_over_and_another_world_size_goes_on(
+    token_world: Path, undisturbed: dict[int, Path], tmp_path: Path, run_tool: RunTool
+) -> None:
+    run, config = tmp_path / "run", token_world / "train.yaml"
+    first = run_tool("train.py", str(config), f"run={run}", "images=88", "checkpoint.every=40", ranks=2)
+    assert first.returncode == 0, first.stderr
+    damaged = next(newest(run).glob("slices-00001*"))
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    # The schedule follows the configured end, which the first start gave differently.
+    second = run_tool("train.py", str(config), f"run={run}", "images=88", ranks=1)
+    assert second.returncode == 0, second.stderr
+    assert "damaged" in second.stderr
+    assert "going on from the checkpoint at 80 images" in second.stderr
+    whole = tmp_path / "whole"
+    third = run_tool("train.py", str(config), f"run={whole}", "images=88", ranks=1)
+    assert third.returncode == 0, third.stderr
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_sigterm_saves_and_asks_to_be_started_again(
+    token_world: Path,
+    undisturbed: dict[int, Path],
+    tmp_path: Path,
+    run_tool: RunTool,
+    start_tool: Callable[..., "subprocess.Popen[bytes]"],
+) -> None:
+    run, config = tmp_path / "run", token_world / "train.yaml"
+    process = start_tool("train.py", str(config), f"run={run}")
+    while not read_metrics(run / "metrics.jsonl") and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(timeout=60)
+    assert int(newest(run).name) > 0
+    resumed = run_tool("train.py", str(config), f"run={run}")
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(run) == losses(undisturbed[1])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["optim.lrr=1"], "optim.lrr: unknown key"),
+        (["optim.lr=fast"], "optim.lr: given 'fast'"),
+        (["data.path=/nowhere"], "/nowhere"),
+        (["tokenizer=/nowhere"], "no tokenizer bundle"),
+        (["text.merges=301"], "captions were tokenized otherwise"),
+        (["denoiser.condition.width=8"], "denoiser.condition"),
+        (["engine.accumulation=3"], "data.lanes: a global batch of 8 cannot be cut"),
+    ],
+)
+def test_wrong_use_is_one_sentence_and_nothing_is_left(
+    token_world: Path,
+    tmp_path: Path,
+    overrides: list[str],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from vqd_scale.commands.train import main
+
+    monkeypatch.chdir(Path(__file__).parents[2])
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit) as stopped:
+        main([str(token_world / "train.yaml"), f"run={run}", *overrides])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert sentence in said
+    assert "Traceback" not in said
+    assert not run.exists()
