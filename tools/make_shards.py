@@ -1,3 +1,4 @@
 from vqd_scale.commands.make_shards import main
 
-main()
+if __name__ == "__main__":
+    main()

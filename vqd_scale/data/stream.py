@@ -3,7 +3,6 @@
 import functools
 import itertools
 import multiprocessing
-import pickle
 import queue
 import threading
 from collections import Counter
@@ -260,15 +259,14 @@ def _serve(reader: _PartReader, depth: int, connection: Connection) -> None:
     """A reading process: reads ahead in a thread, and sends."""
     try:
         for part in _in_thread(reader, depth):
-            # Not connection.send: it would share tensors through file descriptors; these bytes are arrays.
-            connection.send_bytes(pickle.dumps(part))
+            connection.send(part)
     except UserError as error:
-        connection.send_bytes(pickle.dumps(error))
+        connection.send(error)
 
 
 def _received(connection: Connection) -> _Part:
     try:
-        item = pickle.loads(connection.recv_bytes())  # noqa: S301 - sent by our own process
+        item = connection.recv()
     except EOFError:
         raise RuntimeError("a reading process died; what it printed above says why") from None
     if isinstance(item, UserError):
