@@ -6,13 +6,16 @@ from types import FrameType
 REQUEUE_EXIT_CODE = 75
 """Exit code of a run that was asked to stop and saved itself: start it again and it goes on (EX_TEMPFAIL)."""
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""What asks a run to save and leave."""
+
 
 class StopFlag:
-    """Becomes true at the first SIGTERM, SIGUSR1 or SIGUSR2."""
+    """Becomes true at the first of `STOP_SIGNALS`."""
 
     def __init__(self) -> None:
         self.requested = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -10,8 +10,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+
+from vqd_scale.core.stop import STOP_SIGNALS
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 10.0
@@ -40,10 +44,11 @@ def run_on_this_machine(tool: Path, arguments: Sequence[str], ranks: int) -> int
         )
         for rank in range(ranks)
     ]
-    try:
-        return _wait(processes)
-    finally:
-        _end(processes)
+    with _forwarding_signals(processes):
+        try:
+            return _wait(processes)
+        finally:
+            _end(processes)
 
 
 def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
@@ -58,6 +63,22 @@ def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": str(threads),
     }
+
+
+@contextmanager
+def _forwarding_signals(processes: Sequence["subprocess.Popen[bytes]"]) -> Generator[None]:
+    """Whoever asks this process to stop means the ranks: they save, and end in their own time."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _wait(processes: Sequence["subprocess.Popen[bytes]"]) -> int:

@@ -15,7 +15,7 @@ from vqd_scale.data.batch import ImageBatch
 from vqd_scale.data.samples import ImageSamples
 from vqd_scale.inference.bundle import save_tokenizer
 from vqd_scale.tokenizers.base import to_signal
-from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
+from vqd_scale.tokenizers.vqgan import VQGAN, ResidualBlock, VQGANConfig
 from vqd_scale.training.config import RunConfig
 from vqd_scale.training.task import Forward, Losses
 
@@ -90,6 +90,7 @@ class AutoencodingTask:
     def __init__(self, config: TokenizerTrainConfig, world: World) -> None:
         self.config = config
         self.world = world
+        self.units = (ResidualBlock,)
         torch.manual_seed(config.seed)
         self.vqgan = VQGAN(config.vqgan)
         if config.size % self.vqgan.factor:

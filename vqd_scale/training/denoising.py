@@ -19,7 +19,7 @@ from vqd_scale.diffusion.times import Times, TimeSampler, Uniform
 from vqd_scale.diffusion.transition import MaskAndReplace
 from vqd_scale.inference.bundle import BundleConfig, Model, save_bundle
 from vqd_scale.inference.tokenize import TokenSetMeta
-from vqd_scale.nn.denoiser import DenoiserConfig
+from vqd_scale.nn.denoiser import Block, DenoiserConfig
 from vqd_scale.text.clip import TextConfig, Tower
 from vqd_scale.training.config import RunConfig
 from vqd_scale.training.task import Forward, Losses
@@ -94,6 +94,7 @@ class DenoisingTask:
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.config = config
         self.world = world
+        self.units = (Block,)
         meta = TokenSetMeta.of(ShardSet.open(config.data.path))
         self.bundle = BundleConfig(
             codes=meta.codes,

@@ -3,6 +3,7 @@
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import set_z3_leaf_modules
 
 
 class EngineConfig(Config):
@@ -77,6 +79,7 @@ class Engine:
         optim: The optimizer.
         batch: Images in a global batch.
         world: This process's place among the ranks.
+        units: See `vqd_scale.training.task.Task.units`.
     """
 
     def __init__(
@@ -86,9 +89,11 @@ class Engine:
         optim: OptimConfig,
         batch: int,
         world: World,
+        units: Sequence[type[nn.Module]],
     ) -> None:
         deepspeed_logger.setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module="deepspeed")
+        set_z3_leaf_modules(module, list(units))
         optimizer = build_optimizer(module, optim)
         engine, *_ = deepspeed.initialize(
             model=module,

@@ -70,7 +70,7 @@ def train(task: Task[BatchType], config: RunConfig, world: World, title: str) ->
     if world.is_first:
         _claim(config.run, config)
     world.barrier()
-    engine = Engine(task.module, config.engine, config.optim, batch, world)
+    engine = Engine(task.module, config.engine, config.optim, batch, world, task.units)
     ema = EMA(config.ema, engine.partition)
     checkpoints = Checkpoints(config.run / "checkpoints", config.checkpoint, engine.partition, ema, world)
     images = _resume(task, checkpoints, world)

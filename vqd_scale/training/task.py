@@ -1,6 +1,6 @@
 """What the training loop asks of whatever it trains."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -32,6 +32,15 @@ class Task(Protocol[BatchType]):
     @property
     def module(self) -> nn.Module:
         """Holds every trained parameter, and nothing that is frozen; its forward is what the engine wraps."""
+        ...
+
+    @property
+    def units(self) -> Sequence[type[nn.Module]]:
+        """Kinds of submodules whose parameters are gathered in one message, such as blocks.
+
+        Their inputs must require gradients: the engine takes a unit's gradients to be complete when those of
+        its inputs are.
+        """
         ...
 
     def samples(self) -> SampleKind[BatchType]:

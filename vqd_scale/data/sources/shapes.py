@@ -48,8 +48,8 @@ BACKGROUNDS: Mapping[str, Colour] = {
     "mint": (192, 240, 212),
     "peach": (255, 216, 188),
 }
-SIZES: Mapping[str, float] = {"small": 0.12, "large": 0.2}
-"""Radius of the circle, as a share of the picture's side; the other shapes have about its area."""
+SIZES: Mapping[str, float] = {"small": 0.125, "large": 0.2}
+"""Radius of the circle, as a share of the picture's side; the other shapes go with it."""
 
 _ROWS = {"top": 0.25, "middle": 0.5, "bottom": 0.75}
 _COLUMNS = {"left": 0.25, "center": 0.5, "right": 0.75}
@@ -299,11 +299,11 @@ def _choose(choices: Sequence[Any], word: int) -> tuple[Any, int]:
 
 
 def _outline(shape: str, radius: float) -> list[tuple[float, float]]:
-    """Corners around the centre; the factors give the shapes about the same area."""
+    """Corners around the centre; the factors give the shapes about the same weight to the eye."""
     if shape == "circle":
         return _regular(120, radius)
     if shape == "square":
-        side = 0.9 * radius
+        side = radius
         return [(-side, -side), (side, -side), (side, side), (-side, side)]
     if shape == "triangle":
         # To the eye its centre lies between the centre of mass and the one of the bounding box.
