@@ -4,6 +4,7 @@ import hashlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -11,18 +12,28 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from vqd_scale.core.config import load_config
 from vqd_scale.core.stop import REQUEUE_EXIT_CODE
 from vqd_scale.core.world import World
+from vqd_scale.data.batch import TokenBatch
 from vqd_scale.data.stream import Stream
+from vqd_scale.text.clip import CaptionTokenizer
 from vqd_scale.training.denoising import DenoisingTask, TrainConfig
 from vqd_scale.training.metrics import read_metrics
 from vqd_scale.training.optim import build_optimizer, learning_rate
 
 pytestmark = pytest.mark.ranks
 RunTool = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+class Alone(World):
+    """One process that talks to nobody."""
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
 
 
 def losses(run: Path) -> list[float]:
@@ -72,10 +83,6 @@ def test_zero_3_equals_plain_adamw_average_included(
 ) -> None:
     """The engine's slow twin: one process, one optimizer, no sharding, whole tensors."""
     config = load_config(TrainConfig, token_world / "train.yaml", [f"run={tmp_path}"])
-
-    class Alone(World):
-        def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-            return tensor
 
     task = DenoisingTask(config, Alone(0, 1, torch.device("cpu")))
     optimizer = build_optimizer(task.module, config.optim)
@@ -205,3 +212,47 @@ def test_wrong_use_is_one_sentence_and_nothing_is_left(
     assert sentence in said
     assert "Traceback" not in said
     assert not run.exists()
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
+    token_world: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    # No file may grow over 16 KiB: the configuration fits, the first checkpoint does not.
+    limited = f"ulimit -f 16; exec {sys.executable} tools/train.py {token_world / 'train.yaml'} run={run}"
+    done = subprocess.run(
+        ["bash", "-c", limited], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list((run / "checkpoints").iterdir()) == []
+
+
+def test_one_batch_can_be_learned_by_heart(token_world: Path, tmp_path: Path) -> None:
+    overrides = [f"run={tmp_path}", "caption_dropout=0", "times.kind=uniform", "denoiser.width=32"]
+    path = tmp_path / "train.yaml"
+    values = yaml.safe_load((token_world / "train.yaml").read_text())
+    values["times"] = {"kind": "uniform"}
+    path.write_text(yaml.safe_dump(values))
+    config = load_config(TrainConfig, path, overrides)
+    task = DenoisingTask(config, Alone(0, 1, torch.device("cpu")))
+    captions = [f"a {word} picture" for word in ("red", "green", "blue", "white")]
+    tokens = torch.randint(0, 12, (4, 9), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(task.module.parameters(), lr=5e-3)
+    accuracy = 0.0
+    for step in range(150):
+        batch = TokenBatch(
+            tokens=tokens,
+            text=torch.from_numpy(CaptionTokenizer(8, 300)(captions)),
+            slots=torch.arange(4 * step, 4 * step + 4),
+            valid=torch.ones(4, dtype=torch.bool),
+            keys=captions,
+        )
+        losses = task.losses(task.module, batch, 4 * step)
+        optimizer.zero_grad()
+        losses.per_sample.mean().backward()
+        optimizer.step()
+        correct, count = losses.statistics["accuracy_masked"].tolist()
+        accuracy = 0.9 * accuracy + 0.1 * correct / max(count, 1)
+    assert accuracy > 0.9

@@ -1,5 +1,7 @@
 """DeepSpeed, behind the few calls that the loop needs. Nothing else in the package imports it."""
 
+import contextlib
+import io
 import logging
 import os
 import warnings
@@ -91,15 +93,18 @@ class Engine:
         world: World,
         units: Sequence[type[nn.Module]],
     ) -> None:
-        deepspeed_logger.setLevel(logging.ERROR)
+        for chatty in (deepspeed_logger, logging.getLogger("torch.utils.cpp_extension")):
+            chatty.setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module="deepspeed")
         set_z3_leaf_modules(module, list(units))
         optimizer = build_optimizer(module, optim)
-        engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            config=deepspeed_json(config, optim, batch, world.size),
-        )
+        # DeepSpeed tells the standard output what it compiled; that stream is for a tool's result.
+        with contextlib.redirect_stdout(io.StringIO()):
+            engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                config=deepspeed_json(config, optim, batch, world.size),
+            )
         self._engine: Any = engine
         self.module = module
         self.partition = Partition(engine.optimizer, module, world.rank)
