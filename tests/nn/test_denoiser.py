@@ -116,3 +116,13 @@ def test_initial_weights_follow_the_recipe() -> None:
 def test_width_must_be_a_multiple_of_heads() -> None:
     with pytest.raises(ValidationError, match="not a multiple of heads"):
         DenoiserConfig(width=10, heads=4)
+
+
+def test_codes_that_look_alike_start_alike() -> None:
+    denoiser = build(SMALL)
+    vectors = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
+    denoiser.start_from_codebook(vectors, deviation=0.5)
+    whitened = (vectors - vectors.mean(0)) / vectors.std(0)
+    for weight in (denoiser.content_emb.emb.weight[:-1], denoiser.head.weight):
+        # A rotation keeps all angles and lengths: the products of the rows are those of the code vectors.
+        torch.testing.assert_close(weight @ weight.T, 0.25 * whitened @ whitened.T, atol=1e-5, rtol=1e-4)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Annotated, Literal, TypeVar, overload
 
+import torch
 from jaxtyping import Float, Int
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
@@ -130,6 +131,21 @@ class Denoiser(nn.Module):
                 nn.init.normal_(module.weight, std=deviation)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
+
+    @torch.no_grad()
+    def start_from_codebook(self, vectors: Float[Tensor, "codes code_width"], deviation: float) -> None:
+        """Let codes that look alike start alike: embeddings and head as random rotations of the code vectors.
+
+        Only a start, for runs too short to find out from the pictures; every weight is trained as before.
+
+        Args:
+            vectors: The tokenizer's code vectors, no wider than the network.
+            deviation: Standard deviation of the weights along each rotated direction.
+        """
+        whitened = (vectors - vectors.mean(dim=0)) / vectors.std(dim=0)
+        for weight in (self.content_emb.emb.weight[:-1], self.head.weight):
+            rotation = nn.init.orthogonal_(torch.empty(vectors.shape[1], weight.shape[1]))
+            weight.copy_(whitened @ rotation * deviation)
 
     @overload
     def forward(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
 from vqd_scale.core.rng import Purpose, uniforms
@@ -17,7 +17,7 @@ from vqd_scale.diffusion.objective import Objective, ObjectiveConfig
 from vqd_scale.diffusion.schedule import Paper, Schedule
 from vqd_scale.diffusion.times import Times, TimeSampler, Uniform
 from vqd_scale.diffusion.transition import MaskAndReplace
-from vqd_scale.inference.bundle import BundleConfig, Model, save_bundle
+from vqd_scale.inference.bundle import BundleConfig, Model, load_tokenizer, save_bundle
 from vqd_scale.inference.tokenize import TokenSetMeta
 from vqd_scale.nn.denoiser import Block, DenoiserConfig
 from vqd_scale.text.clip import TextConfig, Tower
@@ -37,6 +37,8 @@ class TrainConfig(RunConfig):
     diffusion: Schedule = Paper()
     objective: ObjectiveConfig = ObjectiveConfig()
     times: Times = Uniform()
+    codebook_start: NonNegativeFloat = 0.0
+    """If not zero, token embeddings and head start from the tokenizer's codebook, with this deviation."""
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of samples that see the null condition instead of their caption, for guidance."""
 
@@ -106,6 +108,9 @@ class DenoisingTask:
         torch.manual_seed(config.seed)
         model = Model(self.bundle)
         meta.check(config.tokenizer, model.text.tokenizer, config.data.path)
+        if config.codebook_start:
+            vectors = load_tokenizer(config.tokenizer, torch.device("cpu")).quantize.embedding
+            model.denoiser.start_from_codebook(vectors, config.codebook_start)
         self.text_length = model.text.tokenizer.context_length
         self.transition = MaskAndReplace(config.diffusion, meta.codes)
         self.module = DenoisingStep(model, Objective(self.transition, config.objective))

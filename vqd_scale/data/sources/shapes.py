@@ -234,13 +234,7 @@ _TWO_FIGURES = (
     "{first} is {relation} {second} on {background}",
     "there is {first} {relation} {second} on {background}",
 )
-_SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
-_SHAPE_WORDS = {
-    "circle": ("circle", "disk"),
-    "square": ("square", "box"),
-    "triangle": ("triangle",),
-    "star": ("star",),
-}
+_SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 _ROW_WORDS = {"top": ("top", "upper"), "bottom": ("bottom", "lower")}
 _RELATION_WORDS = {
     "left of": (("to the left of", "left of"), ("to the right of", "right of")),
@@ -252,10 +246,10 @@ _RELATION_WORDS = {
 def _caption_of_one(scene: Scene, words: Sequence[int]) -> str:
     figure = scene.figures[0]
     template, rest = _choose(_ONE_FIGURE, words[0])
-    size, shape, rest = _size_and_shape(figure, rest)
+    size, _ = _choose(_SIZE_WORDS[figure.size], rest)
     place, _ = _choose(_place_words(figure.position), words[1])
     text = template.format(
-        size=size, colour=figure.colour, shape=shape, place=place, background=scene.background
+        size=size, colour=figure.colour, shape=figure.shape, place=place, background=scene.background
     )
     return text.replace("a orange", "an orange")
 
@@ -268,17 +262,11 @@ def _caption_of_two(scene: Scene, words: Sequence[int]) -> str:
     described: list[str] = []
     rest = words[1]
     for figure in scene.figures[::-1] if is_reversed else scene.figures:
-        size, shape, rest = _size_and_shape(figure, rest)
-        described.append(f"a {size} {figure.colour} {shape}")
+        size, rest = _choose(_SIZE_WORDS[figure.size], rest)
+        described.append(f"a {size} {figure.colour} {figure.shape}")
     return template.format(
         first=described[0], second=described[1], relation=relation, background=scene.background
     )
-
-
-def _size_and_shape(figure: Figure, word: int) -> tuple[str, str, int]:
-    size, rest = _choose(_SIZE_WORDS[figure.size], word)
-    shape, rest = _choose(_SHAPE_WORDS[figure.shape], rest)
-    return size, shape, rest
 
 
 def _place_words(position: str) -> tuple[str, ...]:
@@ -307,7 +295,7 @@ def _outline(shape: str, radius: float) -> list[tuple[float, float]]:
         return [(-side, -side), (side, -side), (side, side), (-side, side)]
     if shape == "triangle":
         # To the eye its centre lies between the centre of mass and the one of the bounding box.
-        return [(dx, dy + 0.15 * radius) for dx, dy in _regular(3, 1.25 * radius)]
+        return [(dx, dy + 0.12 * radius) for dx, dy in _regular(3, 1.25 * radius)]
     points, notches = _regular(5, 1.25 * radius), _regular(5, 0.58 * radius, turn=math.pi / 5)
     return [corner for pair in zip(points, notches, strict=True) for corner in pair]
 
