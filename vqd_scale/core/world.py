@@ -41,10 +41,6 @@ class World:
         distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
         return bool(flags.item())
 
-    def all(self, flag: bool) -> bool:
-        """Whether the flag is set on every rank."""
-        return not self.any(not flag)
-
     def concatenated(self, tensor: Tensor) -> Tensor:
         """The tensors of all ranks along dimension 0, in the order of ranks; all must have one shape."""
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
