@@ -5,33 +5,17 @@ Every benchmark writes ``ours``, ``alternative`` (seconds), ``ratio`` (alternati
 """
 
 import argparse
-import gc
-import multiprocessing
-import platform
-import shutil
-import subprocess
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-from torch.nn import functional
-
+from vqd_scale.commands.benchmarks.loss import benchmark_loss
+from vqd_scale.commands.benchmarks.measuring import provenance
 from vqd_scale.commands.entry import run_tool, tool_parser
-from vqd_scale.core.progress import progress
-from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.core.store import publish_json
-from vqd_scale.diffusion.objective import Objective, ObjectiveConfig
-from vqd_scale.diffusion.schedule import Released
-from vqd_scale.diffusion.transition import MaskAndReplace
 
-_LOWEST_LOG = -70.0
-_LOG_OF_ZERO = 1e-30
+BENCHMARKS: dict[str, Callable[[int], dict[str, Any]]] = {"loss": benchmark_loss}
+"""By name: rounds -> figures."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,219 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("name", choices=sorted(BENCHMARKS), help="what to measure")
     parser.add_argument("--json", type=Path, help="write the result there")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each side is timed; the best counts")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each side is timed, in turn")
     run_tool(parser, _run, arguments)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     result = BENCHMARKS[arguments.name](arguments.rounds)
-    result |= {
-        "benchmark": arguments.name,
-        "machine": _machine(),
-        "versions": _versions(),
-        "commit": _commit(),
-    }
+    result |= {"benchmark": arguments.name, **provenance()}
     if arguments.json is not None:
         publish_json(arguments.json, result)
     for key, value in result.items():
         print(f"{key:>24}  {value}")
-
-
-@dataclass(frozen=True)
-class LossProblem:
-    """A batch as the objective gets it; the defaults are the released size, 32 x 32 tokens of 2,887 codes."""
-
-    batch: int = 4
-    length: int = 1024
-    codes: int = 2887
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits with gradient [batch, length, codes], x_0, x_t [batch, length] and t [batch]."""
-        slots = torch.arange(self.batch)
-        tokens = (uniforms(0, Purpose.EVALUATION, slots, self.length) * self.codes).long()
-        t = torch.linspace(1, 98, self.batch).long()
-        drawn = uniforms(0, Purpose.CORRUPTION, slots, self.length, dtype=torch.float64)
-        noisy = MaskAndReplace(Released(), self.codes).corrupt(tokens, t, drawn)
-        logits = torch.sin(torch.arange(self.batch * self.length * self.codes, dtype=torch.float32)).mul_(3)
-        return logits.view(self.batch, self.length, self.codes).requires_grad_(), tokens, noisy, t
-
-
-def closed_form_loss(problem: LossProblem) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Our objective on given logits: the scalar that training would differentiate."""
-    objective = Objective(MaskAndReplace(Released(), problem.codes), ObjectiveConfig())
-    return lambda logits, tokens, noisy, t: objective.from_logits(
-        logits, tokens, noisy, t
-    ).loss_per_image.mean()
-
-
-def log_one_hot_loss(problem: LossProblem) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The same objective by the released code's operations in their order."""
-    naive = NaiveObjective(MaskAndReplace(Released(), problem.codes), ObjectiveConfig())
-    return lambda logits, tokens, noisy, t: naive(logits.transpose(1, 2), tokens, noisy, t).mean()
-
-
-class NaiveObjective:
-    """The log-one-hot formulation: every distribution as log probabilities [batch, codes + 1, length].
-
-    Written from the published description of the released VQ-Diffusion code: log-softmax in float64, then
-    q_posterior once for the truth and once for the model, all states and tokens at once.
-    """
-
-    def __init__(self, transition: MaskAndReplace, config: ObjectiveConfig) -> None:
-        self.transition, self.config, self.codes = transition, config, transition.codes
-        times = torch.arange(transition.steps)
-        step = transition.rates.between(times, times - 1)
-        # The identity comes last, where index -1 finds it.
-        chain = transition.rates.at(torch.cat([times, torch.tensor([-1])]))
-        self.step = [
-            part.log().clamp(min=_LOWEST_LOG) for part in (step.keep, step.replace / self.codes, step.mask)
-        ]
-        self.chain = [
-            part.log().clamp(min=_LOWEST_LOG) for part in (chain.keep, chain.replace / self.codes, chain.mask)
-        ]
-
-    def __call__(
-        self,
-        logits: Float[Tensor, "batch codes length"],
-        tokens: Int[Tensor, "batch length"],
-        noisy: Int[Tensor, "batch length"],
-        t: Int[Tensor, " batch"],
-    ) -> Float[Tensor, " batch"]:
-        """Loss of each image in nats per token."""
-        log_true, log_noisy = self._log_one_hot(tokens), self._log_one_hot(noisy)
-        log_p = functional.log_softmax(logits.double(), dim=1).float()
-        lowest = torch.full_like(log_p[:, :1], _LOWEST_LOG)
-        log_p = torch.cat([log_p, lowest], dim=1).clamp(_LOWEST_LOG, 0)
-        log_model = self._posterior(log_p, log_noisy, t)
-        log_posterior = self._posterior(log_true, log_noisy, t)
-        divergence = (log_posterior.exp() * (log_posterior - log_model)).sum((1, 2))
-        decoder = -(log_true.exp() * log_model).sum((1, 2))
-        bound = torch.where(t == 0, decoder, divergence)
-        auxiliary = (log_true[:, :-1].exp() * (log_true[:, :-1] - log_p[:, :-1])).sum((1, 2))
-        adaptive = 2 - t / self.transition.steps
-        weighted = self.config.auxiliary_weight * adaptive * torch.where(t == 0, decoder, auxiliary)
-        return (bound + weighted) / tokens.shape[1]
-
-    def _log_one_hot(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch states length"]:
-        one_hot = functional.one_hot(tokens, self.codes + 1).permute(0, 2, 1)
-        return one_hot.float().clamp(min=_LOG_OF_ZERO).log()
-
-    def _moved(self, log_x: Tensor, rates: list[Tensor], t: Tensor) -> Float[Tensor, "batch states length"]:
-        keep, replace, mask = (part[t].float()[:, None, None] for part in rates)
-        stay_unmasked = torch.log1p(-mask.exp() + 1e-20)
-        codes = _log_add(log_x[:, :-1] + keep, replace)
-        masks = _log_add(log_x[:, -1:] + stay_unmasked, mask)
-        return torch.cat([codes, masks], dim=1)
-
-    def _posterior(
-        self, log_x0: Float[Tensor, "batch states length"], log_noisy: Tensor, t: Tensor
-    ) -> Float[Tensor, "batch states length"]:
-        masked = (log_noisy.argmax(1) == self.codes).unsqueeze(1)
-        bottom = log_noisy.new_full((len(t), 1, log_noisy.shape[2]), _LOG_OF_ZERO).log()
-        arrived = self._moved(log_noisy, self.chain, t)[:, :-1]
-        from_mask = self.chain[2][t].float()[:, None, None].expand_as(arrived)
-        arrived = ~masked * arrived + masked * from_mask
-        stepped = torch.cat([self._moved(log_noisy, self.step, t)[:, :-1], bottom], dim=1)
-        step_mask = self.step[2][t].float()[:, None, None].expand_as(arrived)
-        stepped = ~masked * stepped + masked * torch.cat([step_mask, torch.zeros_like(bottom)], dim=1)
-        quotient = torch.cat([log_x0[:, :-1] - arrived, bottom], dim=1)
-        total = quotient.logsumexp(1, keepdim=True)
-        return (self._moved(quotient - total, self.chain, t - 1) + stepped + total).clamp(_LOWEST_LOG, 0)
-
-
-def _log_add(first: Tensor, second: Tensor) -> Tensor:
-    highest = torch.maximum(first, second)
-    return highest + torch.log(torch.exp(first - highest) + torch.exp(second - highest))
-
-
-Loss = Callable[[LossProblem], Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]]
-
-
-def benchmark_loss(rounds: int, problem: LossProblem | None = None) -> dict[str, Any]:
-    """Forward and backward of the objective on the same float32 logits on the CPU.
-
-    Args:
-        rounds: How often each side is timed, in turn; the best counts.
-        problem: The sizes.
-    """
-    problem = LossProblem() if problem is None else problem
-    sides: dict[str, Loss] = {"ours": closed_form_loss, "alternative": log_one_hot_loss}
-    memory = {
-        name: _in_fresh_process(partial(extra_peak_bytes, side, problem)) for name, side in sides.items()
-    }
-    tensors = problem.tensors()
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    losses: dict[str, float] = {}
-    for _ in progress(range(rounds), "loss", rounds):
-        for name, side in sides.items():
-            gc.collect()
-            started = time.perf_counter()
-            losses[name] = _differentiated(side(problem), tensors)
-            seconds[name].append(time.perf_counter() - started)
-    best = {name: min(values) for name, values in seconds.items()}
-    return {
-        **best,
-        "ratio": best["alternative"] / best["ours"],
-        "memory_ratio": memory["ours"] / memory["alternative"],
-        "extra_peak_megabytes": {name: round(value / 1e6, 1) for name, value in memory.items()},
-        "losses": losses,
-        "shape": [problem.batch, problem.length, problem.codes],
-    }
-
-
-def extra_peak_bytes(side: Loss, problem: LossProblem) -> int:
-    """How far this process's resident memory rises above its inputs in one forward and backward (Linux)."""
-    tensors = problem.tensors()
-    loss = side(problem)
-    gc.collect()
-    # Sets the process's high-water mark back to what it holds now.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident_peak()
-    _differentiated(loss, tensors)
-    return _resident_peak() - before
-
-
-def _resident_peak() -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def _differentiated(loss: Callable[..., Tensor], tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> float:
-    value = loss(*tensors)
-    value.backward()
-    tensors[0].grad = None
-    return float(value.detach())
-
-
-def _in_fresh_process(measure: Callable[[], int]) -> int:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure)
-
-
-def _machine() -> dict[str, Any]:
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    return {"processor": model, "threads": torch.get_num_threads(), "system": platform.system()}
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__}
-
-
-def _commit() -> str:
-    """The commit of the source tree; empty where there is none, as in an installed wheel."""
-    git = shutil.which("git")
-    if git is None:
-        return ""
-    command = [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - fixed words
-    return found.stdout.strip()
-
-
-BENCHMARKS: dict[str, Callable[[int], dict[str, Any]]] = {"loss": benchmark_loss}

@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from vqd_scale.commands import benchmark
-from vqd_scale.commands.benchmark import LossProblem, closed_form_loss, log_one_hot_loss, main
+from vqd_scale.commands.benchmark import main
+from vqd_scale.commands.benchmarks.loss import (
+    LossProblem,
+    benchmark_loss,
+    closed_form_loss,
+    log_one_hot_loss,
+)
 
 
 @pytest.mark.parametrize("first_time", [0, 1, 97])
@@ -24,7 +30,7 @@ def test_the_result_says_what_was_measured_and_where(tmp_path: Path, monkeypatch
     monkeypatch.setitem(
         benchmark.BENCHMARKS,
         "loss",
-        lambda rounds: benchmark.benchmark_loss(rounds, LossProblem(2, 256, 500)),
+        lambda rounds: benchmark_loss(rounds, LossProblem(2, 256, 500)),
     )
     main(["loss", "--json", str(tmp_path / "loss.json"), "--rounds", "1"])
     result = json.loads((tmp_path / "loss.json").read_text())
