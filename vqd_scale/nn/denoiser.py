@@ -48,6 +48,7 @@ Condition = Annotated[TextCondition | NoCondition, Field(discriminator="kind")]
 class DenoiserConfig(Config):
     """Shape of the image transformer; the defaults are the published size B."""
 
+    kind: Literal["transformer"] = "transformer"
     width: PositiveInt = 1024
     layers: PositiveInt = 19
     heads: PositiveInt = 16
