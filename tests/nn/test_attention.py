@@ -1,39 +1,48 @@
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.nn import functional
 
 from vqd_scale.nn import attention as module
 from vqd_scale.nn.attention import AttentionBackend, attention
 
 HEAD_DIMS = [12, 32, 64, 88]
+TOLERANCES = [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)]
 
 
-def qkv(dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def qkv(dim: int, dtype: torch.dtype, queries: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(dim)
     return (
-        torch.randn(2, 5, 3, dim, generator=generator).to(dtype),
+        torch.randn(2, queries, 3, dim, generator=generator).to(dtype),
         torch.randn(2, 7, 3, dim, generator=generator).to(dtype),
         torch.randn(2, 7, 3, dim, generator=generator).to(dtype),
     )
 
 
-def by_loops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def by_loops(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, causal: bool = False
+) -> torch.Tensor:
     """The definition, one head and one query at a time, in float64."""
     result = torch.empty(query.shape, dtype=torch.float64)
     for batch in range(query.shape[0]):
         for head in range(query.shape[2]):
             for place in range(query.shape[1]):
+                seen = slice(place + 1) if causal else slice(None)
                 scores = torch.stack(
-                    [query[batch, place, head].double() @ k.double() for k in key[batch, :, head]]
+                    [query[batch, place, head].double() @ k.double() for k in key[batch, seen, head]]
                 )
                 weights = (scores / query.shape[-1] ** 0.5).softmax(0)
-                result[batch, place, head] = weights @ value[batch, :, head].double()
+                result[batch, place, head] = weights @ value[batch, seen, head].double()
     return result
 
 
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "reference"])
 @pytest.mark.parametrize("dim", HEAD_DIMS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)])
-def test_backends_equal_the_definition(
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+def test_trap_20_backends_equal_the_definition(
     backend: AttentionBackend, dim: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     query, key, value = qkv(dim, dtype)
@@ -42,20 +51,96 @@ def test_backends_equal_the_definition(
     torch.testing.assert_close(result.double(), by_loops(query, key, value), atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "reference"])
 @pytest.mark.parametrize("dim", HEAD_DIMS)
-def test_padding_for_the_kernels_changes_nothing(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+def test_causal_backends_equal_the_definition(
+    backend: AttentionBackend, dim: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    query, key, value = qkv(dim, dtype, queries=7)
+    result = attention(query, key, value, backend, causal=True)
+    expected = by_loops(query, key, value, causal=True)
+    torch.testing.assert_close(result.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+def test_backends_have_the_same_gradients(
+    dim: int, dtype: torch.dtype, tolerance: float, *, causal: bool
+) -> None:
+    gradients: list[tuple[torch.Tensor, ...]] = []
+    upstream = torch.randn(2, 7, 3, dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for backend in ("sdpa", "reference"):
+        inputs = tuple(tensor.requires_grad_() for tensor in qkv(dim, dtype, queries=7))
+        gradients.append(torch.autograd.grad(attention(*inputs, backend, causal=causal), inputs, upstream))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=tolerance, rtol=tolerance)
+
+
+def test_causal_attention_is_of_a_sequence_to_itself() -> None:
+    with pytest.raises(ValueError, match="5 queries over 7 keys"):
+        attention(*qkv(12, torch.float32), causal=True)
+
+
+@pytest.fixture
+def fresh_findings() -> Iterator[None]:
+    """Nothing is known yet of what xformers serves, and nothing was said about it."""
+    caches = (module._xformers_serves, module._say_that_sdpa_serves)  # pyright: ignore[reportPrivateUsage]
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_findings")
+def test_where_xformers_has_no_kernel_that_is_said_once_and_sdpa_serves(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[torch.dtype] = []
+    sdpa = functional.scaled_dot_product_attention
+
+    def recorded(query: torch.Tensor, *others: torch.Tensor, is_causal: bool) -> torch.Tensor:
+        served.append(query.dtype)
+        return sdpa(query, *others, is_causal=is_causal)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", recorded)
+    with caplog.at_level(logging.WARNING):
+        for dtype in (torch.float32, torch.bfloat16, torch.float32):
+            query, key, value = qkv(12, dtype)
+            torch.testing.assert_close(
+                attention(query, key, value, "xformers"), attention(query, key, value, "sdpa")
+            )
+    assert served == [dtype for dtype in (torch.float32, torch.bfloat16, torch.float32) for _ in range(2)]
+    assert [record.getMessage() for record in caplog.records] == [
+        "xformers attention is not available here (it has no kernel for a cpu); torch's sdpa serves instead."
+    ]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_trap_20_padding_for_the_kernels_changes_nothing(
+    dim: int, monkeypatch: pytest.MonkeyPatch, *, causal: bool
+) -> None:
     seen: list[int] = []
 
-    def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float) -> torch.Tensor:
+    def kernel(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, attn_bias: object, scale: float
+    ) -> torch.Tensor:
         """What xformers computes, refusing the head dims that its kernels refuse."""
         seen.append(query.shape[-1])
         assert query.shape[-1] % 8 == 0
-        weights = torch.einsum("bqhd,bkhd->bhqk", query, key).mul(scale).softmax(-1)
-        return torch.einsum("bhqk,bkhd->bqhd", weights, value)
+        scores = torch.einsum("bqhd,bkhd->bhqk", query, key).mul(scale)
+        if attn_bias == "lower triangular":
+            scores = scores + torch.full(scores.shape[-2:], -torch.inf).triu(1)
+        return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
 
-    monkeypatch.setattr(module, "_memory_efficient_attention", lambda: kernel)
-    query, key, value = qkv(dim, torch.float32)
+    ops = SimpleNamespace(memory_efficient_attention=kernel, LowerTriangularMask=lambda: "lower triangular")
+    monkeypatch.setattr(module, "_xformers", lambda: ops)
+    monkeypatch.setattr(module, "_xformers_serves", lambda *_: True)
+    query, key, value = qkv(dim, torch.float32, queries=7)
     torch.testing.assert_close(
-        attention(query, key, value, "xformers"), attention(query, key, value, "reference")
+        attention(query, key, value, "xformers", causal=causal),
+        attention(query, key, value, "reference", causal=causal),
     )
     assert seen

@@ -3,8 +3,7 @@
 import functools
 import importlib
 import logging
-from collections.abc import Callable
-from typing import Literal, cast
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -24,38 +23,48 @@ def attention(
     key: Float[Tensor, "batch keys heads dim"],
     value: Float[Tensor, "batch keys heads dim"],
     backend: AttentionBackend = "auto",
+    *,
+    causal: bool = False,
 ) -> Float[Tensor, "batch queries heads dim"]:
-    """softmax(q k^T / sqrt(dim)) v over all keys, without any mask.
+    """softmax(q k^T / sqrt(dim)) v, over all keys or over those up to the query's own place.
 
     Args:
         query: Queries, any float dtype.
         key: Keys of the same dtype.
         value: Values of the same dtype.
-        backend: Which implementation computes it; all agree up to rounding.
+        backend: Which implementation computes it; all agree up to rounding. Where xformers has no kernel that
+            is said once and sdpa serves, so that a model trained on GPUs runs on any machine.
+        causal: Whether a query sees only the keys at its own place and before; needs as many keys as queries.
 
     Returns:
         A tensor like ``query``.
 
     Raises:
-        NotImplementedError: From xformers, if it was asked for by name where it has no kernel (a CPU).
+        ValueError: ``causal``, but there are more keys than queries, or fewer.
     """
-    chosen = _resolve(query) if backend == "auto" else backend
+    if causal and query.shape[1] != key.shape[1]:
+        raise ValueError(f"causal attention of {query.shape[1]} queries over {key.shape[1]} keys")
+    chosen = _chosen(backend, query)
     if chosen == "xformers":
-        return _xformers_attention(query, key, value)
+        return _xformers_attention(query, key, value, causal)
     if chosen == "sdpa":
         return functional.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=causal
         ).transpose(1, 2)
-    return _reference_attention(query, key, value)
+    return _reference_attention(query, key, value, causal)
 
 
 def _reference_attention(
     query: Float[Tensor, "batch queries heads dim"],
     key: Float[Tensor, "batch keys heads dim"],
     value: Float[Tensor, "batch keys heads dim"],
+    causal: bool,
 ) -> Float[Tensor, "batch queries heads dim"]:
     scores = torch.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+    if causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(diagonal=1)
+        scores = scores.masked_fill(later, -torch.inf)
+    weights = scores.softmax(dim=-1)
     return torch.einsum("bhqk,bkhd->bqhd", weights, value)
 
 
@@ -63,6 +72,7 @@ def _xformers_attention(
     query: Float[Tensor, "batch queries heads dim"],
     key: Float[Tensor, "batch keys heads dim"],
     value: Float[Tensor, "batch keys heads dim"],
+    causal: bool,
 ) -> Float[Tensor, "batch queries heads dim"]:
     dim = query.shape[-1]
     # The kernels want head dims in multiples of 8 (size S has 12). Zero columns add nothing to q k^T, so only
@@ -70,30 +80,42 @@ def _xformers_attention(
     padding = -dim % _KERNEL_ALIGNMENT
     if padding:
         query, key, value = (functional.pad(tensor, (0, padding)) for tensor in (query, key, value))
-    kernel = _memory_efficient_attention()
-    return kernel(query, key, value, scale=dim**-0.5)[..., :dim]
+    ops = _xformers()
+    bias = ops.LowerTriangularMask() if causal else None
+    return ops.memory_efficient_attention(query, key, value, attn_bias=bias, scale=dim**-0.5)[..., :dim]
 
 
-def _memory_efficient_attention() -> Callable[..., Tensor]:
+def _xformers() -> Any:  # noqa: ANN401 - a module without types
     # Imported on first use: it takes seconds, and a CPU never needs it.
-    return cast(Callable[..., Tensor], importlib.import_module("xformers.ops").memory_efficient_attention)
+    return importlib.import_module("xformers.ops")
 
 
-def _resolve(query: Tensor) -> AttentionBackend:
-    if query.is_cuda:
+def _chosen(backend: AttentionBackend, query: Tensor) -> AttentionBackend:
+    if backend == "xformers" or (backend == "auto" and query.is_cuda):
         return "xformers" if _xformers_serves(query.dtype, query.device) else "sdpa"
-    # Measured on two cores at 64 tokens: the backward of sdpa in bfloat16 is an order of magnitude slower
-    # than the plain formula; in float32 sdpa is the faster one.
-    return "sdpa" if query.dtype is torch.float32 else "reference"
+    if backend == "auto":
+        # Measured on two cores at 64 tokens: the backward of sdpa in bfloat16 is an order of magnitude slower
+        # than the plain formula; in float32 sdpa is the faster one.
+        return "sdpa" if query.dtype is torch.float32 else "reference"
+    return backend
 
 
 @functools.lru_cache
 def _xformers_serves(dtype: torch.dtype, device: torch.device) -> bool:
-    probe = torch.zeros(1, _KERNEL_ALIGNMENT, 1, _KERNEL_ALIGNMENT, dtype=dtype, device=device)
+    if device.type != "cuda":
+        _say_that_sdpa_serves(f"it has no kernel for a {device.type}")
+        return False
     try:
-        _memory_efficient_attention()(probe, probe, probe)
+        # Some of its kernels go forward only: a model is to train with what is found here.
+        with torch.inference_mode(False), torch.enable_grad():
+            probe = torch.zeros(1, _KERNEL_ALIGNMENT, 1, _KERNEL_ALIGNMENT, dtype=dtype, device=device)
+            _xformers_attention(*(probe.clone().requires_grad_() for _ in range(3)), False).sum().backward()
     except (ImportError, NotImplementedError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        logger.warning("xformers attention is not available here (%s); torch's sdpa serves instead.", reason)
+        _say_that_sdpa_serves((str(error).strip() or type(error).__name__).splitlines()[0])
         return False
     return True
+
+
+@functools.cache
+def _say_that_sdpa_serves(reason: str) -> None:
+    logger.warning("xformers attention is not available here (%s); torch's sdpa serves instead.", reason)
