@@ -36,6 +36,13 @@ class TextCondition(Config):
     width: PositiveInt = 512
 
 
+class ClassCondition(Config):
+    """One of so many classes, int64 labels; the number of classes itself is the label that says "none"."""
+
+    kind: Literal["class"] = "class"
+    classes: PositiveInt = 1000
+
+
 class NoCondition(Config):
     """An unconditional model: self-attention and feed-forward only."""
 
