@@ -1,0 +1,117 @@
+"""Somebody else's checkpoint, read without running what is in it.
+
+A ``.pth`` or ``.ckpt`` file is a pickle: a program that names functions and calls them. torch's reader for
+weights calls nothing but what builds tensors. Old checkpoints of taming also hold settings and callbacks of
+omegaconf and Lightning; where those are named, an object that does nothing is put in their place.
+"""
+
+import re
+import warnings
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.progress import progress_bar
+
+_INERT = re.compile(
+    r"(omegaconf|pytorch_lightning|lightning|lightning_fabric|numpy|typing|enum|pathlib|argparse)\..+"
+    r"|builtins\.(dict|list|tuple|int|float|str|bool|object|slice)"
+)
+"""What may be named beside tensors, and is never called: settings, callbacks and scalars."""
+
+_INERT_MAPPINGS = re.compile(r"collections\.defaultdict|.+\.AttributeDict")
+"""The same, where torch's reader wants to put entries into it."""
+
+_BLOCK = 1 << 24
+
+
+class _Inert:
+    """Takes whatever it is given and keeps nothing."""
+
+    def __new__(cls, *arguments: object) -> "_Inert":
+        del arguments
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        del state
+
+
+class _InertMapping:
+    """Makes a plain dictionary instead of an instance: torch's reader fills no other class than its own."""
+
+    def __new__(cls, *arguments: object) -> "OrderedDict[Any, Any]":
+        del arguments
+        return OrderedDict()
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The dictionary in a file that ``torch.save`` wrote; tensors stay on the disk until they are used.
+
+    Raises:
+        UserError: There is no such file, it is damaged, or it asks for more than tensors and inert settings.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such checkpoint.")
+    try:
+        # The file is a program: what its errors and warnings advise (to trust it) is not to be passed on.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = _load(path)
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a damaged pickle can make its reader raise anything
+        raise UserError(
+            f"{path}: is damaged or no checkpoint of weights; nothing in it was executed ({_reason(error)})."
+        ) from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: holds a {type(loaded).__name__}, where a checkpoint is a dictionary.")
+    return cast(dict[str, Any], loaded)
+
+
+def tensors_in(value: object) -> dict[str, Tensor]:
+    """The named tensors of a state dictionary; other entries are no weights and are left out."""
+    entries = cast(dict[Any, Any], value).items() if isinstance(value, dict) else ()
+    return {str(name): entry.detach() for name, entry in entries if isinstance(entry, Tensor)}
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of the last of torch's paragraphs that is not about its documentation."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "documentation" not in line]
+    sentence = lines[-1].removeprefix("WeightsUnpickler error: ").partition(". ")[0] if lines else ""
+    return sentence[:150] or type(error).__name__
+
+
+def _load(path: Path) -> object:
+    archive = zipfile.is_zipfile(path)
+    named: list[str] = []
+    if archive:
+        _check_sums(path)
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    suspect = sorted(
+        name for name in named if not (_INERT.fullmatch(name) or _INERT_MAPPINGS.fullmatch(name))
+    )
+    if suspect:
+        raise UserError(
+            f"{path}: would call {', '.join(suspect)} on loading, which no weights need; nothing in it was "
+            "executed, get the file from its publisher again."
+        )
+    with torch.serialization.safe_globals([_stand_in(name) for name in named]):
+        return torch.load(path, map_location="cpu", mmap=archive, weights_only=True)
+
+
+def _stand_in(name: str) -> tuple[type, str]:
+    return (_InertMapping if _INERT_MAPPINGS.fullmatch(name) else _Inert), name
+
+
+def _check_sums(path: Path) -> None:
+    """Read the whole archive against its checksums, which torch's reader ignores."""
+    with zipfile.ZipFile(path) as archive, progress_bar("check", path.stat().st_size, unit="B") as bar:
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                while block := file.read(_BLOCK):
+                    bar.update(len(block))
