@@ -1,23 +1,31 @@
 """The image transformer of VQ-Diffusion: from noisy tokens, a timestep and a condition to p(x0 | x_t)."""
 
 from collections.abc import Callable
-from typing import Annotated, Literal, TypeVar, overload
+from typing import Annotated, ClassVar, Literal, TypeVar, overload
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vqd_scale.core.config import Config
 from vqd_scale.nn.attention import AttentionBackend
 from vqd_scale.nn.layers import (
     AdaptiveLayerNorm,
     Attention,
+    ClassEmbedding,
     FeedForwardConfig,
     FullyConnected,
     ImageEmbedding,
+    KeysValues,
+    Modulation,
+    NullClass,
+    Rotation,
     TimestepEmbedding,
     build_feed_forward,
+    build_timestep_embedding,
+    modulated,
 )
 
 Output = TypeVar("Output")
@@ -41,6 +49,8 @@ class ClassCondition(Config):
 
     kind: Literal["class"] = "class"
     classes: PositiveInt = 1000
+    null: NullClass = "learned"
+    """What "none" is: a vector of its own, or the mean of all classes (models never trained with "none")."""
 
 
 class NoCondition(Config):
@@ -49,7 +59,7 @@ class NoCondition(Config):
     kind: Literal["none"] = "none"
 
 
-Condition = Annotated[TextCondition | NoCondition, Field(discriminator="kind")]
+Condition = Annotated[TextCondition | ClassCondition | NoCondition, Field(discriminator="kind")]
 
 
 class DenoiserConfig(Config):
@@ -65,41 +75,109 @@ class DenoiserConfig(Config):
     attention: AttentionBackend = "auto"
     initial_deviation: PositiveFloat = 0.02
     """Deviation of linear and embedding weights at the start; narrow models want about 1/sqrt(width)."""
+    position_grid: tuple[PositiveInt, PositiveInt] | None = None
+    """Rows and columns of the position tables, if not the token grid's. The published 16x16 models number their
+    tokens through a 32x32 table, eight of its rows and all columns: this is for them, no new model wants it."""
+    query_key_norm: bool = False
+    """RMS-normalise each head's queries and keys, which keeps attention from blowing up in wide models."""
+    rotary_positions: bool = False
+    """Turn queries and keys of self-attention by row and column (2-D RoPE), beside the position tables."""
+    zero_modulation: bool = False
+    """Start every AdaLN as a plain LayerNorm, whatever the timestep."""
+    checkpoint_blocks: bool = False
+    """Compute each block again in backward instead of keeping what is inside: less memory, a third more time."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "DenoiserConfig":
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.rotary_positions and self.width // self.heads % 4:
+            raise ValueError(
+                f"rotary_positions turn pairs of features by row and by column: a head's width "
+                f"must be a multiple of 4, not {self.width // self.heads}"
+            )
         return self
 
 
+class Conditioning(NamedTuple):
+    """What a block is told beside its input: all that depends on timestep and condition, and on nothing else.
+
+    Attributes:
+        ln1: Before self-attention, by the timestep.
+        ln1_1: Before cross-attention, by the timestep; text-conditional models only.
+        ln2: Before the feed-forward, by the class; class-conditional models only.
+        context: The text, as cross-attention reads it.
+    """
+
+    ln1: Modulation
+    ln1_1: Modulation | None
+    ln2: Modulation | None
+    context: KeysValues | None
+
+    def at(self, t: int) -> "Conditioning":
+        """The same for one timestep of the whole batch, if the modulations are those of all timesteps."""
+        ln1, ln1_1 = (norm and Modulation(norm.gain[t], norm.shift[t]) for norm in (self.ln1, self.ln1_1))
+        return self._replace(ln1=ln1, ln1_1=ln1_1)
+
+
 class Block(nn.Module):
-    """Pre-norm block: self-attention and cross-attention under AdaLN, then feed-forward."""
+    """Pre-norm block: self-attention, cross-attention if there is a text, feed-forward.
+
+    Time enters by AdaLN before the attentions, a class by AdaLN before the feed-forward.
+    """
 
     def __init__(self, config: DenoiserConfig, grid: tuple[int, int], steps: int) -> None:
         super().__init__()
-        width = config.width
-        self.ln1 = AdaptiveLayerNorm(width, steps, config.timestep)
-        self.attn1 = Attention(width, config.heads, width, config.attention)
-        self.cross = isinstance(config.condition, TextCondition)
-        if isinstance(config.condition, TextCondition):
-            self.ln1_1 = AdaptiveLayerNorm(width, steps, config.timestep)
-            self.attn2 = Attention(width, config.heads, config.condition.width, config.attention)
-        self.ln2 = nn.LayerNorm(width)
+        width, condition = config.width, config.condition
+        attends = functools.partial(
+            Attention, width, config.heads, backend=config.attention, normalise=config.query_key_norm
+        )
+
+        def timed() -> AdaptiveLayerNorm:
+            return AdaptiveLayerNorm(build_timestep_embedding(config.timestep, width, steps), width)
+
+        self.condition = condition.kind
+        self.ln1 = timed()
+        self.attn1 = attends(context_width=width)
+        if isinstance(condition, TextCondition):
+            self.ln1_1 = timed()
+            self.attn2 = attends(context_width=condition.width)
+        if isinstance(condition, ClassCondition):
+            classes = ClassEmbedding(condition.classes, width, condition.null)
+            self.ln2 = AdaptiveLayerNorm(classes, width)
+        else:
+            self.ln2 = nn.LayerNorm(width)
         self.mlp = build_feed_forward(config.feed_forward, width, grid)
+
+    def conditioning(self, t: Int[Tensor, " times"], condition: Tensor | None) -> Conditioning:
+        """All that follows from timesteps and condition without the image."""
+        return Conditioning(
+            ln1=self.ln1.modulation(t),
+            ln1_1=self.ln1_1.modulation(t) if self.condition == "text" else None,
+            ln2=self.ln2.modulation(condition) if self.condition == "class" else None,
+            context=self.attn2.keys_values(condition) if self.condition == "text" else None,
+        )
+
+    def updated(
+        self, x: Float[Tensor, "batch length width"], told: Conditioning, rotation: Rotation | None
+    ) -> Float[Tensor, "batch length width"]:
+        """The block, given its conditioning."""
+        normed = modulated(x, told.ln1)
+        x = x + self.attn1(normed, normed, rotation)
+        if told.ln1_1 is not None and told.context is not None:
+            x = x + self.attn2.attend(modulated(x, told.ln1_1), told.context)
+        normed = self.ln2(x) if told.ln2 is None else modulated(x, told.ln2)
+        return x + self.mlp(normed)
 
     def forward(
         self,
         x: Float[Tensor, "batch length width"],
         t: Int[Tensor, " batch"],
-        text: Float[Tensor, "batch positions text_width"] | None,
+        condition: Tensor | None,
+        rotation: Rotation | None = None,
     ) -> Float[Tensor, "batch length width"]:
-        """One residual block."""
-        normed = self.ln1(x, t)
-        x = x + self.attn1(normed, normed)
-        if self.cross:
-            x = x + self.attn2(self.ln1_1(x, t), text)
-        return x + self.mlp(self.ln2(x))
+        """The block; see `Denoiser.forward` for timesteps and condition."""
+        return self.updated(x, self.conditioning(t, condition), rotation)
 
 
 class CodeHead(nn.Linear):
@@ -115,18 +193,24 @@ class CodeHead(nn.Linear):
 
 
 class Denoiser(nn.Module):
-    """Noisy tokens -> logits of p(x0 | x_t, text), the network of VQ-Diffusion.
+    """Noisy tokens -> logits of p(x0 | x_t, condition), the network of VQ-Diffusion.
 
     Args:
         config: The transformer's shape.
         codes: K, the number of codes; the mask has id K and no logit.
         grid: Height and width in tokens.
         steps: T, the number of timesteps.
+
+    Raises:
+        UserError: The configured position tables are too small for the grid.
     """
 
     def __init__(self, config: DenoiserConfig, codes: int, grid: tuple[int, int], steps: int) -> None:
         super().__init__()
-        self.content_emb = ImageEmbedding(codes, grid, config.width)
+        self.config = config
+        self.grid = grid
+        self.steps = steps
+        self.content_emb = ImageEmbedding(codes, grid, config.width, config.position_grid)
         self.blocks = nn.ModuleList(Block(config, grid, steps) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.head = CodeHead(config.width, codes)
@@ -139,6 +223,10 @@ class Denoiser(nn.Module):
                 nn.init.normal_(module.weight, std=deviation)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
+        if self.config.zero_modulation:
+            for module in self.modules():
+                if isinstance(module, AdaptiveLayerNorm):
+                    nn.init.zeros_(module.linear.weight)
 
     @torch.no_grad()
     def start_from_codebook(self, vectors: Float[Tensor, "codes code_width"], deviation: float) -> None:
@@ -155,23 +243,38 @@ class Denoiser(nn.Module):
             rotation = nn.init.orthogonal_(torch.empty(vectors.shape[1], weight.shape[1]))
             weight.copy_(whitened @ rotation * deviation)
 
+    @torch.no_grad()
+    def prepared(self, condition: Tensor | None) -> "PreparedDenoiser":
+        """All that drawing images under one condition needs again and again, computed once.
+
+        Args:
+            condition: As `forward` takes it.
+        """
+        return PreparedDenoiser(self, condition)
+
+    def rotation(self, like: Tensor) -> Rotation | None:
+        """What self-attention turns queries and keys by, if it does; device and dtype are those of ``like``."""
+        if not self.config.rotary_positions:
+            return None
+        return Rotation.of(self.grid, self.config.width // self.config.heads, like)
+
     @overload
     def forward(
-        self, tokens: Int[Tensor, "batch length"], t: Int[Tensor, " batch"], text: Tensor | None
+        self, tokens: Int[Tensor, "batch length"], t: Int[Tensor, " batch"], condition: Tensor | None
     ) -> Tensor: ...
     @overload
     def forward(
         self,
         tokens: Int[Tensor, "batch length"],
         t: Int[Tensor, " batch"],
-        text: Tensor | None,
+        condition: Tensor | None,
         consume: Consume[Output],
     ) -> Output: ...
     def forward(
         self,
         tokens: Int[Tensor, "batch length"],
         t: Int[Tensor, " batch"],
-        text: Float[Tensor, "batch positions text_width"] | None,
+        condition: Tensor | None,
         consume: Consume[Output] | None = None,
     ) -> Tensor | Output:
         """Predict the clean tokens.
@@ -179,14 +282,57 @@ class Denoiser(nn.Module):
         Args:
             tokens: int64 in 0..K, K is the mask.
             t: int64 in 0..T-1, each sample's own.
-            text: The condition's features; ``None`` for an unconditional model.
+            condition: Features [batch, positions, text width] of a text; int64 classes [batch], where the
+                number of classes says "none"; ``None`` for an unconditional model.
             consume: Takes the head's place, see `Consume`.
 
         Returns:
             Logits [batch, length, K], or what ``consume`` returned.
         """
         x = self.content_emb(tokens)
+        rotation = self.rotation(x)
         for block in self.blocks:
-            x = block(x, t, text)
+            if self.config.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(
+                    block, x, t, condition, rotation, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x = block(x, t, condition, rotation)
         normed = self.norm(x)
         return self.head(normed) if consume is None else self.head(normed, consume)
+
+
+class PreparedDenoiser:
+    """The network under one condition, for many steps with one timestep each.
+
+    The modulations of all T timesteps are a table, keys and values of the text are there already. Weights that
+    change afterwards are not noticed. Never differentiable.
+
+    Args:
+        denoiser: The network, whole on this device.
+        condition: See `Denoiser.forward`.
+    """
+
+    def __init__(self, denoiser: Denoiser, condition: Tensor | None) -> None:
+        self._denoiser = denoiser
+        self._positions = denoiser.content_emb.positions()
+        self._rotation = denoiser.rotation(self._positions)
+        times = torch.arange(denoiser.steps, device=self._positions.device)
+        self._blocks = [(block, block.conditioning(times, condition)) for block in _blocks(denoiser)]
+
+    @torch.no_grad()
+    def __call__(self, tokens: Int[Tensor, "batch length"], t: int) -> Float[Tensor, "batch length codes"]:
+        """Logits, equal to those of `Denoiser.forward` up to rounding.
+
+        Args:
+            tokens: int64 in 0..K, one row for each of the condition's.
+            t: The whole batch's timestep, 0 to T-1.
+        """
+        x = self._denoiser.content_emb.emb(tokens) + self._positions
+        for block, conditioning in self._blocks:
+            x = block.updated(x, conditioning.at(t), self._rotation)
+        return self._denoiser.head(self._denoiser.norm(x))
+
+
+def _blocks(denoiser: Denoiser) -> list[Block]:
+    return cast(list[Block], list(denoiser.blocks))

@@ -1,0 +1,53 @@
+"""The networks that a denoising model can have, and what is asked of each of them."""
+
+from typing import Annotated, ClassVar, Protocol, TypeAlias, overload
+
+from jaxtyping import Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from vqd_scale.nn.denoiser import Consume, Denoiser, DenoiserConfig, Output
+from vqd_scale.nn.unet import UNet, UNetConfig
+
+NetworkConfig: TypeAlias = Annotated[DenoiserConfig | UNetConfig, Field(discriminator="kind")]
+
+
+class Network(Protocol):
+    """Noisy tokens -> logits of p(x0 | x_t): all that schedules, objectives and samplers need to know.
+
+    Attributes:
+        units: See `vqd_scale.training.task.Task.units`.
+    """
+
+    units: ClassVar[tuple[type[nn.Module], ...]]
+
+    @overload
+    def __call__(
+        self, tokens: Int[Tensor, "batch length"], t: Int[Tensor, " batch"], condition: Tensor | None, /
+    ) -> Tensor: ...
+    @overload
+    def __call__(
+        self,
+        tokens: Int[Tensor, "batch length"],
+        t: Int[Tensor, " batch"],
+        condition: Tensor | None,
+        consume: Consume[Output],
+        /,
+    ) -> Output: ...
+
+
+def build_network(config: NetworkConfig, codes: int, grid: tuple[int, int], steps: int) -> Network:
+    """The network that a configuration describes.
+
+    Args:
+        config: Its kind and shape.
+        codes: K, the number of codes.
+        grid: Rows and columns of tokens.
+        steps: T, the number of timesteps.
+
+    Raises:
+        UserError: The network cannot take this grid.
+    """
+    if isinstance(config, UNetConfig):
+        return UNet(config, codes, grid, steps)
+    return Denoiser(config, codes, grid, steps)

@@ -1,0 +1,213 @@
+"""The convolutional U-Net of VQ-DDM (Hu et al., arXiv 2112.01799) over the embeddings of a grid of tokens.
+
+It takes the denoiser's place under every schedule, objective and sampler. The published description leaves
+some of the shape open; what is here is the reading whose size is the paper's 117M (117,586,568 at K = 1024
+without the mask's row): each coarser level's features go up again by concatenation, those of the full
+resolution do not, and one more convolution comes before the 1x1 head. Its "noise" variant, which adds the
+one-hot x_t to the logits, is left out: what consumes the head takes a linear map of the hidden states.
+"""
+
+from itertools import pairwise
+from typing import Annotated, ClassVar, Literal, TypeAlias, overload
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, PositiveInt, field_validator
+from torch import Tensor, nn
+
+from vqd_scale.core.config import Config
+from vqd_scale.core.errors import UserError
+from vqd_scale.nn.denoiser import ClassCondition, CodeHead, Consume, NoCondition, Output
+from vqd_scale.nn.layers import SinusoidalEmbedding
+
+_GROUPS = 8
+_HEADS = 4
+_HEAD_WIDTH = 32
+_TIME_MULTIPLIER = 4
+
+Image: TypeAlias = Float[Tensor, "batch channels height width"]
+Signal: TypeAlias = Float[Tensor, "batch signal"]
+"""What is known of an image as a whole: its time, and its class where there is one."""
+
+
+class UNetConfig(Config):
+    """Shape of the U-Net; the defaults are the published size."""
+
+    kind: Literal["unet"] = "unet"
+    width: PositiveInt = 128
+    multipliers: tuple[PositiveInt, ...] = Field(default=(1, 2, 4, 8), min_length=1)
+    """Of the width, from the full resolution to the coarsest, each half as fine as the one before."""
+    condition: Annotated[ClassCondition | NoCondition, Field(discriminator="kind")] = NoCondition()
+
+    @field_validator("width")
+    @classmethod
+    def _groups_divide_width(cls, width: int) -> int:
+        if width % _GROUPS:
+            raise ValueError(f"{width} is not a multiple of {_GROUPS}, the groups of its normalisation")
+        return width
+
+
+class Convolution(nn.Sequential):
+    """Conv3x3, GroupNorm, Mish."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__(nn.Conv2d(channels, out, 3, padding=1), nn.GroupNorm(_GROUPS, out), nn.Mish())
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, the signal added between them, beside a shortcut."""
+
+    def __init__(self, channels: int, out: int, signal: int) -> None:
+        super().__init__()
+        self.first = Convolution(channels, out)
+        self.signal = nn.Sequential(nn.Mish(), nn.Linear(signal, out))
+        self.second = Convolution(out, out)
+        self.shortcut = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
+
+    def forward(self, image: Image, signal: Signal) -> Image:
+        """Apply it."""
+        hidden = self.first(image) + self.signal(signal)[:, :, None, None]
+        return self.second(hidden) + self.shortcut(image)
+
+
+class LinearAttention(nn.Module):
+    """Attention at a cost linear in the number of places, added through a gate that starts shut.
+
+    The keys' softmax is over places, the queries have none: softmax(K) V^T is one matrix for all of them
+    (efficient attention, arXiv 1812.01243; the gate is ReZero's, arXiv 2003.04887).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.projections = nn.Conv2d(channels, 3 * _HEADS * _HEAD_WIDTH, 1, bias=False)
+        self.proj = nn.Conv2d(_HEADS * _HEAD_WIDTH, channels, 1)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, image: Image) -> Image:
+        """Apply it."""
+        heads = self.projections(image).flatten(2).unflatten(1, (3, _HEADS, _HEAD_WIDTH))
+        query, key, value = heads.unbind(1)
+        summary = value @ key.softmax(dim=-1).transpose(-1, -2)
+        attended = (summary @ query).flatten(1, 2).unflatten(-1, image.shape[-2:])
+        return image + self.gate * self.proj(attended)
+
+
+class Level(nn.Module):
+    """What happens at one resolution: two residual blocks, then attention over all places.
+
+    Args:
+        channels: Of the image that comes.
+        out: Of the image that goes.
+        signal: Width of the signal.
+    """
+
+    def __init__(self, channels: int, out: int, signal: int) -> None:
+        super().__init__()
+        self.first = ResidualBlock(channels, out, signal)
+        self.second = ResidualBlock(out, out, signal)
+        self.attention = LinearAttention(out)
+
+    def forward(self, image: Image, signal: Signal) -> Image:
+        """Apply them."""
+        return self.attention(self.second(self.first(image, signal), signal))
+
+
+class UNet(nn.Module):
+    """Noisy tokens -> logits of p(x0 | x_t), the network of VQ-DDM.
+
+    Args:
+        config: The network's shape.
+        codes: K, the number of codes; the mask has id K and no logit.
+        grid: Height and width in tokens.
+        steps: T, the number of timesteps.
+
+    Raises:
+        UserError: The grid cannot be halved as often as there are levels to go down.
+    """
+
+    units: ClassVar[tuple[type[nn.Module], ...]] = (ResidualBlock, LinearAttention)
+
+    def __init__(self, config: UNetConfig, codes: int, grid: tuple[int, int], steps: int) -> None:
+        super().__init__()
+        halvings = len(config.multipliers) - 1
+        if grid[0] % 2**halvings or grid[1] % 2**halvings:
+            raise UserError(
+                f"denoiser.multipliers: a grid of {grid[0]}x{grid[1]} tokens cannot be halved {halvings} "
+                f"times; give fewer multipliers, or pictures of another size."
+            )
+        self.grid = grid
+        width = config.width
+        self.content_emb = nn.Embedding(codes + 1, width)
+        self.time = SinusoidalEmbedding(width, steps)
+        self.time_mlp = nn.Sequential(
+            nn.Linear(width, _TIME_MULTIPLIER * width),
+            nn.Mish(),
+            nn.Linear(_TIME_MULTIPLIER * width, width),
+        )
+        self.class_emb: nn.Embedding | None = None
+        if isinstance(config.condition, ClassCondition):
+            self.class_emb = nn.Embedding(config.condition.classes + 1, width)
+        widths = [width * multiplier for multiplier in config.multipliers]
+        deepest = widths[-1]
+        self.down = nn.ModuleList(Level(*pair, width) for pair in pairwise([width, *widths]))
+        self.downsample = nn.ModuleList(nn.Conv2d(out, out, 3, stride=2, padding=1) for out in widths[:-1])
+        self.middle = nn.ModuleList(ResidualBlock(deepest, deepest, width) for _ in range(2))
+        self.middle_attention = LinearAttention(deepest)
+        upwards = list(pairwise(reversed(widths)))
+        self.up = nn.ModuleList(Level(2 * coarse, fine, width) for coarse, fine in upwards)
+        self.upsample = nn.ModuleList(
+            nn.ConvTranspose2d(fine, fine, 4, stride=2, padding=1) for _, fine in upwards
+        )
+        self.last = Convolution(widths[0], widths[0])
+        self.head = CodeHead(widths[0], codes)
+
+    @overload
+    def forward(
+        self, tokens: Int[Tensor, "batch length"], t: Int[Tensor, " batch"], condition: Tensor | None
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch length"],
+        t: Int[Tensor, " batch"],
+        condition: Tensor | None,
+        consume: Consume[Output],
+    ) -> Output: ...
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch length"],
+        t: Int[Tensor, " batch"],
+        condition: Int[Tensor, " batch"] | None,
+        consume: Consume[Output] | None = None,
+    ) -> Tensor | Output:
+        """Predict the clean tokens.
+
+        Args:
+            tokens: int64 in 0..K, K is the mask.
+            t: int64 in 0..T-1, each sample's own.
+            condition: int64 class labels, the number of classes stands for none; ``None`` for an
+                unconditional model.
+            consume: Takes the head's place, see `Consume`.
+
+        Returns:
+            Logits [batch, length, K], or what ``consume`` returned.
+        """
+        image = self.content_emb(tokens).transpose(1, 2).unflatten(-1, self.grid)
+        signal = self.time_mlp(self.time(t).to(image.dtype))
+        if self.class_emb is not None:
+            signal = signal + self.class_emb(condition)
+        hidden = self._convolved(image, signal).flatten(2).transpose(1, 2)
+        return self.head(hidden) if consume is None else self.head(hidden, consume)
+
+    def _convolved(self, image: Image, signal: Signal) -> Image:
+        features: list[Tensor] = []
+        for number, level in enumerate(self.down):
+            if number:
+                image = self.downsample[number - 1](image)
+            image = level(image, signal)
+            features.append(image)
+        before, after = self.middle
+        image = after(self.middle_attention(before(image, signal)), signal)
+        for level, upsample in zip(self.up, self.upsample, strict=True):
+            image = upsample(level(torch.cat([image, features.pop()], dim=1), signal))
+        return self.last(image)
