@@ -44,6 +44,7 @@ class Purpose(IntEnum):
     CODEBOOK = 14
     EVALUATION = 15
     GUMBEL = 16
+    ENCODING = 17
 
 
 def philox4x32(
@@ -105,6 +106,17 @@ def uniforms(
         words = _torch_words(seed, purpose, slots, 2 * count, draw).view(len(slots), count, 2)
         return ((words[..., 0] >> 5) * 2**26 + (words[..., 1] >> 6)).to(torch.float64) * 2.0**-53
     raise ValueError(f"uniforms are drawn in float32 or float64, not {dtype}")
+
+
+def drawn_codes(
+    chances: Float[Tensor, "*shape states"], drawn: Float[Tensor, "*shape"]
+) -> Int[Tensor, "*shape"]:
+    """One state for each uniform number, by inverse CDF in float64; ``chances`` need not add up to one."""
+    cumulative = chances.cumsum(-1, dtype=torch.float64)
+    total = cumulative[..., -1:]
+    # Rounding must not lead past the last state that has a chance at all.
+    place = torch.minimum(drawn.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, place, right=True).squeeze(-1)
 
 
 def integers(seed: int, purpose: Purpose, slot: int, count: int, *, draw: int = 0) -> NDArray[np.int64]:

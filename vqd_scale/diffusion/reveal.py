@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.rng import Purpose
-from vqd_scale.diffusion.steps import Moment, Step, drawn_codes, even_steps
+from vqd_scale.core.rng import Purpose, drawn_codes
+from vqd_scale.diffusion.steps import Moment, Step, even_steps
 from vqd_scale.diffusion.transition import MaskAndReplace
 
 

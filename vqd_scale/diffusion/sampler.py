@@ -15,10 +15,10 @@ from torch import Tensor
 
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.rng import Purpose
+from vqd_scale.core.rng import Purpose, drawn_codes
 from vqd_scale.diffusion.guidance import Predict
 from vqd_scale.diffusion.reveal import Confidence, Halton, Purity, Remask
-from vqd_scale.diffusion.steps import Moment, Noise, Step, check_steps, drawn_codes, even_steps
+from vqd_scale.diffusion.steps import Moment, Noise, Step, check_steps, even_steps
 from vqd_scale.diffusion.transition import MaskAndReplace
 
 

@@ -1,4 +1,4 @@
-"""What all samplers share: the times of their steps, the random numbers of a step, and a draw."""
+"""What all samplers share: the times of their steps and the random numbers of a step."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -96,14 +96,3 @@ def check_steps(transition: MaskAndReplace, steps: int) -> None:
         raise UserError(
             f"sampler.steps: given {steps}; the schedule has {transition.steps}, take at most those."
         )
-
-
-def drawn_codes(
-    chances: Float[Tensor, "batch length states"], drawn: Float[Tensor, "batch length"]
-) -> Int[Tensor, "batch length"]:
-    """One state per token by inverse CDF; ``chances`` need not add up to one."""
-    cumulative = chances.cumsum(-1, dtype=torch.float64)
-    total = cumulative[..., -1:]
-    # Rounding must not lead past the last state that has a chance at all.
-    place = torch.minimum(drawn.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, place, right=True).squeeze(-1)

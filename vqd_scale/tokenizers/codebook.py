@@ -18,6 +18,29 @@ Sum = Callable[[Tensor], Tensor]
 
 _SMOOTHING = 1e-5
 
+_CHUNK_ELEMENTS = 1 << 24
+"""How many distances exist at once: 64 MiB of them, whatever the number of codes."""
+
+
+def chunks(vectors: Float[Tensor, "count width"], codes: int) -> tuple[Float[Tensor, "part width"], ...]:
+    """Vectors in parts so small that a number for each vector and code fits into bounded memory."""
+    return vectors.split(max(1, _CHUNK_ELEMENTS // codes))
+
+
+def nearest_codes(
+    vectors: Float[Tensor, "count width"], embedding: Float[Tensor, "codes width"]
+) -> Int[Tensor, " count"]:
+    """The id of the nearest code of each vector (squared Euclidean distance), found in float32."""
+    with torch.autocast(vectors.device.type, enabled=False):
+        embedding = embedding.float()
+        squared = embedding.square().sum(dim=1)
+        return torch.cat(
+            [
+                torch.addmm(squared, part.float(), embedding.T, alpha=-2).argmin(dim=1)
+                for part in chunks(vectors, len(embedding))
+            ]
+        )
+
 
 class Codebook(nn.Module):
     """K vectors and the statistics that move them.
@@ -47,8 +70,7 @@ class Codebook(nn.Module):
 
     def nearest(self, vectors: Float[Tensor, "count width"]) -> Int[Tensor, " count"]:
         """The id of the nearest code of each vector (squared Euclidean distance)."""
-        squared = self.embedding.square().sum(dim=1)
-        return torch.addmm(squared, vectors, self.embedding.T, alpha=-2).argmin(dim=1)
+        return nearest_codes(vectors, self.embedding)
 
     def lookup(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape width"]:
         """The vectors of codes."""

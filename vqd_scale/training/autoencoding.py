@@ -15,7 +15,8 @@ from vqd_scale.data.batch import ImageBatch
 from vqd_scale.data.samples import ImageSamples
 from vqd_scale.inference.bundle import save_tokenizer
 from vqd_scale.tokenizers.base import to_signal
-from vqd_scale.tokenizers.vqgan import VQGAN, ResidualBlock, VQGANConfig
+from vqd_scale.tokenizers.convolutions import ResidualBlock
+from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
 from vqd_scale.training.config import RunConfig
 from vqd_scale.training.task import Forward, Losses
 

@@ -1,0 +1,247 @@
+"""VQ-GAN's encoder and decoder (Esser et al., arXiv 2012.09841): what stands before and behind a codebook.
+
+Modules are named as in the published checkpoints, so that their weights load without renaming.
+"""
+
+from collections import OrderedDict
+from itertools import pairwise
+from typing import Literal
+
+from jaxtyping import Float
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+from typing_extensions import Self
+
+from vqd_scale.core.config import Config
+
+_GROUPS = 32
+_EPSILON = 1e-6
+
+Norm = Literal["group", "none"]
+
+
+class ConvolutionsConfig(Config):
+    """Shape of encoder and decoder; any height and width go that are multiples of `factor`."""
+
+    channels: PositiveInt = 128
+    multipliers: tuple[PositiveInt, ...] = Field(default=(1, 1, 2, 4), min_length=1)
+    """Channels of each level in units of ``channels``; every level but the last halves the resolution."""
+    residual_blocks: PositiveInt = 2
+    patch: PositiveInt = 1
+    """Side of the pixel blocks folded into channels at the entrance; 1 as published, more is cheaper."""
+    norm: Norm = "group"
+    attention: tuple[NonNegativeInt, ...] = ()
+    """Levels whose residual blocks are each followed by self-attention, 0 being the finest."""
+    middle: bool = False
+    """Whether two residual blocks around self-attention stand at the coarsest level, as published."""
+    latent_width: PositiveInt | None = None
+    """Channels between the convolutions and the codebook's 1x1 ones (``z_channels``); none: without these."""
+
+    @property
+    def factor(self) -> int:
+        """How many pixels one token spans in each direction."""
+        return self.patch * 2 ** (len(self.multipliers) - 1)
+
+    @model_validator(mode="after")
+    def _groups_divide_channels(self) -> Self:
+        if self.norm == "group" and self.channels % _GROUPS:
+            raise ValueError(f"channels {self.channels} must be a multiple of {_GROUPS} under norm 'group'")
+        return self
+
+    @model_validator(mode="after")
+    def _attention_is_at_levels(self) -> Self:
+        if any(level >= len(self.multipliers) for level in self.attention):
+            raise ValueError(
+                f"attention {list(self.attention)} must name levels below {len(self.multipliers)}, the "
+                f"number of multipliers"
+            )
+        return self
+
+
+class Encoder(nn.Module):
+    """Images to latents: at each level residual blocks, then half the resolution.
+
+    Args:
+        config: The shape.
+        width: Channels of the latents.
+    """
+
+    def __init__(self, config: ConvolutionsConfig, width: int) -> None:
+        super().__init__()
+        widths = [config.channels * multiplier for multiplier in config.multipliers]
+        self.patch = nn.PixelUnshuffle(config.patch)
+        self.conv_in = nn.Conv2d(3 * config.patch**2, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(
+            Descent(config, level, before, after, is_last=level == len(widths) - 1)
+            for level, (before, after) in enumerate(pairwise([widths[0], *widths]))
+        )
+        self.mid = _middle(config, widths[-1])
+        self.norm_out = _norm(widths[-1], config.norm)
+        self.conv_out = nn.Conv2d(widths[-1], width, 3, padding=1)
+
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch latent rows columns"]:
+        """Encode images in [-1, 1], in the dtype of the weights."""
+        x = self.conv_in(self.patch(images.to(self.conv_in.weight.dtype)))
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(functional.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latents to images: the encoder's levels in reverse, one residual block more at each.
+
+    Args:
+        config: The shape.
+        width: Channels of the latents.
+    """
+
+    def __init__(self, config: ConvolutionsConfig, width: int) -> None:
+        super().__init__()
+        widths = [config.channels * multiplier for multiplier in config.multipliers]
+        self.conv_in = nn.Conv2d(width, widths[-1], 3, padding=1)
+        self.mid = _middle(config, widths[-1])
+        upwards = range(len(widths) - 1, -1, -1)
+        levels = [
+            Ascent(config, level, widths[min(level + 1, len(widths) - 1)], widths[level], is_last=level == 0)
+            for level in upwards
+        ]
+        # Numbered as the encoder's, 0 the finest: the order of the names is the reverse of the data's.
+        self.up = nn.ModuleList(reversed(levels))
+        self.norm_out = _norm(widths[0], config.norm)
+        self.conv_out = nn.Conv2d(widths[0], 3 * config.patch**2, 3, padding=1)
+        self.patch = nn.PixelShuffle(config.patch)
+
+    def forward(self, z: Float[Tensor, "batch latent rows columns"]) -> Float[Tensor, "batch 3 height width"]:
+        """Decode latents, in the dtype of the weights."""
+        x = self.mid(self.conv_in(z.to(self.conv_in.weight.dtype)))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.patch(self.conv_out(functional.silu(self.norm_out(x))))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention where the level has it."""
+
+    def __init__(
+        self, config: ConvolutionsConfig, level: int, width: int, following: int, count: int
+    ) -> None:
+        super().__init__()
+        attends = level in config.attention
+        widths = [width] + [following] * count
+        self.block = nn.ModuleList(ResidualBlock(a, b, config.norm) for a, b in pairwise(widths))
+        self.attn = nn.ModuleList(Attention(following, config.norm) for _ in range(count if attends else 0))
+
+    def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch following h w"]:
+        """All blocks in turn."""
+        for number, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[number](x)
+        return x
+
+
+class Descent(Level):
+    """One level of the encoder."""
+
+    def __init__(
+        self, config: ConvolutionsConfig, level: int, width: int, following: int, *, is_last: bool
+    ) -> None:
+        super().__init__(config, level, width, following, config.residual_blocks)
+        self.downsample = nn.Identity() if is_last else Downsample(following)
+
+    def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch following h2 w2"]:
+        """All blocks in turn, then half the resolution."""
+        return self.downsample(super().forward(x))
+
+
+class Ascent(Level):
+    """One level of the decoder."""
+
+    def __init__(
+        self, config: ConvolutionsConfig, level: int, width: int, following: int, *, is_last: bool
+    ) -> None:
+        super().__init__(config, level, width, following, config.residual_blocks + 1)
+        self.upsample = nn.Identity() if is_last else Upsample(following)
+
+    def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch following h2 w2"]:
+        """All blocks in turn, then twice the resolution."""
+        return self.upsample(super().forward(x))
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, Conv3x3, twice, beside a shortcut."""
+
+    def __init__(self, width: int, following: int, norm: Norm) -> None:
+        super().__init__()
+        self.norm1 = _norm(width, norm)
+        self.conv1 = nn.Conv2d(width, following, 3, padding=1)
+        self.norm2 = _norm(following, norm)
+        self.conv2 = nn.Conv2d(following, following, 3, padding=1)
+        self.nin_shortcut = nn.Identity() if width == following else nn.Conv2d(width, following, 1)
+
+    def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch following h w"]:
+        """One residual block."""
+        hidden = self.conv1(functional.silu(self.norm1(x)))
+        return self.nin_shortcut(x) + self.conv2(functional.silu(self.norm2(hidden)))
+
+
+class Attention(nn.Module):
+    """Self-attention of one head over all places of a feature map, beside a shortcut."""
+
+    def __init__(self, width: int, norm: Norm) -> None:
+        super().__init__()
+        self.norm = _norm(width, norm)
+        self.q = nn.Conv2d(width, width, 1)
+        self.k = nn.Conv2d(width, width, 1)
+        self.v = nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch width h w"]:
+        """One attention block."""
+        h = self.norm(x)
+        q, k, v = (part(h).flatten(2).transpose(1, 2).unsqueeze(1) for part in (self.q, self.k, self.v))
+        seen = functional.scaled_dot_product_attention(q, k, v).squeeze(1)
+        return x + self.proj_out(seen.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Downsample(nn.Module):
+    """Half the resolution: a strided convolution, padded at the right and bottom only as published."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch width h/2 w/2"]:
+        """Downsample by two."""
+        return self.conv(functional.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the resolution: nearest neighbours, then a convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch width 2*h 2*w"]:
+        """Upsample by two."""
+        return self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _middle(config: ConvolutionsConfig, width: int) -> nn.Module:
+    if not config.middle:
+        return nn.Identity()
+    return nn.Sequential(
+        OrderedDict(
+            block_1=ResidualBlock(width, width, config.norm),
+            attn_1=Attention(width, config.norm),
+            block_2=ResidualBlock(width, width, config.norm),
+        )
+    )
+
+
+def _norm(width: int, norm: Norm) -> nn.Module:
+    return nn.GroupNorm(_GROUPS, width, eps=_EPSILON) if norm == "group" else nn.Identity()
