@@ -4,8 +4,15 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional
 
-from vqd_scale.nn.denoiser import Denoiser, DenoiserConfig, NoCondition, TextCondition
-from vqd_scale.nn.layers import GELU2, AdaptiveLayerNorm, Convolutional, ConvolutionalFeedForward
+from vqd_scale.nn.denoiser import ClassCondition, Denoiser, DenoiserConfig, NoCondition, TextCondition
+from vqd_scale.nn.layers import (
+    GELU2,
+    AdaptiveLayerNorm,
+    Convolutional,
+    ConvolutionalFeedForward,
+    TimestepEmbedding,
+    build_timestep_embedding,
+)
 
 SMALL = DenoiserConfig(width=24, layers=2, heads=2, condition=TextCondition(width=10))
 
@@ -60,14 +67,45 @@ def test_trap_18_each_sample_has_its_own_timestep() -> None:
 
 
 @pytest.mark.parametrize("timestep", ["learned", "sinusoidal"])
-def test_adaptive_norm_takes_scale_first_and_adds_one(timestep: str) -> None:
-    norm = AdaptiveLayerNorm(6, 9, timestep)  # pyright: ignore[reportArgumentType]
+def test_trap_18_adaptive_norm_takes_scale_first_and_adds_one(timestep: TimestepEmbedding) -> None:
+    norm = AdaptiveLayerNorm(build_timestep_embedding(timestep, width=6, steps=9), width=6)
     with torch.no_grad():
         norm.linear.weight.zero_()
         norm.linear.bias.copy_(torch.cat([torch.full((6,), 2.0), torch.full((6,), 5.0)]))
     x = torch.randn(2, 3, 6)
     expected = functional.layer_norm(x, (6,)) * 3.0 + 5.0
     torch.testing.assert_close(norm(x, torch.tensor([0, 8])), expected)
+
+
+VARIANTS = {
+    "text": SMALL,
+    "class": SMALL.model_copy(update={"condition": ClassCondition(classes=6)}),
+    "class without a null": SMALL.model_copy(update={"condition": ClassCondition(classes=6, null="mean")}),
+    "unconditional": SMALL.model_copy(update={"condition": NoCondition()}),
+    "convolutional": SMALL.model_copy(update={"feed_forward": Convolutional()}),
+    "sinusoidal": SMALL.model_copy(update={"timestep": "sinusoidal"}),
+    "published positions": SMALL.model_copy(update={"position_grid": (8, 8)}),
+    "normalised queries and keys": SMALL.model_copy(update={"query_key_norm": True}),
+    "rotary": SMALL.model_copy(update={"rotary_positions": True}),
+}
+
+
+def condition_of(config: DenoiserConfig) -> torch.Tensor | None:
+    if isinstance(config.condition, TextCondition):
+        return inputs()[2]
+    return torch.tensor([0, 5, 6]) if isinstance(config.condition, ClassCondition) else None
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+def test_what_is_prepared_equals_the_plain_forward(config: DenoiserConfig) -> None:
+    denoiser = build(config)
+    condition = condition_of(config)
+    prepared = denoiser.prepared(condition)
+    tokens, _, _ = inputs()
+    for t in (0, 3, 8):
+        plain = denoiser(tokens, torch.full((3,), t), condition)
+        torch.testing.assert_close(prepared(tokens, t), plain, atol=1e-5, rtol=0)
+    assert not torch.allclose(prepared(tokens, 0), prepared(tokens, 8))
 
 
 def test_the_caption_matters_and_every_position_sees_every_other() -> None:

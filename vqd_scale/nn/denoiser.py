@@ -1,7 +1,8 @@
 """The image transformer of VQ-Diffusion: from noisy tokens, a timestep and a condition to p(x0 | x_t)."""
 
+import functools
 from collections.abc import Callable
-from typing import Annotated, ClassVar, Literal, TypeVar, overload
+from typing import Annotated, ClassVar, Literal, NamedTuple, TypeVar, cast, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -76,8 +77,8 @@ class DenoiserConfig(Config):
     initial_deviation: PositiveFloat = 0.02
     """Deviation of linear and embedding weights at the start; narrow models want about 1/sqrt(width)."""
     position_grid: tuple[PositiveInt, PositiveInt] | None = None
-    """Rows and columns of the position tables, if not the token grid's. The published 16x16 models number their
-    tokens through a 32x32 table, eight of its rows and all columns: this is for them, no new model wants it."""
+    """Rows and columns of the position tables, if not the token grid's. The published 16x16 models lay their
+    256 tokens row by row into a grid of 32x32: this is for them, no new model wants it."""
     query_key_norm: bool = False
     """RMS-normalise each head's queries and keys, which keeps attention from blowing up in wide models."""
     rotary_positions: bool = False
@@ -85,7 +86,7 @@ class DenoiserConfig(Config):
     zero_modulation: bool = False
     """Start every AdaLN as a plain LayerNorm, whatever the timestep."""
     checkpoint_blocks: bool = False
-    """Compute each block again in backward instead of keeping what is inside: less memory, a third more time."""
+    """Compute each block again in backward instead of keeping what is inside it: less memory, more time."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "DenoiserConfig":
@@ -137,6 +138,7 @@ class Block(nn.Module):
             return AdaptiveLayerNorm(build_timestep_embedding(config.timestep, width, steps), width)
 
         self.condition = condition.kind
+        self.ln2: nn.LayerNorm | AdaptiveLayerNorm
         self.ln1 = timed()
         self.attn1 = attends(context_width=width)
         if isinstance(condition, TextCondition):
@@ -150,13 +152,20 @@ class Block(nn.Module):
         self.mlp = build_feed_forward(config.feed_forward, width, grid)
 
     def conditioning(self, t: Int[Tensor, " times"], condition: Tensor | None) -> Conditioning:
-        """All that follows from timesteps and condition without the image."""
-        return Conditioning(
-            ln1=self.ln1.modulation(t),
-            ln1_1=self.ln1_1.modulation(t) if self.condition == "text" else None,
-            ln2=self.ln2.modulation(condition) if self.condition == "class" else None,
-            context=self.attn2.keys_values(condition) if self.condition == "text" else None,
-        )
+        """All that follows from timesteps and condition without the image.
+
+        Raises:
+            ValueError: The condition is missing, or the model takes none.
+        """
+        if (condition is None) != (self.condition == "none"):
+            given = "no condition" if condition is None else "a condition"
+            raise ValueError(f"a denoiser with condition '{self.condition}' was given {given}")
+        ln1, ln1_1, ln2, context = self.ln1.modulation(t), None, None, None
+        if condition is not None and self.condition == "text":
+            ln1_1, context = self.ln1_1.modulation(t), self.attn2.keys_values(condition)
+        if condition is not None and isinstance(self.ln2, AdaptiveLayerNorm):
+            ln2 = self.ln2.modulation(condition)
+        return Conditioning(ln1, ln1_1, ln2, context)
 
     def updated(
         self, x: Float[Tensor, "batch length width"], told: Conditioning, rotation: Rotation | None
@@ -166,8 +175,7 @@ class Block(nn.Module):
         x = x + self.attn1(normed, normed, rotation)
         if told.ln1_1 is not None and told.context is not None:
             x = x + self.attn2.attend(modulated(x, told.ln1_1), told.context)
-        normed = self.ln2(x) if told.ln2 is None else modulated(x, told.ln2)
-        return x + self.mlp(normed)
+        return x + self.mlp(self.ln2(x) if told.ln2 is None else modulated(x, told.ln2))
 
     def forward(
         self,
@@ -204,6 +212,8 @@ class Denoiser(nn.Module):
     Raises:
         UserError: The configured position tables are too small for the grid.
     """
+
+    units: ClassVar[tuple[type[nn.Module], ...]] = (Block,)
 
     def __init__(self, config: DenoiserConfig, codes: int, grid: tuple[int, int], steps: int) -> None:
         super().__init__()
@@ -253,7 +263,7 @@ class Denoiser(nn.Module):
         return PreparedDenoiser(self, condition)
 
     def rotation(self, like: Tensor) -> Rotation | None:
-        """What self-attention turns queries and keys by, if it does; device and dtype are those of ``like``."""
+        """What self-attention turns queries and keys by, if it does; of the device and dtype of ``like``."""
         if not self.config.rotary_positions:
             return None
         return Rotation.of(self.grid, self.config.width // self.config.heads, like)
@@ -305,8 +315,8 @@ class Denoiser(nn.Module):
 class PreparedDenoiser:
     """The network under one condition, for many steps with one timestep each.
 
-    The modulations of all T timesteps are a table, keys and values of the text are there already. Weights that
-    change afterwards are not noticed. Never differentiable.
+    The modulations of all T timesteps are a table, keys and values of the text are there already. It is not
+    differentiable, and does not notice weights that change afterwards.
 
     Args:
         denoiser: The network, whole on this device.

@@ -1,7 +1,7 @@
 """The parts that the networks share (VQ-Diffusion, arXiv 2111.14822; layout of its published weights)."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -10,12 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vqd_scale.core.config import Config
+from vqd_scale.core.errors import UserError
 from vqd_scale.nn.attention import AttentionBackend, attention
 
 TimestepEmbedding = Literal["learned", "sinusoidal"]
+NullClass = Literal["learned", "mean"]
 
 _SINUSOID_SCALE = 4000
 _SINUSOID_PERIOD = 10000
+_ROTATION_BASE = 100.0
+"""For grids of tens of rows, which the 10,000 of text would hardly turn (RoPE-ViT, arXiv 2403.13298)."""
+_NORM_EPSILON = 1e-6
 
 
 class FullyConnected(Config):
@@ -50,43 +55,105 @@ class ImageEmbedding(nn.Module):
         codes: K, the number of codes without the mask.
         grid: Height and width in tokens.
         width: Embedding width.
+        position_grid: Rows and columns of the position tables, see `DenoiserConfig.position_grid`.
+
+    Raises:
+        UserError: The position tables have fewer places than the grid has tokens.
     """
 
-    def __init__(self, codes: int, grid: tuple[int, int], width: int) -> None:
+    def __init__(
+        self, codes: int, grid: tuple[int, int], width: int, position_grid: tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
-        self.grid = grid
+        rows, self.columns = position_grid or grid
+        self.length = grid[0] * grid[1]
+        if rows * self.columns < self.length:
+            raise UserError(
+                f"denoiser.position_grid: {rows}x{self.columns} places are too few for a grid of "
+                f"{grid[0]}x{grid[1]} tokens; leave it out."
+            )
         self.emb = nn.Embedding(codes + 1, width)
-        self.height_emb = nn.Embedding(grid[0], width)
-        self.width_emb = nn.Embedding(grid[1], width)
+        self.height_emb = nn.Embedding(rows, width)
+        self.width_emb = nn.Embedding(self.columns, width)
+
+    def positions(self) -> Float[Tensor, "length width"]:
+        """What a token's place adds to its code, in raster order."""
+        place = torch.arange(self.length, device=self.height_emb.weight.device)
+        return self.height_emb(place // self.columns) + self.width_emb(place % self.columns)
 
     def forward(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length width"]:
         """Embed tokens in raster order."""
-        rows = self.height_emb(torch.arange(self.grid[0], device=tokens.device))
-        columns = self.width_emb(torch.arange(self.grid[1], device=tokens.device))
-        return self.emb(tokens) + (rows[:, None] + columns[None]).flatten(0, 1)
+        return self.emb(tokens) + self.positions()
+
+
+class Modulation(NamedTuple):
+    """What takes the place of a LayerNorm's weight and bias, for each of a batch or for all in common.
+
+    Attributes:
+        gain: 1 + scale, [batch, width] or [width].
+        shift: Of the same shape.
+    """
+
+    gain: Tensor
+    shift: Tensor
+
+
+def modulated(
+    x: Float[Tensor, "batch length width"], modulation: Modulation
+) -> Float[Tensor, "batch length width"]:
+    """LN(x) * gain + shift, LN without weights of its own (AdaLN, arXiv 2111.14822, section 4.2)."""
+    gain, shift = modulation
+    if gain.ndim == 1:
+        return functional.layer_norm(x, x.shape[-1:], gain, shift)
+    return torch.addcmul(shift[:, None], functional.layer_norm(x, x.shape[-1:]), gain[:, None])
 
 
 class AdaptiveLayerNorm(nn.Module):
-    """LayerNorm without weights, then scale and shift from the timestep: LN(x)(1 + scale_t) + shift_t.
+    """LayerNorm whose weights follow from an id, a timestep or a class: LN(x)(1 + scale) + shift.
 
     Args:
+        emb: Ids [batch] to vectors [batch, width].
         width: Feature width.
-        steps: T, the number of timesteps.
-        timestep: A learned table (all published weights) or sinusoids.
     """
 
-    def __init__(self, width: int, steps: int, timestep: TimestepEmbedding) -> None:
+    def __init__(self, emb: nn.Module, width: int) -> None:
         super().__init__()
-        self.emb = nn.Embedding(steps, width) if timestep == "learned" else SinusoidalEmbedding(width, steps)
+        self.emb = emb
         self.linear = nn.Linear(width, 2 * width)
-        self.width = width
+
+    def modulation(self, ids: Int[Tensor, " batch"]) -> Modulation:
+        """Gain and shift [batch, width] of each id."""
+        embedded = functional.silu(self.emb(ids)).to(self.linear.weight.dtype)
+        scale, shift = self.linear(embedded).chunk(2, dim=-1)
+        return Modulation(1 + scale, shift)
 
     def forward(
-        self, x: Float[Tensor, "batch length width"], t: Int[Tensor, " batch"]
+        self, x: Float[Tensor, "batch length width"], ids: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch length width"]:
-        """Normalise each position; ``t`` holds each sample's own timestep."""
-        scale, shift = self.linear(functional.silu(self.emb(t)))[:, None].chunk(2, dim=-1)
-        return functional.layer_norm(x, (self.width,)) * (1 + scale) + shift
+        """Normalise each position of each sample by the sample's own id."""
+        return modulated(x, self.modulation(ids))
+
+
+class ClassEmbedding(nn.Embedding):
+    """A vector for each class, and one for the id ``classes``, which stands for "none".
+
+    Args:
+        classes: Number of classes.
+        width: Embedding width.
+        null: Whether "none" has a row of its own, or is the mean of all classes.
+    """
+
+    def __init__(self, classes: int, width: int, null: NullClass) -> None:
+        super().__init__(classes + 1 if null == "learned" else classes, width)
+        self.classes = classes
+
+    def forward(self, input: Int[Tensor, " batch"]) -> Float[Tensor, "batch width"]:
+        """Embed each sample's own class."""
+        if self.num_embeddings > self.classes:
+            return super().forward(input)
+        is_class = input < self.classes
+        embedded = super().forward(torch.where(is_class, input, 0))
+        return torch.where(is_class[:, None], embedded, self.weight.mean(dim=0))
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -105,6 +172,42 @@ class SinusoidalEmbedding(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+class KeysValues(NamedTuple):
+    """A context as its readers see it, each [batch, positions, heads, dim]; of a prompt, it never changes."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines, each [length, 1, dim / 2], of the angles of 2-D RoPE."""
+
+    cosine: Tensor
+    sine: Tensor
+
+    @classmethod
+    def of(cls, grid: tuple[int, int], dim: int, like: Tensor) -> "Rotation":
+        """The angles of a grid in raster order: of the first half of the pairs by row, of the rest by column.
+
+        Args:
+            grid: Height and width in tokens.
+            dim: Features of a head, a multiple of 4.
+            like: The device and dtype.
+        """
+        pairs = dim // 4
+        frequencies = _ROTATION_BASE ** -(torch.arange(pairs, device=like.device) / pairs)
+        place = torch.arange(grid[0] * grid[1], device=like.device)[:, None]
+        angles = torch.cat([place // grid[1] * frequencies, place % grid[1] * frequencies], dim=-1)[:, None]
+        return cls(angles.cos().to(like.dtype), angles.sin().to(like.dtype))
+
+    def __call__(self, x: Float[Tensor, "batch length heads dim"]) -> Float[Tensor, "batch length heads dim"]:
+        """Turn the pairs (i, i + dim / 2) of each head's features."""
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat(
+            [first * self.cosine - second * self.sine, second * self.cosine + first * self.sine], dim=-1
+        )
+
+
 class Attention(nn.Module):
     """Multi-head attention; queries from ``width``, keys and values from ``context_width``.
 
@@ -113,9 +216,18 @@ class Attention(nn.Module):
         heads: Number of heads; must divide ``width``.
         context_width: Feature width of keys and values.
         backend: See `vqd_scale.nn.attention`.
+        normalise: Whether each head's queries and keys are RMS-normalised (QK-norm, arXiv 2302.05442).
     """
 
-    def __init__(self, width: int, heads: int, context_width: int, backend: AttentionBackend) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        context_width: int,
+        backend: AttentionBackend,
+        *,
+        normalise: bool = False,
+    ) -> None:
         super().__init__()
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(context_width, width)
@@ -123,16 +235,48 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.heads = heads
         self.backend: AttentionBackend = backend
+        self.normalise = normalise
+        if normalise:
+            self.query_norm = nn.RMSNorm(width // heads, eps=_NORM_EPSILON)
+            self.key_norm = nn.RMSNorm(width // heads, eps=_NORM_EPSILON)
+
+    def keys_values(
+        self, context: Float[Tensor, "batch keys context_width"], rotation: Rotation | None = None
+    ) -> KeysValues:
+        """What `attend` needs of a context, which may be kept for as long as the context stays the same."""
+        keys = self.key(context).unflatten(-1, (self.heads, -1))
+        if self.normalise:
+            keys = self.key_norm(keys)
+        values = self.value(context).unflatten(-1, (self.heads, -1))
+        return KeysValues(keys if rotation is None else rotation(keys), values)
+
+    def attend(
+        self,
+        x: Float[Tensor, "batch length width"],
+        context: KeysValues,
+        rotation: Rotation | None = None,
+        *,
+        causal: bool = False,
+    ) -> Float[Tensor, "batch length width"]:
+        """Attend from each position of ``x``, see `vqd_scale.nn.attention.attention`."""
+        query = self.query(x).unflatten(-1, (self.heads, -1))
+        if self.normalise:
+            query = self.query_norm(query)
+        if rotation is not None:
+            query = rotation(query)
+        attended = attention(query, context.keys, context.values, self.backend, causal=causal)
+        return self.proj(attended.flatten(-2))
 
     def forward(
-        self, x: Float[Tensor, "batch length width"], context: Float[Tensor, "batch keys context_width"]
+        self,
+        x: Float[Tensor, "batch length width"],
+        context: Float[Tensor, "batch keys context_width"],
+        rotation: Rotation | None = None,
+        *,
+        causal: bool = False,
     ) -> Float[Tensor, "batch length width"]:
         """Attend from each position of ``x`` to all of ``context`` (pass ``x`` twice for self-attention)."""
-        query, key, value = (
-            projected.unflatten(-1, (self.heads, -1))
-            for projected in (self.query(x), self.key(context), self.value(context))
-        )
-        return self.proj(attention(query, key, value, self.backend).flatten(-2))
+        return self.attend(x, self.keys_values(context, rotation), rotation, causal=causal)
 
 
 class FeedForward(nn.Sequential):
@@ -157,6 +301,11 @@ class ConvolutionalFeedForward(nn.Sequential):
         """Fold the raster order into the grid, convolve, and unfold it."""
         image = input.transpose(1, 2).unflatten(-1, self.grid)
         return super().forward(image).flatten(2).transpose(1, 2)
+
+
+def build_timestep_embedding(kind: TimestepEmbedding, width: int, steps: int) -> nn.Module:
+    """A table of T rows (all published weights), or sinusoids."""
+    return nn.Embedding(steps, width) if kind == "learned" else SinusoidalEmbedding(width, steps)
 
 
 def build_feed_forward(config: FeedForwardConfig, width: int, grid: tuple[int, int]) -> nn.Module:
