@@ -93,25 +93,49 @@ def fresh_findings() -> Iterator[None]:
         cache.cache_clear()
 
 
-@pytest.mark.usefixtures("fresh_findings")
-def test_where_xformers_has_no_kernel_that_is_said_once_and_sdpa_serves(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    served: list[torch.dtype] = []
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """The dtype of every call of sdpa."""
+    dtypes: list[torch.dtype] = []
     sdpa = functional.scaled_dot_product_attention
 
     def recorded(query: torch.Tensor, *others: torch.Tensor, is_causal: bool) -> torch.Tensor:
-        served.append(query.dtype)
+        dtypes.append(query.dtype)
         return sdpa(query, *others, is_causal=is_causal)
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", recorded)
+    return dtypes
+
+
+@pytest.mark.parametrize(
+    ("dtype", "keys", "by_sdpa"),
+    [
+        (torch.float32, 64, True),
+        (torch.float32, 1024, True),
+        (torch.bfloat16, 64, False),
+        (torch.bfloat16, 512, False),
+        (torch.bfloat16, 1024, True),
+    ],
+)
+def test_auto_takes_what_is_fast_on_a_cpu(
+    served: list[torch.dtype], dtype: torch.dtype, keys: int, *, by_sdpa: bool
+) -> None:
+    query, context = torch.randn(1, 4, 1, 8, dtype=dtype), torch.randn(1, keys, 1, 8, dtype=dtype)
+    attention(query, context, context)
+    assert served == [dtype] * by_sdpa
+
+
+@pytest.mark.usefixtures("fresh_findings")
+def test_where_xformers_has_no_kernel_that_is_said_once_and_sdpa_serves(
+    caplog: pytest.LogCaptureFixture, served: list[torch.dtype]
+) -> None:
     with caplog.at_level(logging.WARNING):
         for dtype in (torch.float32, torch.bfloat16, torch.float32):
             query, key, value = qkv(12, dtype)
             torch.testing.assert_close(
                 attention(query, key, value, "xformers"), attention(query, key, value, "sdpa")
             )
-    assert served == [dtype for dtype in (torch.float32, torch.bfloat16, torch.float32) for _ in range(2)]
+    assert len(served) == 6
     assert [record.getMessage() for record in caplog.records] == [
         "xformers attention is not available here (it has no kernel for a cpu); torch's sdpa serves instead."
     ]
