@@ -1,22 +1,27 @@
 """Checkpoints: named slices, published, not written.
 
-Every rank writes its pieces of the weights, of the optimizer's moments and of the average as one safetensors
-file of flat slices, ``{kind}/{parameter}/{start}``. The folder gets its name, and its manifest, only when all
-files are on the disk. Loading copies the overlap of whatever slices there are with whatever pieces this rank
-holds, so any number of ranks reads what any other number wrote. Nothing is pickled.
+Every rank writes its slices (`vqd_scale.training.slices`) in a thread of its own, and beside them what the
+file must be; the first rank's thread waits for all of these, writes the manifest and gives the folder its
+name. A folder with a valid manifest is a checkpoint and nothing else is, whatever a kill or a full disk left
+behind. Nothing is pickled, and no rank talks to another from a thread.
 """
 
+import hashlib
+import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from pydantic import PositiveInt
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from pydantic import NonNegativeInt, PositiveInt
+from safetensors.torch import load_file
+from safetensors.torch import save as serialised
 from torch import Tensor
 
 from vqd_scale.core.config import Config
@@ -25,12 +30,16 @@ from vqd_scale.core.store import PARTIAL, publish_json, read_json, sha256_of, sy
 from vqd_scale.core.world import World
 from vqd_scale.training.ema import EMA
 from vqd_scale.training.partition import Partition, Piece
+from vqd_scale.training.slices import HostSlices, StoredSlices, write_described
 
 logger = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
 _STATE = "state.safetensors"
-_FORMAT = 1
+_DESCRIPTION = ".json"
+_FORMAT = 2
+_KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
+_POLL_SECONDS = 0.05
 
 
 class CheckpointConfig(Config):
@@ -40,6 +49,12 @@ class CheckpointConfig(Config):
     """Images between two checkpoints."""
     keep: PositiveInt = 2
     """How many of the newest are kept."""
+    keep_every: PositiveInt | None = None
+    """The first checkpoint after each multiple of so many images is kept for good."""
+    asynchronous: bool = True
+    """Write in a thread while training goes on; costs a copy of this rank's share in the host's memory."""
+    tolerated_failures: NonNegativeInt = 3
+    """How many saves in a row may fail, for want of space or rights, before the run stops."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +63,28 @@ class Restored:
 
     Attributes:
         images: Images the run had seen.
-        state: The task's own tensors, equal on every rank.
+        state: The run's other tensors, equal on every rank.
     """
 
     images: int
     state: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A save under way.
+
+    Attributes:
+        folder: What it will be called.
+        written: Done when this rank's files are on the disk.
+        published: On the first rank, done when the folder has its name.
+        abandoned: Set when some rank could not write.
+    """
+
+    folder: Path
+    written: "Future[None]"
+    published: "Future[None] | None"
+    abandoned: threading.Event
 
 
 class Checkpoints:
@@ -74,32 +106,81 @@ class Checkpoints:
         self.partition = partition
         self.ema = ema
         self.world = world
+        self._host: HostSlices | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._save: _Save | None = None
+        self._failures = 0
 
     def save(self, images: int, state: Mapping[str, Tensor]) -> None:
-        """Save the run; all ranks call it together.
+        """Begin to save the run, after the save before has ended; all ranks call it together.
 
         Args:
             images: Images seen.
-            state: The task's own tensors, equal on every rank.
+            state: The run's other tensors, equal on every rank.
 
         Raises:
-            UserError: Some rank could not write; the unfinished folder is gone, older ones are untouched.
+            UserError: So many saves failed in a row that the run had better stop.
         """
+        try:
+            self.wait()
+        except UserError as error:
+            self._tolerate(error)
         final = self.folder / f"{images:012d}"
+        partial = final.with_name(final.name + PARTIAL)
+        if self.world.is_first:
+            for leftover in self.folder.glob(f"*{PARTIAL}"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        # Also a barrier: nobody writes before the leftovers of an earlier attempt are gone.
         if self.world.any(final.exists()):
             return
-        partial = final.with_name(final.name + PARTIAL)
-        try:
-            self._together(lambda: self._write(partial, images, state) if self.world.is_first else None)
-            self._together(lambda: self._write_slices(partial))
-            written = self.world.gathered(self._described(partial / self._slices_name()))
-            self._together(
-                lambda: self._publish(partial, final, images, written) if self.world.is_first else None
+        if self._host is None:
+            self._host = HostSlices(self.partition, _KINDS)
+        self._host.fill(self._flats())
+        abandoned = threading.Event()
+        written = self._thread.submit(self._write_slices, self._host, partial)
+        published = None
+        if self.world.is_first:
+            rest = serialised({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+            manifest = {
+                "format": _FORMAT,
+                "images": images,
+                "optimizer_steps": self.partition.steps,
+                "ranks": self.world.size,
+                "parameters": {piece.name: list(piece.shape) for piece in self.partition.pieces},
+            }
+            published = self._thread.submit(self._publish, partial, final, manifest, rest, abandoned)
+        self._save = _Save(final, written, published, abandoned)
+        if not self.config.asynchronous:
+            try:
+                self.wait()
+            except UserError as error:
+                self._tolerate(error)
+
+    def wait(self) -> None:
+        """See the save under way to its end, if there is one; all ranks call it together.
+
+        Raises:
+            UserError: Some rank could not write. Older checkpoints are untouched.
+        """
+        save, self._save = self._save, None
+        if save is None:
+            return
+        mistake = _mistake(save.written)
+        if self.world.any(mistake is not None):
+            save.abandoned.set()
+        if save.published is not None:
+            mistake = mistake or _mistake(save.published)
+        if self.world.any(mistake is not None):
+            raise mistake or UserError(
+                f"{save.folder}: another rank could not write its part of the checkpoint."
             )
-        except UserError:
-            if self.world.is_first:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
+        self._failures = 0
+
+    def close(self) -> None:
+        """Let go of a save under way that nobody will wait for any more, as after an error."""
+        if self._save is not None:
+            self._save.abandoned.set()
+        self._thread.shutdown(wait=True)
 
     def resume(self) -> Restored | None:
         """Load the newest checkpoint whose every file is what its manifest says; all ranks call it together.
@@ -110,78 +191,82 @@ class Checkpoints:
         Raises:
             UserError: There are checkpoints, but none is whole; or they belong to another model.
         """
-        candidates = sorted((path.parent for path in self.folder.glob(f"*/{_MANIFEST}")), reverse=True)
-        candidates = [path for path in candidates if not path.name.endswith(PARTIAL)]
+        candidates = sorted(_named(self.folder), reverse=True)
         for candidate in candidates:
-            damage = self._damage(candidate)
-            if self.world.any(damage is not None):
-                logger.warning(
-                    "%s: not used, %s; trying the one before.", candidate, damage or "a rank found damage"
-                )
-                continue
-            return self._load(candidate)
+            findings = self.world.gathered({"damage": self._damage(candidate)})
+            damages = [finding["damage"] for finding in findings if finding["damage"] is not None]
+            if not damages:
+                return self._load(candidate)
+            if self.world.is_first:
+                logger.warning("%s: not used, %s; trying the one before.", candidate, damages[0])
         if candidates:
             raise UserError(
                 f"{self.folder}: no checkpoint in it is whole; restore one, or start in a new folder."
             )
         return None
 
-    def _together(self, action: Callable[[], None]) -> None:
-        """Do something on this rank and fail on all ranks if it fails on one."""
-        mistake: UserError | None = None
-        try:
-            action()
-        except UserError as error:
-            mistake = error
-        if self.world.any(mistake is not None):
-            raise mistake or UserError(
-                f"{self.folder}: another rank could not write its part of the checkpoint."
+    def _tolerate(self, mistake: UserError) -> None:
+        self._failures += 1
+        left = self.config.tolerated_failures - self._failures
+        if left < 0:
+            raise mistake
+        if self.world.is_first:
+            whole = max((path.name for path in _named(self.folder)), default="none")
+            logger.warning(
+                "NO CHECKPOINT WAS WRITTEN: %s Training goes on; the newest whole checkpoint is still '%s', "
+                "and after %d more failures in a row the run stops.",
+                mistake,
+                whole,
+                left + 1,
             )
 
     def _slices_name(self) -> str:
         return f"slices-{self.world.rank:05d}-of-{self.world.size:05d}.safetensors"
 
-    def _write(self, partial: Path, images: int, state: Mapping[str, Tensor]) -> None:
+    def _write_slices(self, host: HostSlices, partial: Path) -> None:
         with writing(partial):
-            if partial.exists():
-                shutil.rmtree(partial)
-            partial.mkdir(parents=True)
-        _save(partial / _STATE, {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+            partial.mkdir(parents=True, exist_ok=True)
+        path = partial / self._slices_name()
+        publish_json(path.with_suffix(_DESCRIPTION), host.write(path))
 
-    def _write_slices(self, partial: Path) -> None:
-        slices = {
-            f"{kind}/{piece.name}/{piece.start}": self.partition.view(flats, piece).detach().cpu()
-            for kind, flats in self._kinds().items()
-            for piece in self.partition.pieces
-            if piece.length
-        }
-        _save(partial / self._slices_name(), slices)
-
-    def _described(self, path: Path) -> dict[str, Any]:
-        return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-    def _publish(self, partial: Path, final: Path, images: int, written: list[dict[str, Any]]) -> None:
-        manifest = {
-            "format": _FORMAT,
-            "images": images,
-            "optimizer_steps": self.partition.steps,
-            "ranks": self.world.size,
-            "parameters": {piece.name: list(piece.shape) for piece in self.partition.pieces},
-            "files": [*written, self._described(partial / _STATE)],
-        }
-        publish_json(partial / _MANIFEST, manifest)
-        with writing(final):
-            partial.rename(final)
-            sync_to_disk(self.folder)
-        for old in sorted(path for path in self.folder.iterdir() if path.name.isdigit())[: -self.config.keep]:
-            shutil.rmtree(old)
+    def _publish(
+        self,
+        partial: Path,
+        final: Path,
+        manifest: Mapping[str, Any],
+        rest: bytes,
+        abandoned: threading.Event,
+    ) -> None:
+        """The first rank's last act in a save: wait for all files, write the manifest, give the name."""
+        state = write_described(partial / _STATE, [rest])
+        descriptions = [
+            partial / f"slices-{rank:05d}-of-{self.world.size:05d}{_DESCRIPTION}"
+            for rank in range(self.world.size)
+        ]
+        while not abandoned.is_set() and not all(path.exists() for path in descriptions):
+            time.sleep(_POLL_SECONDS)
+        if abandoned.is_set():
+            shutil.rmtree(partial, ignore_errors=True)
+            return
+        files = [read_json(path, "description of slices") for path in descriptions]
+        try:
+            publish_json(partial / _MANIFEST, _sealed({**manifest, "files": [*files, state]}))
+            with writing(final):
+                for path in descriptions:
+                    path.unlink()
+                partial.rename(final)
+                sync_to_disk(self.folder)
+        except UserError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        prune(self.folder, self.config)
 
     def _damage(self, folder: Path) -> str | None:
         """What is wrong with this rank's share of a checkpoint's files; every file is some rank's."""
         try:
-            files = read_json(folder / _MANIFEST, "checkpoint manifest")["files"]
+            files = _manifest(folder)["files"]
         except UserError as error:
-            return str(error)
+            return str(error).removeprefix(f"{folder / _MANIFEST}: ").removesuffix(".")
         for file in files[self.world.rank :: self.world.size]:
             path = folder / file["name"]
             if not path.is_file():
@@ -191,7 +276,7 @@ class Checkpoints:
         return None
 
     def _load(self, folder: Path) -> Restored:
-        manifest = read_json(folder / _MANIFEST, "checkpoint manifest")
+        manifest = _manifest(folder)
         ours = {piece.name: list(piece.shape) for piece in self.partition.pieces}
         if manifest["parameters"] != ours:
             differing = _differing(manifest["parameters"], ours)
@@ -199,15 +284,15 @@ class Checkpoints:
                 f"{folder}: this checkpoint is of another model (first difference: {differing[0]}); "
                 f"use the configuration it was written with, or another run folder."
             )
-        stored = _StoredSlices(folder)
-        for kind, flats in self._kinds().items():
+        stored = _stored(folder, manifest)
+        for kind, flats in self._flats().items():
             for piece in self.partition.pieces:
                 stored.copy(kind, piece, self.partition.view(flats, piece))
         self.partition.steps = int(manifest["optimizer_steps"])
         self.partition.masters_changed()
         return Restored(int(manifest["images"]), load_file(folder / _STATE))
 
-    def _kinds(self) -> dict[str, list[Tensor]]:
+    def _flats(self) -> dict[str, list[Tensor]]:
         return {
             "master": self.partition.masters,
             "exp_avg": self.partition.moments("exp_avg"),
@@ -229,8 +314,8 @@ def consolidated(folder: Path, kind: str) -> dict[str, Tensor]:
     Raises:
         UserError: There is no whole checkpoint in the folder.
     """
-    manifest = read_json(folder / _MANIFEST, "checkpoint manifest")
-    stored = _StoredSlices(folder)
+    manifest = _manifest(folder)
+    stored = _stored(folder, manifest)
     parameters: dict[str, Tensor] = {}
     for name, shape in manifest["parameters"].items():
         flat = torch.empty(torch.Size(shape).numel())
@@ -239,51 +324,65 @@ def consolidated(folder: Path, kind: str) -> dict[str, Tensor]:
     return parameters
 
 
-class _StoredSlices:
-    """All slices of a checkpoint, by what they are slices of."""
-
-    def __init__(self, folder: Path) -> None:
-        self._places: dict[str, list[tuple[int, Path, str]]] = {}
-        for path in sorted(folder.glob("slices-*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 - not a dictionary
-                    name, _, start = key.rpartition("/")
-                    self._places.setdefault(name, []).append((int(start), path, key))
-
-    def copy(self, kind: str, piece: Piece, target: Tensor) -> None:
-        """Fill a piece's elements from every slice that overlaps it."""
-        filled = 0
-        for start, values in self._overlapping(
-            f"{kind}/{piece.name}", piece.start, piece.start + piece.length
-        ):
-            target[start - piece.start : start - piece.start + len(values)].copy_(values)
-            filled += len(values)
-        if filled != piece.length:
-            raise UserError(
-                f"{piece.name}: the checkpoint holds {filled} of {piece.length} elements of its {kind}."
-            )
-
-    def _overlapping(self, name: str, begin: int, end: int) -> Iterator[tuple[int, Tensor]]:
-        for start, path, key in self._places.get(name, []):
-            with safe_open(path, framework="pt") as file:
-                stored = file.get_slice(key)
-                length = stored.get_shape()[0]
-                first, last = max(begin, start), min(end, start + length)
-                if first < last:
-                    yield first, stored[first - start : last - start]
+def prune(folder: Path, config: CheckpointConfig) -> None:
+    """Delete the checkpoints that need not be kept; none at all unless the newest one is all there."""
+    checkpoints = sorted(_named(folder))
+    if not checkpoints or not _is_complete(checkpoints[-1]):
+        return
+    for old in checkpoints[: -config.keep]:
+        images, every = int(old.name), config.keep_every
+        if every is not None and images // every > (images - config.every) // every:
+            continue
+        # A name that nobody reads, before anything of it is gone.
+        shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)), ignore_errors=True)
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+def _named(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*") if path.name.isdigit()]
+
+
+def _is_complete(checkpoint: Path) -> bool:
     try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        raise UserError(
-            f"{path}: the checkpoint cannot be written ({error}); free some space and start again."
-        ) from None
-    sync_to_disk(path)
+        files = _manifest(checkpoint)["files"]
+        return all((checkpoint / file["name"]).stat().st_size == file["bytes"] for file in files)
+    except (UserError, OSError):
+        return False
 
 
-def _differing(theirs: Mapping[str, list[int]], ours: Mapping[str, list[int]]) -> list[str]:
+def _mistake(future: "Future[None]") -> UserError | None:
+    try:
+        future.result()
+    except UserError as error:
+        return error
+    return None
+
+
+def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with its own digest."""
+    return {**manifest, "sha256": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest.
+
+    Raises:
+        UserError: It is missing, or not what was written.
+    """
+    path = folder / _MANIFEST
+    read = read_json(path, "checkpoint manifest")
+    manifest = cast(dict[str, Any], read) if isinstance(read, dict) else {}
+    if manifest.get("format") != _FORMAT:
+        raise UserError(f"{path}: {path.name} is damaged, or of another version of this program.")
+    if _sealed({key: value for key, value in manifest.items() if key != "sha256"}) != manifest:
+        raise UserError(f"{path}: {path.name} is damaged.")
+    return manifest
+
+
+def _stored(folder: Path, manifest: Mapping[str, Any]) -> StoredSlices:
+    return StoredSlices(folder / file["name"] for file in manifest["files"] if file["name"] != _STATE)
+
+
+def _differing(theirs: Mapping[str, Sequence[int]], ours: Mapping[str, Sequence[int]]) -> list[str]:
     return sorted(
         f"{name} is {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here"
         for name in theirs.keys() | ours.keys()

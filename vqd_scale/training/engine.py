@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from vqd_scale.core.config import Config
@@ -26,9 +26,28 @@ from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import set_z3_leaf_modules
 
 
-class EngineConfig(Config):
-    """How the model is held and computed over the ranks (ZeRO stage 3)."""
+class ZeroConfig(Config):
+    """What is spread over the ranks; none of it changes the numbers but for the order of sums."""
 
+    stage: Literal[1, 2, 3] = 3
+    """1 spreads the optimizer's state, 2 the gradients as well, 3 the weights too."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state, and step, in the host's memory."""
+    secondary_shards: PositiveInt = 1
+    """Stage 3: ranks, usually those of a node, that hold a second copy of the weights among them, so that the
+    backward pass gathers within the node (hpZ of ZeRO++, arXiv 2306.10209); 1 is none."""
+
+    @model_validator(mode="after")
+    def _second_copies_are_of_spread_weights(self) -> "ZeroConfig":
+        if self.secondary_shards > 1 and self.stage < 3:
+            raise ValueError(f"secondary_shards {self.secondary_shards} needs stage 3, not {self.stage}")
+        return self
+
+
+class EngineConfig(Config):
+    """How the model is held and computed over the ranks."""
+
+    zero: ZeroConfig = ZeroConfig()
     precision: Literal["fp32", "bf16"] = "bf16"
     """What the network computes in; weights and moments of the optimizer are float32 in any case."""
     accumulation: PositiveInt = 1
@@ -47,28 +66,49 @@ def deepspeed_json(config: EngineConfig, optim: OptimConfig, batch: int, ranks: 
         "gradient_accumulation_steps": config.accumulation,
         # Left out, DeepSpeed clips at 1.0.
         "gradient_clipping": optim.clip,
-        "bf16": {"enabled": config.precision == "bf16"},
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
         "fp16": {"enabled": False},
+        "torch_autocast": {"enabled": False},
+        # Left out, parts of a batch are summed in the weights' precision.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
-        "communication_data_type": "fp32",
+        "gradient_allreduce_op": "mean",
         # torch's AdamW: needs no compiler at the start and is the optimizer that the tests compare with.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {
-            "stage": 3,
+        "zero_optimization": _zero_json(config),
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _zero_json(config: EngineConfig) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "stage": config.zero.stage,
+        "reduce_bucket_size": config.bucket_elements,
+        "allgather_bucket_size": config.bucket_elements,
+        "contiguous_gradients": True,
+        "overlap_comm": torch.cuda.is_available(),
+        "reduce_scatter": True,
+        "compute_grad_norm": True,
+        "round_robin_gradients": False,
+        "zero_quantized_weights": False,
+        "zero_quantized_gradients": False,
+    }
+    if config.zero.offload_optimizer:
+        values["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.zero.stage == 3:
+        values |= {
             "stage3_param_persistence_threshold": config.persistence_threshold,
             "stage3_prefetch_bucket_size": config.bucket_elements,
             "stage3_max_live_parameters": 1_000_000_000,
             "stage3_max_reuse_distance": 1_000_000_000,
-            "reduce_bucket_size": config.bucket_elements,
             "sub_group_size": 1_000_000_000,
-            "contiguous_gradients": True,
-            "overlap_comm": torch.cuda.is_available(),
-        },
-        "steps_per_print": 1_000_000_000,
-        "wall_clock_breakdown": False,
-    }
+            "zero_hpz_partition_size": config.zero.secondary_shards,
+        }
+    return values
 
 
 class Engine:
@@ -96,7 +136,8 @@ class Engine:
         for chatty in (deepspeed_logger, logging.getLogger("torch.utils.cpp_extension")):
             chatty.setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module="deepspeed")
-        set_z3_leaf_modules(module, list(units))
+        if config.zero.stage == 3:
+            set_z3_leaf_modules(module, list(units))
         optimizer = build_optimizer(module, optim)
         # DeepSpeed tells the standard output what it compiled; that stream is for a tool's result.
         with contextlib.redirect_stdout(io.StringIO()):
@@ -117,11 +158,17 @@ class Engine:
         """Accumulate a loss's gradient; its mean over ranks and parts of a batch is what is stepped on."""
         self._engine.backward(loss)
 
-    def step(self, learning_rate: float) -> None:
-        """Clip and apply the gradient, after the last part of a batch; before that, only count the part."""
+    def step(self, learning_rate: float) -> bool:
+        """Clip and apply the gradient, after the last part of a batch; before that, only count the part.
+
+        Returns:
+            Whether the gradient was finite. One that is not is dropped on all ranks, and weights and moments
+            stay what they were.
+        """
         for group in self._engine.optimizer.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
+        return not self._engine.optimizer.overflow
 
     @property
     def gradient_norm(self) -> float:

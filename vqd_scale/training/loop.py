@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, cast
 
 import torch
 from torch import Tensor
@@ -31,8 +31,19 @@ from vqd_scale.training.task import BatchType, Losses, Task
 
 logger = logging.getLogger(__name__)
 
-_CHANGEABLE = {"images", "checkpoint", "log"}
-"""What may differ when a run is gone on with: its end, and what does not touch the weights."""
+_CHANGEABLE = (
+    "images.",
+    "checkpoint.",
+    "log.",
+    "engine.zero.",
+    "engine.accumulation.",
+    "engine.persistence_threshold.",
+    "engine.bucket_elements.",
+    "data.workers.",
+    "data.prefetch.",
+    "data.max_bad_share.",
+)
+"""Keys, or beginnings of keys, that may differ when a run goes on: where it ends, how it is spread."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +84,13 @@ def train(task: Task[BatchType], config: RunConfig, world: World, title: str) ->
     engine = Engine(task.module, config.engine, config.optim, batch, world, task.units)
     ema = EMA(config.ema, engine.partition)
     checkpoints = Checkpoints(config.run / "checkpoints", config.checkpoint, engine.partition, ema, world)
-    images = _resume(task, checkpoints, world)
-    trainer = _Trainer(task, config, world, engine, ema, checkpoints, images)
-    outcome = trainer.run(title)
+    try:
+        images = _resume(task, checkpoints, world)
+        trainer = _Trainer(task, config, world, engine, ema, checkpoints, images)
+        outcome = trainer.run(title)
+        checkpoints.wait()
+    finally:
+        checkpoints.close()
     if not outcome.stopped and world.is_first:
         newest = config.run / "checkpoints" / f"{outcome.images:012d}"
         task.export(consolidated(newest, "ema"), config.run / "export")
@@ -88,6 +103,7 @@ def _resume(task: Task[BatchType], checkpoints: Checkpoints, world: World) -> in
     if restored is None:
         # Fail now, not after hours, if a checkpoint cannot be written.
         checkpoints.save(0, task.state())
+        checkpoints.wait()
         return 0
     task.load_state(restored.state)
     if world.is_first:
@@ -99,15 +115,24 @@ def _claim(folder: Path, config: RunConfig) -> None:
     """Write the resolved configuration into the run's folder, or see that it holds this very run."""
     path = folder / "config.yaml"
     if path.exists():
-        theirs = read_yaml(path)
-        ours = config.model_dump(mode="json")
-        for key in (theirs.keys() | ours.keys()) - _CHANGEABLE:
-            if theirs.get(key) != ours.get(key):
+        theirs = dict(_leaves(read_yaml(path)))
+        ours = dict(_leaves(config.model_dump(mode="json")))
+        for key in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(key) != ours.get(key) and not f"{key}.".startswith(_CHANGEABLE):
                 raise UserError(
                     f"{folder}: holds a run with another '{key}' ({json.dumps(theirs.get(key))[:200]} there, "
                     f"{json.dumps(ours.get(key))[:200]} here); choose another run folder, or delete it."
                 )
     publish_text(path, to_yaml(config))
+
+
+def _leaves(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings under their dotted keys."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(cast(Mapping[str, Any], value), f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
 
 
 class _Trainer(Generic[BatchType]):

@@ -1,0 +1,73 @@
+"""What DeepSpeed is told, and what it makes of it."""
+
+from typing import Any
+
+import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
+from pydantic import ValidationError
+
+from vqd_scale.training.engine import EngineConfig, ZeroConfig, deepspeed_json
+from vqd_scale.training.optim import OptimConfig
+
+
+def read_back(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], Any]:
+    """The JSON, and DeepSpeed's own reading of it for one rank."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    emitted = deepspeed_json(config, OptimConfig(clip=0.5), batch=8, ranks=1)
+    return emitted, DeepSpeedConfig(emitted)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_deepspeed_reads_back_what_was_meant(
+    stage: Any, precision: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig(zero=ZeroConfig(stage=stage), precision=precision, accumulation=2)
+    emitted, read = read_back(config, monkeypatch)
+    assert read.gradient_clipping == 0.5
+    assert (read.train_batch_size, read.train_micro_batch_size_per_gpu) == (8, 4)
+    assert read.gradient_accumulation_steps == 2
+    assert read.bfloat16_config.enabled is (precision == "bf16")
+    assert read.bfloat16_config.check_grad_overflow
+    assert not read.float16_config.enabled
+    assert not read.torch_autocast_enabled
+    assert read.grad_accum_dtype == "fp32"
+    assert str(read.communication_data_type) == "torch.float32"
+    assert not read.prescale_gradients
+    assert read.gradient_predivide_factor == 1.0
+    zero = read.zero_config
+    assert zero.stage == stage
+    assert not zero.round_robin_gradients
+    assert zero.compute_grad_norm
+    assert not zero.zero_quantized_weights
+    assert not zero.zero_quantized_gradients
+    assert zero.offload_optimizer is None
+    assert zero.zero_hpz_partition_size == 1
+    if stage == 3:
+        assert zero.param_persistence_threshold == config.persistence_threshold
+    # Whatever a key is called, DeepSpeed must know it: it takes others in silence.
+    assert set(emitted["zero_optimization"]) <= {
+        name
+        for field, info in type(zero).model_fields.items()
+        for name in (field, info.alias)
+        if name is not None
+    }
+
+
+def test_left_out_deepspeed_would_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why the JSON names its defaults."""
+    emitted, _ = read_back(EngineConfig(), monkeypatch)
+    del emitted["gradient_clipping"]
+    assert DeepSpeedConfig(emitted).gradient_clipping == 1.0
+
+
+def test_offload_and_second_copies_reach_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineConfig(zero=ZeroConfig(offload_optimizer=True, secondary_shards=8))
+    _, read = read_back(config, monkeypatch)
+    assert read.zero_config.offload_optimizer.device == "cpu"
+    assert read.zero_config.zero_hpz_partition_size == 8
+
+
+def test_second_copies_are_of_spread_weights() -> None:
+    with pytest.raises(ValidationError, match="needs stage 3"):
+        ZeroConfig(stage=2, secondary_shards=8)
