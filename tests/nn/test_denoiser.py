@@ -12,6 +12,7 @@ from vqd_scale.nn.layers import (
     ConvolutionalFeedForward,
     TimestepEmbedding,
     build_timestep_embedding,
+    start_from_codebook,
 )
 
 SMALL = DenoiserConfig(width=24, layers=2, heads=2, condition=TextCondition(width=10))
@@ -159,7 +160,7 @@ def test_width_must_be_a_multiple_of_heads() -> None:
 def test_codes_that_look_alike_start_alike() -> None:
     denoiser = build(SMALL)
     vectors = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
-    denoiser.start_from_codebook(vectors, deviation=0.5)
+    start_from_codebook(denoiser.code_tables, vectors, deviation=0.5)
     whitened = (vectors - vectors.mean(0)) / vectors.std(0)
     for weight in (denoiser.content_emb.emb.weight[:-1], denoiser.head.weight):
         # A rotation keeps all angles and lengths: the products of the rows are those of the code vectors.

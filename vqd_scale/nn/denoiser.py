@@ -26,6 +26,7 @@ from vqd_scale.nn.layers import (
     TimestepEmbedding,
     build_feed_forward,
     build_timestep_embedding,
+    initialise,
     modulated,
 )
 
@@ -224,34 +225,16 @@ class Denoiser(nn.Module):
         self.blocks = nn.ModuleList(Block(config, grid, steps) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.head = CodeHead(config.width, codes)
-        self._initialise(config.initial_deviation)
-
-    def _initialise(self, deviation: float) -> None:
-        """Normal weights and zero biases; convolutions keep torch's default, as in the published recipe."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=deviation)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
-        if self.config.zero_modulation:
+        initialise(self, config.initial_deviation)
+        if config.zero_modulation:
             for module in self.modules():
                 if isinstance(module, AdaptiveLayerNorm):
                     nn.init.zeros_(module.linear.weight)
 
-    @torch.no_grad()
-    def start_from_codebook(self, vectors: Float[Tensor, "codes code_width"], deviation: float) -> None:
-        """Let codes that look alike start alike: embeddings and head as random rotations of the code vectors.
-
-        Only a start, for runs too short to find out from the pictures; every weight is trained as before.
-
-        Args:
-            vectors: The tokenizer's code vectors, no wider than the network.
-            deviation: Standard deviation of the weights along each rotated direction.
-        """
-        whitened = (vectors - vectors.mean(dim=0)) / vectors.std(dim=0)
-        for weight in (self.content_emb.emb.weight[:-1], self.head.weight):
-            rotation = nn.init.orthogonal_(torch.empty(vectors.shape[1], weight.shape[1]))
-            weight.copy_(whitened @ rotation * deviation)
+    @property
+    def code_tables(self) -> tuple[Tensor, Tensor]:
+        """What has a row for each code: the embedding's weight, without the mask, and the head's."""
+        return self.content_emb.emb.weight[:-1], self.head.weight
 
     @torch.no_grad()
     def prepared(self, condition: Tensor | None) -> "PreparedDenoiser":

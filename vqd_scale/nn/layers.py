@@ -1,6 +1,7 @@
 """The parts that the networks share (VQ-Diffusion, arXiv 2111.14822; layout of its published weights)."""
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -313,3 +314,38 @@ def build_feed_forward(config: FeedForwardConfig, width: int, grid: tuple[int, i
     if isinstance(config, Convolutional):
         return ConvolutionalFeedForward(width, config.multiplier, grid)
     return FeedForward(width, config.multiplier)
+
+
+def initialise(network: nn.Module, deviation: float) -> None:
+    """Normal weights and zero biases; convolutions keep torch's default, as in the published recipe.
+
+    Args:
+        network: A transformer.
+        deviation: Of the weights of linear layers and embeddings.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=deviation)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def start_from_codebook(
+    tables: Sequence[Float[Tensor, "codes width"]],
+    vectors: Float[Tensor, "codes code_width"],
+    deviation: float,
+) -> None:
+    """Let codes that look alike start alike: a network's code tables as random rotations of the code vectors.
+
+    Only a start, for runs too short to find out from the pictures; every weight is trained as before.
+
+    Args:
+        tables: Weights with a row for each code, which are overwritten.
+        vectors: The tokenizer's code vectors, no wider than the network.
+        deviation: Standard deviation of the weights along each rotated direction.
+    """
+    whitened = (vectors - vectors.mean(dim=0)) / vectors.std(dim=0)
+    for weight in tables:
+        rotation = nn.init.orthogonal_(torch.empty(vectors.shape[1], weight.shape[1]))
+        weight.copy_(whitened @ rotation * deviation)

@@ -1,8 +1,9 @@
 """The networks that a denoising model can have, and what is asked of each of them."""
 
+from collections.abc import Callable, Sequence
 from typing import Annotated, ClassVar, Protocol, TypeAlias, overload
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -20,6 +21,17 @@ class Network(Protocol):
     """
 
     units: ClassVar[tuple[type[nn.Module], ...]]
+
+    @property
+    def code_tables(self) -> Sequence[Tensor]:
+        """Weights with a row for each code, see `vqd_scale.nn.layers.start_from_codebook`."""
+        ...
+
+    def prepared(
+        self, condition: Tensor | None
+    ) -> Callable[[Int[Tensor, "batch length"], int], Float[Tensor, "batch length codes"]]:
+        """The network under one condition: logits of tokens at one timestep of the whole batch."""
+        ...
 
     @overload
     def __call__(

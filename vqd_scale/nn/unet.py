@@ -7,6 +7,7 @@ resolution do not, and one more convolution comes before the 1x1 head. Its "nois
 one-hot x_t to the logits, is left out: what consumes the head takes a linear map of the hidden states.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Annotated, ClassVar, Literal, TypeAlias, overload
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.nn.denoiser import ClassCondition, CodeHead, Consume, NoCondition, Output
-from vqd_scale.nn.layers import SinusoidalEmbedding
+from vqd_scale.nn.layers import ClassEmbedding, SinusoidalEmbedding
 
 _GROUPS = 8
 _HEADS = 4
@@ -144,9 +145,9 @@ class UNet(nn.Module):
             nn.Mish(),
             nn.Linear(_TIME_MULTIPLIER * width, width),
         )
-        self.class_emb: nn.Embedding | None = None
+        self.class_emb: ClassEmbedding | None = None
         if isinstance(config.condition, ClassCondition):
-            self.class_emb = nn.Embedding(config.condition.classes + 1, width)
+            self.class_emb = ClassEmbedding(config.condition.classes, width, config.condition.null)
         widths = [width * multiplier for multiplier in config.multipliers]
         deepest = widths[-1]
         self.down = nn.ModuleList(Level(*pair, width) for pair in pairwise([width, *widths]))
@@ -160,6 +161,23 @@ class UNet(nn.Module):
         )
         self.last = Convolution(widths[0], widths[0])
         self.head = CodeHead(widths[0], codes)
+
+    @property
+    def code_tables(self) -> tuple[Tensor, Tensor]:
+        """What has a row for each code: the embedding's weight, without the mask, and the head's."""
+        return self.content_emb.weight[:-1], self.head.weight
+
+    def prepared(self, condition: Tensor | None) -> Callable[[Tensor, int], Tensor]:
+        """The network under one condition: logits of tokens at one timestep of the whole batch.
+
+        Unlike the transformer's, a step has hardly anything in common with the next: nothing is kept.
+        """
+
+        @torch.no_grad()
+        def evaluate(tokens: Int[Tensor, "batch length"], t: int) -> Float[Tensor, "batch length codes"]:
+            return self(tokens, tokens.new_full((len(tokens),), t), condition)
+
+        return evaluate
 
     @overload
     def forward(
@@ -185,7 +203,7 @@ class UNet(nn.Module):
         Args:
             tokens: int64 in 0..K, K is the mask.
             t: int64 in 0..T-1, each sample's own.
-            condition: int64 class labels, the number of classes stands for none; ``None`` for an
+            condition: int64 classes [batch], where the number of classes says "none"; ``None`` for an
                 unconditional model.
             consume: Takes the head's place, see `Consume`.
 

@@ -20,6 +20,7 @@ from vqd_scale.diffusion.transition import MaskAndReplace
 from vqd_scale.inference.bundle import BundleConfig, Model, load_tokenizer, save_bundle
 from vqd_scale.inference.tokenize import TokenSetMeta
 from vqd_scale.nn.denoiser import Block, DenoiserConfig
+from vqd_scale.nn.layers import start_from_codebook
 from vqd_scale.text.clip import TextConfig, Tower
 from vqd_scale.training.config import RunConfig
 from vqd_scale.training.task import Forward, Losses
@@ -110,7 +111,7 @@ class DenoisingTask:
         meta.check(config.tokenizer, model.text.tokenizer, config.data.path)
         if config.codebook_start:
             vectors = load_tokenizer(config.tokenizer, torch.device("cpu")).quantize.embedding
-            model.denoiser.start_from_codebook(vectors, config.codebook_start)
+            start_from_codebook(model.denoiser.code_tables, vectors, config.codebook_start)
         self.text_length = model.text.tokenizer.context_length
         self.transition = MaskAndReplace(config.diffusion, meta.codes)
         self.module = DenoisingStep(model, Objective(self.transition, config.objective))
