@@ -13,15 +13,15 @@ from torch.nn import functional
 logger = logging.getLogger(__name__)
 
 AttentionBackend = Literal["auto", "xformers", "sdpa", "reference"]
-"""``auto`` takes xformers on CUDA where its kernels load. On a CPU it takes sdpa, except in half precision over
-512 keys and fewer: there it takes the plain formula."""
+"""``auto`` takes xformers on CUDA where its kernels load. On a CPU it takes sdpa, except in half precision
+over 512 keys and fewer: there it takes the plain formula."""
 
 _KERNEL_ALIGNMENT = 8
 _REFERENCE_KEYS = 512
-"""Measured on one core with AVX512-BF16, heads of 12 to 88, forward and backward: in bfloat16 sdpa takes 4 to 10
-times as long as the plain formula over 64 keys, 2 to 4 times over 256, twice over 512, and about as long over
-1,024, where the formula would also keep heads x 1,024 x 1,024 weights of every image for backward. In float32
-sdpa takes between half and the same time."""
+"""Measured on one core with AVX512-BF16, heads of 12 to 88, forward and backward: in bfloat16 sdpa takes 4 to
+10 times as long as the plain formula over 64 keys, 2 to 4 times over 256, twice over 512, and about as long
+over 1,024, where the formula would also keep heads x 1,024 x 1,024 weights of every image for backward. In
+float32 sdpa takes between half and the same time."""
 
 
 def attention(
