@@ -120,7 +120,7 @@ class Autoencoder(nn.Module, Generic[QuantizerType]):
         What chooses a code (the codebook and the 1x1 convolutions at it) stays float32.
         """
         for part in (self.encoder, self.decoder):
-            part.to(dtype=dtype, memory_format=torch.channels_last)
+            part.to(dtype).to(memory_format=torch.channels_last)
         return self
 
     def _sampled(self, vectors: Float[Tensor, "count width"], draws: Draws) -> Int[Tensor, " count"]:

@@ -53,6 +53,10 @@ class ImageTokenizer(Protocol):
         """What the decoder is given for each code; a network's embeddings may start from them."""
         ...
 
+    def compute_in(self, dtype: torch.dtype) -> object:
+        """Encode and decode in another dtype from now on; what chooses a code stays float32."""
+        ...
+
 
 def to_signal(images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
     """Bytes 0..255 to float32 in [-1, 1].

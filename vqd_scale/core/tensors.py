@@ -1,0 +1,65 @@
+"""Named tensors from somebody's file, read without running what is in it."""
+
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vqd_scale.core.errors import UserError
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of what ``torch.save`` wrote: a mapping of them, or a single one.
+
+    A ``torch.save`` file is a pickle, that is a program; torch's reader for weights runs nothing of it but
+    what builds tensors, and refuses the rest. A mapping may lie under the key ``state_dict``. Entries that
+    are no tensors are left out; the name of a single tensor is empty.
+
+    Raises:
+        UserError: The file is missing, damaged, a TorchScript program, or holds something else.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file of weights.")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: is damaged or no safetensors file ({_line(error)}).") from None
+    if _is_program(path):
+        raise UserError(
+            f"{path}: is a TorchScript program, not a file of weights; where you trust it, convert it by "
+            f"safetensors.torch.save_file(torch.jit.load(path).state_dict(), 'weights.safetensors')."
+        )
+    try:
+        # What the reader's errors and warnings advise, to trust the file, is not to be passed on.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - a damaged pickle can make its reader raise anything
+        raise UserError(
+            f"{path}: is damaged or holds more than tensors; nothing in it was run ({_line(error)})."
+        ) from None
+    if isinstance(loaded, Tensor):
+        return {"": loaded}
+    entries = cast(dict[Any, Any], loaded) if isinstance(loaded, dict) else {}
+    entries = entries.get("state_dict", entries)
+    tensors = {str(name): value for name, value in entries.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors.")
+    return tensors
+
+
+def _is_program(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__

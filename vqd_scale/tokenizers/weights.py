@@ -1,0 +1,166 @@
+"""Names of published tokenizers' weights: pure functions from one state dictionary to another.
+
+The names of VQ-GAN's authors are our own. diffusers' ``VQModel`` has the same network under other names: its
+decoder's blocks are numbered in the order of the data where ours count from the finest, and its attention is
+made of linear layers where ours is made of 1x1 convolutions.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from vqd_scale.core.errors import UserError
+
+_RESIDUAL = ("norm1", "conv1", "norm2", "conv2")
+_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+_EARLIER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""What diffusers' attention was called when the ITHQ model was published."""
+_MOVING_AVERAGES = ("quantize.cluster_size", "quantize.embedding_avg")
+_CODEBOOK = "quantize.embedding.weight"
+
+
+class _Entry(NamedTuple):
+    ours: str
+    theirs: str
+    is_linear: bool
+
+
+def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a `VQGAN` or `TamingVQ` with 1x1 convolutions at the codebook, as ``VQModel`` names it.
+
+    Moving averages of a codebook have no place there and are left out.
+
+    Raises:
+        UserError: Entries are unknown or missing; all are listed.
+    """
+    given = {name: value for name, value in state.items() if name not in _MOVING_AVERAGES}
+    if "quantize.embedding" in given:
+        given[_CODEBOOK] = given.pop("quantize.embedding")
+    entries = list(_entries(_shape_of(given, "encoder.down.{}.block.{}.", "encoder.down.{}.attn.")))
+    _check(given, [entry.ours for entry in entries], "VQ-GAN's")
+    return {
+        entry.theirs: given[entry.ours][:, :, 0, 0].contiguous() if entry.is_linear else given[entry.ours]
+        for entry in entries
+    }
+
+
+def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of diffusers' ``VQModel`` as that of a `TamingVQ`; attention's earlier names are known, too.
+
+    Raises:
+        UserError: Entries are unknown or missing; all are listed.
+    """
+    given = {_renewed(name): value for name, value in state.items()}
+    pattern = "encoder.down_blocks.{}.resnets.{}.", "encoder.down_blocks.{}.attentions."
+    entries = list(_entries(_shape_of(given, *pattern)))
+    _check(given, [entry.theirs for entry in entries], "diffusers' VQModel's")
+    return {
+        entry.ours: given[entry.theirs][:, :, None, None] if entry.is_linear else given[entry.theirs]
+        for entry in entries
+    }
+
+
+def from_taming(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A tokenizer's state out of a published checkpoint: its own, or a transformer's whose first stage it is.
+
+    The losses and the transformer, which a tokenizer does not need, are left out.
+    """
+    first_stage = "first_stage_model."
+    if any(name.startswith(first_stage) for name in state):
+        state = {
+            name.removeprefix(first_stage): value
+            for name, value in state.items()
+            if name.startswith(first_stage)
+        }
+    return {name: value for name, value in state.items() if not name.startswith("loss.")}
+
+
+class _Shape(NamedTuple):
+    """What of a network's shape its entries' names depend on."""
+
+    widths: list[tuple[int, int]]
+    blocks: int
+    attends: list[bool]
+
+
+def _shape_of(state: Mapping[str, Tensor], block: str, attention: str) -> _Shape:
+    """Read it off the encoder, whose names follow two patterns; what is amiss shows as missing entries."""
+    pattern = re.compile(re.escape(block).replace(r"\{\}", r"(\d+)"))
+    numbers = [tuple(map(int, found.groups())) for name in state if (found := pattern.match(name))]
+    levels = 1 + max((level for level, _ in numbers), default=-1)
+    first = [state.get(block.format(level, 0) + "conv1.weight") for level in range(levels)]
+    return _Shape(
+        widths=[(0, 0) if weight is None else (weight.shape[1], weight.shape[0]) for weight in first],
+        blocks=1 + max((number for _, number in numbers), default=-1),
+        attends=[any(name.startswith(attention.format(level)) for name in state) for level in range(levels)],
+    )
+
+
+def _entries(shape: _Shape) -> Iterator[_Entry]:
+    last = len(shape.widths) - 1
+    for side in ("encoder", "decoder"):
+        yield from _both(f"{side}.conv_in", f"{side}.conv_in")
+        for number in range(2):
+            yield from _residual(
+                f"{side}.mid.block_{number + 1}", f"{side}.mid_block.resnets.{number}", has_shortcut=False
+            )
+        yield from _attention(f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0")
+        yield from _both(f"{side}.norm_out", f"{side}.conv_norm_out")
+        yield from _both(f"{side}.conv_out", f"{side}.conv_out")
+    for level, (before, width) in enumerate(shape.widths):
+        ours, theirs = f"encoder.down.{level}", f"encoder.down_blocks.{level}"
+        yield from _level(ours, theirs, shape.blocks, before != width, shape.attends[level])
+        if level < last:
+            yield from _both(f"{ours}.downsample.conv", f"{theirs}.downsamplers.0.conv")
+        ours, theirs = f"decoder.up.{level}", f"decoder.up_blocks.{last - level}"
+        coarser = shape.widths[min(level + 1, last)][1]
+        yield from _level(ours, theirs, shape.blocks + 1, coarser != width, shape.attends[level])
+        if level > 0:
+            yield from _both(f"{ours}.upsample.conv", f"{theirs}.upsamplers.0.conv")
+    yield from _both("quant_conv", "quant_conv")
+    yield from _both("post_quant_conv", "post_quant_conv")
+    yield _Entry(_CODEBOOK, _CODEBOOK, is_linear=False)
+
+
+def _level(ours: str, theirs: str, blocks: int, widens: bool, attends: bool) -> Iterator[_Entry]:
+    for number in range(blocks):
+        yield from _residual(
+            f"{ours}.block.{number}", f"{theirs}.resnets.{number}", has_shortcut=widens and number == 0
+        )
+        if attends:
+            yield from _attention(f"{ours}.attn.{number}", f"{theirs}.attentions.{number}")
+
+
+def _residual(ours: str, theirs: str, *, has_shortcut: bool) -> Iterator[_Entry]:
+    for name in _RESIDUAL:
+        yield from _both(f"{ours}.{name}", f"{theirs}.{name}")
+    if has_shortcut:
+        yield from _both(f"{ours}.nin_shortcut", f"{theirs}.conv_shortcut")
+
+
+def _attention(ours: str, theirs: str) -> Iterator[_Entry]:
+    for mine, their in _ATTENTION.items():
+        yield _Entry(f"{ours}.{mine}.weight", f"{theirs}.{their}.weight", is_linear=mine != "norm")
+        yield _Entry(f"{ours}.{mine}.bias", f"{theirs}.{their}.bias", is_linear=False)
+
+
+def _both(ours: str, theirs: str) -> Iterator[_Entry]:
+    for kind in ("weight", "bias"):
+        yield _Entry(f"{ours}.{kind}", f"{theirs}.{kind}", is_linear=False)
+
+
+def _renewed(name: str) -> str:
+    head, dot, kind = name.rpartition(".")
+    stem, _, part = head.rpartition(".")
+    return f"{stem}.{_EARLIER[part]}{dot}{kind}" if part in _EARLIER else name
+
+
+def _check(state: Mapping[str, Tensor], expected: list[str], whose: str) -> None:
+    unknown, missing = sorted(state.keys() - set(expected)), sorted(set(expected) - state.keys())
+    if unknown or missing:
+        raise UserError(
+            f"these are not {whose} weights: unknown {', '.join(unknown) or 'none'}; missing "
+            f"{', '.join(missing) or 'none'}."
+        )
