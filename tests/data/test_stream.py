@@ -19,12 +19,12 @@ from PIL import Image
 from vqd_scale.core.config import load_config
 from vqd_scale.core.errors import UserError
 from vqd_scale.data.batch import ImageBatch, TokenBatch
-from vqd_scale.data.decode import fitted
 from vqd_scale.data.index import ShardSet
 from vqd_scale.data.plan import Plan
 from vqd_scale.data.samples import ImageSamples, TokenSamples
 from vqd_scale.data.shards import KEY, Sample, ShardRecipe, read_shard, shard_name, write_shard_set
 from vqd_scale.data.stream import Stream, StreamConfig
+from vqd_scale.data.transforms import CenterCrop, fitted
 
 COUNTS = (5, 1, 11, 8, 3)
 LANES = 12
@@ -262,7 +262,7 @@ def test_image_batches(tmp_path: Path) -> None:
     recipe = ShardRecipe(shard_name(0), 10, functools.partial(picture_samples, 10))
     write_shard_set(tmp_path / "set", {"content": "images"}, [recipe], "test")
     config = StreamConfig(path=tmp_path / "set", lanes=5, max_bad_share=0.5)
-    kind = ImageSamples(size=16, tokenize=character_ids)
+    kind = ImageSamples(CenterCrop(size=16), tokenize=character_ids)
     pictures: Stream[ImageBatch] = Stream(
         config, kind, seed=0, rank=0, ranks=1, cursor=0, quarantine=tmp_path / "bad.jsonl"
     )
@@ -278,6 +278,6 @@ def test_image_batches(tmp_path: Path) -> None:
             number = int(key)
             is_bad = number == 4
             assert bool(batch.valid[row]) != is_bad
-            expected = np.zeros((16, 16, 3), np.uint8) if is_bad else np.asarray(fitted(picture(number), 16))
+            expected = np.zeros((16, 16, 3), np.uint8) if is_bad else fitted(np.array(picture(number)), 16)
             assert batch.captions[row] == ("" if is_bad else f"picture {number}")
             assert np.array_equal(batch.images[row].permute(1, 2, 0).numpy(), expected)

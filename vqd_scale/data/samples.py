@@ -1,30 +1,34 @@
 """The kinds of samples that a stream can read: how a batch's rows are read, and what batch they make."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Int64, Integer
+from jaxtyping import Int64, Integer, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.data.batch import ImageBatch, TokenBatch
 from vqd_scale.data.decode import (
     IMAGE_EXTENSIONS,
     BadSample,
+    DecodeConfig,
     decode_array,
     decode_image,
     decode_text,
-    fitted,
 )
 from vqd_scale.data.shards import ShardReader
+from vqd_scale.data.transforms import Transform
 
 BatchType_co = TypeVar("BatchType_co", covariant=True)
 
 Place = tuple[ShardReader, int]
 """A sample: its shard and its number in it."""
+
+Slots = Int64[NDArray[np.int64], " batch"]
 
 Columns = dict[str, NDArray[Any]]
 """Arrays with a row per sample: what goes from a reading process to its rank."""
@@ -36,8 +40,14 @@ CaptionTokenizer = Callable[[Sequence[str]], Int64[Tensor, "batch text_length"]]
 class SampleKind(Protocol[BatchType_co]):
     """A kind of sample; picklable, since it may be used in another process."""
 
-    def read(self, places: Sequence[Place]) -> tuple[Columns, dict[int, str]]:
-        """Read samples into rows; rows of bad samples are blank, and their reasons are given by row."""
+    def read(self, places: Sequence[Place], slots: Slots, seed: int) -> tuple[Columns, dict[int, str]]:
+        """Read samples into rows; rows of bad samples are blank, and their reasons are given by row.
+
+        Args:
+            places: Where the samples lie.
+            slots: Each sample's global slot, the name under which it draws its random numbers.
+            seed: The run's seed.
+        """
         ...
 
     def batch(self, columns: Columns) -> BatchType_co:
@@ -59,8 +69,9 @@ class TokenSamples:
     codes: int
     text_length: int
 
-    def read(self, places: Sequence[Place]) -> tuple[Columns, dict[int, str]]:
-        """Codes and caption ids."""
+    def read(self, places: Sequence[Place], slots: Slots, seed: int) -> tuple[Columns, dict[int, str]]:
+        """Codes and caption ids; nothing about them is random."""
+        del slots, seed
         tokens = np.zeros((len(places), self.length), np.int64)
         text = np.zeros((len(places), self.text_length), np.int64)
         bad: dict[int, str] = {}
@@ -88,25 +99,32 @@ class TokenSamples:
 
 @dataclass(frozen=True)
 class ImageSamples:
-    """Samples with a picture and a caption (``txt``).
+    """Samples with a picture and, unless nobody asks for it, a caption (``txt``).
 
     Attributes:
-        size: Height and width to which pictures are fitted.
+        transform: From a picture to the network's square.
         tokenize: The captions' tokenizer, if ids are wanted.
+        decode: How pictures are unpacked.
+        captioned: Whether a sample without a caption is a bad one; otherwise its caption is empty.
     """
 
-    size: int
+    transform: Transform
     tokenize: CaptionTokenizer | None = None
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    captioned: bool = True
 
-    def read(self, places: Sequence[Place]) -> tuple[Columns, dict[int, str]]:
+    def read(self, places: Sequence[Place], slots: Slots, seed: int) -> tuple[Columns, dict[int, str]]:
         """Pictures, captions and, with a tokenizer, caption ids."""
-        images = np.zeros((len(places), 3, self.size, self.size), np.uint8)
+        size = self.transform.size
+        images = np.zeros((len(places), 3, size, size), np.uint8)
         captions = [""] * len(places)
         bad: dict[int, str] = {}
+        draws = uniforms(seed, Purpose.CROP, torch.from_numpy(slots), self.transform.draws).tolist()
         for row, (reader, member) in enumerate(places):
             try:
-                captions[row] = decode_text(reader.read(member, "txt"))
-                images[row] = self._pixels(reader, member)
+                if self.captioned or "txt" in reader.extensions(member):
+                    captions[row] = decode_text(reader.read(member, "txt"))
+                images[row] = self._pixels(reader, member, draws[row])
             except BadSample as error:
                 captions[row] = ""
                 bad[row] = str(error)
@@ -126,13 +144,16 @@ class ImageSamples:
             keys=columns["keys"].tolist(),
         )
 
-    def _pixels(self, reader: ShardReader, member: int) -> NDArray[np.uint8]:
+    def _pixels(
+        self, reader: ShardReader, member: int, draws: Sequence[float]
+    ) -> UInt8[NDArray[np.uint8], "3 height width"]:
         present = set(reader.extensions(member))
         extension = next((name for name in IMAGE_EXTENSIONS if name in present), None)
         if extension is None:
             raise BadSample("has no picture")
-        image = fitted(decode_image(reader.read(member, extension)), self.size)
-        return np.asarray(image).transpose(2, 0, 1)
+        data = reader.read(member, extension)
+        pixels = decode_image(data, self.decode, smallest_side=self.transform.smallest_side)
+        return self.transform(pixels, draws).transpose(2, 0, 1)
 
 
 def _integers(data: bytes, length: int) -> Integer[NDArray[np.integer], " length"]:

@@ -176,7 +176,7 @@ class _PartReader:
             (open_shard(shard), member)
             for shard, member in zip(found.shards.tolist(), found.members.tolist(), strict=True)
         ]
-        columns, bad = self.kind.read(places)
+        columns, bad = self.kind.read(places, slots, self.seed)
         valid = np.ones(len(slots), np.bool_)
         valid[list(bad)] = False
         keys = np.array([reader.key(member) for reader, member in places], dtype=np.object_)

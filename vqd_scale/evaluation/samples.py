@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -90,8 +89,8 @@ def _read(keys: list[str], shards: ShardSet) -> tuple[Images, list[Scene]]:
         for sample in read_shard(shard):
             if sample[KEY] in wanted:
                 extension = next(name for name in IMAGE_EXTENSIONS if name in sample)
-                pixels = np.asarray(decode_image(sample[extension]).convert("RGB"))
-                pictures[sample[KEY]] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+                pixels = decode_image(sample[extension])
+                pictures[sample[KEY]] = torch.from_numpy(pixels).permute(2, 0, 1)
                 described = decode_json(sample["json"]) if "json" in sample else {}
                 if "figures" in described:
                     scenes[sample[KEY]] = Scene.from_json(described)

@@ -13,11 +13,12 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
-from vqd_scale.data.decode import BadSample, decode_image, decode_text, fitted
+from vqd_scale.data.decode import BadSample, decode_image, decode_text
 from vqd_scale.data.index import Shard, ShardSet
 from vqd_scale.data.quarantine import Quarantine
 from vqd_scale.data.samples import IMAGE_EXTENSIONS
 from vqd_scale.data.shards import KEY, Sample, ShardRecipe, read_shard, write_shard_set
+from vqd_scale.data.transforms import fitted
 from vqd_scale.inference.bundle import load_tokenizer, tokenizer_fingerprint
 from vqd_scale.text.clip import CaptionTokenizer
 from vqd_scale.tokenizers.base import to_signal
@@ -178,9 +179,9 @@ class _ShardEncoder:
         extension = next((name for name in IMAGE_EXTENSIONS if name in sample), None)
         if extension is None or "txt" not in sample:
             raise BadSample("has no picture" if extension is None else "has no 'txt'")
-        image = fitted(decode_image(sample[extension]), self.config.size)
+        pixels = fitted(decode_image(sample[extension]), self.config.size)
         rest = {"json": sample["json"]} if "json" in sample else {}
-        return _Picture(sample[KEY], np.asarray(image), decode_text(sample["txt"]), rest)
+        return _Picture(sample[KEY], pixels, decode_text(sample["txt"]), rest)
 
     @torch.no_grad()
     def _encode(self, pixels: list[NDArray[np.uint8]]) -> NDArray[np.unsignedinteger[Any]]:

@@ -13,6 +13,7 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.world import World
 from vqd_scale.data.batch import ImageBatch
 from vqd_scale.data.samples import ImageSamples
+from vqd_scale.data.transforms import CenterCrop
 from vqd_scale.inference.bundle import save_tokenizer
 from vqd_scale.tokenizers.base import to_signal
 from vqd_scale.tokenizers.convolutions import ResidualBlock
@@ -110,7 +111,7 @@ class AutoencodingTask:
 
     def samples(self) -> ImageSamples:
         """Pictures."""
-        return ImageSamples(self.config.size)
+        return ImageSamples(CenterCrop(size=self.config.size), captioned=False)
 
     def losses(self, forward: Forward, batch: ImageBatch, images: int) -> Losses:
         """Reconstruct, and move the codebook towards this batch's latents."""
