@@ -1,0 +1,112 @@
+"""Ranks that are threads of the test: what several ranks agree on, without starting processes."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vqd_scale.core.world import World
+from vqd_scale.training.partition import Partition
+
+Result = TypeVar("Result")
+
+
+class _Meeting:
+    def __init__(self, size: int) -> None:
+        self.barrier = threading.Barrier(size, timeout=60)
+        self.values: list[Any] = [None] * size
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        self.values[rank] = value
+        self.barrier.wait()
+        values = list(self.values)
+        self.barrier.wait()
+        return values
+
+
+class ThreadWorld(World):
+    """One of several ranks that are threads of one process."""
+
+    def __init__(self, rank: int, size: int, meeting: _Meeting) -> None:
+        super().__init__(rank, size, torch.device("cpu"))
+        object.__setattr__(self, "_meeting", meeting)
+
+    def _exchange(self, value: Any) -> list[Any]:
+        meeting: _Meeting = object.__getattribute__(self, "_meeting")
+        return meeting.exchange(self.rank, value)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return torch.stack(self._exchange(tensor.clone())).sum(dim=0)
+
+    def any(self, flag: bool) -> bool:
+        return any(self._exchange(flag))
+
+    def concatenated(self, tensor: Tensor) -> Tensor:
+        return torch.cat(self._exchange(tensor))
+
+    def gathered(self, value: dict[str, Any]) -> list[dict[str, Any]]:
+        return self._exchange(value)
+
+    def barrier(self) -> None:
+        self._exchange(None)
+
+
+def on_ranks(size: int, action: Callable[[World], Result]) -> list[Result]:
+    """Run something on so many ranks at once; returns what each returned, raises what the first one raised."""
+    meeting = _Meeting(size)
+
+    def run(rank: int) -> Result:
+        try:
+            return action(ThreadWorld(rank, size, meeting))
+        except BaseException:
+            meeting.barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(size) as threads:
+        futures = [threads.submit(run, rank) for rank in range(size)]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    for error in errors:
+        if not isinstance(error, threading.BrokenBarrierError):
+            raise error
+    return [future.result() for future in futures]
+
+
+class _Address:
+    def __init__(self, start: int, numel: int) -> None:
+        self.start, self.numel = start, numel
+
+
+class _Mapping:
+    def __init__(self, start: int, numel: int, offset: int) -> None:
+        self.param_group_index = 0
+        self.lp_fragment_address = _Address(start, numel)
+        self.hp_fragment_address = _Address(offset, numel)
+
+
+class _RowOptimizer:
+    """What the partition reads of DeepSpeed's optimizer in stages 1 and 2."""
+
+    def __init__(self, module: nn.Module, rank: int, ranks: int) -> None:
+        row = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+        length = -(-len(row) // ranks)
+        first, last = rank * length, min(len(row), (rank + 1) * length)
+        self.single_partition_of_fp32_groups = [row[first:last].clone().requires_grad_()]
+        self.optimizer = torch.optim.AdamW(self.single_partition_of_fp32_groups)
+        start = 0
+        for parameter in module.parameters():
+            end = start + parameter.numel()
+            begin, stop = max(start, first), min(end, last)
+            mapping = _Mapping(begin - start, stop - begin, begin - first) if begin < stop else None
+            parameter._hp_mapping = mapping  # pyright: ignore[reportAttributeAccessIssue]
+            start = end
+
+    def update_lp_params(self) -> None:
+        """The network's own weights play no part in these tests."""
+
+
+def partition_of(module: nn.Module, world: World) -> Partition:
+    """This rank's share of a module in the layout of stages 1 and 2, without DeepSpeed."""
+    return Partition(_RowOptimizer(module, world.rank, world.size), module, world.rank)
