@@ -1,7 +1,7 @@
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from vqd_scale.core.errors import UserError
@@ -25,7 +25,7 @@ def build(config: UNetConfig = SMALL) -> UNet:
     unet = UNet(config, CODES, GRID, STEPS)
     for module in unet.modules():
         if isinstance(module, LinearAttention):
-            torch.nn.init.constant_(module.gate, 0.7)
+            nn.init.constant_(module.gate, 0.7)
     return unet
 
 
@@ -77,7 +77,7 @@ def test_a_class_condition_matters_and_has_a_label_for_none() -> None:
 
 def test_linear_attention_is_the_sum_over_places() -> None:
     attention = LinearAttention(5)
-    torch.nn.init.constant_(attention.gate, 1.0)
+    nn.init.constant_(attention.gate, 1.0)
     image = torch.randn(2, 5, 2, 3)
     projected = attention.projections(image).reshape(2, 3, 4, 32, 6)
     query, key, value = projected.double().unbind(1)
@@ -98,9 +98,8 @@ def test_attention_starts_shut() -> None:
 
 def test_a_residual_block_keeps_the_image_where_its_width_stays() -> None:
     block = ResidualBlock(8, 8, 4)
-    with torch.no_grad():
-        block.second[1].weight.zero_()
-        block.second[1].bias.zero_()
+    for parameter in block.second.parameters():
+        nn.init.zeros_(parameter)
     image = torch.randn(2, 8, 3, 3)
     torch.testing.assert_close(block(image, torch.randn(2, 4)), image)
 
