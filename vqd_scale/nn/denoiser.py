@@ -1,8 +1,8 @@
 """The image transformer of VQ-Diffusion: from noisy tokens, a timestep and a condition to p(x0 | x_t)."""
 
 import functools
-from collections.abc import Callable
-from typing import Annotated, ClassVar, Literal, NamedTuple, TypeVar, cast, overload
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, cast, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -29,6 +29,7 @@ from vqd_scale.nn.layers import (
     initialise,
     modulated,
 )
+from vqd_scale.nn.sizes import SIZES, SizeName
 
 Output = TypeVar("Output")
 Consume = Callable[[Tensor, Tensor, Tensor], Output]
@@ -68,6 +69,9 @@ class DenoiserConfig(Config):
     """Shape of the image transformer; the defaults are the published size B."""
 
     kind: Literal["transformer"] = "transformer"
+    size: SizeName | None = Field(default=None, exclude=True)
+    """The shape of `vqd_scale.nn.sizes`, of which the other keys are changes. It is spelled out as it is read
+    and says nothing afterwards."""
     width: PositiveInt = 1024
     layers: PositiveInt = 19
     heads: PositiveInt = 16
@@ -88,6 +92,18 @@ class DenoiserConfig(Config):
     """Start every AdaLN as a plain LayerNorm, whatever the timestep."""
     checkpoint_blocks: bool = False
     """Compute each block again in backward instead of keeping what is inside it: less memory, more time."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out_the_size(cls, values: Any) -> Any:  # noqa: ANN401 - before validation it may be anything
+        if not isinstance(values, Mapping):
+            return values
+        given = dict(cast(Mapping[str, Any], values))
+        size = given.get("size")
+        if isinstance(size, str) and size in SIZES:
+            del given["size"]
+            return {**SIZES[size].shape, **given}
+        return given
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "DenoiserConfig":
