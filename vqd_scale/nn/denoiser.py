@@ -99,10 +99,9 @@ class DenoiserConfig(Config):
         if not isinstance(values, Mapping):
             return values
         given = dict(cast(Mapping[str, Any], values))
-        size = given.get("size")
-        if isinstance(size, str) and size in SIZES:
-            del given["size"]
-            return {**SIZES[size].shape, **given}
+        for name, size in SIZES.items():
+            if given.get("size") == name:
+                return {**size.shape, **given, "size": None}
         return given
 
     @model_validator(mode="after")
