@@ -29,6 +29,9 @@ OWNERS = {
     "webdataset": ("data",),
     "yaml": ("core.config",),
     "matplotlib": ("core.report",),
+    "s3fs": ("core.endpoint",),
+    "botocore": ("core.endpoint",),
+    "aiohttp": ("core.endpoint",),
 }
 PURE = {"torch", "pydantic", "jaxtyping", "numpy", "triton", "typing_extensions"}
 

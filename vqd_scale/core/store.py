@@ -1,31 +1,68 @@
 """Files that are published, not written: nothing half-written is ever taken for whole.
 
-A file is written beside its place under a name that nobody reads, flushed to the disk, and renamed. What a
-full disk or a kill leaves behind is a ``*.partial`` file, which readers ignore and the next writer replaces.
+On a file system, a file is written beside its place under a name that nobody reads, flushed to the disk, and
+renamed. What a full disk or a kill leaves behind is a ``*.partial`` file, which readers ignore and the next
+writer replaces. In S3, it is written to a temporary file here, and then uploaded: an object appears whole.
 """
 
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Generator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import PlainSerializer, PlainValidator
 
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.s3 import SCHEME, S3Object, S3Path, object_sizes, write_object
 
 PARTIAL = ".partial"
 
+_BLOCK_BYTES = 1 << 20
+
+
+def parse_location(text: object) -> Path | S3Path:
+    """A path of the file system, or of S3 where it begins with ``s3://``.
+
+    Raises:
+        ValueError: It is neither; ``pipe:`` is a shell command, and no other scheme is known.
+    """
+    if isinstance(text, Path | S3Path):
+        return text
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"given {text!r}, allowed: a path, or s3://bucket/key")
+    if text.startswith(SCHEME):
+        return S3Path.parse(text)
+    if text.startswith("pipe:") or re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", text):
+        raise ValueError(f"given {text!r}, allowed: a path, or s3://bucket/key; commands are never run")
+    return Path(text)
+
+
+Location = Annotated[Path | S3Path, PlainValidator(parse_location), PlainSerializer(str)]
+"""Where a file or a folder lies; in configurations, a string."""
+
 
 @contextmanager
-def published(path: Path) -> Generator[Path]:
+def published(path: Location) -> Generator[Path]:
     """Give a path to write to; on success the file appears at ``path`` at once, on failure not at all.
 
     Raises:
-        UserError: The disk is full, the folder is read-only or missing rights.
+        UserError: The disk is full, the folder is read-only or missing rights; the store cannot be reached or
+            refuses.
     """
+    if isinstance(path, S3Path):
+        with tempfile.TemporaryDirectory(prefix="vqd-scale-") as folder:
+            partial = Path(folder) / path.name
+            with writing(partial):
+                yield partial
+            write_object(path, partial)
+        return
     partial = path.with_name(path.name + PARTIAL)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +126,7 @@ def writing(path: Path) -> Generator[None]:
         raise UserError(f"{path}: cannot be written: {mendable[error.errno]}.") from None
 
 
-def publish_text(path: Path, text: str) -> None:
+def publish_text(path: Location, text: str) -> None:
     """Write a small text file at once.
 
     Raises:
@@ -99,7 +136,7 @@ def publish_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def publish_json(path: Path, value: Any) -> None:  # noqa: ANN401 - whatever JSON can hold
+def publish_json(path: Location, value: Any) -> None:  # noqa: ANN401 - whatever JSON can hold
     """Write a JSON file at once.
 
     Raises:
@@ -108,7 +145,7 @@ def publish_json(path: Path, value: Any) -> None:  # noqa: ANN401 - whatever JSO
     publish_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, what: str) -> Any:  # noqa: ANN401 - whatever JSON can hold
+def read_json(path: Location, what: str) -> Any:  # noqa: ANN401 - whatever JSON can hold
     """Read a JSON file; ``what`` says in errors what the file should have been.
 
     Raises:
@@ -122,12 +159,46 @@ def read_json(path: Path, what: str) -> Any:  # noqa: ANN401 - whatever JSON can
         raise UserError(f"{path}: this {what} cannot be read ({error}).") from None
 
 
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
+def file_sizes(folder: Location) -> dict[str, int]:
+    """Bytes of each file directly in a folder, by name; empty where there is no such folder.
+
+    Raises:
+        UserError: The store cannot be reached or refuses.
+    """
+    if isinstance(folder, S3Path):
+        return object_sizes(folder)
+    if not folder.is_dir():
+        return {}
+    sizes: dict[str, int] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            # Others may publish or delete meanwhile.
+            with suppress(FileNotFoundError):
+                if entry.is_file():
+                    sizes[entry.name] = entry.stat().st_size
+    return sizes
+
+
+def read_in_order(path: Location) -> Iterator[bytes | bytearray]:
+    """A file's bytes from the first to the last, in blocks of any length.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        UserError: The store cannot be reached or refuses.
+    """
+    if isinstance(path, S3Path):
+        yield from S3Object(path).pieces()
+        return
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+        while block := file.read(_BLOCK_BYTES):
+            yield block
+
+
+def sha256_of(path: Location) -> str:
+    """Hex SHA-256 of a file's bytes; raises what `read_in_order` raises."""
+    digest = hashlib.sha256()
+    for block in read_in_order(path):
+        digest.update(block)
     return digest.hexdigest()
 
 
