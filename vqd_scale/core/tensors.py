@@ -1,24 +1,22 @@
 """Named tensors from somebody's file, read without running what is in it."""
 
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.untrusted import read_saved
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of what ``torch.save`` wrote: a mapping of them, or a single one.
 
-    A ``torch.save`` file is a pickle, that is a program; torch's reader for weights runs nothing of it but
-    what builds tensors, and refuses the rest. A mapping may lie under the key ``state_dict``. Entries that
-    are no tensors are left out; the name of a single tensor is empty.
+    A mapping may lie under the key ``state_dict``. Entries that are no tensors are left out; the name of a
+    single tensor is empty. See `vqd_scale.core.untrusted` for what is not run.
 
     Raises:
         UserError: The file is missing, damaged, a TorchScript program, or holds something else.
@@ -35,15 +33,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path}: is a TorchScript program, not a file of weights; where you trust it, convert it by "
             f"safetensors.torch.save_file(torch.jit.load(path).state_dict(), 'weights.safetensors')."
         )
-    try:
-        # What the reader's errors and warnings advise, to trust the file, is not to be passed on.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - a damaged pickle can make its reader raise anything
-        raise UserError(
-            f"{path}: is damaged or holds more than tensors; nothing in it was run ({_line(error)})."
-        ) from None
+    loaded = read_saved(path)
     if isinstance(loaded, Tensor):
         return {"": loaded}
     entries = cast(dict[Any, Any], loaded) if isinstance(loaded, dict) else {}

@@ -49,28 +49,25 @@ class _InertMapping:
         return OrderedDict()
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The dictionary in a file that ``torch.save`` wrote; tensors stay on the disk until they are used.
+def read_saved(path: Path) -> object:
+    """What ``torch.save`` wrote into a file; tensors stay on the disk until they are used.
 
     Raises:
         UserError: There is no such file, it is damaged, or it asks for more than tensors and inert settings.
     """
     if not path.is_file():
-        raise UserError(f"{path}: there is no such checkpoint.")
+        raise UserError(f"{path}: there is no such file of weights.")
     try:
         # The file is a program: what its errors and warnings advise (to trust it) is not to be passed on.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loaded = _load(path)
+            return _load(path)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - a damaged pickle can make its reader raise anything
         raise UserError(
-            f"{path}: is damaged or no checkpoint of weights; nothing in it was executed ({_reason(error)})."
+            f"{path}: is damaged or no file of weights; nothing in it was executed ({_reason(error)})."
         ) from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path}: holds a {type(loaded).__name__}, where a checkpoint is a dictionary.")
-    return cast(dict[str, Any], loaded)
 
 
 def tensors_in(value: object) -> dict[str, Tensor]:
