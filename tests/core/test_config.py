@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
-from vqd_scale.core.config import Config, load_config, to_yaml
+from vqd_scale.core.config import Config, kind_or, load_config, to_yaml, validated
 from vqd_scale.core.errors import UserError
 
 
@@ -199,3 +199,48 @@ def test_an_override_says_the_same_as_the_field(run: Run) -> None:
     overrides = [f"optim.lr={run.optim.lr}", f"optim.warmup={run.optim.warmup}", f"shuffle={run.shuffle}"]
     loaded = load_config(Run, None, overrides)
     assert (loaded.optim, loaded.shuffle) == (run.optim, run.shuffle)
+
+
+class Tagged(Config):
+    schedule: Annotated[
+        Annotated[Linear, Tag("linear")] | Annotated[Cosine, Tag("cosine")], Discriminator(kind_or("linear"))
+    ] = Linear()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], Linear()),
+        (["schedule.steps=3"], Linear(steps=3)),
+        (["schedule.kind=linear"], Linear()),
+        (["schedule.kind=cosine", "schedule.offset=0.5"], Cosine(offset=0.5)),
+    ],
+)
+def test_a_choice_may_have_one_that_need_not_be_named(overrides: list[str], expected: Config) -> None:
+    config = load_config(Tagged, None, overrides)
+    assert config.schedule == expected
+    assert validated(Tagged, config.model_dump(mode="json"), "itself") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("schedule.kind=square", "schedule.kind: given 'square', allowed: 'linear', 'cosine'."),
+        ("schedule.offset=1", "schedule.offset: unknown key; allowed here: kind, steps."),
+        ("schedule.steps=x", "schedule.steps: given 'x'"),
+        ("schedule=7", "schedule: given 7, allowed: a mapping with keys among kind, steps."),
+    ],
+)
+def test_a_mistake_in_such_a_choice_is_told_like_any_other(override: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(Tagged, None, [override])
+    assert sentence in str(caught.value)
+
+
+def test_a_whole_file_may_be_one_of_several_kinds() -> None:
+    assert load_config((Linear, Cosine), None, ["steps=3"]) == Linear(steps=3)
+    assert load_config((Linear, Cosine), None, ["kind=cosine"]) == Cosine()
+    with pytest.raises(UserError, match="kind: given 'square', allowed: 'linear', 'cosine'"):
+        load_config((Linear, Cosine), None, ["kind=square"])
+    with pytest.raises(UserError, match="steps: unknown key; allowed here: kind, offset"):
+        load_config((Linear, Cosine), None, ["kind=cosine", "steps=3"])

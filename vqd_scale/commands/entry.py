@@ -40,8 +40,14 @@ def add_override_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and leave")
 
 
-def config_from(kind: type[ConfigType], arguments: argparse.Namespace) -> ConfigType:
+def config_from(
+    kind: type[ConfigType] | tuple[type[ConfigType], ...], arguments: argparse.Namespace
+) -> ConfigType:
     """The configuration that the arguments of `add_config_arguments` describe; prints it and leaves if asked.
+
+    Args:
+        kind: As for `load_config`.
+        arguments: What was typed.
 
     Raises:
         UserError: A key or value is wrong.

@@ -5,7 +5,7 @@ between components is a tagged union with the tag ``kind``. Nothing else in the 
 """
 
 import difflib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
@@ -37,13 +37,27 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def kind_or(default: str) -> Callable[[Any], Any]:
+    """For `pydantic.Discriminator`: a choice whose tag ``kind`` may be left out, for this one."""
+
+    def kind_of(value: Any) -> Any:  # noqa: ANN401 - before validation it may be anything
+        if isinstance(value, Mapping):
+            return cast(Mapping[str, Any], value).get("kind", default)
+        return getattr(value, "kind", default)
+
+    return kind_of
+
+
 def load_config(
-    kind: type[ConfigType], path: Path | None = None, overrides: Sequence[str] = ()
+    kind: type[ConfigType] | tuple[type[ConfigType], ...],
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
 ) -> ConfigType:
     """Read a configuration file, apply overrides, validate everything.
 
     Args:
-        kind: The configuration class.
+        kind: The configuration class, or several that differ by their tag ``kind``, which may be left out for
+            the first of them.
         path: A YAML file that holds differences from the defaults; ``None`` starts from the defaults.
         overrides: ``a.b=value`` strings, values in YAML syntax, later ones win.
 
@@ -57,18 +71,35 @@ def load_config(
     return validated(kind, values, source=str(path) if path is not None else "the overrides")
 
 
-def validated(kind: type[ConfigType], values: Mapping[str, Any], source: str) -> ConfigType:
-    """Build ``kind`` from plain values; ``source`` is named in errors.
+def validated(
+    kind: type[ConfigType] | tuple[type[ConfigType], ...], values: Mapping[str, Any], source: str
+) -> ConfigType:
+    """Build ``kind``, or that one of several which ``values`` name, from plain values.
+
+    Args:
+        kind: As for `load_config`.
+        values: Keys and values.
+        source: Is named in errors.
 
     Raises:
         UserError: A key or value is wrong.
     """
+    if isinstance(kind, tuple):
+        kind = _named(kind, values, source)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise UserError(f"{source}: {_describe(kind, values, first)}{more}") from None
+
+
+def _named(kinds: tuple[type[ConfigType], ...], values: Mapping[str, Any], source: str) -> type[ConfigType]:
+    by_tag = {str(kind.model_fields["kind"].default): kind for kind in kinds}
+    tag = values.get("kind", next(iter(by_tag)))
+    if tag not in by_tag:
+        raise UserError(f"{source}: kind: given {tag!r}, allowed: {', '.join(map(repr, by_tag))}.")
+    return by_tag[tag]
 
 
 def to_yaml(config: Config) -> str:

@@ -4,13 +4,17 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, ClassVar, Protocol, TypeAlias, overload
 
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Discriminator, Tag
 from torch import Tensor, nn
 
+from vqd_scale.core.config import kind_or
 from vqd_scale.nn.denoiser import Consume, Denoiser, DenoiserConfig, Output
 from vqd_scale.nn.unet import UNet, UNetConfig
 
-NetworkConfig: TypeAlias = Annotated[DenoiserConfig | UNetConfig, Field(discriminator="kind")]
+NetworkConfig: TypeAlias = Annotated[
+    Annotated[DenoiserConfig, Tag("transformer")] | Annotated[UNetConfig, Tag("unet")],
+    Discriminator(kind_or("transformer")),
+]
 
 
 class Network(Protocol):
