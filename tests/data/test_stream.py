@@ -201,6 +201,31 @@ def test_a_bad_sample_keeps_its_slot(tokens: Path, tmp_path: Path, fault: str) -
     assert report["reason"].startswith(reason)
 
 
+@pytest.mark.parametrize("label", [b"9", b"-1", b"three", b""])
+def test_classes_are_read_where_a_model_is_told_of_them(tmp_path: Path, label: bytes) -> None:
+    """And captions are not; the sample with a label that is no class keeps its slot."""
+    codes = np.arange(6, dtype=np.uint16)
+    labelled = {n: {KEY: f"{n:04d}", "tokens.npy": codes, "cls": n % 9} for n in range(sum(COUNTS))}
+    folder = write_tokens(tmp_path / "set", spoilt=labelled | {7: labelled[7] | {"cls": label}})
+    config = StreamConfig(path=folder, lanes=LANES, max_bad_share=0.1)
+    batches = Stream(
+        config,
+        TokenSamples(length=6, codes=600, classes=9),
+        seed=0,
+        rank=0,
+        ranks=1,
+        cursor=0,
+        quarantine=tmp_path / "bad.jsonl",
+    )
+    for batch in first(batches, 7):
+        assert batch.text.shape == (LANES, 0)
+        assert batch.labels is not None
+        expected = [0 if key == "0007" else int(key) % 9 for key in batch.keys]
+        assert batch.labels.tolist() == expected
+        assert batch.valid.tolist() == [key != "0007" for key in batch.keys]
+    assert "has a class that is none of 0 to 8" in (tmp_path / "bad.jsonl").read_text()
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_too_many_bad_samples_stop(tmp_path: Path, workers: int) -> None:
     spoilt: dict[int, Sample] = {number: {KEY: f"{number:04d}", "txt": "alone"} for number in (1, 5, 9)}

@@ -32,7 +32,7 @@ def png(seed: int) -> bytes:
 
 def pictures(start: int, count: int) -> list[Sample]:
     return [
-        {KEY: f"{n:05d}", "png": png(n), "txt": f"picture {n}", "json": {"number": n}}
+        {KEY: f"{n:05d}", "png": png(n), "txt": f"picture {n}", "json": {"number": n}, "cls": n % 3}
         for n in range(start, start + count)
     ]
 
@@ -73,6 +73,7 @@ def test_tokens_are_the_tokenizers_and_everything_else_is_kept(config: TokenizeC
         assert (row["text.npy"] == CaptionTokenizer(8, 300)([f"picture {number}"])[0]).all()
         assert row["txt"] == f"picture {number}"
         assert row["json"] == {"number": number}
+        assert row["cls"] == number % 3
     assert "bad" in (config.out / "quarantine.jsonl").read_text()
 
 

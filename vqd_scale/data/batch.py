@@ -10,10 +10,11 @@ class TokenBatch:
 
     Attributes:
         tokens: Codes of the images, int64.
-        text: Caption ids, int64.
+        text: Caption ids, int64; no columns where captions are not read.
         slots: Global slot of each sample, the name under which it draws its random numbers.
         valid: Whether the sample could be read; where not, its tokens are zeros and must weigh nothing.
         keys: The samples' keys.
+        labels: Classes, int64, where they are read.
     """
 
     tokens: Int64[Tensor, "batch length"]
@@ -21,6 +22,7 @@ class TokenBatch:
     slots: Int64[Tensor, " batch"]
     valid: Bool[Tensor, " batch"]
     keys: list[str]
+    labels: Int64[Tensor, " batch"] | None = None
 
 
 @dataclass(frozen=True)

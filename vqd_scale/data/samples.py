@@ -57,34 +57,40 @@ class SampleKind(Protocol[BatchType_co]):
 
 @dataclass(frozen=True)
 class TokenSamples:
-    """Samples with the members ``tokens.npy`` and ``text.npy``.
+    """Samples with the member ``tokens.npy``, and ``text.npy`` or ``cls`` if the model is told of them.
 
     Attributes:
         length: Codes per image.
         codes: Size of the codebook; a sample with a code beyond it is bad.
-        text_length: Ids per caption.
+        text_length: Ids per caption; 0 leaves captions unread.
+        classes: How many classes there are, of which ``cls`` is one; 0 leaves them unread.
     """
 
     length: int
     codes: int
-    text_length: int
+    text_length: int = 0
+    classes: int = 0
 
     def read(self, places: Sequence[Place], slots: Slots, seed: int) -> tuple[Columns, dict[int, str]]:
-        """Codes and caption ids; nothing about them is random."""
+        """Codes, and caption ids or classes; nothing about them is random."""
         del slots, seed
         tokens = np.zeros((len(places), self.length), np.int64)
         text = np.zeros((len(places), self.text_length), np.int64)
+        labels = np.zeros(len(places), np.int64)
         bad: dict[int, str] = {}
         for row, (reader, member) in enumerate(places):
             try:
                 tokens[row] = _integers(reader.read(member, "tokens.npy"), self.length)
-                text[row] = _integers(reader.read(member, "text.npy"), self.text_length)
+                if self.text_length:
+                    text[row] = _integers(reader.read(member, "text.npy"), self.text_length)
+                if self.classes:
+                    labels[row] = _label(reader.read(member, "cls"), self.classes)
             except BadSample as error:
                 bad[row] = str(error)
         outside = (tokens.min(axis=1) < 0) | (tokens.max(axis=1) >= self.codes)
         bad |= dict.fromkeys(np.flatnonzero(outside).tolist(), f"has tokens outside 0 to {self.codes - 1}")
-        tokens[list(bad)], text[list(bad)] = 0, 0
-        return {"tokens": tokens, "text": text}, bad
+        tokens[list(bad)], text[list(bad)], labels[list(bad)] = 0, 0, 0
+        return {"tokens": tokens, "text": text} | ({"labels": labels} if self.classes else {}), bad
 
     def batch(self, columns: Columns) -> TokenBatch:
         """Token samples."""
@@ -94,6 +100,7 @@ class TokenSamples:
             slots=torch.from_numpy(columns["slots"]),
             valid=torch.from_numpy(columns["valid"]),
             keys=columns["keys"].tolist(),
+            labels=torch.from_numpy(columns["labels"]) if self.classes else None,
         )
 
 
@@ -161,3 +168,10 @@ def _integers(data: bytes, length: int) -> Integer[NDArray[np.integer], " length
     if array.shape != (length,) or array.dtype.kind not in "iu":
         raise BadSample(f"has an array of type {array.dtype} and shape {array.shape}, not {length} integers")
     return array
+
+
+def _label(data: bytes, classes: int) -> int:
+    text = data.strip()
+    if not text.isdigit() or int(text) >= classes:
+        raise BadSample(f"has a class that is none of 0 to {classes - 1}")
+    return int(text)

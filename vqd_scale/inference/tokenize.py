@@ -180,7 +180,7 @@ class _ShardEncoder:
         if extension is None or "txt" not in sample:
             raise BadSample("has no picture" if extension is None else "has no 'txt'")
         pixels = fitted(decode_image(sample[extension]), self.config.size)
-        rest = {"json": sample["json"]} if "json" in sample else {}
+        rest = {name: sample[name] for name in ("json", "cls") if name in sample}
         return _Picture(sample[KEY], pixels, decode_text(sample["txt"]), rest)
 
     @torch.no_grad()
