@@ -1,15 +1,24 @@
+import math
+import re
+
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional
 
+from vqd_scale.core.errors import UserError
 from vqd_scale.nn.denoiser import ClassCondition, Denoiser, DenoiserConfig, NoCondition, TextCondition
 from vqd_scale.nn.layers import (
     GELU2,
     AdaptiveLayerNorm,
+    ClassEmbedding,
     Convolutional,
     ConvolutionalFeedForward,
+    FeedForwardConfig,
+    FullyConnected,
+    ImageEmbedding,
+    Rotation,
     TimestepEmbedding,
     build_timestep_embedding,
     start_from_codebook,
@@ -83,6 +92,185 @@ def test_what_is_prepared_equals_the_plain_forward(config: DenoiserConfig) -> No
         plain = denoiser(tokens, torch.full((3,), t), condition)
         torch.testing.assert_close(prepared(tokens, t), plain, atol=1e-5, rtol=0)
     assert not torch.allclose(prepared(tokens, 0), prepared(tokens, 8))
+
+
+def test_what_is_prepared_is_not_computed_again() -> None:
+    denoiser = build()
+    tokens, _, text = inputs()
+    prepared = denoiser.prepared(text)
+    computed: list[str] = []
+    for name, module in denoiser.named_modules():
+        module.register_forward_hook(lambda *_, name=name: computed.append(name))
+    prepared(tokens, 3)
+    again = re.compile(r"ln1|ln1_1|attn2\.(key|value)|_emb")
+    assert "blocks.1.attn2.query" in computed
+    assert [name for name in computed if again.search(name.removeprefix("content_emb.emb"))] == []
+
+
+@pytest.mark.parametrize("name", ["text", "class", "unconditional"])
+def test_a_condition_of_the_wrong_kind_is_an_error(name: str) -> None:
+    config = VARIANTS[name]
+    denoiser = build(config)
+    tokens, t, text = inputs()
+    wrong = text if name == "unconditional" else None
+    with pytest.raises(ValueError, match=f"condition '{config.condition.kind}' was given"):
+        denoiser(tokens, t, wrong)
+    with pytest.raises(ValueError, match=f"condition '{config.condition.kind}' was given"):
+        denoiser.prepared(wrong)
+
+
+def test_class_without_a_null_of_its_own_means_over_all_classes_for_each_sample() -> None:
+    """The reference code looks at the first sample only, and takes the others to be like it."""
+    embedding = ClassEmbedding(classes=6, width=4, null="mean")
+    assert embedding.weight.shape == (6, 4)
+    found = embedding(torch.tensor([2, 6, 0]))
+    expected = torch.stack([embedding.weight[2], embedding.weight.mean(dim=0), embedding.weight[0]])
+    torch.testing.assert_close(found, expected)
+    learned = ClassEmbedding(classes=6, width=4, null="learned")
+    assert learned.weight.shape == (7, 4)
+    torch.testing.assert_close(learned(torch.tensor([6])), learned.weight[6:])
+
+
+def test_class_enters_before_the_feed_forward_and_time_before_attention() -> None:
+    denoiser = build(VARIANTS["class"])
+    assert {name.split(".")[2] for name, _ in denoiser.blocks.named_parameters(prefix="blocks")} == {
+        "ln1",
+        "attn1",
+        "ln2",
+        "mlp",
+    }
+    tokens, t, _ = inputs()
+    classes = torch.tensor([1, 2, 6])
+    base = denoiser(tokens, t, classes)
+    for other in (denoiser(tokens, t, classes.flip(0)), denoiser(tokens, t.flip(0), classes)):
+        assert (other - base)[[0, 2]].abs().amax(dim=(1, 2)).gt(1e-3).all()
+        torch.testing.assert_close(other[1], base[1])
+
+
+def test_trap_19_published_16x16_models_place_their_tokens_in_a_grid_of_32() -> None:
+    published = ImageEmbedding(codes=7, grid=(16, 16), width=4, position_grid=(32, 32))
+    plain = ImageEmbedding(codes=7, grid=(16, 16), width=4)
+    for embedding, row, column in ((published, 0, 20), (plain, 1, 4)):
+        place = embedding.height_emb.weight[row] + embedding.width_emb.weight[column]
+        torch.testing.assert_close(embedding.positions()[20], place)
+        tokens = torch.full((1, 256), 3)
+        torch.testing.assert_close(embedding(tokens)[0, 20], embedding.emb.weight[3] + place)
+    torch.testing.assert_close(
+        published.positions()[255], published.height_emb.weight[7] + published.width_emb.weight[31]
+    )
+
+
+def test_position_tables_too_small_for_the_grid_are_a_mistake() -> None:
+    with pytest.raises(UserError, match="position_grid: 2x3 places are too few for a grid of 3x4"):
+        build(SMALL.model_copy(update={"position_grid": (2, 3)}))
+
+
+def test_sinusoids_are_the_published_ones_in_any_precision() -> None:
+    norm = AdaptiveLayerNorm(build_timestep_embedding("sinusoidal", width=8, steps=100), width=8)
+    angles = [37 / 100 * 4000 * math.exp(-math.log(10_000) / 3 * i) for i in range(4)]
+    expected = torch.tensor([*map(math.sin, angles), *map(math.cos, angles)])
+    t = torch.tensor([37])
+    torch.testing.assert_close(norm.emb(t)[0], expected, atol=1e-3, rtol=0)
+    assert not list(norm.emb.parameters())
+    torch.testing.assert_close(
+        norm.bfloat16().modulation(t).gain.float(), norm.float().modulation(t).gain, atol=2e-2, rtol=2e-2
+    )
+
+
+OPTIONS = ("query_key_norm", "rotary_positions", "zero_modulation", "checkpoint_blocks")
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_are_off_unless_asked_for(option: str) -> None:
+    tokens, t, text = inputs()
+    assert not getattr(DenoiserConfig(), option)
+    plain, changed = build(), build(SMALL.model_copy(update={option: True}))
+    expected = set(plain.state_dict())
+    if option == "query_key_norm":
+        expected |= {
+            f"blocks.{block}.{attention}.{part}_norm.weight"
+            for block in (0, 1)
+            for attention in ("attn1", "attn2")
+            for part in ("query", "key")
+        }
+    assert set(changed.state_dict()) == expected
+    same = torch.allclose(changed(tokens, t, text), plain(tokens, t, text), atol=1e-6)
+    assert same == (option == "checkpoint_blocks")
+
+
+def test_normalised_queries_and_keys_do_not_grow_with_their_weights() -> None:
+    denoiser = build(VARIANTS["normalised queries and keys"])
+    tokens, t, text = inputs()
+    base = denoiser(tokens, t, text)
+    with torch.no_grad():
+        for name, parameter in denoiser.named_parameters():
+            if re.search(r"attn\d\.(query|key)\.", name):
+                parameter.mul_(100)
+    torch.testing.assert_close(denoiser(tokens, t, text), base, atol=1e-3, rtol=1e-3)
+
+
+def test_rotation_lets_attention_depend_on_distances_by_row_and_column_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 1, 12, generator=generator).expand(2, 1, 30, 2, 12)
+    rotation = Rotation.of((5, 6), 12, query)
+    turned = torch.einsum("blhd,bmhd->hlm", rotation(query), rotation(key))[0].unflatten(0, (5, 6))
+    scores = turned.unflatten(-1, (5, 6))
+    torch.testing.assert_close(scores[0, 0, 2, 3], scores[2, 1, 4, 4])
+    torch.testing.assert_close(scores[4, 5, 3, 1], scores[1, 4, 0, 0])
+    assert (scores[0, 0, 2, 3] - scores[0, 0, 3, 2]).abs() > 1e-2
+    assert (scores[0, 0, 0, 0] - scores[0, 0, 1, 0]).abs() > 1e-2
+    torch.testing.assert_close(rotation(query).norm(dim=-1), query.norm(dim=-1))
+
+
+def test_rotary_positions_need_pairs_of_pairs() -> None:
+    with pytest.raises(ValidationError, match="must be a multiple of 4, not 6"):
+        DenoiserConfig(width=12, heads=2, rotary_positions=True)
+
+
+def test_zero_modulation_starts_as_a_plain_layer_norm() -> None:
+    denoiser = build(SMALL.model_copy(update={"zero_modulation": True}))
+    tokens, t, text = inputs()
+    torch.testing.assert_close(denoiser(tokens, t, text), denoiser(tokens, t.flip(0), text))
+    norm = next(module for module in denoiser.modules() if isinstance(module, AdaptiveLayerNorm))
+    x = torch.randn(3, 12, 24)
+    torch.testing.assert_close(norm(x, t), functional.layer_norm(x, (24,)))
+    denoiser(tokens, t, text).square().mean().backward()
+    assert norm.linear.weight.grad is not None
+    assert norm.linear.weight.grad.any()
+
+
+def test_checkpointed_blocks_compute_the_same_with_less_kept() -> None:
+    tokens, t, text = inputs()
+    text.requires_grad_()
+    results: list[tuple[torch.Tensor, ...]] = []
+    kept: list[int] = []
+    for checkpoint_blocks in (False, True):
+        denoiser = build(SMALL.model_copy(update={"checkpoint_blocks": checkpoint_blocks}))
+        sizes: list[int] = []
+
+        def packed(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(packed, lambda tensor: tensor):
+            logits = denoiser(tokens, t, text)
+        kept.append(sum(sizes))
+        gradients = torch.autograd.grad(logits.square().mean(), [text, *denoiser.parameters()])
+        results.append((logits, *gradients))
+    for plain, checkpointed in zip(*results, strict=True):
+        assert torch.equal(plain, checkpointed)
+    assert kept[1] < kept[0] / 4
+
+
+@pytest.mark.parametrize("feed_forward", [FullyConnected(), Convolutional()], ids=["fc", "conv"])
+@pytest.mark.parametrize("grid", [(3, 7), (7, 3), (1, 5)])
+def test_any_grid(grid: tuple[int, int], feed_forward: FeedForwardConfig) -> None:
+    denoiser = build(SMALL.model_copy(update={"feed_forward": feed_forward}), grid=grid)
+    _, t, text = inputs()
+    tokens = torch.randint(0, 8, (3, grid[0] * grid[1]), generator=torch.Generator().manual_seed(1))
+    logits = denoiser(tokens, t, text)
+    assert logits.shape == (3, grid[0] * grid[1], 7)
+    torch.testing.assert_close(denoiser.prepared(text)(tokens, 4)[1], logits[1], atol=1e-5, rtol=0)
 
 
 def test_the_caption_matters_and_every_position_sees_every_other() -> None:

@@ -44,5 +44,5 @@ SIZES: Mapping[SizeName, Size] = {
     "3B": Size({"width": 2048, "layers": 38, "heads": 32}, 2887, (32, 32)),
     "7B": Size({"width": 3072, "layers": 40, "heads": 48}, 2887, (32, 32)),
 }
-"""S, B and L of VQ-Diffusion (arXiv 2111.14822, section 5), F which is B pretrained, the class-conditional and
-the unconditional model, and two that are larger than any published, with heads of 64 and about L's depth."""
+"""S, B and L of VQ-Diffusion (arXiv 2111.14822, section 5); F is B, pretrained; its class-conditional and its
+unconditional model; and two that are larger than any published, with heads of 64 and about L's depth."""
