@@ -55,7 +55,7 @@ class ThreadWorld(World):
 
 
 def on_ranks(size: int, action: Callable[[World], Result]) -> list[Result]:
-    """Run something on so many ranks at once; returns what each returned, raises what the first one raised."""
+    """Run something on so many ranks at once; returns what each returned, raises what one raised."""
     meeting = _Meeting(size)
 
     def run(rank: int) -> Result:

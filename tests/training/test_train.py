@@ -23,7 +23,7 @@ from vqd_scale.data.stream import Stream
 from vqd_scale.text.clip import CaptionTokenizer
 from vqd_scale.training.denoising import DenoisingTask, TrainConfig
 from vqd_scale.training.metrics import read_metrics
-from vqd_scale.training.optim import build_optimizer, learning_rate
+from vqd_scale.training.optim import LearningRate, build_optimizer
 
 pytestmark = pytest.mark.ranks
 RunTool = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -86,6 +86,7 @@ def test_zero_3_equals_plain_adamw_average_included(
 
     task = DenoisingTask(config, Alone(0, 1, torch.device("cpu")))
     optimizer = build_optimizer(task.module, config.optim)
+    rate = LearningRate(config.optim, batch=8, horizon=config.images)
     average = {name: tensor.detach().clone() for name, tensor in task.module.named_parameters()}
     stream = Stream(
         config.data, task.samples(), seed=0, rank=0, ranks=1, cursor=0, quarantine=tmp_path / "q.jsonl"
@@ -99,7 +100,7 @@ def test_zero_3_equals_plain_adamw_average_included(
             loss.backward()
             torch.nn.utils.clip_grad_norm_(task.module.parameters(), config.optim.clip)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.optim, images, config.images)
+                group["lr"] = rate.at(images)
             optimizer.step()
             task.stepped(images + 8)
             half_life = min(config.ema.half_life, config.ema.ramp * (images + 8))

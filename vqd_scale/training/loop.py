@@ -26,7 +26,7 @@ from vqd_scale.training.config import RunConfig
 from vqd_scale.training.ema import EMA
 from vqd_scale.training.engine import Engine
 from vqd_scale.training.metrics import MetricsFile
-from vqd_scale.training.optim import learning_rate
+from vqd_scale.training.optim import LearningRate
 from vqd_scale.training.task import BatchType, Losses, Task
 
 logger = logging.getLogger(__name__)
@@ -156,6 +156,7 @@ class _Trainer(Generic[BatchType]):
         self.checkpoints = checkpoints
         self.images = images
         self.batch = config.data.lanes
+        self.rate = LearningRate(config.optim, self.batch, config.images)
         self.stop = StopFlag()
         self.report = _Report(config, world, images)
 
@@ -203,7 +204,7 @@ class _Trainer(Generic[BatchType]):
     def _step(self, batch: BatchType) -> None:
         parts = self.config.engine.accumulation
         valid = self.world.sum(batch.valid.sum().to(self.world.device))
-        rate = learning_rate(self.config.optim, self.images, self.config.images)
+        rate = self.rate.at(self.images)
         for part in _split(batch, parts):
             losses = self.task.losses(self.engine, part, self.images)
             total = torch.where(part.valid.to(self.world.device), losses.per_sample, 0.0).sum()
