@@ -1,4 +1,4 @@
-"""Finite scalar quantisation (Mentzer et al., arXiv 2309.15505): the codebook is a grid, nothing is learned."""
+"""Finite scalar quantisation (Mentzer et al., arXiv 2309.15505): the codebook is a grid, not learned."""
 
 import math
 from typing import Annotated, Literal

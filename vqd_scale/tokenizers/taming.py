@@ -1,4 +1,4 @@
-"""The tokenizers that VQ-GAN's authors published, under their weights' names (Esser et al., arXiv 2012.09841).
+"""The tokenizers that VQ-GAN's authors published, by their weights' names (Esser et al., arXiv 2012.09841).
 
 Two codebooks: the nearest of learned vectors, and for the Gumbel models the most probable code of a
 classifier. Reading their files is not done here; what their YAML files say becomes a configuration by
