@@ -99,8 +99,13 @@ def test_what_is_prepared_is_not_computed_again() -> None:
     tokens, _, text = inputs()
     prepared = denoiser.prepared(text)
     computed: list[str] = []
-    for name, module in denoiser.named_modules():
-        module.register_forward_hook(lambda *_, name=name: computed.append(name))
+    names = {module: name for name, module in denoiser.named_modules()}
+
+    def record(module: nn.Module, inputs: object, output: object) -> None:
+        computed.append(names[module])
+
+    for module in names:
+        module.register_forward_hook(record)
     prepared(tokens, 3)
     again = re.compile(r"ln1|ln1_1|attn2\.(key|value)|_emb")
     assert "blocks.1.attn2.query" in computed

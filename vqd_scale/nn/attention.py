@@ -113,7 +113,8 @@ def _xformers_serves(dtype: torch.dtype, device: torch.device) -> bool:
         # Some of its kernels go forward only: a model is to train with what is found here.
         with torch.inference_mode(False), torch.enable_grad():
             probe = torch.zeros(1, _KERNEL_ALIGNMENT, 1, _KERNEL_ALIGNMENT, dtype=dtype, device=device)
-            _xformers_attention(*(probe.clone().requires_grad_() for _ in range(3)), False).sum().backward()
+            query, key, value = (probe.clone().requires_grad_() for _ in range(3))
+            _xformers_attention(query, key, value, causal=False).sum().backward()
     except (ImportError, NotImplementedError, RuntimeError) as error:
         _say_that_sdpa_serves((str(error).strip() or type(error).__name__).splitlines()[0])
         return False
