@@ -9,14 +9,8 @@ from vqd_scale.data.stream import StreamConfig
 from vqd_scale.training.checkpoint import CheckpointConfig
 from vqd_scale.training.ema import EMAConfig
 from vqd_scale.training.engine import EngineConfig
+from vqd_scale.training.metrics import LogConfig
 from vqd_scale.training.optim import OptimConfig
-
-
-class LogConfig(Config):
-    """What is written down while a run goes on."""
-
-    every: PositiveInt = 10_000
-    """Images between two rows of metrics.jsonl."""
 
 
 class RunConfig(Config):

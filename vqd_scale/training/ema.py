@@ -1,5 +1,8 @@
 """The moving average of the weights, kept on this rank's share of them."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 import torch
 from pydantic import PositiveFloat, PositiveInt
 
@@ -40,3 +43,24 @@ class EMA:
         half_life = min(self.config.half_life, self.config.ramp * images)
         for average, master in zip(self.flats, self.partition.masters, strict=True):
             average.lerp_(master, 1 - 0.5 ** (batch / half_life))
+
+    @contextmanager
+    def in_place_of_weights(self) -> Generator[None]:
+        """Let the network compute with the average for a while; all ranks together.
+
+        Each rank swaps its own share, nothing is gathered. Afterwards every bit of weights and average is what
+        it was, since they were only copied.
+        """
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for average, master in zip(self.flats, self.partition.masters, strict=True):
+            weights = master.detach().clone()
+            master.copy_(average)
+            average.copy_(weights)
+        self.partition.masters_changed()
