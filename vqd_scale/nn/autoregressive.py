@@ -162,6 +162,7 @@ class Autoregressive(nn.Module):
         normed = self.norm(x)
         return self.head(normed) if consume is None else self.head(normed, consume)
 
+    @torch.no_grad()
     def memories(
         self, condition: Float[Tensor, "batch positions text_width"] | None, batch: int
     ) -> list[Memory]:
