@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
-from vqd_scale.diffusion import dense, objective
+from vqd_scale.diffusion import dense, statistics
 from vqd_scale.diffusion.objective import Objective, ObjectiveConfig, ObjectiveOutput
 from vqd_scale.diffusion.schedule import Absorbing, Paper, Released, Schedule, UniformCosine
 from vqd_scale.diffusion.transition import MaskAndReplace
@@ -98,7 +98,7 @@ def test_head_form_equals_logits_form_with_all_gradients(
     with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Chunks of three tokens, so that images and chunks do not line up and the last one is short.
-    monkeypatch.setattr(objective, "_CHUNK_ON_CPU", 3 * 7)
+    monkeypatch.setattr(statistics, "_CHUNK_ON_CPU", 3 * 7)
     transition = MaskAndReplace(Paper(), 7)
     hidden = normal(3 * 5, 4, 0).view(3, 5, 4).requires_grad_()
     weight = normal(7, 4, 1).requires_grad_()

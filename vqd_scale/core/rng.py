@@ -5,7 +5,8 @@ resumed run, another number of ranks or another batch composition sees the same 
 
 The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). One
 implementation serves numpy arrays and torch tensors on any device: it uses 64-bit integer arithmetic that
-wraps alike everywhere, so the results are equal bit for bit.
+wraps alike everywhere, so the results are equal bit for bit. `vqd_scale.diffusion.kernels.philox` gives the
+same bits in one launch on a GPU.
 """
 
 from enum import IntEnum
@@ -99,13 +100,11 @@ def uniforms(
     Raises:
         ValueError: ``dtype`` is a low-precision type, whose few bits would distort a distribution's tail.
     """
+    each = words_of(dtype)
+    words = _torch_words(seed, purpose, slots, each * count, draw).view(len(slots), count, each)
     if dtype is torch.float32:
-        words = _torch_words(seed, purpose, slots, count, draw)
-        return (words >> 8).to(torch.float32) * 2.0**-24
-    if dtype is torch.float64:
-        words = _torch_words(seed, purpose, slots, 2 * count, draw).view(len(slots), count, 2)
-        return ((words[..., 0] >> 5) * 2**26 + (words[..., 1] >> 6)).to(torch.float64) * 2.0**-53
-    raise ValueError(f"uniforms are drawn in float32 or float64, not {dtype}")
+        return (words[..., 0] >> 8).to(torch.float32) * 2.0**-24
+    return ((words[..., 0] >> 5) * 2**26 + (words[..., 1] >> 6)).to(torch.float64) * 2.0**-53
 
 
 def drawn_codes(
@@ -124,7 +123,7 @@ def integers(seed: int, purpose: Purpose, slot: int, count: int, *, draw: int = 
     blocks = np.arange(-(-count // 4), dtype=np.int64)
     constant = np.zeros_like(blocks)
     counter = (blocks, constant + draw, constant + (slot & _MASK), constant + (slot >> 32))
-    return np.stack(philox4x32(counter, _key(seed, purpose)), axis=-1).reshape(-1)[:count]
+    return np.stack(philox4x32(counter, key_of(seed, purpose)), axis=-1).reshape(-1)[:count]
 
 
 def permutation(seed: int, purpose: Purpose, slot: int, length: int) -> NDArray[np.int64]:
@@ -134,10 +133,26 @@ def permutation(seed: int, purpose: Purpose, slot: int, length: int) -> NDArray[
     return np.argsort((words[:, 0] >> 1 << 32) | words[:, 1], kind="stable")
 
 
-def _key(seed: int, purpose: Purpose) -> tuple[int, int]:
+def key_of(seed: int, purpose: Purpose) -> tuple[int, int]:
+    """Philox's key.
+
+    Raises:
+        ValueError: The seed has no 32 bits.
+    """
     if not 0 <= seed <= _MASK:
         raise ValueError(f"seed {seed}: a seed lies between 0 and 2**32 - 1")
     return seed, int(purpose)
+
+
+def words_of(dtype: torch.dtype) -> int:
+    """How many 32-bit words make a uniform number of ``dtype``.
+
+    Raises:
+        ValueError: It is a low-precision type, whose few bits would distort a distribution's tail.
+    """
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"uniforms are drawn in float32 or float64, not {dtype}")
+    return dtype.itemsize // 4
 
 
 def _torch_words(
@@ -146,4 +161,4 @@ def _torch_words(
     blocks = torch.arange(-(-count // 4), device=slots.device)
     low, high, position = torch.broadcast_tensors(slots[:, None] & _MASK, slots[:, None] >> 32, blocks)
     counter = (position, torch.full_like(position, draw), low, high)
-    return torch.stack(philox4x32(counter, _key(seed, purpose)), dim=-1).flatten(1)[:, :count]
+    return torch.stack(philox4x32(counter, key_of(seed, purpose)), dim=-1).flatten(1)[:, :count]

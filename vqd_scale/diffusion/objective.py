@@ -1,15 +1,12 @@
 """The training objective: the variational bound by the closed-form KL, and the auxiliary x_0 term.
 
 Three numbers per token carry everything the loss needs from a row of logits: log p(x_0), log p(x_t), and one
-sum over the codes. They are computed chunk by chunk, and computed again in backward, so that the logits
+sum over the codes. `statistics` computes them chunk by chunk, and again in backward, so that the logits
 [batch, length, codes] never exist as a whole. What follows them is ordinary differentiable arithmetic on
 [batch, length] tensors. ``docs/maths.md`` derives the formulas; `dense.divergence` is their slow twin.
 """
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,16 +15,13 @@ from torch import Tensor
 
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
+from vqd_scale.diffusion.rows import log_share
 from vqd_scale.diffusion.schedule import Rates
+from vqd_scale.diffusion.statistics import RowStatistics
 from vqd_scale.diffusion.transition import MaskAndReplace, PosteriorRates, posterior_rates
 
-# Elements of a chunk of logits: what stays in a CPU's cache, and what fills a GPU.
-_CHUNK_ON_CPU = 2**19
-_CHUNK_ON_GPU = 2**26
-# Logarithms of rates that are zero, and of ratios with them: finite, so that zero times them is zero. Two
-# ratios may be multiplied in float32.
+# The logarithm of a rate that is zero: finite, so that zero times it is zero.
 _LOG_ZERO = -600.0
-_LOG_HUGE = 40.0
 
 
 class ObjectiveConfig(Config):
@@ -144,7 +138,7 @@ class Objective:
             self.transition.check_times(t)
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         case = _Case.of(self.transition.rates_on(tokens.device), tokens, noisy, t, dtype)
-        flat = _Statistics.apply(
+        flat = RowStatistics.apply(
             hidden.flatten(0, 1),
             weight,
             bias,
@@ -231,12 +225,12 @@ class _Case:
         the rest, whose logarithms ``code_sum`` adds up. A masked state has the same chance on both sides.
         """
         rates = self.rates
-        log_share = _log_share(self.reach, log_seen)
-        log_spread = self.log_spread + log_share
+        share = log_share(self.reach, log_seen)
+        log_spread = self.log_spread + share
         log_true_code = torch.logaddexp(self.log_match + log_true, log_spread)
         log_seen_code = torch.logaddexp(self.log_match + log_seen, log_spread)
         log_stay = torch.logaddexp(
-            _log(rates.stay_match).to(log_seen) + log_seen, _log(rates.stay_spread).to(log_seen) + log_share
+            _log(rates.stay_match).to(log_seen) + log_seen, _log(rates.stay_spread).to(log_seen) + share
         )
         moved = ~self.masked & ~self.kept
         stays = rates.stay_match + rates.stay_spread * rates.reach
@@ -248,7 +242,7 @@ class _Case:
             rates.masked_spread,
             rates.other_spread * torch.where(self.kept, rates.reach, 1.0),
         )
-        log_rest = torch.where(self.kept, _log(rates.reach), 0.0).to(log_share)
+        log_rest = torch.where(self.kept, _log(rates.reach), 0.0).to(share)
         code_sum = (
             code_sum
             - torch.where(self.kept, 0.0, log_true_code - log_spread)
@@ -258,7 +252,7 @@ class _Case:
         return (
             _cross(torch.where(self.kept, stays, leaves), torch.where(self.kept, log_stay, log_true_code))
             + _cross(torch.where(moved, rates.stay_spread, 0.0), log_stay)
-            - rest.to(code_sum) * (rest_codes * (log_share - log_rest) + code_sum)
+            - rest.to(code_sum) * (rest_codes * (share - log_rest) + code_sum)
         )
 
 
@@ -271,116 +265,3 @@ def _cross(
 
 def _log(chance: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
     return chance.log().clamp(min=_LOG_ZERO)
-
-
-def _log_share(
-    reach: Float[Tensor, " *shape"], log_seen: Float[Tensor, " *shape"]
-) -> Float[Tensor, " *shape"]:
-    """Log V = log(1 - (1 - reach) p(x_t)), what of p could have become the visible x_t by replacement."""
-    share = reach * log_seen.exp() - torch.expm1(log_seen)
-    return share.clamp(min=torch.finfo(share.dtype).tiny).log()
-
-
-def _code_ratio(
-    log_ratio: Float[Tensor, " tokens"], reach: Float[Tensor, " tokens"], log_seen: Float[Tensor, " tokens"]
-) -> Float[Tensor, " tokens"]:
-    """γ in ``p(x_{t-1} = k) = spread V (1 + γ p_k)``: match / (spread V)."""
-    return (log_ratio - _log_share(reach, log_seen)).clamp(max=_LOG_HUGE).exp()
-
-
-def _log_product(factors: Float[Tensor, "tokens codes"]) -> Float[Tensor, " tokens"]:
-    """Σ log over the codes, one logarithm for two factors, which it overwrites."""
-    half = factors.shape[-1] // 2
-    pairs = factors[:, :half].mul_(factors[:, half : 2 * half])
-    return pairs.log_().sum(-1) + factors[:, 2 * half :].log().sum(-1)
-
-
-class _Statistics(torch.autograd.Function):
-    """log p(x_0), log p(x_t), Σ log(1 + γ p_k) and "x_0 is the likeliest code" of every token.
-
-    Backward gets another factor for every image, and the weight's gradient mixes images: no gradient can be
-    prepared in forward without keeping one per image. Computing a chunk's logits again is exact and cheaper.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401 - autograd's context has no public type
-        hidden: Float[Tensor, "tokens width"],
-        weight: Float[Tensor, "codes width"] | None,
-        bias: Float[Tensor, " codes"] | None,
-        true: Int[Tensor, " tokens"],
-        seen: Int[Tensor, " tokens"],
-        reach: Float[Tensor, " tokens"],
-        log_ratio: Float[Tensor, " tokens"],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        log_true, log_seen, code_sum = (torch.empty_like(reach) for _ in range(3))
-        correct = torch.empty_like(true, dtype=torch.bool)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows, logits in _chunks(hidden, weight, bias, reach.dtype):
-                probabilities = logits.softmax(-1)
-                at_true, at_seen = true[rows, None], seen[rows, None]
-                believed = probabilities.gather(-1, at_true)
-                rival = probabilities.scatter_(-1, at_true, 0.0).amax(-1, keepdim=True)
-                probabilities.scatter_(-1, at_true, believed)
-                # The largest probability is at least 1/K: its logarithm is exact where others underflow.
-                log_norm = logits.amax(-1, keepdim=True) - torch.maximum(believed, rival).log()
-                log_true[rows] = (logits.gather(-1, at_true) - log_norm).squeeze(-1)
-                log_seen[rows] = (logits.gather(-1, at_seen) - log_norm).squeeze(-1)
-                correct[rows] = (believed > rival).squeeze(-1)
-                ratio = _code_ratio(log_ratio[rows], reach[rows], log_seen[rows])
-                code_sum[rows] = _log_product(probabilities.mul_(ratio[:, None]).add_(1))
-        ctx.save_for_backward(hidden, weight, bias, true, seen, reach, log_ratio, log_seen)
-        ctx.mark_non_differentiable(correct)
-        return log_true, log_seen, code_sum, correct
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        for_true, for_seen, for_sum, _ = gradients
-        hidden, weight, bias, true, seen, reach, log_ratio, log_seen = ctx.saved_tensors
-        dtype = reach.dtype
-        to_hidden = torch.empty_like(hidden, dtype=dtype)
-        to_weight = None if weight is None else torch.zeros_like(weight, dtype=dtype)
-        to_bias = None if bias is None else torch.zeros_like(bias, dtype=dtype)
-        ratio = _code_ratio(log_ratio, reach, log_seen)
-        # γ itself depends on p(x_t) where x_t is visible: d log γ / d log p(x_t).
-        slope = (1 - reach) * (log_seen - _log_share(reach, log_seen)).exp()
-        slope = torch.where(ratio < math.exp(_LOG_HUGE), slope, 0.0)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows, logits in _chunks(hidden, weight, bias, dtype):
-                # Without a head the gradient is built where it is to lie.
-                probabilities = torch.softmax(logits, -1, out=to_hidden[rows] if weight is None else None)
-                inverse = torch.mul(probabilities, ratio[rows, None]).add_(1).reciprocal_()
-                # d Σ log(1 + γ p_k) / d log p_k = γ p_k / (1 + γ p_k) = 1 - inverse_k
-                total = probabilities.shape[-1] - inverse.sum(-1, keepdim=True)
-                of_true, of_sum = for_true[rows, None], for_sum[rows, None]
-                of_seen = for_seen[rows, None] + of_sum * total * slope[rows, None]
-                inverse.mul_(of_sum * ratio[rows, None]).sub_(of_true + of_seen + of_sum * total)
-                to_logits = probabilities.mul_(inverse)
-                to_logits.scatter_add_(-1, true[rows, None], of_true)
-                to_logits.scatter_add_(-1, seen[rows, None], of_seen)
-                if weight is not None and to_weight is not None:
-                    to_hidden[rows] = to_logits @ weight.to(dtype)
-                    to_weight.addmm_(to_logits.T, hidden[rows].to(dtype))
-                if to_bias is not None:
-                    to_bias += to_logits.sum(0)
-        to_weight = None if weight is None or to_weight is None else to_weight.to(weight.dtype)
-        to_bias = None if bias is None or to_bias is None else to_bias.to(bias.dtype)
-        return to_hidden.to(hidden.dtype), to_weight, to_bias, None, None, None, None
-
-
-def _chunks(
-    hidden: Float[Tensor, "tokens width"],
-    weight: Float[Tensor, "codes width"] | None,
-    bias: Float[Tensor, " codes"] | None,
-    dtype: torch.dtype,
-) -> Iterator[tuple[slice, Float[Tensor, "chunk codes"]]]:
-    """Logits of some tokens at a time; without a head ``hidden`` is the logits."""
-    codes = hidden.shape[-1] if weight is None else weight.shape[0]
-    budget = _CHUNK_ON_CPU if hidden.device.type == "cpu" else _CHUNK_ON_GPU
-    size = max(1, budget // codes)
-    weight = None if weight is None else weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    for first in range(0, len(hidden), size):
-        rows = slice(first, first + size)
-        part = hidden[rows].to(dtype)
-        yield rows, part if weight is None else torch.nn.functional.linear(part, weight, bias)

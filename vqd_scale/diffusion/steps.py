@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.rng import Purpose, uniforms
+from vqd_scale.core.rng import Purpose
+from vqd_scale.diffusion.noise import uniforms
 from vqd_scale.diffusion.transition import MaskAndReplace
 
 

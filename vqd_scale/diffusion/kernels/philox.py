@@ -1,0 +1,73 @@
+# pyright: basic, reportArgumentType=false, reportCallIssue=false
+# A kernel's parameters are Triton's tensors inside and PyTorch's outside: no annotation is right for both.
+"""`vqd_scale.core.rng.uniforms` as one Triton kernel, equal to it bit for bit.
+
+PyTorch's operations launch some hundred kernels for the same numbers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vqd_scale.core.rng import Purpose, key_of, words_of
+
+_BLOCKS = 128
+_WORD = tl.constexpr(0xFFFFFFFF)
+
+
+def uniforms(
+    seed: int,
+    purpose: Purpose,
+    slots: Int[Tensor, " batch"],
+    count: int,
+    *,
+    draw: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "batch count"]:
+    """Uniform numbers in [0, 1), a row for each slot; arguments and errors as in `vqd_scale.core.rng`."""
+    each = words_of(dtype)
+    low, high = key_of(seed, purpose)
+    out = torch.empty(len(slots), count, dtype=dtype, device=slots.device)
+    blocks = triton.cdiv(each * count, 4)
+    if out.numel():
+        with torch.cuda.device_of(slots):
+            _uniforms[(len(slots), triton.cdiv(blocks, _BLOCKS))](
+                out, slots.contiguous(), count, high << 32 | low, draw, each=each, blocks=_BLOCKS
+            )
+    return out
+
+
+@triton.jit
+def _uniforms(
+    out: tl.tensor,
+    slots: tl.tensor,
+    count: tl.tensor,
+    key: tl.int64,
+    draw: tl.int64,
+    each: tl.constexpr,
+    blocks: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + row)
+    block = tl.program_id(1) * blocks + tl.arange(0, blocks)
+    nothing = block * 0
+    words = tl.philox(
+        key,
+        block.to(tl.uint32),
+        (nothing + draw).to(tl.uint32),
+        (nothing + (slot & _WORD)).to(tl.uint32),
+        (nothing + (slot >> 32)).to(tl.uint32),
+    )
+    first = out + row * count
+    if each == 1:
+        for number in tl.static_range(4):
+            place = 4 * block + number
+            tl.store(first + place, (words[number] >> 8).to(tl.float32) * 2.0**-24, mask=place < count)
+    else:
+        for number in tl.static_range(2):
+            place = 2 * block + number
+            high, low = words[2 * number] >> 5, words[2 * number + 1] >> 6
+            value = (high.to(tl.float64) * 67108864.0 + low.to(tl.float64)) * 2.0**-53
+            tl.store(first + place, value, mask=place < count)

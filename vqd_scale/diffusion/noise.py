@@ -1,0 +1,26 @@
+"""Random numbers on the device that they are for."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vqd_scale.core import rng
+from vqd_scale.core.rng import Purpose
+from vqd_scale.diffusion.kernels.choice import has_kernels
+
+
+def uniforms(
+    seed: int,
+    purpose: Purpose,
+    slots: Int[Tensor, " batch"],
+    count: int,
+    *,
+    draw: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "batch count"]:
+    """`vqd_scale.core.rng.uniforms`, which see; by a Triton kernel where one runs, bit for bit the same."""
+    if not has_kernels(slots.device):
+        return rng.uniforms(seed, purpose, slots, count, draw=draw, dtype=dtype)
+    from vqd_scale.diffusion.kernels import philox
+
+    return philox.uniforms(seed, purpose, slots, count, draw=draw, dtype=dtype)
