@@ -51,7 +51,7 @@ def test_its_codes_may_start_from_a_codebook(config: NetworkConfig) -> None:
     network = build_network(config, CODES, GRID, STEPS)
     before = network(torch.zeros(1, 24, dtype=torch.int64), torch.tensor([3]), torch.tensor([0]))
     start_from_codebook(network.code_tables, torch.randn(CODES, 4), deviation=0.5)
-    assert [len(table) for table in network.code_tables] == [CODES, CODES]
+    assert [len(table) for table in network.code_tables] == [CODES + 1, CODES]
     after = network(torch.zeros(1, 24, dtype=torch.int64), torch.tensor([3]), torch.tensor([0]))
     assert not torch.allclose(before, after)
 

@@ -130,8 +130,8 @@ class Autoregressive(nn.Module):
 
     @property
     def code_tables(self) -> tuple[Tensor, Tensor]:
-        """What has a row for each code: the embedding's weight, without the start, and the head's."""
-        return self.content_emb.emb.weight[:-1], self.head.weight
+        """What begins with a row for each code: the weights of embedding and head."""
+        return self.content_emb.emb.weight, self.head.weight
 
     @overload
     def forward(self, tokens: Int[Tensor, "batch length"], condition: Tensor | None) -> Tensor: ...

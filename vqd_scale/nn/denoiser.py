@@ -29,6 +29,7 @@ from vqd_scale.nn.layers import (
     initialise,
     modulated,
 )
+from vqd_scale.nn.placement import HERE, Placement
 from vqd_scale.nn.sizes import SIZES, SizeName
 
 Output = TypeVar("Output")
@@ -224,6 +225,7 @@ class Denoiser(nn.Module):
         codes: K, the number of codes; the mask has id K and no logit.
         grid: Height and width in tokens.
         steps: T, the number of timesteps.
+        placement: Where its weights are while it is built.
 
     Raises:
         UserError: The configured position tables are too small for the grid.
@@ -231,25 +233,34 @@ class Denoiser(nn.Module):
 
     units: ClassVar[tuple[type[nn.Module], ...]] = (Block,)
 
-    def __init__(self, config: DenoiserConfig, codes: int, grid: tuple[int, int], steps: int) -> None:
+    def __init__(
+        self,
+        config: DenoiserConfig,
+        codes: int,
+        grid: tuple[int, int],
+        steps: int,
+        placement: Placement = HERE,
+    ) -> None:
         super().__init__()
         self.config = config
         self.grid = grid
         self.steps = steps
-        self.content_emb = ImageEmbedding(codes, grid, config.width, config.position_grid)
-        self.blocks = nn.ModuleList(Block(config, grid, steps) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
-        self.head = CodeHead(config.width, codes)
-        initialise(self, config.initial_deviation)
+        placed = placement.placed
+        self.content_emb = placed(ImageEmbedding(codes, grid, config.width, config.position_grid))
+        self.blocks = nn.ModuleList(placed(Block(config, grid, steps)) for _ in range(config.layers))
+        self.norm = placed(nn.LayerNorm(config.width))
+        self.head = placed(CodeHead(config.width, codes))
+        initialise(self, config.initial_deviation, placement)
         if config.zero_modulation:
             for module in self.modules():
                 if isinstance(module, AdaptiveLayerNorm):
-                    nn.init.zeros_(module.linear.weight)
+                    with placement.whole(module.linear.parameters()):
+                        nn.init.zeros_(module.linear.weight)
 
     @property
     def code_tables(self) -> tuple[Tensor, Tensor]:
-        """What has a row for each code: the embedding's weight, without the mask, and the head's."""
-        return self.content_emb.emb.weight[:-1], self.head.weight
+        """What begins with a row for each code: the weights of embedding and head."""
+        return self.content_emb.emb.weight, self.head.weight
 
     @torch.no_grad()
     def prepared(self, condition: Tensor | None) -> "PreparedDenoiser":

@@ -13,6 +13,7 @@ from torch.nn import functional
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.nn.attention import AttentionBackend, attention
+from vqd_scale.nn.placement import HERE, Placement
 
 TimestepEmbedding = Literal["learned", "sinusoidal"]
 NullClass = Literal["learned", "mean"]
@@ -316,36 +317,43 @@ def build_feed_forward(config: FeedForwardConfig, width: int, grid: tuple[int, i
     return FeedForward(width, config.multiplier)
 
 
-def initialise(network: nn.Module, deviation: float) -> None:
+@torch.no_grad()
+def initialise(network: nn.Module, deviation: float, placement: Placement = HERE) -> None:
     """Normal weights and zero biases; convolutions keep torch's default, as in the published recipe.
 
     Args:
         network: A transformer.
         deviation: Of the weights of linear layers and embeddings.
+        placement: Where its weights are.
     """
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=deviation)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
+            with placement.whole(module.parameters(recurse=False)):
+                # Drawn in float32 and on the CPU wherever the weight is, so that all placements start alike.
+                module.weight.copy_(torch.empty(module.weight.shape).normal_(std=deviation))
+                if isinstance(module, nn.Linear):
+                    module.bias.zero_()
 
 
 @torch.no_grad()
 def start_from_codebook(
-    tables: Sequence[Float[Tensor, "codes width"]],
+    tables: Sequence[Float[Tensor, "rows width"]],
     vectors: Float[Tensor, "codes code_width"],
     deviation: float,
+    placement: Placement = HERE,
 ) -> None:
     """Let codes that look alike start alike: a network's code tables as random rotations of the code vectors.
 
     Only a start, for runs too short to find out from the pictures; every weight is trained as before.
 
     Args:
-        tables: Weights with a row for each code, which are overwritten.
+        tables: Weights whose first rows are the codes', which are overwritten.
         vectors: The tokenizer's code vectors, no wider than the network.
         deviation: Standard deviation of the weights along each rotated direction.
+        placement: Where the tables are.
     """
     whitened = (vectors - vectors.mean(dim=0)) / vectors.std(dim=0)
-    for weight in tables:
-        rotation = nn.init.orthogonal_(torch.empty(vectors.shape[1], weight.shape[1]))
-        weight.copy_(whitened @ rotation * deviation)
+    with placement.whole(tables):
+        for weight in tables:
+            rotation = nn.init.orthogonal_(torch.empty(vectors.shape[1], weight.shape[1]))
+            weight[: len(vectors)].copy_(whitened @ rotation * deviation)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vqd_scale.core.config import kind_or
 from vqd_scale.nn.denoiser import Consume, Denoiser, DenoiserConfig, Output
+from vqd_scale.nn.placement import HERE, Placement
 from vqd_scale.nn.unet import UNet, UNetConfig
 
 NetworkConfig: TypeAlias = Annotated[
@@ -28,7 +29,7 @@ class Network(Protocol):
 
     @property
     def code_tables(self) -> Sequence[Tensor]:
-        """Weights with a row for each code, see `vqd_scale.nn.layers.start_from_codebook`."""
+        """Weights whose first rows are the codes', see `vqd_scale.nn.layers.start_from_codebook`."""
         ...
 
     def prepared(
@@ -52,7 +53,9 @@ class Network(Protocol):
     ) -> Output: ...
 
 
-def build_network(config: NetworkConfig, codes: int, grid: tuple[int, int], steps: int) -> Network:
+def build_network(
+    config: NetworkConfig, codes: int, grid: tuple[int, int], steps: int, placement: Placement = HERE
+) -> Network:
     """The network that a configuration describes.
 
     Args:
@@ -60,10 +63,11 @@ def build_network(config: NetworkConfig, codes: int, grid: tuple[int, int], step
         codes: K, the number of codes.
         grid: Rows and columns of tokens.
         steps: T, the number of timesteps.
+        placement: Where a transformer's weights are while it is built; a U-Net is small enough to be whole.
 
     Raises:
         UserError: The network cannot take this grid.
     """
     if isinstance(config, UNetConfig):
         return UNet(config, codes, grid, steps)
-    return Denoiser(config, codes, grid, steps)
+    return Denoiser(config, codes, grid, steps, placement)

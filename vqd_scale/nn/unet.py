@@ -164,8 +164,8 @@ class UNet(nn.Module):
 
     @property
     def code_tables(self) -> tuple[Tensor, Tensor]:
-        """What has a row for each code: the embedding's weight, without the mask, and the head's."""
-        return self.content_emb.weight[:-1], self.head.weight
+        """What begins with a row for each code: the weights of embedding and head."""
+        return self.content_emb.weight, self.head.weight
 
     def prepared(self, condition: Tensor | None) -> Callable[[Tensor, int], Tensor]:
         """The network under one condition: logits of tokens at one timestep of the whole batch.
