@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from vqd_scale.tokenizers.codebook import Codebook
+from vqd_scale.tokenizers import codebook as module
+from vqd_scale.tokenizers.codebook import Codebook, chunks, nearest_codes
 
 
 def filled(codes: int = 6, width: int = 3, decay: float = 0.9) -> Codebook:
@@ -21,6 +22,26 @@ def test_nearest_is_the_smallest_distance() -> None:
     codebook, points = filled(), vectors()
     distances = (points[:, None] - codebook.embedding[None]).square().sum(-1)
     assert torch.equal(codebook.nearest(points), distances.argmin(1))
+
+
+def test_search_in_parts_finds_the_same_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    codebook, points = filled(), vectors()
+    whole = codebook.nearest(points)
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 4 * codebook.codes)
+    parts = chunks(points, codebook.codes)
+    assert [len(part) for part in parts] == [4] * 12 + [2]
+    assert torch.equal(codebook.nearest(points), whole)
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 1)
+    assert torch.equal(codebook.nearest(points), whole)
+
+
+def test_the_search_is_float32_under_autocast_too() -> None:
+    """Codes 0.003 apart at 1 are not told apart in bfloat16."""
+    codes = 1 + torch.arange(8.0)[:, None].expand(8, 2) * 3e-3
+    with torch.autocast("cpu", torch.bfloat16):
+        found = nearest_codes(codes.clone(), codes)
+    assert found.tolist() == list(range(8))
+    assert codes.bfloat16().unique().numel() < 8
 
 
 def test_update_moves_each_code_to_the_average_of_its_vectors() -> None:

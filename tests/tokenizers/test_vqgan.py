@@ -2,7 +2,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from vqd_scale.tokenizers.base import ImageTokenizer, to_bytes, to_signal
+from vqd_scale.core.errors import UserError
+from vqd_scale.tokenizers.base import Draws, ImageTokenizer
 from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
 
 CONFIGS = [
@@ -49,13 +50,36 @@ def test_without_the_codebook_it_is_a_plain_autoencoder() -> None:
     torch.testing.assert_close(vqgan(images, quantised=False).images, vqgan.decoder(vqgan.encoder(images)))
 
 
-def test_bytes_and_signal_are_inverse() -> None:
-    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    assert torch.equal(to_bytes(to_signal(every)), every)
-    assert to_signal(every).min() == -1
-    assert to_signal(every).max() == 1
-
-
 def test_group_norm_needs_channels_it_can_group() -> None:
     with pytest.raises(ValidationError, match="multiple of 32"):
         VQGANConfig(channels=48)
+
+
+def test_attention_stands_at_levels_that_exist() -> None:
+    with pytest.raises(ValidationError, match="levels below 4"):
+        VQGANConfig(attention=(4,))
+
+
+def test_1x1_convolutions_stand_on_both_sides_of_the_codebook() -> None:
+    config = CONFIGS[0].model_copy(update={"latent_width": 7})
+    vqgan = build(config)
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    z = vqgan.quant_conv(vqgan.encoder(images))
+    assert vqgan.encoder(images).shape[1] == 7
+    assert z.shape[1] == 3
+    tokens = vqgan.quantize.nearest(z.permute(0, 2, 3, 1).flatten(0, 2)).view(2, 4, 4)
+    assert torch.equal(vqgan.encode(images), tokens)
+    quantised = vqgan.quantize.lookup(tokens).permute(0, 3, 1, 2)
+    expected = vqgan.decoder(vqgan.post_quant_conv(quantised))
+    torch.testing.assert_close(vqgan.decode(tokens), expected)
+    torch.testing.assert_close(vqgan(images).images, expected)
+
+
+def test_sampling_is_refused_where_there_are_no_probabilities() -> None:
+    with pytest.raises(UserError, match="VQGAN gives no probabilities"):
+        build(CONFIGS[0]).encode(torch.zeros(1, 3, 8, 8), Draws(seed=0, slots=torch.zeros(1).long()))
+
+
+def test_code_vectors_are_the_codebook() -> None:
+    vqgan = build(CONFIGS[0])
+    assert torch.equal(vqgan.code_vectors(), vqgan.quantize.embedding)

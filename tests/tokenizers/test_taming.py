@@ -1,0 +1,189 @@
+import copy
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from vqd_scale.core.errors import UserError
+from vqd_scale.tokenizers import codebook as module
+from vqd_scale.tokenizers.base import Draws
+from vqd_scale.tokenizers.taming import (
+    FFHQ_F16,
+    IMAGENET_F16,
+    OPENIMAGES_GUMBEL_F8,
+    GumbelCodebook,
+    TamingGumbel,
+    TamingGumbelConfig,
+    TamingVQConfig,
+    taming_config,
+)
+
+GUMBEL_F8 = """
+model:
+  base_learning_rate: 4.5e-06
+  target: taming.models.vqgan.GumbelVQ
+  params:
+    kl_weight: 1.0e-08
+    embed_dim: 256
+    n_embed: 8192
+    monitor: val/rec_loss
+    temperature_scheduler_config: {target: taming.lr_scheduler.LambdaWarmUpCosineScheduler}
+    ddconfig:
+      double_z: false
+      z_channels: 256
+      resolution: 256
+      in_channels: 3
+      out_ch: 3
+      ch: 128
+      ch_mult: [1, 1, 2, 4]
+      num_res_blocks: 2
+      attn_resolutions: [32]
+      dropout: 0.0
+    lossconfig: {target: taming.modules.losses.vqperceptual.DummyLoss}
+"""
+IMAGENET_F16_YAML = """
+model:
+  target: taming.models.vqgan.VQModel
+  params:
+    embed_dim: 256
+    n_embed: 16384
+    ddconfig: {double_z: false, z_channels: 256, resolution: 256, in_channels: 3, out_ch: 3, ch: 128,
+               ch_mult: [1, 1, 2, 2, 4], num_res_blocks: 2, attn_resolutions: [16], dropout: 0.0}
+"""
+FFHQ_TRANSFORMER = """
+model:
+  target: taming.models.cond_transformer.Net2NetTransformer
+  params:
+    transformer_config: {target: taming.modules.transformer.mingpt.GPT, params: {vocab_size: 1024}}
+    first_stage_config:
+      target: taming.models.vqgan.VQModel
+      params:
+        embed_dim: 256
+        n_embed: 1024
+        ddconfig: {double_z: false, z_channels: 256, resolution: 256, in_channels: 3, out_ch: 3, ch: 128,
+                   ch_mult: [1, 1, 2, 2, 4], num_res_blocks: 2, attn_resolutions: [16], dropout: 0.0}
+"""
+LATENT_DIFFUSION_F4 = """
+model:
+  target: ldm.models.autoencoder.VQModelInterface
+  params:
+    embed_dim: 3
+    n_embed: 8192
+    ddconfig: {double_z: false, z_channels: 3, resolution: 256, in_channels: 3, out_ch: 3, ch: 128,
+               ch_mult: [1, 2, 4], num_res_blocks: 2, attn_resolutions: [], dropout: 0.0}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (GUMBEL_F8, OPENIMAGES_GUMBEL_F8),
+        (IMAGENET_F16_YAML, IMAGENET_F16),
+        (FFHQ_TRANSFORMER, FFHQ_F16),
+        (
+            LATENT_DIFFUSION_F4,
+            TamingVQConfig(codes=8192, code_width=3, latent_width=3, multipliers=(1, 2, 4), attention=()),
+        ),
+    ],
+    ids=["gumbel f8", "imagenet f16", "ffhq in a transformer", "f4"],
+)
+def test_published_yaml_files_become_configurations(text: str, expected: TamingVQConfig) -> None:
+    assert taming_config(yaml.safe_load(text), "model.yaml") == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["model", "target"], "taming.models.vqgan.VQSegmentationModel", "one of VQModel, .* not 'VQSegm"),
+        (["model", "params", "ddconfig", "double_z"], True, "ddconfig.double_z must be False here, not True"),
+        (["model", "params", "ddconfig", "in_channels"], 182, "ddconfig.in_channels must be 3"),
+        (["model", "params", "ddconfig", "resamp_with_conv"], False, "resamp_with_conv must be True"),
+        (["model", "params", "ddconfig", "ch_mult"], [2, 4], "must start with 1"),
+        (["model", "params", "ddconfig", "ch"], 100, "must be a multiple of 32"),
+        (["model", "params", "ddconfig"], "none", "holds no mapping 'ddconfig'"),
+        (["model", "params", "n_embed"], None, "codes: given None"),
+    ],
+)
+def test_other_yaml_files_are_one_sentence(path: list[str], value: object, message: str) -> None:
+    values: Any = copy.deepcopy(yaml.safe_load(GUMBEL_F8))
+    node = values
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    with pytest.raises(UserError, match=message):
+        taming_config(values, "model.yaml")
+
+
+def test_what_a_yaml_file_lacks_is_listed() -> None:
+    values: Any = yaml.safe_load(GUMBEL_F8)
+    del values["model"]["params"]["embed_dim"], values["model"]["params"]["ddconfig"]["z_channels"]
+    with pytest.raises(UserError, match="lack embed_dim, z_channels"):
+        taming_config(values, "model.yaml")
+    with pytest.raises(UserError, match="holds no mapping 'model'"):
+        taming_config({}, "model.yaml")
+
+
+def tokenizer() -> TamingGumbel:
+    torch.manual_seed(0)
+    config = TamingGumbelConfig(
+        codes=12,
+        code_width=4,
+        channels=32,
+        multipliers=(1, 1),
+        residual_blocks=1,
+        latent_width=4,
+        attention=(),
+    )
+    return TamingGumbel(config).requires_grad_(False)
+
+
+def pictures(count: int = 3) -> Tensor:
+    return torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_trap_23_encoding_is_deterministic_whatever_torch_last_drew() -> None:
+    gumbel, images = tokenizer(), pictures()
+    torch.manual_seed(1)
+    first = gumbel.encode(images)
+    torch.manual_seed(2)
+    assert torch.equal(gumbel.encode(images), first)
+    assert torch.equal(gumbel.train().encode(images), first)
+    logits = gumbel.quantize.proj(gumbel.latents(images))
+    assert torch.equal(first, logits.argmax(1))
+
+
+def test_trap_23_sampled_codes_follow_from_seed_and_slot_alone() -> None:
+    gumbel, images = tokenizer(), pictures()
+    slots = torch.tensor([7, 1, 2**40])
+    torch.manual_seed(1)
+    sampled = gumbel.encode(images, Draws(seed=5, slots=slots))
+    torch.manual_seed(2)
+    assert torch.equal(gumbel.encode(images, Draws(5, slots)), sampled)
+    assert torch.equal(gumbel.encode(images[[2, 0]], Draws(5, slots[[2, 0]])), sampled[[2, 0]])
+    assert not torch.equal(gumbel.encode(images), sampled)
+    assert not torch.equal(gumbel.encode(images, Draws(6, slots)), sampled)
+    assert not torch.equal(gumbel.encode(images, Draws(5, slots + 1)), sampled)
+
+
+def test_trap_23_sampled_codes_have_the_classifiers_probabilities() -> None:
+    torch.manual_seed(0)
+    codebook = GumbelCodebook(codes=6, width=4).requires_grad_(False)
+    vector, count = torch.randn(1, 4) * 2, 20_000
+    expected = count * codebook.proj(vector[..., None, None])[0, :, 0, 0].softmax(0).double()
+    drawn = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    ids = codebook.sample(vector.expand(count, 4), drawn)
+    counts = torch.bincount(ids, minlength=6)
+    assert (counts - expected).abs().max() < 1.5
+    assert counts.min() > 100
+
+
+def test_a_classifier_of_many_codes_runs_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    codebook = GumbelCodebook(codes=6, width=4).requires_grad_(False)
+    vectors, drawn = torch.randn(50, 4), torch.rand(50, dtype=torch.float64)
+    whole = codebook.nearest(vectors), codebook.sample(vectors, drawn)
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 4 * codebook.codes)
+    assert torch.equal(codebook.nearest(vectors), whole[0])
+    assert torch.equal(codebook.sample(vectors, drawn), whole[1])
