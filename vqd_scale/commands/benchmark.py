@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vqd_scale.commands.benchmarks.loss import benchmark_loss
-from vqd_scale.commands.benchmarks.measuring import provenance
 from vqd_scale.commands.entry import run_tool, tool_parser
+from vqd_scale.core.provenance import provenance
 from vqd_scale.core.store import publish_json
 
 BENCHMARKS: dict[str, Callable[[int], dict[str, Any]]] = {"loss": benchmark_loss}

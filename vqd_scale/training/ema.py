@@ -48,8 +48,8 @@ class EMA:
     def in_place_of_weights(self) -> Generator[None]:
         """Let the network compute with the average for a while; all ranks together.
 
-        Each rank swaps its own share, nothing is gathered. Afterwards every bit of weights and average is what
-        it was, since they were only copied.
+        Each rank swaps its own share, nothing is gathered. Afterwards every bit of weights and average is
+        what it was, since they were only copied.
         """
         self._swap()
         try:

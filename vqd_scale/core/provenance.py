@@ -1,0 +1,56 @@
+"""Where a figure comes from: machine, versions, and the state of the source tree."""
+
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("torch", "deepspeed", "xformers", "webdataset", "open-clip-torch", "numpy")
+
+
+def provenance() -> dict[str, Any]:
+    """Machine, versions and commit; every benchmark's result and every run's folder carries them."""
+    return {"machine": _machine(), "versions": _versions(), "commit": _git("rev-parse", "HEAD")}
+
+
+def modified_files() -> list[str]:
+    """Files of the source tree that differ from its commit; none where there is no source tree."""
+    return [line[3:] for line in _git("status", "--porcelain", "--untracked-files=no").splitlines()]
+
+
+def _machine() -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    found = {
+        "processor": models[0] if models else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _git(*arguments: str) -> str:
+    """What git says of the source tree; empty where there is none, as in an installed wheel."""
+    git = shutil.which("git")
+    if git is None:
+        return ""
+    command = [git, "-C", str(Path(__file__).parent), *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - fixed words
+    return found.stdout.strip("\n")
