@@ -1,6 +1,7 @@
 """Named tensors from somebody's file, read without running what is in it."""
 
 import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,6 +43,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise UserError(f"{path}: holds no tensors.")
     return tensors
+
+
+def check_names(state: Mapping[str, Tensor], expected: Iterable[str], whose: str) -> None:
+    """See that a state dictionary has the entries that it should have and no others.
+
+    Raises:
+        UserError: Entries are unknown or missing; all are listed.
+    """
+    known = set(expected)
+    unknown, missing = sorted(state.keys() - known), sorted(known - state.keys())
+    if unknown or missing:
+        raise UserError(
+            f"these are not the weights of {whose}: unknown {', '.join(unknown) or 'none'}; missing "
+            f"{', '.join(missing) or 'none'}."
+        )
 
 
 def _is_program(path: Path) -> bool:

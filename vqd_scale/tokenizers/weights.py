@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from vqd_scale.core.errors import UserError
+from vqd_scale.core.tensors import check_names
 
 _RESIDUAL = ("norm1", "conv1", "norm2", "conv2")
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
@@ -39,7 +39,7 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if "quantize.embedding" in given:
         given[_CODEBOOK] = given.pop("quantize.embedding")
     entries = list(_entries(_shape_of(given, "encoder.down.{}.block.{}.", "encoder.down.{}.attn.")))
-    _check(given, [entry.ours for entry in entries], "VQ-GAN's")
+    check_names(given, [entry.ours for entry in entries], "a VQ-GAN")
     return {
         entry.theirs: given[entry.ours][:, :, 0, 0].contiguous() if entry.is_linear else given[entry.ours]
         for entry in entries
@@ -55,9 +55,11 @@ def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     given = {_renewed(name): value for name, value in state.items()}
     pattern = "encoder.down_blocks.{}.resnets.{}.", "encoder.down_blocks.{}.attentions."
     entries = list(_entries(_shape_of(given, *pattern)))
-    _check(given, [entry.theirs for entry in entries], "diffusers' VQModel's")
+    check_names(given, [entry.theirs for entry in entries], "diffusers' VQModel")
     return {
-        entry.ours: given[entry.theirs][:, :, None, None] if entry.is_linear else given[entry.theirs]
+        entry.ours: given[entry.theirs].unsqueeze(-1).unsqueeze(-1)
+        if entry.is_linear
+        else given[entry.theirs]
         for entry in entries
     }
 
@@ -89,11 +91,12 @@ def _shape_of(state: Mapping[str, Tensor], block: str, attention: str) -> _Shape
     """Read it off the encoder, whose names follow two patterns; what is amiss shows as missing entries."""
     pattern = re.compile(re.escape(block).replace(r"\{\}", r"(\d+)"))
     numbers = [tuple(map(int, found.groups())) for name in state if (found := pattern.match(name))]
-    levels = 1 + max((level for level, _ in numbers), default=-1)
+    levels = len({level for level, _ in numbers})
     first = [state.get(block.format(level, 0) + "conv1.weight") for level in range(levels)]
+    shapes = [() if weight is None else tuple(weight.shape[:2]) for weight in first]
     return _Shape(
-        widths=[(0, 0) if weight is None else (weight.shape[1], weight.shape[0]) for weight in first],
-        blocks=1 + max((number for _, number in numbers), default=-1),
+        widths=[(shape[1], shape[0]) if len(shape) == 2 else (0, 0) for shape in shapes],
+        blocks=len({number for _, number in numbers}),
         attends=[any(name.startswith(attention.format(level)) for name in state) for level in range(levels)],
     )
 
@@ -155,12 +158,3 @@ def _renewed(name: str) -> str:
     head, dot, kind = name.rpartition(".")
     stem, _, part = head.rpartition(".")
     return f"{stem}.{_EARLIER[part]}{dot}{kind}" if part in _EARLIER else name
-
-
-def _check(state: Mapping[str, Tensor], expected: list[str], whose: str) -> None:
-    unknown, missing = sorted(state.keys() - set(expected)), sorted(set(expected) - state.keys())
-    if unknown or missing:
-        raise UserError(
-            f"these are not {whose} weights: unknown {', '.join(unknown) or 'none'}; missing "
-            f"{', '.join(missing) or 'none'}."
-        )
