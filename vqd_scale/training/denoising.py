@@ -23,6 +23,7 @@ from vqd_scale.nn.denoiser import Block, DenoiserConfig
 from vqd_scale.nn.layers import start_from_codebook
 from vqd_scale.text.clip import TextConfig, Tower
 from vqd_scale.training.config import RunConfig
+from vqd_scale.training.engine import placement
 from vqd_scale.training.task import Forward, Losses
 
 _TIME_BINS = 10
@@ -107,11 +108,12 @@ class DenoisingTask:
             diffusion=config.diffusion,
         )
         torch.manual_seed(config.seed)
-        model = Model(self.bundle)
+        where = placement(config.engine, world)
+        model = Model(self.bundle, where)
         meta.check(config.tokenizer, model.text.tokenizer, config.data.path)
         if config.codebook_start:
             vectors = load_tokenizer(config.tokenizer, torch.device("cpu")).quantize.embedding
-            start_from_codebook(model.denoiser.code_tables, vectors, config.codebook_start)
+            start_from_codebook(model.denoiser.code_tables, vectors, config.codebook_start, where)
         self.text_length = model.text.tokenizer.context_length
         self.transition = MaskAndReplace(config.diffusion, meta.codes)
         self.module = DenoisingStep(model, Objective(self.transition, config.objective))

@@ -5,7 +5,8 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from vqd_scale.core.config import Config
 from vqd_scale.core.world import World
+from vqd_scale.nn.placement import HERE, Part, Placement
 from vqd_scale.training.optim import OptimConfig, build_optimizer
 from vqd_scale.training.partition import Partition
 
@@ -24,6 +26,8 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import set_z3_leaf_modules
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class ZeroConfig(Config):
@@ -56,6 +60,16 @@ class EngineConfig(Config):
     """Parameters with fewer elements stay whole on every rank; their optimizer state is sharded anyway."""
     bucket_elements: PositiveInt = 50_000_000
     """Elements that are gathered or reduced in one message."""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to warnings that mean something, and the standard output for a tool's result."""
+    for chatty in (deepspeed_logger, logging.getLogger("torch.utils.cpp_extension")):
+        chatty.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="deepspeed")
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
 
 
 def deepspeed_json(config: EngineConfig, optim: OptimConfig, batch: int, ranks: int) -> dict[str, Any]:
@@ -111,6 +125,34 @@ def _zero_json(config: EngineConfig) -> dict[str, Any]:
     return values
 
 
+def placement(config: EngineConfig, world: World) -> Placement:
+    """Where a network's weights are to be while it is built: cut among the ranks, if they are held so."""
+    return _AmongRanks(config) if config.zero.stage == 3 and world.size > 1 else HERE
+
+
+class _AmongRanks(Placement):
+    """Each part is cut as soon as it is made, so that no rank ever holds the whole network."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._dtype = _DTYPES[config.precision]
+        self._json = {
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": config.precision == "bf16"},
+            "zero_optimization": _zero_json(config),
+        }
+
+    def placed(self, part: Part) -> Part:
+        with _quiet():
+            deepspeed.zero.Init(
+                module=part.to(self._dtype), config_dict_or_path=self._json, dtype=self._dtype
+            )
+        return part
+
+    def whole(self, weights: Iterable[Tensor]) -> AbstractContextManager[object]:
+        # What rank 0 makes of them is kept; all ranks draw the same.
+        return deepspeed.zero.GatheredParameters(list(weights), modifier_rank=0)
+
+
 class Engine:
     """A module whose parameters, gradients and optimizer state are spread over the ranks.
 
@@ -133,14 +175,15 @@ class Engine:
         world: World,
         units: Sequence[type[nn.Module]],
     ) -> None:
-        for chatty in (deepspeed_logger, logging.getLogger("torch.utils.cpp_extension")):
-            chatty.setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", module="deepspeed")
         if config.zero.stage == 3:
             set_z3_leaf_modules(module, list(units))
+        # DeepSpeed does this to a module that is whole, not to one of which some parts are cut already.
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(world.device, _DTYPES[config.precision])
+        for buffer in module.buffers():
+            buffer.data = buffer.data.to(world.device)
         optimizer = build_optimizer(module, optim)
-        # DeepSpeed tells the standard output what it compiled; that stream is for a tool's result.
-        with contextlib.redirect_stdout(io.StringIO()):
+        with _quiet():
             engine, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=optimizer,

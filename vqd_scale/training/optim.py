@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch import Tensor, nn, optim
 
 from vqd_scale.core.config import Config
+from vqd_scale.training.partition import shape_of
 
 
 class Constant(Config):
@@ -86,7 +87,7 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> optim.AdamW:
         for child in module.modules()
         for name, parameter in child.named_parameters(recurse=False)
         if config.decayed == "matrices"
-        if isinstance(child, nn.Embedding) or parameter.ndim < 2 or name == "null"
+        if isinstance(child, nn.Embedding) or len(shape_of(parameter)) < 2 or name == "null"
     }
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [

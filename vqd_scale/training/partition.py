@@ -36,6 +36,11 @@ class Piece:
     offset: int
 
 
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
+    """A parameter's shape, also where it is cut among the ranks and torch sees an empty tensor."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 class _Layout(Protocol):
     """What differs between the stages."""
 
@@ -128,7 +133,7 @@ class _CutParameters:
         group, offset, length = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
         start = self._rank * length
         real = max(0, min(length, parameter.ds_numel - start))
-        return Piece(name, tuple(parameter.ds_shape), start, real, group, offset)
+        return Piece(name, shape_of(parameter), start, real, group, offset)
 
     def refresh(self) -> None:
         self._optimizer._partition_all_parameters()
