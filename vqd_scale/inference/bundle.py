@@ -1,5 +1,10 @@
-"""What a trained model is on disk: a folder of safetensors and one JSON that says everything else."""
+"""What a trained model is on disk: a folder of safetensors and one JSON that says everything else.
 
+``config.json`` says what the weights need to mean something; the weights name the schedule they were trained
+under, so that neither can be exchanged for another without a word. ``README.md`` says it to people.
+"""
+
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,21 +13,31 @@ from typing import Any
 
 import torch
 from pydantic import PositiveInt
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vqd_scale.core.config import Config, ConfigType, validated
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.store import publish_json, published_folder, read_json, sha256_of
+from vqd_scale.core.store import publish_json, publish_text, published_folder, read_json, sha256_of
 from vqd_scale.diffusion.schedule import Schedule
-from vqd_scale.nn.denoiser import Denoiser, DenoiserConfig, TextCondition
+from vqd_scale.nn.denoiser import TextCondition
+from vqd_scale.nn.network import NetworkConfig, build_network
+from vqd_scale.nn.placement import HERE, Placement
 from vqd_scale.text.clip import TextConfig, TextEncoder
-from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
+from vqd_scale.tokenizers.choice import ReducedConfig, Tokenizer, TokenizerConfig, build_tokenizer
+from vqd_scale.tokenizers.fsq import FSQConfig
+from vqd_scale.tokenizers.taming import TamingGumbelConfig, TamingVQConfig
+from vqd_scale.tokenizers.vqgan import VQGANConfig
 
-_CONFIG = "config.json"
-_WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+_CARD = "README.md"
 _TOKENIZER = "tokenizer"
+_SCHEDULE = "schedule"
+_TOKENIZERS = (VQGANConfig, TamingVQConfig, TamingGumbelConfig, FSQConfig, ReducedConfig)
+
+_TRAINED = "Trained with vqd_scale. Who trained it decides on its licence, within that of the training data."
 
 
 class BundleConfig(Config):
@@ -32,9 +47,12 @@ class BundleConfig(Config):
     """K, the number of codes."""
     grid: tuple[PositiveInt, PositiveInt]
     """Rows and columns of tokens."""
-    denoiser: DenoiserConfig
-    text: TextConfig
+    denoiser: NetworkConfig
+    text: TextConfig | None = None
+    """The encoder of captions; none for a model that takes no text."""
     diffusion: Schedule
+    origin: str = _TRAINED
+    """Where the weights come from, and what is known of their licence."""
 
 
 class Model(nn.Module):
@@ -42,66 +60,137 @@ class Model(nn.Module):
 
     Args:
         config: Their shapes.
+        placement: Where the network's weights are while it is built.
+
+    Attributes:
+        denoiser: The network.
+        text: The encoder of captions; only a model of a text condition has one.
 
     Raises:
-        UserError: The denoiser does not take text, or text of another width.
+        UserError: The denoiser takes text and there is no text encoder of that width, or takes none and there
+            is one.
     """
 
-    def __init__(self, config: BundleConfig) -> None:
+    def __init__(self, config: BundleConfig, placement: Placement = HERE) -> None:
         super().__init__()
-        self.text = TextEncoder(config.text)
         condition = config.denoiser.condition
-        if not isinstance(condition, TextCondition) or condition.width != self.text.width:
+        if config.text is not None:
+            self.text = TextEncoder(config.text)
+        width = None if config.text is None else self.text.width
+        if width != (condition.width if isinstance(condition, TextCondition) else None):
+            wanted = "another kind than 'text'" if width is None else f"kind 'text' of width {width}"
             raise UserError(
-                f"denoiser.condition: must be kind 'text' of width {self.text.width}, the text encoder's, "
-                f"not {condition!r}."
+                f"denoiser.condition: must be {wanted} to go with the text encoder, not {condition!r}."
             )
-        self.denoiser = Denoiser(config.denoiser, config.codes, config.grid, config.diffusion.steps)
+        self.denoiser = build_network(
+            config.denoiser, config.codes, config.grid, config.diffusion.steps, placement
+        )
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A loaded model.
+    """A loaded model, for inference only.
 
     Attributes:
         config: Its shapes and schedule.
-        model: Denoiser and text encoder, in evaluation mode.
+        model: Denoiser and text encoder.
         tokenizer: Tokens to pictures.
+
+    Raises:
+        UserError: The tokenizer has another number of codes than the model.
     """
 
     config: BundleConfig
     model: Model
-    tokenizer: VQGAN
+    tokenizer: Tokenizer
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.codes != self.config.codes:
+            raise UserError(
+                f"the tokenizer has {self.tokenizer.codes} codes, but the model was made for "
+                f"{self.config.codes}; they do not belong together (a reduction map may be missing)."
+            )
+        for module in (self.model, self.tokenizer):
+            module.eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks lie."""
+        return self.model.denoiser.code_tables[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the denoiser computes."""
+        return self.model.denoiser.code_tables[0].dtype
+
+    def to(self, place: torch.dtype | torch.device | str) -> None:
+        """Move everything to a device; or let denoiser and convolutions compute in another dtype.
+
+        The text encoder, run once for a prompt, stays as it is, and so does what chooses a code.
+        """
+        if isinstance(place, torch.dtype):
+            self.model.get_submodule("denoiser").to(dtype=place)
+            self.tokenizer.compute_in(place)
+        else:
+            self.model.to(device=place)
+            self.tokenizer.to(device=place)
 
 
-def save_bundle(folder: Path, config: BundleConfig, weights: Mapping[str, Tensor], tokenizer: Path) -> None:
-    """Write a model's bundle, the tokenizer's within it.
+@dataclass(frozen=True)
+class TokenizerWeights:
+    """A tokenizer that is not yet a bundle.
+
+    Attributes:
+        config: Its shape.
+        tensors: Its module's state.
+    """
+
+    config: TokenizerConfig
+    tensors: Mapping[str, Tensor]
+
+
+def save_bundle(
+    folder: Path, config: BundleConfig, weights: Mapping[str, Tensor], tokenizer: Path | TokenizerWeights
+) -> None:
+    """Write a model's bundle, the tokenizer's within it: all of it or nothing.
+
+    Args:
+        folder: Where; what is there is replaced.
+        config: What the model is.
+        weights: The state of its `Model`.
+        tokenizer: A tokenizer's bundle to be copied, or its weights.
 
     Raises:
         UserError: The disk is full or the folder cannot be written.
     """
     with published_folder(folder) as partial:
-        _save(partial, config, weights)
-        shutil.copytree(tokenizer, partial / _TOKENIZER)
+        _save(partial, config, weights, {_SCHEDULE: _fingerprint(config.diffusion)})
+        if isinstance(tokenizer, TokenizerWeights):
+            (partial / _TOKENIZER).mkdir()
+            _save(partial / _TOKENIZER, tokenizer.config, tokenizer.tensors)
+        else:
+            shutil.copytree(tokenizer, partial / _TOKENIZER)
+        parameters = sum(tensor.numel() for tensor in weights.values())
+        publish_text(partial / _CARD, _card(config, parameters))
 
 
-def load_bundle(folder: Path, device: torch.device) -> Bundle:
-    """Read a model's bundle, or that of a finished run.
+def load_bundle(folder: Path) -> Bundle:
+    """Read a model's bundle, or that of a finished run, into float32 on the CPU.
 
     Raises:
-        UserError: There is none, or a file is missing, damaged or of another shape.
+        UserError: There is none, a file is missing, damaged or of another shape, or the weights were trained
+            under another schedule than the configuration says.
     """
     if (folder / "export").is_dir():
         folder = folder / "export"
     config = _load_config(BundleConfig, folder, "model bundle")
     model = Model(config)
     _load_weights(model, folder)
-    return Bundle(
-        config, model.to(device).eval().requires_grad_(False), load_tokenizer(folder / _TOKENIZER, device)
-    )
+    _check_schedule(config, folder)
+    return Bundle(config, model, load_tokenizer(folder / _TOKENIZER, torch.device("cpu")))
 
 
-def save_tokenizer(folder: Path, config: VQGANConfig, weights: Mapping[str, Tensor]) -> None:
+def save_tokenizer(folder: Path, config: TokenizerConfig, weights: Mapping[str, Tensor]) -> None:
     """Write a tokenizer's bundle.
 
     Raises:
@@ -111,13 +200,13 @@ def save_tokenizer(folder: Path, config: VQGANConfig, weights: Mapping[str, Tens
         _save(partial, config, weights)
 
 
-def load_tokenizer(folder: Path, device: torch.device) -> VQGAN:
+def load_tokenizer(folder: Path, device: torch.device) -> Tokenizer:
     """Read a tokenizer's bundle.
 
     Raises:
         UserError: There is none, or a file is missing, damaged or of another shape.
     """
-    tokenizer = VQGAN(_load_config(VQGANConfig, folder, "tokenizer bundle"))
+    tokenizer = build_tokenizer(_load_config(_TOKENIZERS, folder, "tokenizer bundle"))
     _load_weights(tokenizer, folder)
     return tokenizer.to(device).eval().requires_grad_(False)
 
@@ -128,26 +217,31 @@ def tokenizer_fingerprint(folder: Path) -> str:
     Raises:
         UserError: There is no tokenizer bundle in the folder.
     """
-    if not (folder / _WEIGHTS).is_file():
+    if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: there is no tokenizer bundle here; train_tokenizer.py makes one.")
-    return sha256_of(folder / _WEIGHTS)
+    return sha256_of(folder / WEIGHTS)
 
 
-def _save(folder: Path, config: Config, weights: Mapping[str, Tensor]) -> None:
-    publish_json(folder / _CONFIG, config.model_dump(mode="json"))
+def _save(
+    folder: Path, config: Config, weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    publish_json(folder / CONFIG, config.model_dump(mode="json"))
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     try:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / _WEIGHTS)
+        save_file(tensors, folder / WEIGHTS, dict(metadata or {}))
     except SafetensorError as error:
         raise UserError(f"{folder}: the weights cannot be written ({error}); free some space.") from None
 
 
-def _load_config(kind: type[ConfigType], folder: Path, what: str) -> ConfigType:
-    values: Any = read_json(folder / _CONFIG, what)
-    return validated(kind, values, str(folder / _CONFIG))
+def _load_config(
+    kind: type[ConfigType] | tuple[type[ConfigType], ...], folder: Path, what: str
+) -> ConfigType:
+    values: Any = read_json(folder / CONFIG, what)
+    return validated(kind, values, str(folder / CONFIG))
 
 
 def _load_weights(module: nn.Module, folder: Path) -> None:
-    path = folder / _WEIGHTS
+    path = folder / WEIGHTS
     try:
         module.load_state_dict(load_file(path))
     except FileNotFoundError:
@@ -157,3 +251,45 @@ def _load_weights(module: nn.Module, folder: Path) -> None:
         raise UserError(
             f"{path}: the weights do not fit their config.json or are damaged ({reason})."
         ) from None
+
+
+def _fingerprint(schedule: Schedule) -> str:
+    """A schedule's constants as the weights carry them."""
+    return json.dumps(schedule.model_dump(mode="json"), sort_keys=True)
+
+
+def _check_schedule(config: BundleConfig, folder: Path) -> None:
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        trained = (file.metadata() or {}).get(_SCHEDULE)
+    if trained != _fingerprint(config.diffusion):
+        raise UserError(
+            f"{folder}: config.json says the schedule {_fingerprint(config.diffusion)}, but the weights were "
+            f"trained under {trained}; sampling under another one gives pictures of no meaning, put it back."
+        )
+
+
+def _card(config: BundleConfig, parameters: int) -> str:
+    """The model card, of facts that the configuration holds."""
+    rows, columns = config.grid
+    condition = {"text": "a caption", "class": "a class", "none": "nothing"}[config.denoiser.condition.kind]
+    return f"""# A VQ-Diffusion model
+
+It draws pictures as {rows} x {columns} tokens of {config.codes} codes, undoing mask-and-replace noise step by
+step under {condition} (Gu et al., arXiv 2111.14822; Tang et al., arXiv 2205.16007).
+
+```python
+from vqd_scale import TextToImage
+
+TextToImage.load("this folder")
+```
+
+| | |
+|---|---|
+| parameters | {parameters:,} |
+| network | `{config.denoiser.model_dump_json()}` |
+| text encoder | `{"none" if config.text is None else config.text.model_dump_json()}` |
+| schedule | `{config.diffusion.model_dump_json()}` |
+| tokenizer | in `{_TOKENIZER}/` |
+
+Origin and licence: {config.origin}
+"""

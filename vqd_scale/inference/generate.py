@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import UInt8
 from numpy.typing import NDArray
 from PIL import Image
@@ -15,9 +14,9 @@ from vqd_scale.core.report import publish_image
 from vqd_scale.core.store import publish_json, read_json
 from vqd_scale.data.index import ShardSet
 from vqd_scale.data.shards import KEY, read_shard
-from vqd_scale.diffusion.guidance import Constant
+from vqd_scale.diffusion.guidance import Constant, TopP
 from vqd_scale.diffusion.sampler import Strided
-from vqd_scale.inference.pipeline import TextToImage
+from vqd_scale.inference.pipeline import TextToImage, picture_slots
 
 _LIST = "samples.json"
 
@@ -85,14 +84,13 @@ def generate(pipe: TextToImage, model: str, prompts: list[Prompt], settings: Set
         for start in batches:
             part = prompts[start : start + settings.batch]
             if not all((folder / f"{prompt.key}.png").exists() for prompt in part):
-                slots = torch.arange(start, start + len(part))
+                slots = picture_slots(settings.seed, len(prompts))[start : start + len(part)]
                 images = pipe.draw(
                     [prompt.caption for prompt in part],
                     slots,
                     Strided(steps=settings.steps),
                     guidance=Constant(scale=settings.guidance),
-                    top_p=settings.top_p,
-                    seed=settings.seed,
+                    truncation=TopP(rate=settings.top_p) if settings.top_p < 1 else None,
                 )
                 for prompt, image in zip(part, images.permute(0, 2, 3, 1).numpy(), strict=True):
                     publish_image(folder / f"{prompt.key}.png", Image.fromarray(image))

@@ -1,0 +1,84 @@
+"""A conversion that is known but not yet done."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from vqd_scale.inference.bundle import (
+    Bundle,
+    BundleConfig,
+    Model,
+    TokenizerWeights,
+    load_tokenizer,
+    save_bundle,
+)
+from vqd_scale.inference.exchange.names import Exchange, part_of, under
+from vqd_scale.nn.network import build_network
+from vqd_scale.text.clip import TextEncoder
+from vqd_scale.tokenizers.choice import TokenizerConfig, build_tokenizer
+
+MODEL = "model."
+TOKENIZER = "tokenizer."
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A whole model out of somebody else's files.
+
+    Attributes:
+        config: What the bundle will say of the model.
+        tokenizer: What it will say of the tokenizer; or a tokenizer's bundle, where the files hold none.
+        exchange: The weights; ours under `MODEL` and `TOKENIZER`.
+    """
+
+    config: BundleConfig
+    tokenizer: TokenizerConfig | Path
+    exchange: Exchange
+
+    def lines(self) -> list[str]:
+        """The mapping for people."""
+        return self.exchange.lines()
+
+    def bundle(self) -> Bundle:
+        """The model, without writing it.
+
+        Raises:
+            UserError: Weights are missing, unknown or of another shape.
+        """
+        weights = self.exchange.weights()
+        model = Model(self.config)
+        model.load_state_dict(part_of(weights, MODEL))
+        if isinstance(self.tokenizer, Path):
+            return Bundle(self.config, model, load_tokenizer(self.tokenizer, torch.device("cpu")))
+        tokenizer = build_tokenizer(self.tokenizer)
+        tokenizer.load_state_dict(part_of(weights, TOKENIZER))
+        return Bundle(self.config, model, tokenizer)
+
+    def save(self, folder: Path) -> None:
+        """Write the bundle.
+
+        Raises:
+            UserError: Weights are missing, unknown or of another shape, or the folder cannot be written.
+        """
+        weights = self.exchange.weights()
+        tokenizer = self.tokenizer
+        if not isinstance(tokenizer, Path):
+            tokenizer = TokenizerWeights(tokenizer, part_of(weights, TOKENIZER))
+        save_bundle(folder, self.config, part_of(weights, MODEL), tokenizer)
+
+
+def wanted_weights(config: BundleConfig, tokenizer: TokenizerConfig | Path) -> dict[str, Tensor]:
+    """Names and shapes of a model's weights and, if it is not a bundle, its tokenizer's; without values."""
+    # Not `Model` as a whole: the text encoder tokenizes something when it is made, which needs a real device.
+    text = {} if config.text is None else TextEncoder(config.text).state_dict()
+    with torch.device("meta"):
+        network = build_network(config.denoiser, config.codes, config.grid, config.diffusion.steps)
+        codebook = {} if isinstance(tokenizer, Path) else build_tokenizer(tokenizer).state_dict()
+    return {
+        **under(f"{MODEL}text.", text),
+        **under(f"{MODEL}denoiser.", cast(nn.Module, network).state_dict()),
+        **under(TOKENIZER, codebook),
+    }
