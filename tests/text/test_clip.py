@@ -1,10 +1,11 @@
 import pickle
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from vqd_scale.core.errors import UserError
-from vqd_scale.text.clip import CaptionTokenizer, Pretrained, TextEncoder, Tower
+from vqd_scale.text.clip import CaptionTokenizer, TextEncoder, Tower
 
 SMALL = Tower(context_length=10, width=16, heads=2, layers=1, merges=600)
 
@@ -67,13 +68,63 @@ def test_dropped_captions_see_the_empty_caption() -> None:
     torch.testing.assert_close(features[0], encoder(empty, torch.tensor([False, False]))[0])
 
 
-def test_openai_weights_demand_quick_gelu() -> None:
-    with pytest.raises(UserError, match="QuickGELU"):
-        TextEncoder(Pretrained(model="ViT-B-32", pretrained="openai"))
+def test_trap_15_all_positions_condition_and_padding_is_seen() -> None:
+    """There is no mask: what the padding is makes a difference to the features behind the end token."""
+    torch.manual_seed(0)
+    encoder = TextEncoder(SMALL)
+    ids = torch.from_numpy(encoder.tokenizer(["a red circle"]))
+    length = int((ids != 0).sum())
+    padded_with_end = torch.where(ids == 0, ids.max(), ids)
+    given = torch.tensor([False])
+    with_zeros, with_end = encoder(ids, given)[0], encoder(padded_with_end, given)[0]
+    assert length < 10
+    torch.testing.assert_close(with_zeros[:length], with_end[:length])
+    assert (with_zeros[length:] - with_end[length:]).norm(dim=-1).min() > 1e-3
 
 
-def test_unknown_models_and_weights_are_one_sentence() -> None:
-    with pytest.raises(UserError, match="knows no model"):
-        TextEncoder(Pretrained(model="ViT-Z-99"))
-    with pytest.raises(UserError, match="cannot be loaded"):
-        TextEncoder(Pretrained(model="ViT-B-32-quickgelu", pretrained="/nowhere/weights.pt"))
+def test_trap_17_the_tower_has_quick_gelu() -> None:
+    encoder = TextEncoder(SMALL)
+    activations = {type(module) for module in encoder.modules() if "GELU" in type(module).__name__}
+    assert [activation.__name__ for activation in activations] == ["QuickGELU"]
+    one: Tensor = activations.pop()()(torch.ones(1))
+    torch.testing.assert_close(one.item(), 0.845796, atol=1e-6, rtol=0)
+    torch.testing.assert_close(nn.GELU()(torch.ones(1)).item(), 0.841345, atol=1e-6, rtol=0)
+
+
+def test_trap_29_all_that_is_trained_has_one_dtype() -> None:
+    encoder = TextEncoder(SMALL)
+    assert encoder.null is not None
+    assert encoder.null.dtype == torch.float32
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
+
+
+def test_trap_34_an_empty_caption_counts_as_none() -> None:
+    """Token shards hold ids, so that an empty caption must be known by them."""
+    torch.manual_seed(0)
+    encoder = TextEncoder(SMALL)
+    assert encoder.null is not None
+    ids = torch.from_numpy(encoder.tokenizer(["", " ", "a"]))
+    features = encoder(ids, torch.tensor([False, False, False]))
+    torch.testing.assert_close(features[0], encoder.null)
+    torch.testing.assert_close(features[1], encoder.null)
+    assert not torch.allclose(features[2], encoder.null)
+
+
+def test_trap_34_gradients_reach_the_null_embedding_through_dropped_samples_only() -> None:
+    torch.manual_seed(0)
+    encoder = TextEncoder(SMALL)
+    assert encoder.null is not None
+    ids = torch.from_numpy(encoder.tokenizer(["a red circle", "", "a blue star", "a green square"]))
+    upstream = torch.randn(4, 10, 16)
+    features = encoder(ids, torch.tensor([True, False, False, False]))
+    grads: tuple[Any, ...] = torch.autograd.grad(
+        (features * upstream).sum(), [encoder.null, encoder.tower.token_embedding.weight]
+    )
+    torch.testing.assert_close(grads[0], upstream[0] + upstream[1])
+    word = int(encoder.tokenizer(["red"])[0, 1])
+    other = int(encoder.tokenizer(["blue"])[0, 1])
+    assert grads[1][word].abs().max() == 0
+    assert grads[1][other].abs().max() > 0
+    none_dropped = encoder(ids[2:], torch.tensor([False, False]))
+    (unreached,) = torch.autograd.grad((none_dropped * upstream[2:]).sum(), [encoder.null])
+    assert unreached.abs().max() == 0

@@ -19,12 +19,14 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.tensors import check_names
+from vqd_scale.text.published import Shape, published_shape, published_weights
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
@@ -50,13 +52,25 @@ class Tower(Config):
 
 
 class Pretrained(Config):
-    """The text tower of an open_clip model, frozen."""
+    """The text tower of an open_clip model."""
 
     kind: Literal["open_clip"] = "open_clip"
     model: str = "ViT-B-32-quickgelu"
-    pretrained: str = "openai"
-    """An open_clip tag, or a local file of weights."""
+    pretrained: str | None = "openai"
+    """An open_clip tag, a local file of weights, or none: random ones, until a bundle's are loaded."""
+    train: bool = False
+    """Whether the tower is trained, and saved, with the denoiser; otherwise it is frozen and only named."""
     no_caption: Literal["learned", "empty"] = "learned"
+
+    @model_validator(mode="after")
+    def _frozen_weights_come_from_somewhere(self) -> "Pretrained":
+        if self.pretrained is None and not self.train:
+            raise ValueError("a frozen tower needs weights: give pretrained, or train it")
+        return self
+
+    def without_weights(self) -> "Pretrained":
+        """What a bundle says of a tower whose trained weights it holds."""
+        return self.model_copy(update={"pretrained": None}) if self.train else self
 
 
 TextConfig = Annotated[Tower | Pretrained, Field(discriminator="kind")]
@@ -115,25 +129,39 @@ class TextEncoder(nn.Module):
     A tower to train is a submodule like any other. A frozen one is not: it must be neither sharded, nor
     averaged, nor saved, so it is held outside of torch's bookkeeping and follows the device of its input.
 
+    A caption that is empty counts as none.
+
     Args:
         config: A tower to train, or an open_clip model to load.
 
     Raises:
-        UserError: The open_clip model or its weights cannot be had.
+        UserError: The open_clip model or its weights cannot be had, or do not fit.
     """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         if isinstance(config, Tower):
             self.tokenizer = CaptionTokenizer(config.context_length, config.merges)
-            self.tower = _build_tower(config, self.tokenizer, quick_gelu=True)
-            self.width = config.width
+            shape = Shape(
+                config.context_length,
+                self.tokenizer.vocabulary,
+                config.width,
+                config.heads,
+                config.layers,
+                quick_gelu=True,
+            )
+            self.tower = _build_tower(shape)
             self.normalise = config.normalise
         else:
-            self.tokenizer = CaptionTokenizer()
-            self._frozen = (_load_tower(config, self.tokenizer),)
-            self.width = int(self._frozen[0].width)
+            shape = published_shape(config.model)
+            self.tokenizer = CaptionTokenizer(shape.context_length)
+            tower = _published_tower(config, shape, self.tokenizer)
+            if config.train:
+                self.tower = tower
+            else:
+                self._frozen = (tower.requires_grad_(False),)
             self.normalise = True
+        self.width = shape.width
         self.null: nn.Parameter | None = None
         if config.no_caption == "learned":
             self.null = nn.Parameter(torch.randn(self.tokenizer.context_length, self.width))
@@ -144,13 +172,13 @@ class TextEncoder(nn.Module):
     def forward(
         self, captions: Int[Tensor, "batch positions"], dropped: Bool[Tensor, " batch"]
     ) -> Float[Tensor, "batch positions width"]:
-        """Encode captions; where ``dropped`` is true the null condition stands in.
+        """Encode captions; where ``dropped`` is true or a caption is empty the null condition stands in.
 
         Args:
             captions: Token ids from `CaptionTokenizer`.
             dropped: Which samples are to see no caption.
         """
-        mask = dropped[:, None]
+        mask = (dropped | (captions == self.empty_caption).all(dim=1))[:, None]
         features = self._encode(torch.where(mask, self.empty_caption, captions))
         if self.normalise:
             features = functional.normalize(features, dim=-1)
@@ -165,45 +193,39 @@ class TextEncoder(nn.Module):
             return self._frozen[0].to(captions.device)(captions)
 
 
-def _build_tower(shape: Tower, tokenizer: CaptionTokenizer, *, quick_gelu: bool) -> "TextTransformer":
+def _build_tower(shape: Shape) -> "TextTransformer":
     from open_clip.transformer import QuickGELU, TextTransformer
 
     return TextTransformer(
-        context_length=tokenizer.context_length,
-        vocab_size=tokenizer.vocabulary,
+        context_length=shape.context_length,
+        vocab_size=shape.vocabulary,
         width=shape.width,
         heads=shape.heads,
         layers=shape.layers,
         pool_type="none",
         proj_type="none",
-        act_layer=QuickGELU if quick_gelu else nn.GELU,
+        act_layer=QuickGELU if shape.quick_gelu else nn.GELU,
     )
 
 
-def _load_tower(config: Pretrained, tokenizer: CaptionTokenizer) -> "TextTransformer":
-    import open_clip
-
-    described = open_clip.get_model_config(config.model)
-    if described is None:
+def _published_tower(config: Pretrained, shape: Shape, tokenizer: CaptionTokenizer) -> "TextTransformer":
+    if shape.vocabulary != tokenizer.vocabulary:
         raise UserError(
-            f"text.model: open_clip knows no model '{config.model}'; see open_clip.list_models()."
+            f"text.model: '{config.model}' has {shape.vocabulary} token ids, not CLIP's "
+            f"{tokenizer.vocabulary}; take another model."
         )
-    quick_gelu = bool(described.get("quick_gelu", False))
-    if config.pretrained == "openai" and not quick_gelu:
+    tower = _build_tower(shape)
+    if config.pretrained is None:
+        return tower
+    weights = published_weights(config.model, config.pretrained)
+    expected = tower.state_dict()
+    taken = {name: value for name, value in weights.items() if name in expected}
+    check_names(taken, expected, f"the text tower of '{config.model}'")
+    misshapen = [name for name, value in taken.items() if value.shape != expected[name].shape]
+    if misshapen:
         raise UserError(
-            f"text.model: OpenAI's weights were trained with QuickGELU, which '{config.model}' lacks; "
-            f"take '{config.model}-quickgelu'."
+            f"text.pretrained: '{config.pretrained}' holds a text tower of another size than "
+            f"'{config.model}' has: {', '.join(misshapen)}."
         )
-    try:
-        model = open_clip.create_model(config.model, pretrained=config.pretrained)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"text.pretrained: the weights '{config.pretrained}' of '{config.model}' cannot be loaded "
-            f"({' '.join(str(error).split())[:300]}); give an open_clip tag or a local file."
-        ) from None
-    published = described["text_cfg"]
-    shape = Tower(width=published["width"], heads=published["heads"], layers=published["layers"])
-    tower = _build_tower(shape, tokenizer, quick_gelu=quick_gelu)
-    state = model.state_dict()
-    tower.load_state_dict({name: state[name] for name in tower.state_dict()})
-    return tower.requires_grad_(False)
+    tower.load_state_dict(taken)
+    return tower
