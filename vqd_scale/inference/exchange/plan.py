@@ -14,6 +14,7 @@ from vqd_scale.inference.bundle import (
     TokenizerWeights,
     load_tokenizer,
     save_bundle,
+    save_tokenizer,
 )
 from vqd_scale.inference.exchange.names import Exchange, part_of, under
 from vqd_scale.nn.network import build_network
@@ -70,15 +71,48 @@ class ModelPlan:
         save_bundle(folder, self.config, part_of(weights, MODEL), tokenizer)
 
 
+@dataclass(frozen=True)
+class TokenizerPlan:
+    """A tokenizer out of somebody else's file.
+
+    Attributes:
+        config: What the bundle will say of it.
+        exchange: The weights.
+    """
+
+    config: TokenizerConfig
+    exchange: Exchange
+
+    def lines(self) -> list[str]:
+        """The mapping for people."""
+        return self.exchange.lines()
+
+    def save(self, folder: Path) -> None:
+        """Write the bundle.
+
+        Raises:
+            UserError: Weights are missing, unknown or of another shape, or the folder cannot be written.
+        """
+        save_tokenizer(folder, self.config, self.exchange.weights())
+
+
+Plan = ModelPlan | TokenizerPlan
+
+
+def wanted_tokenizer(config: TokenizerConfig) -> dict[str, Tensor]:
+    """Names and shapes of a tokenizer's weights, without values."""
+    with torch.device("meta"):
+        return build_tokenizer(config).state_dict()
+
+
 def wanted_weights(config: BundleConfig, tokenizer: TokenizerConfig | Path) -> dict[str, Tensor]:
     """Names and shapes of a model's weights and, if it is not a bundle, its tokenizer's; without values."""
     # Not `Model` as a whole: the text encoder tokenizes something when it is made, which needs a real device.
     text = {} if config.text is None else TextEncoder(config.text).state_dict()
     with torch.device("meta"):
         network = build_network(config.denoiser, config.codes, config.grid, config.diffusion.steps)
-        codebook = {} if isinstance(tokenizer, Path) else build_tokenizer(tokenizer).state_dict()
     return {
         **under(f"{MODEL}text.", text),
         **under(f"{MODEL}denoiser.", cast(nn.Module, network).state_dict()),
-        **under(TOKENIZER, codebook),
+        **under(TOKENIZER, {} if isinstance(tokenizer, Path) else wanted_tokenizer(tokenizer)),
     }
