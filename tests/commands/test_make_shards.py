@@ -55,7 +55,10 @@ def test_print_config_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("source", ["shapes", "imagefolder", "index"])
+@pytest.mark.parametrize(
+    "source",
+    ["shapes", "coco", "cub200", "oxford102", "imagenet", "ffhq", "imagefolder", "img2dataset", "index"],
+)
 def test_help_has_an_example(source: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([source, "--help"])

@@ -2,7 +2,7 @@ import functools
 import json
 import subprocess
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,8 @@ from webdataset.writer import TarWriter
 from vqd_scale.core.errors import UserError
 from vqd_scale.data import shards as shards_module
 from vqd_scale.data.decode import BadSample, decode_array
-from vqd_scale.data.index import INDEX, ShardSet, begin_set, build_index, read_table
-from vqd_scale.data.quarantine import Quarantine
+from vqd_scale.data.index import INDEX, LeftOut, ShardSet, begin_set, read_table
+from vqd_scale.data.quarantine import DUPLICATES, QUARANTINE, Quarantine
 from vqd_scale.data.shards import (
     KEY,
     Sample,
@@ -22,7 +22,6 @@ from vqd_scale.data.shards import (
     ShardRecipe,
     read_shard,
     shard_name,
-    write_shard,
     write_shard_set,
 )
 
@@ -75,9 +74,9 @@ def test_webdataset_and_tar_read_the_same(tmp_path: Path) -> None:
 
 
 def test_table_points_at_the_bytes(tmp_path: Path) -> None:
-    shard = write_shard(tmp_path / "one.tar", made(range(3)))
+    (shard,) = write_shard_set(tmp_path, META, recipes((3,)), "test").shards
     table, reader, whole = read_table(shard), ShardReader(shard), shard.path.read_bytes()
-    with tarfile.open(shard.path) as archive:
+    with tarfile.open(tmp_path / shard_name(0)) as archive:
         for member in archive:
             key, _, extension = member.name.partition(".")
             row, column = int(key), table.extensions.index(extension)
@@ -157,68 +156,24 @@ def test_another_config_is_refused(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-def other_peoples_tars(folder: Path) -> None:
-    """Two shards as any webdataset user writes them, with a sample that lacks a member."""
-    folder.mkdir()
-    for shard in range(2):
-        with TarWriter(str(folder / f"{shard:05d}.tar")) as writer:
-            for number in range(4):
-                members = {"JPG": b"picture", "txt": "words"} if number != 2 else {"txt": "alone"}
-                writer.write({KEY: f"some folder/{shard}{number}", **members})
-
-
-def test_index_of_other_peoples_tars(tmp_path: Path) -> None:
-    other_peoples_tars(tmp_path / "set")
-    before = (tmp_path / "set" / "00000.tar").read_bytes()
-    opened = build_index(tmp_path / "set")
-    assert opened.count == 8
-    samples = list(read_shard(opened.shards[1]))
-    assert samples[0] == {KEY: "some folder/10", "jpg": b"picture", "txt": b"words"}
-    assert samples[2] == {KEY: "some folder/12", "txt": b"alone"}
-    assert build_index(tmp_path / "set") == opened
-    assert (tmp_path / "set" / "00000.tar").read_bytes() == before
-
-
-Damage = Callable[[bytes], bytes]
-DAMAGES: dict[str, Damage] = {
-    "at a member's boundary": lambda whole: whole[:2048],
-    "in a header": lambda whole: whole[:2148],
-    "in a member": lambda whole: whole[: 2048 + 515],
-    "by garbage for a header": lambda whole: whole[:2048] + b"\x07" * 512 + whole[2560:],
-    "to nothing": lambda _: b"",
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_tar_is_named_and_never_a_shorter_one(tmp_path: Path, damage: str) -> None:
-    other_peoples_tars(tmp_path / "set")
-    path = tmp_path / "set" / "00001.tar"
-    path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    with pytest.raises(UserError, match=r"00001\.tar"):
-        build_index(tmp_path / "set")
-    with pytest.raises(UserError):
-        ShardSet.open(tmp_path / "set")
-
-
 def test_wrong_uses(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no set of shards"):
         ShardSet.open(tmp_path)
-    with pytest.raises(UserError, match=r"no \.tar"):
-        build_index(tmp_path)
     (tmp_path / INDEX).write_text('{"something": "else"}')
     with pytest.raises(UserError, match="not the index"):
         ShardSet.open(tmp_path)
     with pytest.raises(UserError, match="no sample"):
         write_shard_set(tmp_path / "empty", META, recipes((0,)), "test")
     opened = write_shard_set(tmp_path / "set", META, recipes(), "test")
-    opened.shards[1].path.write_bytes(b"short")
+    paths = sorted((tmp_path / "set").glob("*.tar"))
+    paths[1].write_bytes(b"short")
     with pytest.raises(UserError, match=r"000001\.tar: missing or changed"):
         ShardSet.open(tmp_path / "set")
-    opened.shards[0].path.with_suffix(".npz").write_bytes(b"PK\x03\x04 no table")
+    paths[0].with_suffix(".npz").write_bytes(b"PK\x03\x04 no table")
     with pytest.raises(UserError, match="table cannot be read"):
         ShardReader(opened.shards[0])
-    opened.shards[2].path.write_bytes(opened.shards[2].path.read_bytes()[:700])
-    with pytest.raises(UserError, match="shorter"):
+    paths[2].write_bytes(paths[2].read_bytes()[:700])
+    with pytest.raises(UserError, match=r"000002\.tar"):
         list(read_shard(opened.shards[2]))
 
 
@@ -234,6 +189,88 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_shard(
     with pytest.raises(UserError, match="disk is full"):
         shards_module.write_shard(tmp_path / shard_name(0), made(range(3)))
     assert [path.name for path in tmp_path.iterdir()] == [INDEX]
+
+
+def with_left_out(numbers: range) -> Iterator[Sample | LeftOut]:
+    for number, sample in zip(numbers, made(numbers), strict=True):
+        if number % 4 == 1:
+            yield LeftOut(f"source {number}", "is bad")
+        elif number % 4 == 3:
+            yield LeftOut(f"source {number}", "is nearly another", is_bad=False)
+        else:
+            yield sample
+
+
+def leaving_out() -> list[ShardRecipe]:
+    return [
+        ShardRecipe(shard_name(shard), 4, functools.partial(with_left_out, range(4 * shard, 4 * shard + 4)))
+        for shard in range(3)
+    ]
+
+
+def test_what_is_left_out_is_reported_and_not_counted(tmp_path: Path) -> None:
+    opened = write_shard_set(tmp_path, META, leaving_out(), "test", max_bad_share=0.25)
+    assert opened.counts == (2, 2, 2)
+    assert json.loads((tmp_path / INDEX).read_text())["left_out"] == {
+        "bad": 3,
+        "near_duplicates": 3,
+        "filtered": 0,
+    }
+    bad = [json.loads(line) for line in (tmp_path / QUARANTINE).read_text().splitlines()]
+    assert bad == [
+        {"shard": shard_name(shard), "key": f"source {4 * shard + 1}", "reason": "is bad"}
+        for shard in range(3)
+    ]
+    alike = [json.loads(line)["key"] for line in (tmp_path / DUPLICATES).read_text().splitlines()]
+    assert alike == ["source 3", "source 7", "source 11"]
+    # The reports of shards that are done come from their tables.
+    (tmp_path / QUARANTINE).unlink()
+    before = contents(tmp_path)
+    write_shard_set(tmp_path, META, leaving_out(), "test", max_bad_share=0.25)
+    after = contents(tmp_path)
+    assert len(after.pop(QUARANTINE).splitlines()) == 3
+    assert after == before
+
+
+def test_too_much_that_is_bad_stops(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"more than max_bad_share=0\.2 of the 12 .* 'source 1' for one is bad"
+    ):
+        write_shard_set(tmp_path, META, leaving_out(), "test", max_bad_share=0.2)
+    with pytest.raises(UserError, match="half-made"):
+        ShardSet.open(tmp_path)
+
+
+@pytest.mark.ranks
+def test_several_processes_write_the_same(tmp_path: Path) -> None:
+    one = write_shard_set(tmp_path / "one", META, leaving_out(), "test", max_bad_share=0.25)
+    two = write_shard_set(tmp_path / "two", META, leaving_out(), "test", max_bad_share=0.25, workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert one.digests == two.digests
+
+
+def captioned(numbers: range) -> Iterator[Sample]:
+    for number in numbers:
+        yield {KEY: str(number), "json": {"captions": ["one", "two"][: number % 3], "class": number}}
+
+
+def test_columns_of_a_table(tmp_path: Path) -> None:
+    recipe = ShardRecipe(shard_name(0), 4, functools.partial(captioned, range(4)))
+    opened = write_shard_set(tmp_path, META, [recipe], "test")
+    columns = read_table(opened.shards[0]).columns
+    assert {name: column.tolist() for name, column in columns.items()} == {
+        "captions": [0, 1, 2, 0],
+        "class": [0, 1, 2, 3],
+    }
+    assert opened.captions == (3,)
+
+
+def test_shards_as_a_sequence(tmp_path: Path) -> None:
+    opened = write_shard_set(tmp_path, META, recipes(), "test")
+    assert [shard.count for shard in opened.shards[1:]] == [4, 2]
+    assert opened.shards[-1] == opened.shards[2]
+    with pytest.raises(IndexError):
+        opened.shards[3]
 
 
 def test_quarantine_reports_once_and_survives_half_a_line(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import io
 import json
 import struct
 import zlib
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -95,10 +95,11 @@ def _decoded_jpeg(data: bytes) -> Pixels:
     # A copy: torch has no read-only tensors, and would warn of one.
     file = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
-        return decode_jpeg(file, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
+        decoded = cast(torch.Tensor, decode_jpeg(file, mode=ImageReadMode.RGB))
     except RuntimeError:
         # Its own words are a line of its source code.
         raise ValueError("the JPEG is cut or damaged") from None
+    return decoded.permute(1, 2, 0).numpy()
 
 
 def decode_text(data: bytes) -> str:

@@ -1,27 +1,25 @@
-"""What a folder of shards holds: a small table of the set, and a table per shard.
+"""What a set of shards holds: a small table of the set, and a table per shard.
 
-A set is a folder of WebDataset tars. ``index.json`` lists the shards with their counts, sizes and digests and
-holds what the set's maker wants remembered (``meta``); it is marked complete only when everything else is
-there. Beside each ``NAME.tar`` lies ``NAME.npz``: where each member of each sample begins and how long it is,
-so that any sample is one ranged read away.
+A set is a folder with ``index.json``, which lists the shards with their counts, sizes and digests and holds
+what the set's maker wants remembered (``meta``); it is marked complete only when everything else is there.
+For each ``NAME.tar`` there is ``NAME.npz``: where each member of each sample begins and how long it is, so
+that any sample is one ranged read away. The tars lie beside their tables or, where they are somebody else's,
+in a folder that the index names.
 """
 
 import json
-import tarfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Any, cast, overload
 from zipfile import BadZipFile
 
 import numpy as np
-from jaxtyping import Int64, Shaped
+from jaxtyping import Float64, Int64, Shaped
 from numpy.typing import NDArray
-from tqdm import tqdm
-from webdataset.tariterators import base_plus_ext
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.store import publish_json, published, read_json, sha256_of
+from vqd_scale.core.store import Location, file_sizes, parse_location, publish_json, published, read_json
 
 INDEX = "index.json"
 ABSENT = -1
@@ -29,9 +27,18 @@ ABSENT = -1
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar of a set: its file, how many samples it holds, its bytes and their SHA-256."""
+    """One tar of a set.
 
-    path: Path
+    Attributes:
+        path: The tar.
+        table: Its table.
+        count: Samples in its table.
+        size: Bytes of the tar.
+        sha256: Digest of the tar; empty where it was indexed without being read whole.
+    """
+
+    path: Location
+    table: Location
     count: int
     size: int
     sha256: str
@@ -46,149 +53,299 @@ class ShardTable:
         extensions: Every member extension that occurs, sorted.
         offsets: First byte of each member's content; `ABSENT` where a sample lacks the member.
         sizes: Bytes of each member's content; `ABSENT` likewise.
+        columns: What was kept of the samples' ``json``: ``captions`` (how many), ``class`` (its number); nan
+            where a sample has none.
     """
 
     keys: Shaped[NDArray[np.bytes_], " count"]
     extensions: tuple[str, ...]
     offsets: Int64[NDArray[np.int64], "count extensions"]
     sizes: Int64[NDArray[np.int64], "count extensions"]
+    columns: Mapping[str, Float64[NDArray[np.float64], " count"]]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A sample that is in a source but not in the set.
+
+    Attributes:
+        key: Which one; empty for what concerns a shard as a whole.
+        reason: Completes the sentence 'this sample …'.
+        is_bad: Whether it could not be used, rather than was not wanted.
+    """
+
+    key: str
+    reason: str
+    is_bad: bool = True
+
+
+@dataclass(frozen=True)
+class IndexedShard:
+    """What indexing a tar found out about it.
+
+    Attributes:
+        name: The tar's file name.
+        count: Samples in its table.
+        size: Bytes of the tar.
+        sha256: Digest of the tar; empty where it was not read whole.
+        captions: Captions of its samples, several of which one sample may have.
+        filtered: Samples that filters left out.
+        left_out: Others that were left out, each with its reason.
+        version: What changes when somebody replaces the tar; empty for tars of our own, which are hashed.
+    """
+
+    name: str
+    count: int
+    size: int
+    sha256: str
+    captions: int
+    filtered: int = 0
+    left_out: tuple[LeftOut, ...] = ()
+    version: str = ""
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A complete folder of shards, in the order of their names."""
+    """A complete set of shards, in the order of their names.
 
-    folder: Path
-    shards: tuple[Shard, ...]
-    meta: Mapping[str, Any]
+    Columns rather than a list of shards: LAION-400M's 41,408 shards are opened by every rank.
+
+    Attributes:
+        folder: Where the index is.
+        tars: Where the tars are.
+        names: The tars' file names.
+        counts: Samples in each shard.
+        sizes: Bytes of each tar.
+        digests: SHA-256 of each tar; empty where unknown.
+        captions: Captions in each shard.
+        meta: What the set's maker wants remembered.
+    """
+
+    folder: Location
+    tars: Location
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    digests: tuple[str, ...]
+    captions: tuple[int, ...]
+    meta: Mapping[str, Any] = field(hash=False)
 
     @property
     def count(self) -> int:
         """Samples in all shards together."""
-        return sum(shard.count for shard in self.shards)
+        return sum(self.counts)
+
+    @property
+    def shards(self) -> Sequence[Shard]:
+        """The shards, made when they are asked for."""
+        return _Shards(self)
 
     @classmethod
-    def open(cls, folder: Path) -> "ShardSet":
+    def open(cls, folder: Location) -> "ShardSet":
         """Read a set's index and see that its shards are there, whole.
 
         Raises:
             UserError: There is no set, it is half-made or empty, or a shard is missing or has another size.
         """
-        index = _read_index(folder)
+        index = read_index(folder)
         if index is None:
             raise UserError(f"{folder}: no set of shards is here; make_shards.py makes or indexes one.")
         if not index["complete"]:
             raise UserError(
                 f"{folder}: this set of shards is half-made; run the command that makes it again."
             )
-        shards = tuple(
-            Shard(folder / entry["name"], entry["count"], entry["size"], entry["sha256"])
-            for entry in index["shards"]
-        )
-        for shard in shards:
-            if not shard.path.is_file() or shard.path.stat().st_size != shard.size:
-                raise UserError(f"{shard.path}: missing or changed since it was indexed; make the set again.")
-        opened = cls(folder, shards, index["meta"])
+        tars = folder if index["tars"] is None else parse_location(index["tars"])
+        columns = [tuple(index["shards"][name]) for name in ("name", "count", "size", "sha256", "captions")]
+        opened = cls(folder, tars, *columns, meta=index["meta"])
         if opened.count == 0:
             raise UserError(f"{folder}: this set of shards holds no sample.")
+        present = file_sizes(tars)
+        for name, size in zip(opened.names, opened.sizes, strict=True):
+            if present.get(name) != size:
+                raise UserError(
+                    f"{tars / name}: missing or changed since it was indexed; make the set again."
+                )
         return opened
 
 
-def begin_set(folder: Path, meta: Mapping[str, Any]) -> None:
-    """Say in the folder what is being made there, before its first shard.
+class _Shards(Sequence[Shard]):
+    def __init__(self, shards: ShardSet) -> None:
+        self._set = shards
+
+    def __len__(self) -> int:
+        return len(self._set.names)
+
+    @overload
+    def __getitem__(self, number: int) -> Shard: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Shard]: ...
+
+    def __getitem__(self, number: int | slice) -> Shard | Sequence[Shard]:
+        if isinstance(number, slice):
+            return [self[single] for single in range(*number.indices(len(self)))]
+        of = self._set
+        name = of.names[number]
+        return Shard(
+            of.tars / name,
+            of.folder / table_name(name),
+            of.counts[number],
+            of.sizes[number],
+            of.digests[number],
+        )
+
+
+def table_name(tar: str) -> str:
+    """The file name of a tar's table."""
+    return tar.removesuffix(".tar") + ".npz"
+
+
+def read_index(folder: Location) -> dict[str, Any] | None:
+    """The index of a set as it is on disk; None where there is none.
 
     Raises:
-        UserError: The folder already holds a set with another ``meta``, or cannot be written.
+        UserError: What is there is no index.
     """
-    index = _read_index(folder)
+    path = folder / INDEX
+    if not path.exists():
+        return None
+    index = read_json(path, "index of a set of shards")
+    if not isinstance(index, dict) or not {"complete", "tars", "meta", "shards"} <= set(
+        cast("dict[str, Any]", index)
+    ):
+        raise UserError(f"{path}: not the index of a set of shards; name another folder.")
+    return cast("dict[str, Any]", index)
+
+
+def begin_set(folder: Location, meta: Mapping[str, Any], tars: Location | None = None) -> None:
+    """Say in the folder what is being made there, before its first shard.
+
+    Args:
+        folder: Where the set is to be.
+        meta: What its maker wants remembered.
+        tars: Where the tars are, if not in the folder.
+
+    Raises:
+        UserError: The folder already holds a set with another ``meta`` or of other tars, or cannot be
+            written.
+    """
+    index = read_index(folder)
+    elsewhere = None if tars is None or tars == folder else str(tars)
     if index is None:
-        publish_json(folder / INDEX, {"complete": False, "meta": meta, "shards": []})
-    elif difference := _difference(index["meta"], json.loads(json.dumps(meta))):
+        _publish_index(folder, complete=False, tars=elsewhere, meta=meta, shards=())
+        return
+    before = {"tars": index["tars"], **index["meta"]}
+    if difference := _difference(before, {"tars": elsewhere, **json.loads(json.dumps(meta))}):
         raise UserError(
             f"{folder}: holds another set of shards ({difference}); name another folder or delete it."
         )
 
 
-def finish_set(folder: Path, meta: Mapping[str, Any], shards: Sequence[Shard]) -> ShardSet:
+def finish_set(
+    folder: Location, meta: Mapping[str, Any], shards: Sequence[IndexedShard], tars: Location | None = None
+) -> ShardSet:
     """Publish the index of a set whose shards are all written.
 
     Raises:
         UserError: The folder cannot be written, or the set is empty.
     """
-    entries = [
-        {"name": shard.path.name, "count": shard.count, "size": shard.size, "sha256": shard.sha256}
-        for shard in shards
-    ]
-    publish_json(folder / INDEX, {"complete": True, "meta": meta, "shards": entries})
+    elsewhere = None if tars is None or tars == folder else str(tars)
+    _publish_index(folder, complete=True, tars=elsewhere, meta=meta, shards=shards)
     return ShardSet.open(folder)
 
 
-def build_index(folder: Path) -> ShardSet:
-    """Index a folder of tars that others wrote; shards indexed before are not read again.
+def publish_table(path: Location, table: ShardTable, found: IndexedShard) -> None:
+    """Publish a shard's table, with what else indexing found.
 
     Raises:
-        UserError: There is no tar, or one is damaged.
+        UserError: It cannot be written.
     """
-    paths = sorted(folder.glob("*.tar"))
-    if not paths:
-        raise UserError(f"{folder}: there is no .tar file here.")
-    index = _read_index(folder)
-    meta = {} if index is None else index["meta"]
-    bar = tqdm(paths, desc="indexing", unit="shard", disable=None)
-    return finish_set(folder, meta, [indexed(path) or index_shard(path) for path in bar])
-
-
-def index_shard(path: Path) -> Shard:
-    """Read a tar once and publish its table beside it.
-
-    Raises:
-        UserError: The tar is damaged, or the table cannot be written.
-    """
-    samples = list(_samples(path))
-    extensions = sorted({extension for _, members in samples for extension in members})
-    places = np.full((len(samples), len(extensions), 2), ABSENT, dtype=np.int64)
-    for row, (_, members) in enumerate(samples):
-        for extension, place in members.items():
-            places[row, extensions.index(extension)] = place
-    shard = Shard(path, len(samples), path.stat().st_size, sha256_of(path))
     # Not through a path: numpy would append its own suffix to the unpublished name.
-    with published(_table_path(path)) as partial, partial.open("wb") as file:
+    with published(path) as partial, partial.open("wb") as file:
         np.savez(
             file,
-            keys=_text_array([key for key, _ in samples]),
-            extensions=_text_array(extensions),
-            offsets=places[..., 0],
-            sizes=places[..., 1],
-            shard_size=np.int64(shard.size),
-            shard_sha256=np.array(shard.sha256),
+            keys=table.keys,
+            extensions=_text_array(table.extensions),
+            offsets=table.offsets,
+            sizes=table.sizes,
+            shard_size=np.int64(found.size),
+            shard_sha256=np.array(found.sha256),
+            version=np.array(found.version),
+            captions=np.int64(found.captions),
+            filtered=np.int64(found.filtered),
+            left_out_keys=_text_array([left.key for left in found.left_out]),
+            left_out_reasons=_text_array([left.reason for left in found.left_out]),
+            left_out_bad=np.array([left.is_bad for left in found.left_out], dtype=np.bool_),
+            column_names=_text_array(list(table.columns)),
+            columns=np.array(list(table.columns.values()), dtype=np.float64),
         )
-    return shard
-
-
-def indexed(path: Path) -> Shard | None:
-    """The shard that was finished under this name before, if its table is there and its bytes are as then."""
-    if not path.is_file() or not _table_path(path).is_file():
-        return None
-    arrays = _read_table(path)
-    shard = Shard(path, len(arrays["keys"]), int(arrays["shard_size"]), str(arrays["shard_sha256"]))
-    same = path.stat().st_size == shard.size and sha256_of(path) == shard.sha256
-    return shard if same else None
 
 
 def read_table(shard: Shard) -> ShardTable:
-    """Read the table that lies beside a shard.
+    """Read a shard's table.
 
     Raises:
         UserError: The table is missing, damaged, or another shard's.
     """
-    arrays = _read_table(shard.path)
+    arrays = _read_arrays(shard.table)
     if str(arrays["shard_sha256"]) != shard.sha256 or len(arrays["keys"]) != shard.count:
-        raise UserError(f"{_table_path(shard.path)}: not the table of this set's shard; make the set again.")
+        raise UserError(f"{shard.table}: not the table of this set's shard; make the set again.")
     return ShardTable(
         keys=arrays["keys"],
         extensions=tuple(decoded(extension) for extension in arrays["extensions"].tolist()),
         offsets=arrays["offsets"],
         sizes=arrays["sizes"],
+        columns={
+            decoded(name): column
+            for name, column in zip(arrays["column_names"].tolist(), arrays["columns"], strict=True)
+        },
+    )
+
+
+def read_indexed(name: str, table: Location) -> IndexedShard:
+    """What was found out about a tar when its table was made.
+
+    Raises:
+        UserError: The table is missing or damaged.
+    """
+    arrays = _read_arrays(table)
+    left_out = zip(
+        arrays["left_out_keys"].tolist(),
+        arrays["left_out_reasons"].tolist(),
+        arrays["left_out_bad"].tolist(),
+        strict=True,
+    )
+    return IndexedShard(
+        name,
+        len(arrays["keys"]),
+        int(arrays["shard_size"]),
+        str(arrays["shard_sha256"]),
+        int(arrays["captions"]),
+        int(arrays["filtered"]),
+        tuple(LeftOut(decoded(key), decoded(reason), is_bad) for key, reason, is_bad in left_out),
+        str(arrays["version"]),
+    )
+
+
+def table_of(
+    samples: Sequence[tuple[str, Mapping[str, tuple[int, int]], Mapping[str, float]]],
+) -> ShardTable:
+    """The table of samples: key, place of each member's content by extension, columns."""
+    extensions = sorted({extension for _, places, _ in samples for extension in places})
+    numbers = {extension: number for number, extension in enumerate(extensions)}
+    found = np.full((len(samples), len(extensions), 2), ABSENT, dtype=np.int64)
+    for row, (_, places, _) in enumerate(samples):
+        for extension, place in places.items():
+            found[row, numbers[extension]] = place
+    names = sorted({name for _, _, columns in samples for name in columns})
+    return ShardTable(
+        _text_array([key for key, _, _ in samples]),
+        tuple(extensions),
+        found[..., 0],
+        found[..., 1],
+        {
+            name: np.array([columns.get(name, np.nan) for _, _, columns in samples], dtype=np.float64)
+            for name in names
+        },
     )
 
 
@@ -197,56 +354,29 @@ def decoded(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
-def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """Group a tar's members as webdataset does: neighbours whose names agree up to the first dot."""
-    key, members = "", dict[str, tuple[int, int]]()
-    for name, place in _members(path):
-        member_key, extension = base_plus_ext(name)
-        if member_key is None or extension is None:
-            continue
-        if member_key != key and members:
-            yield key, members
-            members = {}
-        key, extension = member_key, extension.lower()
-        if extension in members:
-            raise UserError(
-                f"{path}: the sample '{key}' has two members '{extension}'; rename or remove one."
-            )
-        members[extension] = place
-    if members:
-        yield key, members
-
-
-def _members(path: Path) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Each file's name and (offset, size) in a tar."""
-    size = path.stat().st_size
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                # tarfile takes a cut tar for a short one, and this project must never lose samples silently.
-                if member.offset_data + member.size > size:
-                    raise UserError(f"{path}: the tar ends within '{member.name}'; fetch or write it again.")
-                if member.isfile():
-                    yield member.name, (member.offset_data, member.size)
-            end = archive.offset
-    except tarfile.TarError as error:
-        raise UserError(f"{path}: not a readable tar ({error}); fetch or write it again.") from None
-    with path.open("rb") as file:
-        file.seek(end)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise UserError(f"{path}: the tar is cut or damaged at byte {end}; fetch or write it again.")
-
-
-def _read_index(folder: Path) -> dict[str, Any] | None:
-    path = folder / INDEX
-    if not path.exists():
-        return None
-    index = read_json(path, "index of a set of shards")
-    if not isinstance(index, dict) or not {"complete", "meta", "shards"} <= set(
-        cast("dict[str, Any]", index)
-    ):
-        raise UserError(f"{path}: not the index of a set of shards; name another folder.")
-    return cast("dict[str, Any]", index)
+def _publish_index(
+    folder: Location,
+    *,
+    complete: bool,
+    tars: str | None,
+    meta: Mapping[str, Any],
+    shards: Sequence[IndexedShard],
+) -> None:
+    columns = {
+        "name": [shard.name for shard in shards],
+        "count": [shard.count for shard in shards],
+        "size": [shard.size for shard in shards],
+        "sha256": [shard.sha256 for shard in shards],
+        "captions": [shard.captions for shard in shards],
+    }
+    left_out = [left for shard in shards for left in shard.left_out]
+    counts = {
+        "bad": sum(left.is_bad for left in left_out),
+        "near_duplicates": sum(not left.is_bad for left in left_out),
+        "filtered": sum(shard.filtered for shard in shards),
+    }
+    index = {"complete": complete, "tars": tars, "meta": meta, "shards": columns, "left_out": counts}
+    publish_json(folder / INDEX, index)
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> str:
@@ -262,14 +392,9 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
     return ""
 
 
-def _table_path(path: Path) -> Path:
-    return path.with_suffix(".npz")
-
-
-def _read_table(path: Path) -> dict[str, NDArray[Any]]:
-    table = _table_path(path)
+def _read_arrays(table: Location) -> dict[str, NDArray[Any]]:
     try:
-        with np.load(table, allow_pickle=False) as arrays:
+        with np.load(BytesIO(table.read_bytes()), allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError, BadZipFile) as error:
         raise UserError(

@@ -1,7 +1,14 @@
 import json
-from pathlib import Path
+from collections.abc import Iterable
 
-from vqd_scale.core.store import publish_text, writing
+from vqd_scale.core.s3 import S3Path
+from vqd_scale.core.store import Location, publish_text, writing
+
+QUARANTINE = "quarantine.jsonl"
+"""Name of the report of what could not be used when a set was made."""
+
+DUPLICATES = "near_duplicates.jsonl"
+"""Name of the report of what was left out of a set for its likeness to pictures that must not occur."""
 
 
 class Quarantine:
@@ -13,14 +20,14 @@ class Quarantine:
         UserError: The report cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         self.path = path
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
         # A kill may have left half a line, which the next one must not be joined to.
         if whole != text:
             publish_text(path, whole)
-        self._lines = set(whole.splitlines())
+        self._lines = dict.fromkeys(whole.splitlines())
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -31,11 +38,24 @@ class Quarantine:
         Raises:
             UserError: The report cannot be written.
         """
-        line = json.dumps({"shard": shard, "key": key, "reason": reason})
-        if line in self._lines:
+        self.extend([(shard, key, reason)])
+
+    def extend(self, found: Iterable[tuple[str, str, str]]) -> None:
+        """Report samples, each as (shard, key, reason).
+
+        Raises:
+            UserError: The report cannot be written.
+        """
+        lines = [json.dumps({"shard": shard, "key": key, "reason": reason}) for shard, key, reason in found]
+        new = [line for line in dict.fromkeys(lines) if line not in self._lines]
+        self._lines |= dict.fromkeys(new)
+        if not new:
+            return
+        if isinstance(self.path, S3Path):
+            # Objects cannot be added to.
+            publish_text(self.path, "".join(f"{line}\n" for line in self._lines))
             return
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        self._lines.add(line)
+                file.writelines(f"{line}\n" for line in new)

@@ -1,30 +1,33 @@
 """Shards are written with webdataset's writer and published whole; they are read at indexed offsets."""
 
-import os
+import functools
 import sys
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 from webdataset.writer import ShardWriter
 
-from vqd_scale.core.errors import UserError
-from vqd_scale.core.store import published
+from vqd_scale.core.store import Location, published, sha256_of
 from vqd_scale.data.decode import BadSample
 from vqd_scale.data.index import (
     ABSENT,
+    IndexedShard,
+    LeftOut,
     Shard,
     ShardSet,
     begin_set,
     decoded,
     finish_set,
-    index_shard,
-    indexed,
+    read_indexed,
     read_table,
+    table_name,
 )
+from vqd_scale.data.indexing import check_share, index_tar, report
+from vqd_scale.data.parallel import each
+from vqd_scale.data.reading import Extents, Reading
 
 KEY = "__key__"
 Sample = Mapping[str, Any]
@@ -37,13 +40,14 @@ class ShardRecipe:
 
     Attributes:
         name: The tar's file name, such as ``000012.tar``.
-        count: How many samples are expected; some may turn out unusable.
-        samples: Makes the samples, the same ones at each call.
+        count: How many samples are expected; some may be left out.
+        samples: Makes the samples, the same ones at each call, and says which were left out; picklable where
+            several processes write.
     """
 
     name: str
     count: int
-    samples: Callable[[], Iterable[Sample]]
+    samples: Callable[[], Iterable[Sample | LeftOut]]
 
 
 def shard_name(number: int) -> str:
@@ -52,7 +56,13 @@ def shard_name(number: int) -> str:
 
 
 def write_shard_set(
-    folder: Path, meta: Mapping[str, Any], recipes: Sequence[ShardRecipe], title: str
+    folder: Location,
+    meta: Mapping[str, Any],
+    recipes: Sequence[ShardRecipe],
+    title: str,
+    *,
+    workers: int = 1,
+    max_bad_share: float = 0.0,
 ) -> ShardSet:
     """Write a set of shards; run again after a kill, it goes on with the first unfinished shard.
 
@@ -61,26 +71,32 @@ def write_shard_set(
         meta: What the set is, as JSON holds it; a folder made with another ``meta`` is refused.
         recipes: The shards, in order.
         title: What the progress bar says.
+        workers: Processes that write at the same time.
+        max_bad_share: Which share of the samples may be left out for being bad; they are reported.
 
     Raises:
-        UserError: The folder holds another set, or cannot be written.
+        UserError: The folder holds another set, or cannot be written; too many samples are bad.
     """
     begin_set(folder, meta)
-    shards: list[Shard] = []
-    with tqdm(total=sum(recipe.count for recipe in recipes), desc=title, unit="sample", disable=None) as bar:
-        for recipe in recipes:
-            path = folder / recipe.name
-            shards.append(indexed(path) or write_shard(path, recipe.samples()))
+    shards: list[IndexedShard] = []
+    total = sum(recipe.count for recipe in recipes)
+    made = each(functools.partial(_written_or_write, folder), recipes, workers)
+    with tqdm(total=total, desc=title, unit="sample", disable=None) as bar:
+        for recipe, shard in zip(recipes, made, strict=True):
+            shards.append(shard)
+            report(shards[-1:], folder)
+            check_share(shards, total, max_bad_share, folder)
             bar.update(recipe.count)
     return finish_set(folder, meta, shards)
 
 
-def write_shard(path: Path, samples: Iterable[Sample]) -> Shard:
+def write_shard(path: Location, samples: Iterable[Sample | LeftOut]) -> IndexedShard:
     """Write one tar and its table; the same samples give the same bytes.
 
     Raises:
         UserError: The folder cannot be written.
     """
+    left_out: list[LeftOut] = []
     # The pattern is never used: the opener gives the one file, whatever characters its path has.
     with (
         published(path) as partial,
@@ -97,26 +113,39 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> Shard:
         ) as writer,
     ):
         for sample in samples:
-            writer.write(dict(sample))
-    return index_shard(path)
+            if isinstance(sample, LeftOut):
+                left_out.append(sample)
+            else:
+                writer.write(dict(sample))
+    return index_tar(path, path.with_name(table_name(path.name)), left_out=left_out)
+
+
+def _written_or_write(folder: Location, recipe: ShardRecipe) -> IndexedShard:
+    """A shard that was finished under this name before, if its table is there and its bytes are as then."""
+    path, table = folder / recipe.name, folder / table_name(recipe.name)
+    if path.is_file() and table.is_file():
+        found = read_indexed(recipe.name, table)
+        if sha256_of(path) == found.sha256:
+            return found
+    return write_shard(path, recipe.samples())
 
 
 class ShardReader:
     """Random access to the samples of one shard.
 
+    Args:
+        shard: The shard.
+        reading: How this process reads shards; by default, in their order.
+
     Raises:
         UserError: The shard or its table is missing or damaged.
     """
 
-    def __init__(self, shard: Shard) -> None:
+    def __init__(self, shard: Shard, reading: Reading | None = None) -> None:
         self.shard = shard
         self._table = read_table(shard)
         self._columns = {extension: column for column, extension in enumerate(self._table.extensions)}
-        try:
-            self._descriptor = os.open(shard.path, os.O_RDONLY)
-        except OSError as error:
-            raise UserError(f"{shard.path}: this shard cannot be read ({error.strerror}).") from None
-        weakref.finalize(self, os.close, self._descriptor)
+        self._bytes = (reading or Reading.in_order(shard)).open(shard, self._extents)
 
     def key(self, member: int) -> str:
         """The key of a sample."""
@@ -126,30 +155,42 @@ class ShardReader:
         """The members that a sample has."""
         return [name for name, column in self._columns.items() if self._table.sizes[member, column] != ABSENT]
 
+    def expect(self, member: int) -> None:
+        """Say that a sample will be read soon: a distant one is asked for without waiting."""
+        self._bytes.expect(member)
+
     def read(self, member: int, extension: str) -> bytes:
         """The content of one member of a sample.
 
         Raises:
             BadSample: The sample has no such member.
-            UserError: The shard is shorter than it was.
+            UserError: The shard is missing or not what it was; its store cannot be reached.
         """
         column = self._columns.get(extension)
         size = ABSENT if column is None else int(self._table.sizes[member, column])
         if column is None or size == ABSENT:
             raise BadSample(f"has no '{extension}'")
-        content = os.pread(self._descriptor, size, int(self._table.offsets[member, column]))
-        if len(content) != size:
-            raise UserError(f"{self.shard.path}: shorter than its table says; make or fetch it again.")
-        return content
+        begin = int(self._table.offsets[member, column])
+        return self._bytes.read(member, begin, begin + size)
+
+    def _extents(self) -> Extents:
+        offsets, sizes = self._table.offsets, self._table.sizes
+        begins = np.where(offsets == ABSENT, self.shard.size, offsets).min(axis=1)
+        ends = np.where(offsets == ABSENT, 0, offsets + sizes).max(axis=1)
+        return np.stack([begins, ends], axis=1)
 
 
 def read_shard(shard: Shard) -> Iterator[dict[str, Any]]:
     """All samples of a shard in order: the key under `KEY`, each member's bytes under its extension.
 
     Raises:
-        UserError: The shard or its table is missing or damaged.
+        UserError: The shard or its table is missing or damaged, or its store cannot be reached.
     """
-    reader = ShardReader(shard)
+    reading = Reading.in_order(shard)
+    reader, step = ShardReader(shard, reading), reading.tempo.samples
     for member in range(shard.count):
+        if member % step == 0:
+            for ahead in range(member, min(member + (1 + reading.tempo.turns) * step, shard.count), step):
+                reader.expect(ahead)
         members = {extension: reader.read(member, extension) for extension in reader.extensions(member)}
         yield {KEY: reader.key(member), **members}

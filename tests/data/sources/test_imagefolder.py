@@ -8,15 +8,12 @@ import pytest
 from PIL import Image
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.data.decode import fitted
 from vqd_scale.data.index import INDEX, ShardSet
+from vqd_scale.data.quarantine import QUARANTINE
 from vqd_scale.data.shards import read_shard
-from vqd_scale.data.sources.imagefolder import (
-    QUARANTINE,
-    ImageFolderConfig,
-    Jpeg,
-    write_imagefolder,
-)
+from vqd_scale.data.sources.imagefolder import ImageFolderConfig, write_imagefolder
+from vqd_scale.data.sources.pictures import Jpeg
+from vqd_scale.data.transforms import fitted
 
 CONFIG = ImageFolderConfig(image_size=32, shard_size=4, max_bad_share=0.2)
 
@@ -56,7 +53,7 @@ def test_every_picture_with_its_caption(pictures: Path, tmp_path: Path) -> None:
         source = pictures / json.loads(sample["json"])["source"]
         assert sample["txt"].decode() == source.with_suffix(".txt").read_text().strip()
         with Image.open(source) as original:
-            expected = np.asarray(fitted(original.convert("RGB"), 32))
+            expected = fitted(np.array(original.convert("RGB")), 32)
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(sample["png"]))), expected)
     assert not (tmp_path / "out" / QUARANTINE).exists()
 
@@ -83,7 +80,7 @@ def test_corrupt_pictures_are_reported_and_left_out(pictures: Path, tmp_path: Pa
 
 def test_too_many_corrupt_pictures_stop_and_more_tolerance_goes_on(pictures: Path, tmp_path: Path) -> None:
     corrupt(pictures, 3)
-    with pytest.raises(UserError, match=r"max_bad_share=0\.2 of the 10 pictures"):
+    with pytest.raises(UserError, match=r"max_bad_share=0\.2 of the 10 samples"):
         write_imagefolder(CONFIG, pictures, tmp_path / "out")
     with pytest.raises(UserError, match="half-made"):
         ShardSet.open(tmp_path / "out")

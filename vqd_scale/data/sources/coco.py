@@ -1,0 +1,87 @@
+"""MSCOCO's captioned pictures as a set of shards: a sample per picture, all of its captions with it."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Literal
+
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.store import Location, file_sizes, read_json
+from vqd_scale.data.index import ShardSet
+from vqd_scale.data.sources.pictures import PackingConfig, Picture, existing, write_pictures
+
+
+class CocoConfig(PackingConfig):
+    """How MSCOCO becomes shards.
+
+    Attributes:
+        year: Which division of the pictures.
+        split: Which part of it.
+    """
+
+    year: Literal[2014, 2017] = 2014
+    split: Literal["train", "val"] = "train"
+
+
+def write_coco(config: CocoConfig, coco: Path, folder: Location) -> ShardSet:
+    """Write one part of MSCOCO; a sample's key is its picture's id, ``txt`` its first caption, ``json`` all.
+
+    The folder holds ``annotations/captions_train2014.json`` and the like, and the pictures in ``train2014``,
+    ``train2014/train2014`` or ``images/train2014``.
+
+    Source: Chen et al., "Microsoft COCO Captions: Data Collection and Evaluation Server", 2015.
+
+    Raises:
+        UserError: A file is not where it should be; too many pictures are unusable; ``folder`` holds another
+            set or cannot be written.
+    """
+    part = f"{config.split}{config.year}"
+    annotations = existing(
+        coco / "annotations" / f"captions_{part}.json",
+        coco / f"captions_{part}.json",
+        what=f"COCO's file of captions for {part}",
+    )
+    pictures = existing(
+        coco / part / part, coco / part, coco / "images" / part, what=f"COCO's folder of pictures {part}"
+    )
+    images, captions = _annotated(annotations)
+    present = file_sizes(pictures)
+    listed = [
+        Picture(
+            pictures / _file_name(image, part, present, pictures),
+            f"{image['id']:012d}",
+            f"{part}/{image['file_name']}",
+            captions[image["id"]],
+            {"image_id": image["id"]},
+        )
+        for image in images
+    ]
+    return write_pictures(config, "coco", listed, folder, root=coco)
+
+
+def _annotated(path: Path) -> tuple[list[dict[str, Any]], dict[int, tuple[str, ...]]]:
+    """The pictures by id, and each one's captions by the captions' ids."""
+    content = read_json(path, "file of COCO captions")
+    try:
+        images = sorted(content["images"], key=lambda image: image["id"])
+        captions: dict[int, list[str]] = defaultdict(list)
+        for entry in sorted(content["annotations"], key=lambda entry: entry["id"]):
+            captions[entry["image_id"]].append(" ".join(entry["caption"].split()))
+        found = [(int(image["id"]), str(image["file_name"])) for image in images]
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{path}: not COCO's captions: 'images', and 'annotations' with 'image_id' and 'caption'."
+        ) from None
+    silent = [name for number, name in found if not captions.get(number)]
+    if silent:
+        raise UserError(f"{path}: has no caption for {silent[0]}, as for {len(silent)} of {len(found)}.")
+    return images, {number: tuple(captions[number]) for number, _ in found}
+
+
+def _file_name(image: dict[str, Any], part: str, present: dict[str, int], folder: Path) -> str:
+    """A picture's name in this folder: 2017's are 2014's without what says the part."""
+    number = image["id"]
+    names = (image["file_name"], f"{number:012d}.jpg", f"COCO_{part}_{number:012d}.jpg")
+    for name in names:
+        if name in present:
+            return name
+    raise UserError(f"{folder / image['file_name']}: this picture is missing; fetch COCO's {part} again.")

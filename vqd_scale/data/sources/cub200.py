@@ -1,0 +1,67 @@
+"""Caltech-UCSD Birds-200-2011 with ten captions a picture, as a set of shards."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.store import Location
+from vqd_scale.data.index import ShardSet
+from vqd_scale.data.sources.fineclasses import captions_folder, listed_classes, write_captioned
+from vqd_scale.data.sources.pictures import CaptionFile, PackingConfig, Picture, existing
+
+
+class CubConfig(PackingConfig):
+    """How CUB-200-2011 becomes shards.
+
+    Attributes:
+        split: Which part.
+        protocol: ``classes``: no class is in both parts, as text-to-image papers have it; ``pictures``: the
+            data set's own ``train_test_split.txt``.
+    """
+
+    split: Literal["train", "test"] = "train"
+    protocol: Literal["classes", "pictures"] = "classes"
+
+
+def write_cub200(config: CubConfig, birds: Path, folder: Location) -> ShardSet:
+    """Write one part of the birds.
+
+    The folder holds ``CUB_200_2011`` (``images.txt``, ``images``, …) or is it; captions are looked for in
+    ``text``, ``text/text`` and ``text_c10`` beside and in it.
+
+    Raises:
+        UserError: A file is not where it should be or not what it should be; too many pictures are unusable;
+            ``folder`` holds another set or cannot be written.
+    """
+    data = existing(birds / "CUB_200_2011" / "images.txt", birds / "images.txt", what="images.txt").parent
+    captions = captions_folder(birds, data)
+    names = _pairs(data / "images.txt")
+    classes = {number: int(label) for number, label in _pairs(data / "image_class_labels.txt").items()}
+    labels = _pairs(data / "classes.txt")
+    if config.protocol == "classes":
+        wanted = listed_classes(config.split, birds, data, captions)
+        kept = [number for number in names if labels[str(classes[number])] in wanted]
+    else:
+        is_training = _pairs(data / "train_test_split.txt")
+        kept = [number for number in names if (is_training[number] == "1") == (config.split == "train")]
+    listed = [
+        Picture(
+            data / "images" / names[number],
+            f"{int(number):09d}",
+            names[number],
+            CaptionFile(captions / Path(names[number]).with_suffix(".txt"), by_line=True),
+            {"class": classes[number] - 1, "name": labels[str(classes[number])]},
+        )
+        for number in sorted(kept, key=int)
+    ]
+    return write_captioned(config, "cub200", listed, folder, birds)
+
+
+def _pairs(path: Path) -> Mapping[str, str]:
+    """A table of two columns, the first of which is a number."""
+    lines = existing(path, what="a table of CUB-200-2011").read_text(encoding="utf-8").splitlines()
+    pairs = [line.split(maxsplit=1) for line in lines if line.strip()]
+    if any(len(pair) != 2 or not pair[0].isdigit() for pair in pairs):
+        raise UserError(f"{path}: not a table of CUB-200-2011, a number and a value on each line.")
+    return {number: value.strip() for number, value in pairs}

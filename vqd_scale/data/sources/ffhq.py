@@ -1,0 +1,28 @@
+"""Flickr-Faces-HQ, or any folder of pictures without captions, as a set of shards."""
+
+from pathlib import Path
+
+from vqd_scale.core.store import Location
+from vqd_scale.data.index import ShardSet
+from vqd_scale.data.sources.pictures import PackingConfig, Picture, pictures_below, write_pictures
+
+
+class FFHQConfig(PackingConfig):
+    """How FFHQ becomes shards."""
+
+
+def write_ffhq(config: FFHQConfig, pictures: Path, folder: Location) -> ShardSet:
+    """Write ``00000/00000.png`` to ``69000/69999.png``, in that order, without captions.
+
+    Source: Karras, Laine, Aila, "A Style-Based Generator Architecture for Generative Adversarial Networks",
+    CVPR 2019; the folder is its ``images1024x1024``.
+
+    Raises:
+        UserError: There is no picture, too many are unusable, or ``folder`` holds another set or cannot be
+            written.
+    """
+    listed = [
+        Picture(path, f"{number:09d}", path.relative_to(pictures).as_posix())
+        for number, path in enumerate(pictures_below(pictures))
+    ]
+    return write_pictures(config, "ffhq", listed, folder, root=pictures)

@@ -1,0 +1,65 @@
+"""Oxford-102 flowers with ten captions a picture, as a set of shards."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from scipy.io import loadmat
+
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.store import Location
+from vqd_scale.data.index import ShardSet
+from vqd_scale.data.sources.fineclasses import captions_folder, listed_classes, write_captioned
+from vqd_scale.data.sources.pictures import CaptionFile, PackingConfig, Picture, existing
+
+
+class OxfordConfig(PackingConfig):
+    """How Oxford-102 becomes shards.
+
+    Attributes:
+        split: Which part; ``all`` is every picture.
+        protocol: ``classes``: no class is in both parts; ``pictures``: the data set's own ``setid.mat``.
+    """
+
+    split: Literal["train", "val", "test", "all"] = "train"
+    protocol: Literal["classes", "pictures"] = "classes"
+
+
+def write_oxford102(config: OxfordConfig, flowers: Path, folder: Location) -> ShardSet:
+    """Write one part of the flowers: ``jpg``, ``imagelabels.mat``, ``setid.mat``, ``text_c10``.
+
+    Raises:
+        UserError: A file is not where it should be or not what it should be; too many pictures are unusable;
+            ``folder`` holds another set or cannot be written.
+    """
+    labels = _matrix(flowers / "imagelabels.mat", "labels")
+    captions = captions_folder(flowers, flowers)
+    numbers: Sequence[int] = range(1, len(labels) + 1)
+    if config.split != "all" and config.protocol == "classes":
+        wanted = listed_classes(config.split, flowers, captions)
+        numbers = [number for number in numbers if f"class_{labels[number - 1]:05d}" in wanted]
+    elif config.split != "all":
+        parts = {"train": "trnid", "val": "valid", "test": "tstid"}
+        numbers = sorted(_matrix(flowers / "setid.mat", parts[config.split]))
+    listed = [
+        Picture(
+            flowers / "jpg" / f"image_{number:05d}.jpg",
+            f"{number:09d}",
+            f"jpg/image_{number:05d}.jpg",
+            CaptionFile(
+                captions / f"class_{labels[number - 1]:05d}" / f"image_{number:05d}.txt", by_line=True
+            ),
+            {"class": labels[number - 1] - 1},
+        )
+        for number in numbers
+    ]
+    return write_captioned(config, "oxford102", listed, folder, flowers)
+
+
+def _matrix(path: Path, name: str) -> list[int]:
+    existing(path, what="a table of Oxford-102")
+    try:
+        content: Mapping[str, Any] = loadmat(str(path))
+        return [int(value) for value in content[name].reshape(-1)]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{path}: not a table of Oxford-102 that holds '{name}' ({error}).") from None
