@@ -55,8 +55,10 @@ def test_cut_and_garbled_files_are_one_sentence(tmp_path: Path, name: str) -> No
             read_tensors(path)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
 def test_a_torchscript_program_is_to_be_converted(tmp_path: Path) -> None:
-    torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(str(tmp_path / "ViT-B-32.pt"))
+    program: Any = torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))
+    program.save(str(tmp_path / "ViT-B-32.pt"))
     with pytest.raises(UserError, match=r"is a TorchScript program.*convert it by"):
         read_tensors(tmp_path / "ViT-B-32.pt")
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import open_clip.pretrained
@@ -178,9 +179,11 @@ def test_a_tag_is_downloaded_by_open_clip_and_read_by_us(
         "_PRETRAINED",
         {"small-quickgelu": tags, "small": tags, "small-vocabulary": tags},
     )
-    monkeypatch.setattr(
-        open_clip.pretrained, "download_pretrained", lambda _: str(tmp_path / "downloaded.safetensors")
-    )
+
+    def downloaded(_: object) -> str:
+        return str(tmp_path / "downloaded.safetensors")
+
+    monkeypatch.setattr(open_clip.pretrained, "download_pretrained", downloaded)
     found = loaded("openai").tower.state_dict()
     assert torch.equal(found["ln_final.weight"], clip.state_dict()["ln_final.weight"])
     with pytest.raises(
@@ -227,6 +230,7 @@ def test_trap_17_files_that_say_their_activation_are_held_to_it(clip: nn.Module,
         loaded(tmp_path / "model.safetensors")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
 def test_files_that_do_not_fit_are_one_sentence(clip: nn.Module, tmp_path: Path) -> None:
     tower = {name: value for name, value in clip.state_dict().items() if name in tower_names()}
     wider = TextEncoder(Tower(width=64, heads=2, layers=LAYERS)).tower.state_dict()
@@ -239,7 +243,8 @@ def test_files_that_do_not_fit_are_one_sentence(clip: nn.Module, tmp_path: Path)
         loaded(tmp_path / "less.safetensors")
     with pytest.raises(UserError, match="no such file"):
         loaded("/nowhere/weights.pt")
-    torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(str(tmp_path / "ViT-B-32.pt"))
+    program: Any = torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))
+    program.save(str(tmp_path / "ViT-B-32.pt"))
     with pytest.raises(UserError, match="is a TorchScript program"):
         loaded(tmp_path / "ViT-B-32.pt")
 

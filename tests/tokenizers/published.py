@@ -6,6 +6,7 @@ is the architecture.
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from vqd_scale.tokenizers.vqgan import ITHQ, VQGAN, VQGANConfig
 Published = VQGANConfig | TamingVQConfig | TamingGumbelConfig
 State = dict[str, Tensor]
 
-SLIM = {"codes": 11, "channels": 32, "latent_width": 6, "code_width": 4}
+SLIM: dict[str, Any] = {"codes": 11, "channels": 32, "latent_width": 6, "code_width": 4}
 VARIANTS: dict[str, Published] = {
     "gumbel f8": OPENIMAGES_GUMBEL_F8.model_copy(update=SLIM),
     "vq f16": IMAGENET_F16.model_copy(update=SLIM),

@@ -1,13 +1,15 @@
 """What the tokenizers share: any size, batches in bfloat16, and a search that stays float32."""
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqd_scale.tokenizers.base import to_bytes
 from vqd_scale.tokenizers.taming import TamingGumbel, TamingGumbelConfig, TamingVQ, TamingVQConfig
 
-SLIM = {"codes": 8, "channels": 32, "residual_blocks": 1, "latent_width": 6, "code_width": 4}
+SLIM: dict[str, Any] = {"codes": 8, "channels": 32, "residual_blocks": 1, "latent_width": 6, "code_width": 4}
 
 
 def tokenizer_of(config: TamingVQConfig) -> TamingVQ:
@@ -32,7 +34,7 @@ def test_attention_stands_at_its_level_at_any_size(height: int, width: int) -> N
 
 
 def test_a_picture_of_384_pixels_is_a_grid_of_48() -> None:
-    config = TamingVQConfig(**SLIM | {"latent_width": 2}, multipliers=(1, 1, 1, 1), attention=(3,))
+    config = TamingVQConfig(**SLIM, multipliers=(1, 1, 1, 1), attention=(3,))
     tokenizer = tokenizer_of(config)
     assert tokenizer.encode(pictures(384, 384, count=1)).shape == (1, 48, 48)
 
@@ -42,8 +44,12 @@ def test_bfloat16_batches_are_channels_last_and_close() -> None:
     quick = tokenizer_of(TamingVQConfig(**SLIM)).compute_in(torch.bfloat16)
     images = pictures(64, 64, count=4)
     seen: list[Tensor] = []
-    quick.encoder.conv_out.register_forward_hook(lambda *arguments: seen.append(arguments[2]))
-    quick.decoder.conv_in.register_forward_hook(lambda *arguments: seen.append(arguments[2]))
+
+    def watch(_: nn.Module, __: object, output: Tensor) -> None:
+        seen.append(output)
+
+    quick.encoder.conv_out.register_forward_hook(watch)
+    quick.decoder.conv_in.register_forward_hook(watch)
     tokens = quick.encode(images)
     pixels = quick.decode(tokens)
     assert [activation.dtype for activation in seen] == [torch.bfloat16] * 2

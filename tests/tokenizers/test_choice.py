@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from pydantic import TypeAdapter
@@ -8,8 +10,8 @@ from vqd_scale.tokenizers.fsq import FSQConfig
 from vqd_scale.tokenizers.taming import TamingGumbelConfig, TamingVQConfig
 from vqd_scale.tokenizers.vqgan import VQGANConfig
 
-SHAPE = {"channels": 32, "multipliers": (1, 1), "residual_blocks": 1}
-SLIM = {**SHAPE, "codes": 8, "code_width": 4}
+SHAPE: dict[str, Any] = {"channels": 32, "multipliers": (1, 1), "residual_blocks": 1}
+SLIM: dict[str, Any] = {**SHAPE, "codes": 8, "code_width": 4}
 GUMBEL = TamingGumbelConfig(**SLIM, latent_width=4, attention=())
 CONFIGS: list[TokenizerConfig] = [
     VQGANConfig(**SLIM),
