@@ -5,7 +5,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -26,6 +26,10 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import set_z3_leaf_modules
+
+# Only inference's tensor parallelism uses it, yet every start on a CPU would compile it, or wait in line with
+# the processes of other runs for whoever does.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -63,7 +67,7 @@ class EngineConfig(Config):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Keep to warnings that mean something, and the standard output for a tool's result."""
     for chatty in (deepspeed_logger, logging.getLogger("torch.utils.cpp_extension")):
         chatty.setLevel(logging.ERROR)
