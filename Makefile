@@ -20,7 +20,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(DONE)/project $(DONE)/bytecode $(DONE)/operators ## install the locked versions into .venv
+setup: $(DONE)/project $(DONE)/bytecode ## install the locked versions into .venv
 
 demo: setup ## shards -> tokenizer -> tokens -> training -> pictures -> score; FAST=1 for the short form
 	$(BIN)/python tools/demo.py $(if $(FAST),--fast)
@@ -62,11 +62,4 @@ $(DONE)/project: pyproject.toml $(DONE)/packages
 $(DONE)/bytecode: $(DONE)/packages
 	@echo "compiling the packages to bytecode"
 	$(BIN)/python -m compileall -qq -j2 .venv/lib || true
-	@touch $@
-
-# What DeepSpeed's CPU communication would otherwise build at the first start of a run.
-$(DONE)/operators: $(DONE)/packages $(DONE)/bytecode
-	@echo "building DeepSpeed's shared-memory operator"
-	$(BIN)/python -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()' \
-		> $(DONE)/operators.log 2>&1 || { cat $(DONE)/operators.log; exit 1; }
 	@touch $@

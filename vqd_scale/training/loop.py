@@ -27,7 +27,7 @@ from vqd_scale.training.ema import EMA
 from vqd_scale.training.engine import Engine
 from vqd_scale.training.metrics import MetricsFile
 from vqd_scale.training.optim import LearningRate
-from vqd_scale.training.task import BatchType, Losses, Task
+from vqd_scale.training.task import BatchType, Task
 
 logger = logging.getLogger(__name__)
 
@@ -182,14 +182,13 @@ class _Trainer(Generic[BatchType]):
         self.report.start()
         while self.images < self.config.images:
             batch = self.report.waited_for(batches)
-            self._step(batch)
+            stopping = self._step(batch)
             self.images += self.batch
             self.ema.update(self.images, self.batch)
             self.task.stepped(self.images)
             bar.update(self.batch)
             if _crosses(self.images, self.batch, self.config.log.every):
                 bar.set_postfix(loss=f"{self.report.write(self.images, self.engine):.4f}", refresh=False)
-            stopping = self.world.any(self.stop.requested)
             if stopping or self._checkpoint_is_due():
                 self.checkpoints.save(self.images, self.task.state())
             if stopping:
@@ -201,30 +200,37 @@ class _Trainer(Generic[BatchType]):
             self.images, self.batch, self.config.checkpoint.every
         )
 
-    def _step(self, batch: BatchType) -> None:
+    def _step(self, batch: BatchType) -> bool:
+        """One optimizer step; returns whether any rank was asked to stop."""
         parts = self.config.engine.accumulation
-        valid = self.world.sum(batch.valid.sum().to(self.world.device))
         rate = self.rate.at(self.images)
+        valid = torch.zeros(())
+        stopping = False
         for part in _split(batch, parts):
             losses = self.task.losses(self.engine, part, self.images)
             total = torch.where(part.valid.to(self.world.device), losses.per_sample, 0.0).sum()
-            self._check(losses, part)
+            bad = ~losses.per_sample.detach().isfinite().cpu() & part.valid
+            # All that ranks must agree on goes into one message: each is a wait for the slowest.
+            said = torch.stack([batch.valid.sum(), bad.sum(), torch.tensor(self.stop.requested)]).double()
+            valid, bad_anywhere, stops = self.world.sum(said.to(self.world.device))
+            stopping = stopping or bool(stops)
+            if bad_anywhere:
+                self._refuse(bad, part)
             # The engine averages over ranks and parts; what is wanted is the mean over valid samples.
-            self.engine.backward(total * (self.world.size * parts) / valid.clamp(min=1))
+            self.engine.backward(total * (self.world.size * parts) / valid.clamp(min=1).to(total))
             self.engine.step(rate)
             self.report.add(total.detach(), losses.statistics)
         self.report.add_step(valid, rate)
+        return stopping
 
-    def _check(self, losses: Losses, batch: BatchType) -> None:
+    def _refuse(self, bad: Tensor, batch: BatchType) -> None:
         """Stop before the optimizer eats a loss that is not finite; DeepSpeed alone would say nothing."""
-        bad = ~losses.per_sample.detach().isfinite().cpu() & batch.valid
-        if self.world.any(bool(bad.any())):
-            slots = batch.slots[bad].tolist()[:4]
-            whose = f"slots {slots} on rank {self.world.rank}" if slots else "another rank's samples"
-            raise UserError(
-                f"{self.config.run}: after {self.images} images the loss of {whose} is not finite; lower "
-                f"optim.lr or lengthen optim.warmup and start again, it goes on from the last checkpoint."
-            )
+        slots = batch.slots[bad].tolist()[:4]
+        whose = f"slots {slots} on rank {self.world.rank}" if slots else "another rank's samples"
+        raise UserError(
+            f"{self.config.run}: after {self.images} images the loss of {whose} is not finite; lower "
+            f"optim.lr or lengthen optim.warmup and start again, it goes on from the last checkpoint."
+        )
 
 
 class _Report:
