@@ -112,6 +112,22 @@ def test_trap_38_every_number_of_steps_ends_clean_exactly_once(count: int, data:
         Strided(steps=count + 1).plan(transition, count - 1)
 
 
+@pytest.mark.parametrize("count", [1, 2, 7, 100])
+def test_trap_38_all_samplers_end_clean_exactly_once_for_every_number_of_steps(count: int) -> None:
+    transition = MaskAndReplace(Absorbing(steps=count), 4)
+    counted = (Strided, Purity, Confidence, Halton, Remask, LegacyDiffusers)
+    every: list[Sampler] = [kind(steps=steps) for kind in counted for steps in range(1, count + 1)]
+    every += [Ancestral(), *(LegacyFast(speed=speed) for speed in range(2, count + 2))]
+    assert {sampler.kind for sampler in every} == {sampler.kind for sampler in SAMPLERS}
+    for sampler in every:
+        plan = sampler.plan(transition, count - 1)
+        ends = [step.s for step in plan]
+        assert ends[-1] == -1 and ends.count(-1) == 1
+        assert all(later < earlier for earlier, later in pairwise(ends))
+        if isinstance(sampler, counted):
+            assert len(plan) == sampler.steps
+
+
 def masked_shares(
     sampler: Sampler, schedule: Schedule, length: int, batch: int = 4
 ) -> tuple[list[float], list[int]]:
@@ -130,7 +146,8 @@ def test_trap_12_the_masked_share_follows_the_schedule(sampler: Sampler, schedul
     length, batch = 4096, 4
     shares, times = masked_shares(sampler, schedule, length, batch)
     rates = MaskAndReplace(schedule, 9).rates
-    for share, t in list(zip(shares, times, strict=True))[1:]:
+    assert times[0] == schedule.steps - 1
+    for share, t in zip(shares, times, strict=True):
         expected = float(rates.at(t).mask)
         expected = expected / float(rates.at(schedule.steps - 1).mask) if sampler.starts_masked else expected
         # 5 standard deviations of a binomial share.
@@ -156,8 +173,11 @@ def test_trap_13_legacy_diffusers_counts_down_from_its_number_of_steps() -> None
     assert shares[0] == 1.0
 
 
-def test_legacy_diffusers_equals_diffusers_step_for_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    codes, length, steps, slots = 13, 30, 12, torch.tensor([5, 9])
+@pytest.mark.parametrize("steps", [1, 12, 100])
+def test_trap_13_legacy_diffusers_equals_diffusers_step_for_step(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes, length, slots = 13, 30, torch.tensor([5, 9])
     network = uncertain(codes)
     ours: list[tuple[Tensor, int]] = []
     final = sample(

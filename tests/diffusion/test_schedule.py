@@ -145,6 +145,27 @@ def test_a_schedule_is_chosen_by_kind_and_wrong_constants_are_named() -> None:
         validated(Holder, {"schedule": {"kind": "paper", "mask_rate": 1.5}}, source="a test")
 
 
+@given(schedules)
+def test_trap_39_a_schedule_is_known_by_its_constants(schedule: Schedule) -> None:
+    """So a bundle that stores the configuration stores the chain, and can refuse weights of another one."""
+    choice = TypeAdapter[Schedule](Schedule)
+    stored = choice.dump_json(schedule)
+    assert choice.validate_json(stored) == schedule
+    for other in (Released(), Paper(), Paper(mask_rate=0.8), UniformCosine(), Absorbing()):
+        same = torch.equal(other.cumulative().keep, schedule.cumulative().keep) and torch.equal(
+            other.cumulative().mask, schedule.cumulative().mask
+        )
+        assert (choice.dump_json(other) == stored) <= same
+
+
+def test_trap_39_any_changed_constant_shows() -> None:
+    released = Released()
+    for name in ("keep_first", "keep_last", "mask_first", "mask_last"):
+        changed = released.model_copy(update={name: getattr(released, name) * 0.999})
+        assert changed.model_dump_json() != released.model_dump_json()
+        assert not torch.equal(changed.cumulative().replace, released.cumulative().replace)
+
+
 def test_prior_shares() -> None:
     shares = [schedule.prior_mask for schedule in (Released(), Paper(), UniformCosine(), Absorbing())]
     assert shares == [1.0, 0.9, 0.0, 1.0]

@@ -14,6 +14,7 @@ from torch import Tensor
 from vqd_scale.diffusion.rows import LOG_HUGE, Factors, Reading, Rows
 
 _LOG_HUGE = tl.constexpr(LOG_HUGE)
+_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 class TritonRows:
@@ -111,7 +112,8 @@ def _read(
     chance = tl.exp(line)
     found_true, found_seen = _at(line, code, at_true, codes), _at(line, code, at_seen, codes)
     share = reachable * tl.exp(found_seen) + tl.sum(tl.where(code == at_seen, 0.0, chance), 0)
-    ratio = tl.exp(tl.minimum(tl.load(log_ratio + row) - tl.log(share), _LOG_HUGE))
+    log_share = tl.log(tl.maximum(share, _TINY))
+    ratio = tl.exp(tl.minimum(tl.load(log_ratio + row) - log_share, _LOG_HUGE))
     tl.store(log_true + row, found_true)
     tl.store(log_seen + row, found_seen)
     tl.store(code_sum + row, tl.sum(tl.log(1 + ratio * chance), 0))
