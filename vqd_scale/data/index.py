@@ -54,7 +54,7 @@ class ShardTable:
         offsets: First byte of each member's content; `ABSENT` where a sample lacks the member.
         sizes: Bytes of each member's content; `ABSENT` likewise.
         columns: What was kept of the samples' ``json``: ``captions`` (how many), ``class`` (its number); nan
-            where a sample has none.
+            where it does not say. A sample that lists no captions has the one in its ``txt``.
     """
 
     keys: Shaped[NDArray[np.bytes_], " count"]

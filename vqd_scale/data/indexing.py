@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
 from tqdm import tqdm
 
 from vqd_scale.core.errors import UserError
@@ -225,7 +226,7 @@ def index_tar(
         len(kept),
         scan.size,
         scan.sha256,
-        len(kept) if captions is None else int(captions.sum()),
+        len(kept) if captions is None else int(np.nan_to_num(captions, nan=1.0).sum()),
         filtered,
         tuple(left),
         version,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.store import Location
@@ -61,5 +62,5 @@ def _matrix(path: Path, name: str) -> list[int]:
     try:
         content: Mapping[str, Any] = loadmat(str(path))
         return [int(value) for value in content[name].reshape(-1)]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (MatReadError, ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{path}: not a table of Oxford-102 that holds '{name}' ({error}).") from None

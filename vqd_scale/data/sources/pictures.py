@@ -191,9 +191,10 @@ def _samples(
 
 def _words(picture: Picture) -> dict[str, Any]:
     """The members besides the picture: ``json``, the first caption, and the class as webdataset names it."""
-    captions = picture.captions.read() if isinstance(picture.captions, CaptionFile) else picture.captions
+    of = picture.captions
+    captions = of.read() if isinstance(of, CaptionFile) else of
     facts: dict[str, Any] = {"source": picture.source, **picture.facts}
-    if len(captions) > 1:
+    if captions and not (isinstance(of, CaptionFile) and not of.by_line):
         facts["captions"] = list(captions)
     members: dict[str, Any] = {"json": facts}
     if captions:

@@ -1,0 +1,82 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vqd_scale.core.errors import UserError
+from vqd_scale.data.index import read_table
+from vqd_scale.data.shards import read_shard
+from vqd_scale.data.sources.ffhq import FFHQConfig, write_ffhq
+from vqd_scale.data.sources.imagenet import ImageNetConfig, class_names, write_imagenet
+from vqd_scale.data.sources.pictures import Jpeg
+
+Place = Callable[..., Path]
+
+
+@pytest.fixture
+def train(tmp_path: Path, place: Place) -> Path:
+    folder = tmp_path / "train"
+    for number, name in enumerate(("n01443537", "n01440764", "n01440764")):
+        place(folder / name / f"{name}_{number}.JPEG", number)
+    # Some of ImageNet's are no JPEGs, whatever they are called.
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "n01440764" / "n01440764_9.JPEG", "PNG")
+    return folder
+
+
+def test_classes_by_folder(train: Path, tmp_path: Path) -> None:
+    (shard,) = write_imagenet(ImageNetConfig(), train, tmp_path / "out").shards
+    samples = list(read_shard(shard))
+    assert [json.loads(sample["json"])["class"] for sample in samples] == [0, 0, 0, 1]
+    assert [sample["cls"].decode() for sample in samples] == ["0", "0", "0", "1"]
+    assert samples[3]["txt"].decode() == "n01443537"
+    assert samples[0]["jpeg"] == (train / json.loads(samples[0]["json"])["source"]).read_bytes()
+    assert read_table(shard).columns["class"].tolist() == [0, 0, 0, 1]
+
+
+NAMES = {
+    "classes.txt": "n01443537 goldfish, Carassius auratus\nn01440764 tench, Tinca tinca\nn2 third\n",
+    "index.json": '{"1": ["n01440764", "tench"], "0": ["n01443537", "goldfish"], "10": ["n2", "third_one"]}',
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_classes_by_a_list(train: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(NAMES[name])
+    (shard,) = write_imagenet(ImageNetConfig(classes=tmp_path / name), train, tmp_path / "out").shards
+    described = [json.loads(sample["json"]) for sample in read_shard(shard)]
+    assert [entry["class"] for entry in described] == [1, 1, 1, 0]
+    assert [entry["name"] for entry in described] == ["tench", "tench", "tench", "goldfish"]
+
+
+def test_wrong_uses(train: Path, tmp_path: Path, place: Place) -> None:
+    folders = ["n01440764", "n01443537"]
+    (tmp_path / "few.txt").write_text("n01440764 tench\n")
+    with pytest.raises(UserError, match="lists no class 'n01443537'"):
+        class_names(tmp_path / "few.txt", folders)
+    (tmp_path / "bad.txt").write_text("n01440764\n")
+    with pytest.raises(UserError, match="each line must hold"):
+        class_names(tmp_path / "bad.txt", folders)
+    (tmp_path / "bad.json").write_text("[1, 2]")
+    with pytest.raises(UserError, match="not a list of classes"):
+        class_names(tmp_path / "bad.json", folders)
+    place(train / "stray.png")
+    with pytest.raises(UserError, match=r"stray\.png: lies in no class's folder"):
+        write_imagenet(ImageNetConfig(), train, tmp_path / "out")
+
+
+def test_ffhq_has_no_captions(tmp_path: Path, place: Place) -> None:
+    for number in (0, 1, 1000):
+        place(tmp_path / "in" / f"{number // 1000 * 1000:05d}" / f"{number:05d}.png", number, 48, 48)
+    (shard,) = write_ffhq(FFHQConfig(), tmp_path / "in", tmp_path / "out").shards
+    samples = list(read_shard(shard))
+    assert [json.loads(sample["json"]) for sample in samples] == [
+        {"source": source} for source in ("00000/00000.png", "00000/00001.png", "01000/01000.png")
+    ]
+    assert all(set(sample) == {"__key__", "__url__", "png", "json"} - {"__url__"} for sample in samples)
+    assert samples[2]["png"] == (tmp_path / "in" / "01000" / "01000.png").read_bytes()
+    small = FFHQConfig(encoding=Jpeg(), image_size=16)
+    (shard,) = write_ffhq(small, tmp_path / "in", tmp_path / "small").shards
+    assert set(next(iter(read_shard(shard)))) == {"__key__", "jpg", "json"}
