@@ -1,8 +1,10 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from vqd_scale.commands import benchmark
 from vqd_scale.commands.benchmark import main
@@ -10,6 +12,7 @@ from vqd_scale.commands.benchmarks.loss import (
     LossProblem,
     benchmark_loss,
     closed_form_loss,
+    compared_losses,
     log_one_hot_loss,
 )
 
@@ -25,6 +28,26 @@ def test_both_sides_of_the_loss_benchmark_compute_the_same_loss_and_gradient(fir
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-7)
 
 
+def test_nothing_is_measured_where_the_sides_differ() -> None:
+    problem = LossProblem(batch=2, length=8, codes=6)
+    tensors = problem.tensors()
+    same = {"ours": closed_form_loss, "alternative": log_one_hot_loss}
+    losses = compared_losses(same, problem, tensors)
+    assert losses["ours"] == pytest.approx(losses["alternative"], rel=1e-4)
+
+    def shifted(problem: LossProblem) -> Callable[..., Tensor]:
+        return lambda *given: closed_form_loss(problem)(*given) + 1e-2
+
+    def steeper(problem: LossProblem) -> Callable[..., Tensor]:
+        return lambda logits, *given: (
+            closed_form_loss(problem)(logits, *given) + 1e-2 * (logits - logits.detach()).sum()
+        )
+
+    for wrong in (shifted, steeper):
+        with pytest.raises(AssertionError, match="not close"):
+            compared_losses({"ours": closed_form_loss, "alternative": wrong}, problem, tensors)
+
+
 @pytest.mark.long
 def test_the_result_says_what_was_measured_and_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
@@ -37,6 +60,7 @@ def test_the_result_says_what_was_measured_and_where(tmp_path: Path, monkeypatch
     assert {"ours", "alternative", "ratio", "memory_ratio", "machine", "versions", "commit"} <= set(result)
     assert result["ratio"] == pytest.approx(result["alternative"] / result["ours"])
     assert 0 < result["memory_ratio"] < 1
+    assert [len(seconds) for seconds in result["seconds"].values()] == [1, 1]
     assert result["losses"]["ours"] == pytest.approx(result["losses"]["alternative"], rel=1e-4)
 
 

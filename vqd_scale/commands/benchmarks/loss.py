@@ -2,9 +2,10 @@
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -136,33 +137,64 @@ Loss = Callable[[LossProblem], Callable[[Tensor, Tensor, Tensor, Tensor], Tensor
 def benchmark_loss(rounds: int, problem: LossProblem | None = None) -> dict[str, Any]:
     """Forward and backward of the objective on the same float32 logits on the CPU.
 
+    Before anything is measured both sides must give the same loss and the same gradient.
+
     Args:
-        rounds: How often each side is timed, in turn; the best counts.
+        rounds: How often each side is timed, in turn; the median counts.
         problem: The sizes.
+
+    Raises:
+        AssertionError: They do not.
     """
     problem = LossProblem() if problem is None else problem
     sides: dict[str, Loss] = {"ours": closed_form_loss, "alternative": log_one_hot_loss}
+    tensors = problem.tensors()
+    losses = compared_losses(sides, problem, tensors)
     memory = {
         name: in_fresh_process(partial(extra_peak_bytes, side, problem)) for name, side in sides.items()
     }
-    tensors = problem.tensors()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    losses: dict[str, float] = {}
     for _ in progress(range(rounds), "loss", rounds):
         for name, side in sides.items():
+            loss = side(problem)
             gc.collect()
             started = time.perf_counter()
-            losses[name] = _differentiated(side(problem), tensors)
+            _differentiated(loss, tensors)
             seconds[name].append(time.perf_counter() - started)
-    best = {name: min(values) for name, values in seconds.items()}
+    medians = {name: median(values) for name, values in seconds.items()}
     return {
-        **best,
-        "ratio": best["alternative"] / best["ours"],
+        **medians,
+        "ratio": medians["alternative"] / medians["ours"],
         "memory_ratio": memory["ours"] / memory["alternative"],
         "extra_peak_megabytes": {name: round(value / 1e6, 1) for name, value in memory.items()},
+        "seconds": {name: [round(value, 4) for value in values] for name, values in seconds.items()},
         "losses": losses,
         "shape": [problem.batch, problem.length, problem.codes],
     }
+
+
+def compared_losses(
+    sides: Mapping[str, Loss], problem: LossProblem, tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> dict[str, float]:
+    """Each side's loss, which must be the same for all, as must be its gradient.
+
+    Raises:
+        AssertionError: They differ.
+    """
+    losses: dict[str, float] = {}
+    expected: Tensor | None = None
+    for name, side in sides.items():
+        value = side(problem)(*tensors)
+        (gradient,) = torch.autograd.grad(value, tensors[0])
+        losses[name] = float(value.detach())
+        if expected is not None:
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5 * scale)
+        expected = gradient
+    first, *others = losses.values()
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=1e-4, atol=1e-6)
+    return losses
 
 
 def extra_peak_bytes(side: Loss, problem: LossProblem) -> int:
@@ -172,8 +204,6 @@ def extra_peak_bytes(side: Loss, problem: LossProblem) -> int:
     return extra_peak(lambda: _differentiated(loss, tensors))
 
 
-def _differentiated(loss: Callable[..., Tensor], tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> float:
-    value = loss(*tensors)
-    value.backward()
+def _differentiated(loss: Callable[..., Tensor], tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    loss(*tensors).backward()
     tensors[0].grad = None
-    return float(value.detach())
