@@ -3,14 +3,16 @@ from collections.abc import Sequence
 
 from vqd_scale.commands.entry import add_config_arguments, config_from, run_tool, tool_parser
 from vqd_scale.commands.run import run_task
+from vqd_scale.training.autoregression import AutoregressionConfig, AutoregressionTask
 from vqd_scale.training.denoising import DenoisingTask, TrainConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``tools/train.py``."""
     parser = tool_parser(
-        "Train a denoiser on token shards, on one process or as many as torchrun or srun start; started "
-        "again, it goes on from the newest whole checkpoint.",
+        "Train a denoiser on token shards, or its autoregressive peer (kind: autoregression), on one "
+        "process or as many as torchrun or srun start; started again, it goes on from the newest whole "
+        "checkpoint.",
         "torchrun --nproc-per-node 2 tools/train.py configs/demo/train.yaml optim.lr=2e-3",
     )
     add_config_arguments(parser, file_required=True)
@@ -18,5 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    config = config_from(TrainConfig, arguments)
-    run_task(lambda world: DenoisingTask(config, world), config, "train denoiser")
+    config = config_from((TrainConfig, AutoregressionConfig), arguments)
+    if isinstance(config, TrainConfig):
+        run_task(lambda world: DenoisingTask(config, world), config, "train denoiser")
+    else:
+        run_task(lambda world: AutoregressionTask(config, world), config, "train VQ-AR")

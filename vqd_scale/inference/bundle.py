@@ -9,20 +9,23 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Literal, TypeAlias, cast
 
 import torch
+from jaxtyping import Bool
 from pydantic import PositiveInt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from vqd_scale.core.config import Config, ConfigType, validated
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.store import publish_json, publish_text, published_folder, read_json, sha256_of
 from vqd_scale.diffusion.schedule import Schedule
-from vqd_scale.nn.denoiser import TextCondition
-from vqd_scale.nn.network import NetworkConfig, build_network
+from vqd_scale.nn.autoregressive import Autoregressive, AutoregressiveConfig
+from vqd_scale.nn.denoiser import ClassCondition, Condition, TextCondition
+from vqd_scale.nn.network import Network, NetworkConfig, build_network
 from vqd_scale.nn.placement import HERE, Placement
 from vqd_scale.text.clip import TextConfig, TextEncoder
 from vqd_scale.tokenizers.choice import ReducedConfig, Tokenizer, TokenizerConfig, build_tokenizer
@@ -43,6 +46,7 @@ _TRAINED = "Trained with vqd_scale. Who trained it decides on its licence, withi
 class BundleConfig(Config):
     """All that a model's weights need to mean something, the schedule's constants among it."""
 
+    kind: Literal["denoising"] = "denoising"
     codes: PositiveInt
     """K, the number of codes."""
     grid: tuple[PositiveInt, PositiveInt]
@@ -55,8 +59,60 @@ class BundleConfig(Config):
     """Where the weights come from, and what is known of their licence."""
 
 
-class Model(nn.Module):
-    """Denoiser and text encoder, what is trained together and saved together.
+class AutoregressiveBundleConfig(Config):
+    """The same for a model that draws token by token."""
+
+    kind: Literal["autoregression"] = "autoregression"
+    codes: PositiveInt
+    grid: tuple[PositiveInt, PositiveInt]
+    network: AutoregressiveConfig
+    text: TextConfig | None = None
+    origin: str = _TRAINED
+
+
+class ConditionalModel(nn.Module):
+    """What is trained together and saved together: a network, and the encoder of captions if it takes text.
+
+    Args:
+        text: The encoder.
+        condition: What the network is conditioned on.
+        key: Where a configuration says so.
+
+    Attributes:
+        condition: As given.
+        text: The encoder of captions; only a model of a text condition has one.
+
+    Raises:
+        UserError: The network takes text and there is no encoder of that width, or takes none and there is
+            one.
+    """
+
+    def __init__(self, text: TextConfig | None, condition: Condition, key: str) -> None:
+        super().__init__()
+        self.condition = condition
+        if text is not None:
+            self.text = TextEncoder(text)
+        width = None if text is None else self.text.width
+        if width != (condition.width if isinstance(condition, TextCondition) else None):
+            wanted = "another kind than 'text'" if width is None else f"kind 'text' of width {width}"
+            raise UserError(f"{key}: must be {wanted} to go with the text encoder, not {condition!r}.")
+
+    def told(self, given: Tensor, dropped: Bool[Tensor, " batch"]) -> Tensor | None:
+        """What the network takes for its condition.
+
+        Args:
+            given: Caption ids [batch, positions] or classes [batch]; an unconditional model looks at neither.
+            dropped: Which samples are to see the null condition instead.
+        """
+        if isinstance(self.condition, TextCondition):
+            return self.text(given, dropped)
+        if isinstance(self.condition, ClassCondition):
+            return torch.where(dropped, self.condition.classes, given)
+        return None
+
+
+class Model(ConditionalModel):
+    """Denoiser and text encoder.
 
     Args:
         config: Their shapes.
@@ -64,44 +120,62 @@ class Model(nn.Module):
 
     Attributes:
         denoiser: The network.
-        text: The encoder of captions; only a model of a text condition has one.
 
     Raises:
-        UserError: The denoiser takes text and there is no text encoder of that width, or takes none and there
-            is one.
+        UserError: See `ConditionalModel`.
     """
 
     def __init__(self, config: BundleConfig, placement: Placement = HERE) -> None:
-        super().__init__()
-        condition = config.denoiser.condition
-        if config.text is not None:
-            self.text = TextEncoder(config.text)
-        width = None if config.text is None else self.text.width
-        if width != (condition.width if isinstance(condition, TextCondition) else None):
-            wanted = "another kind than 'text'" if width is None else f"kind 'text' of width {width}"
-            raise UserError(
-                f"denoiser.condition: must be {wanted} to go with the text encoder, not {condition!r}."
-            )
+        super().__init__(config.text, config.denoiser.condition, "denoiser.condition")
         self.denoiser = build_network(
             config.denoiser, config.codes, config.grid, config.diffusion.steps, placement
         )
 
+    @property
+    def network(self) -> Network:
+        """The denoiser."""
+        return self.denoiser
+
+
+class AutoregressiveModel(ConditionalModel):
+    """Autoregressive transformer and text encoder.
+
+    Args:
+        config: Their shapes.
+        placement: Where the transformer's weights are while it is built.
+
+    Attributes:
+        network: The transformer.
+
+    Raises:
+        UserError: See `ConditionalModel`.
+    """
+
+    def __init__(self, config: AutoregressiveBundleConfig, placement: Placement = HERE) -> None:
+        super().__init__(config.text, config.network.condition, "network.condition")
+        self.network = Autoregressive(config.network, config.codes, config.grid, placement)
+
+
+_MODELS = (BundleConfig, AutoregressiveBundleConfig)
+AnyBundleConfig = TypeVar("AnyBundleConfig", BundleConfig, AutoregressiveBundleConfig, default=BundleConfig)
+AnyModel = TypeVar("AnyModel", Model, AutoregressiveModel, default=Model)
+
 
 @dataclass(frozen=True)
-class Bundle:
+class Bundle(Generic[AnyBundleConfig, AnyModel]):
     """A loaded model, for inference only.
 
     Attributes:
-        config: Its shapes and schedule.
-        model: Denoiser and text encoder.
+        config: Its shapes, and the schedule of a denoiser.
+        model: Network and text encoder.
         tokenizer: Tokens to pictures.
 
     Raises:
         UserError: The tokenizer has another number of codes than the model.
     """
 
-    config: BundleConfig
-    model: Model
+    config: AnyBundleConfig
+    model: AnyModel
     tokenizer: Tokenizer
 
     def __post_init__(self) -> None:
@@ -116,24 +190,27 @@ class Bundle:
     @property
     def device(self) -> torch.device:
         """Where the networks lie."""
-        return self.model.denoiser.code_tables[0].device
+        return self.model.network.code_tables[0].device
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the denoiser computes."""
-        return self.model.denoiser.code_tables[0].dtype
+        """In which the network computes."""
+        return self.model.network.code_tables[0].dtype
 
     def to(self, place: torch.dtype | torch.device | str) -> None:
-        """Move everything to a device; or let denoiser and convolutions compute in another dtype.
+        """Move everything to a device; or let network and convolutions compute in another dtype.
 
         The text encoder, run once for a prompt, stays as it is, and so does what chooses a code.
         """
         if isinstance(place, torch.dtype):
-            self.model.get_submodule("denoiser").to(dtype=place)
+            cast(nn.Module, self.model.network).to(dtype=place)
             self.tokenizer.compute_in(place)
         else:
             self.model.to(device=place)
             self.tokenizer.to(device=place)
+
+
+AutoregressiveBundle: TypeAlias = Bundle[AutoregressiveBundleConfig, AutoregressiveModel]
 
 
 @dataclass(frozen=True)
@@ -150,21 +227,25 @@ class TokenizerWeights:
 
 
 def save_bundle(
-    folder: Path, config: BundleConfig, weights: Mapping[str, Tensor], tokenizer: Path | TokenizerWeights
+    folder: Path,
+    config: BundleConfig | AutoregressiveBundleConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer: Path | TokenizerWeights,
 ) -> None:
     """Write a model's bundle, the tokenizer's within it: all of it or nothing.
 
     Args:
         folder: Where; what is there is replaced.
         config: What the model is.
-        weights: The state of its `Model`.
+        weights: The state of its model.
         tokenizer: A tokenizer's bundle to be copied, or its weights.
 
     Raises:
         UserError: The disk is full or the folder cannot be written.
     """
     with published_folder(folder) as partial:
-        _save(partial, config, weights, {_SCHEDULE: _fingerprint(config.diffusion)})
+        schedule = {_SCHEDULE: _fingerprint(config.diffusion)} if isinstance(config, BundleConfig) else {}
+        _save(partial, config, weights, schedule)
         if isinstance(tokenizer, TokenizerWeights):
             (partial / _TOKENIZER).mkdir()
             _save(partial / _TOKENIZER, tokenizer.config, tokenizer.tensors)
@@ -175,18 +256,36 @@ def save_bundle(
 
 
 def load_bundle(folder: Path) -> Bundle:
-    """Read a model's bundle, or that of a finished run, into float32 on the CPU.
+    """Read a denoiser's bundle, or that of a finished run, into float32 on the CPU.
 
     Raises:
         UserError: There is none, a file is missing, damaged or of another shape, or the weights were trained
             under another schedule than the configuration says.
     """
-    if (folder / "export").is_dir():
-        folder = folder / "export"
-    config = _load_config(BundleConfig, folder, "model bundle")
+    folder = _exported(folder)
+    config = _load_config(_MODELS, folder, "model bundle")
+    if not isinstance(config, BundleConfig):
+        raise UserError(
+            f"{folder}: holds an autoregressive model, which draws without a schedule or a sampler."
+        )
     model = Model(config)
     _load_weights(model, folder)
     _check_schedule(config, folder)
+    return Bundle(config, model, load_tokenizer(folder / _TOKENIZER, torch.device("cpu")))
+
+
+def load_autoregressive_bundle(folder: Path) -> AutoregressiveBundle:
+    """Read an autoregressive model's bundle, or that of a finished run, into float32 on the CPU.
+
+    Raises:
+        UserError: There is none, or a file is missing, damaged or of another shape.
+    """
+    folder = _exported(folder)
+    config = _load_config(_MODELS, folder, "model bundle")
+    if not isinstance(config, AutoregressiveBundleConfig):
+        raise UserError(f"{folder}: holds a denoiser, which does not draw token by token.")
+    model = AutoregressiveModel(config)
+    _load_weights(model, folder)
     return Bundle(config, model, load_tokenizer(folder / _TOKENIZER, torch.device("cpu")))
 
 
@@ -220,6 +319,10 @@ def tokenizer_fingerprint(folder: Path) -> str:
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: there is no tokenizer bundle here; train_tokenizer.py makes one.")
     return sha256_of(folder / WEIGHTS)
+
+
+def _exported(folder: Path) -> Path:
+    return folder / "export" if (folder / "export").is_dir() else folder
 
 
 def _save(
@@ -268,28 +371,36 @@ def _check_schedule(config: BundleConfig, folder: Path) -> None:
         )
 
 
-def _card(config: BundleConfig, parameters: int) -> str:
+def _card(config: BundleConfig | AutoregressiveBundleConfig, parameters: int) -> str:
     """The model card, of facts that the configuration holds."""
     rows, columns = config.grid
-    condition = {"text": "a caption", "class": "a class", "none": "nothing"}[config.denoiser.condition.kind]
-    return f"""# A VQ-Diffusion model
+    if isinstance(config, BundleConfig):
+        network, what, pipeline = config.denoiser, "VQ-Diffusion", "pipeline import TextToImage"
+        how = "undoing mask-and-replace noise step by\nstep"
+        source = "Gu et al., arXiv 2111.14822; Tang et al., arXiv 2205.16007"
+        schedule = f"| schedule | `{config.diffusion.model_dump_json()}` |\n"
+    else:
+        network, what, pipeline = config.network, "VQ-AR", "autoregression import AutoregressiveTextToImage"
+        how = "one token after the other in raster\norder"
+        source = "the autoregressive peer of VQ-Diffusion, Gu et al., arXiv 2111.14822"
+        schedule = ""
+    condition = {"text": "a caption", "class": "a class", "none": "nothing"}[network.condition.kind]
+    return f"""# A {what} model
 
-It draws pictures as {rows} x {columns} tokens of {config.codes} codes, undoing mask-and-replace noise step by
-step under {condition} (Gu et al., arXiv 2111.14822; Tang et al., arXiv 2205.16007).
+It draws pictures as {rows} x {columns} tokens of {config.codes} codes, {how} under {condition} ({source}).
 
 ```python
-from vqd_scale import TextToImage
+from vqd_scale.inference.{pipeline}
 
-TextToImage.load("this folder")
+{pipeline.split()[-1]}.load("this folder")
 ```
 
 | | |
 |---|---|
 | parameters | {parameters:,} |
-| network | `{config.denoiser.model_dump_json()}` |
+| network | `{network.model_dump_json()}` |
 | text encoder | `{"none" if config.text is None else config.text.model_dump_json()}` |
-| schedule | `{config.diffusion.model_dump_json()}` |
-| tokenizer | in `{_TOKENIZER}/` |
+{schedule}| tokenizer | in `{_TOKENIZER}/` |
 
 Origin and licence: {config.origin}
 """

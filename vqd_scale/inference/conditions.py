@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.inference.bundle import Bundle
+from vqd_scale.inference.bundle import AnyBundleConfig, AnyModel, Bundle
 from vqd_scale.nn.denoiser import ClassCondition, TextCondition
 
 Prompts = str | int | Sequence[str] | Sequence[int]
@@ -28,7 +28,9 @@ class Conditions:
 
 
 def conditions_of(
-    bundle: Bundle, prompts: Sequence[str] | Sequence[int], negative: Sequence[str] | None
+    bundle: Bundle[AnyBundleConfig, AnyModel],
+    prompts: Sequence[str] | Sequence[int],
+    negative: Sequence[str] | None,
 ) -> Conditions:
     """What a model is told for these prompts, on its device and in its dtype.
 
@@ -40,7 +42,7 @@ def conditions_of(
     Raises:
         UserError: A label is none, or a negative prompt is given to a model that takes no text.
     """
-    condition = bundle.config.denoiser.condition
+    condition = bundle.model.condition
     if isinstance(condition, TextCondition):
         return Conditions(_text(bundle, prompts), _text(bundle, negative or [""] * len(prompts)))
     if negative is not None:
@@ -52,7 +54,7 @@ def conditions_of(
 
 
 @torch.no_grad()
-def _text(bundle: Bundle, captions: Sequence[str] | Sequence[int]) -> Tensor:
+def _text(bundle: Bundle[AnyBundleConfig, AnyModel], captions: Sequence[str] | Sequence[int]) -> Tensor:
     encoder = bundle.model.text
     listed = [str(caption).strip() for caption in captions]
     ids = torch.from_numpy(encoder.tokenizer(listed)).to(bundle.device)

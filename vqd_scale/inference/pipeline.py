@@ -139,7 +139,7 @@ class TextToImage:
         Raises:
             UserError: The sampler does not fit the schedule, or lengths do not fit the prompts.
         """
-        return self._drawn(_listed(prompts), None, None, drawing)
+        return self._drawn(listed(prompts), None, None, drawing)
 
     def inpaint(
         self, image: Image.Image, mask: Image.Image, prompts: Prompts, **drawing: Unpack[Drawing]
@@ -165,7 +165,7 @@ class TextToImage:
         factor = self.bundle.tokenizer.factor
         free = drawn.unflatten(0, (-1, factor)).unflatten(2, (-1, factor)).any(3).any(1)
         known = KnownTokens(self._tokens(pixels), ~free.flatten()[None].to(self.bundle.device))
-        pictures = self._drawn(_listed(prompts), known, None, drawing)
+        pictures = self._drawn(listed(prompts), known, None, drawing)
         return Pictures(torch.where(drawn, pictures.tensor, pixels))
 
     def vary(
@@ -183,7 +183,7 @@ class TextToImage:
             UserError: The sampler cannot begin from an image, or see `__call__`.
         """
         start = Start(self._tokens(self._fitted(image)), strength)
-        return self._drawn(_listed(prompts), None, start, drawing)
+        return self._drawn(listed(prompts), None, start, drawing)
 
     @torch.no_grad()
     def draw(
@@ -220,7 +220,7 @@ class TextToImage:
         """
         rows, columns = self.bundle.config.grid
         conditions = conditions_of(self.bundle, prompts, negative)
-        predict = guided_pair(*self._predictions(conditions), guidance)
+        predict = guided_pair(*self.predictions(conditions), guidance)
         if truncation is not None:
             predict = truncated(predict, truncation)
         slots = slots.to(self.bundle.device)
@@ -277,7 +277,7 @@ class TextToImage:
             ]
         return Pictures(torch.cat(images))
 
-    def _predictions(self, conditions: Conditions) -> tuple[Predict, PredictPair]:
+    def predictions(self, conditions: Conditions) -> tuple[Predict, PredictPair]:
         """Log p(x0 | x_t, prompt), and both that and log p(x0 | x_t) from one pass over twice the batch."""
 
         @cache
@@ -329,7 +329,8 @@ def picture_slots(seed: int | Sequence[int], count: int) -> Int[Tensor, " count"
     return torch.tensor(seeds) * _SEEDS + places
 
 
-def _listed(prompts: Prompts) -> Sequence[str] | Sequence[int]:
+def listed(prompts: Prompts) -> Sequence[str] | Sequence[int]:
+    """One prompt or several as several."""
     if isinstance(prompts, str):
         return [prompts]
     return [prompts] if isinstance(prompts, int) else prompts

@@ -18,6 +18,7 @@ from vqd_scale.core.config import Config
 from vqd_scale.nn.attention import AttentionBackend
 from vqd_scale.nn.denoiser import CodeHead, Consume, NoCondition, Output, TextCondition
 from vqd_scale.nn.layers import Attention, FeedForward, ImageEmbedding, KeysValues, initialise
+from vqd_scale.nn.placement import HERE, Placement
 
 
 class AutoregressiveConfig(Config):
@@ -115,18 +116,22 @@ class Autoregressive(nn.Module):
         config: The transformer's shape.
         codes: K, the number of codes.
         grid: Height and width in tokens.
+        placement: Where its weights are while it is built.
     """
 
     units: ClassVar[tuple[type[nn.Module], ...]] = (CausalBlock,)
 
-    def __init__(self, config: AutoregressiveConfig, codes: int, grid: tuple[int, int]) -> None:
+    def __init__(
+        self, config: AutoregressiveConfig, codes: int, grid: tuple[int, int], placement: Placement = HERE
+    ) -> None:
         super().__init__()
         self.start = codes
-        self.content_emb = ImageEmbedding(codes, grid, config.width)
-        self.blocks = nn.ModuleList(CausalBlock(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
-        self.head = CodeHead(config.width, codes)
-        initialise(self, config.initial_deviation)
+        placed = placement.placed
+        self.content_emb = placed(ImageEmbedding(codes, grid, config.width))
+        self.blocks = nn.ModuleList(placed(CausalBlock(config)) for _ in range(config.layers))
+        self.norm = placed(nn.LayerNorm(config.width))
+        self.head = placed(CodeHead(config.width, codes))
+        initialise(self, config.initial_deviation, placement)
 
     @property
     def code_tables(self) -> tuple[Tensor, Tensor]:

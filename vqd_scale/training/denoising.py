@@ -2,54 +2,47 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
 from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.core.world import World
 from vqd_scale.data.batch import TokenBatch
-from vqd_scale.data.index import ShardSet
 from vqd_scale.data.samples import TokenSamples
 from vqd_scale.diffusion.objective import Objective, ObjectiveConfig
 from vqd_scale.diffusion.schedule import Paper, Schedule
 from vqd_scale.diffusion.times import Times, TimeSampler, Uniform
 from vqd_scale.diffusion.transition import MaskAndReplace
-from vqd_scale.inference.bundle import BundleConfig, Model, load_tokenizer, save_bundle
-from vqd_scale.inference.tokenize import TokenSetMeta
-from vqd_scale.nn.denoiser import Block, DenoiserConfig
-from vqd_scale.nn.layers import start_from_codebook
-from vqd_scale.text.clip import TextConfig, Tower
-from vqd_scale.training.config import RunConfig
+from vqd_scale.inference.bundle import BundleConfig, Model, save_bundle
+from vqd_scale.nn.denoiser import DenoiserConfig
+from vqd_scale.nn.network import NetworkConfig
 from vqd_scale.training.engine import placement
-from vqd_scale.training.task import Forward, Losses
+from vqd_scale.training.task import Forward, Losses, mean_of
+from vqd_scale.training.tokens import TokenRunConfig, TokenSource, weights_of_model
 
 _TIME_BINS = 10
+_JUDGED_TIMES = 8
+"""How many times held-out samples are looked at."""
 
 
-class TrainConfig(RunConfig):
-    """Train a text-conditional denoiser on token shards."""
+class TrainConfig(TokenRunConfig):
+    """Train a denoiser on token shards."""
 
-    tokenizer: Path
-    """The tokenizer's bundle that made the token shards; it travels into the trained model's bundle."""
-    denoiser: DenoiserConfig = DenoiserConfig()
-    text: TextConfig = Tower()
+    kind: Literal["denoising"] = "denoising"
+    denoiser: NetworkConfig = DenoiserConfig()
     diffusion: Schedule = Paper()
     objective: ObjectiveConfig = ObjectiveConfig()
     times: Times = Uniform()
-    codebook_start: NonNegativeFloat = 0.0
-    """If not zero, token embeddings and head start from the tokenizer's codebook, with this deviation."""
-    caption_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of samples that see the null condition instead of their caption, for guidance."""
 
 
 class DenoisingStep(nn.Module):
     """From tokens to losses in one forward; what the engine wraps.
 
     Args:
-        model: Denoiser and text encoder.
+        model: The network and what it is told.
         objective: The loss, called where the head's weight exists.
     """
 
@@ -63,12 +56,12 @@ class DenoisingStep(nn.Module):
         tokens: Int[Tensor, "batch length"],
         noisy: Int[Tensor, "batch length"],
         t: Int[Tensor, " batch"],
-        captions: Int[Tensor, "batch positions"],
+        given: Tensor,
         dropped: Bool[Tensor, " batch"],
         valid: Bool[Tensor, " batch"],
     ) -> tuple[Float[Tensor, " batch"], ...]:
         """Each sample's loss (differentiable), term of the bound and cross-entropy, and the accuracies."""
-        text = self.model.text(captions, dropped)
+        condition = self.model.told(given, dropped)
 
         def consume(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
             output = self.objective(hidden, weight, bias, tokens, noisy, t)
@@ -81,7 +74,7 @@ class DenoisingStep(nn.Module):
             accuracies = torch.stack([(value * valid).sum() for value in counted])
             return output.loss_per_image, output.vlb_per_image, output.cross_entropy_per_image, accuracies
 
-        return self.model.denoiser(noisy, t, text, consume)
+        return self.model.denoiser(noisy, t, condition, consume)
 
 
 class DenoisingTask:
@@ -98,8 +91,8 @@ class DenoisingTask:
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.config = config
         self.world = world
-        self.units = (Block,)
-        meta = TokenSetMeta.of(ShardSet.open(config.data.path))
+        self.source = TokenSource(config, world)
+        meta = self.source.meta
         self.bundle = BundleConfig(
             codes=meta.codes,
             grid=meta.grid,
@@ -110,19 +103,16 @@ class DenoisingTask:
         torch.manual_seed(config.seed)
         where = placement(config.engine, world)
         model = Model(self.bundle, where)
-        meta.check(config.tokenizer, model.text.tokenizer, config.data.path)
-        if config.codebook_start:
-            vectors = load_tokenizer(config.tokenizer, torch.device("cpu")).quantize.embedding
-            start_from_codebook(model.denoiser.code_tables, vectors, config.codebook_start, where)
-        self.text_length = model.text.tokenizer.context_length
+        self.read = self.source.samples(model)
+        self.source.start(model.denoiser.code_tables, where)
+        self.units = model.denoiser.units
         self.transition = MaskAndReplace(config.diffusion, meta.codes)
         self.module = DenoisingStep(model, Objective(self.transition, config.objective))
         self.times = TimeSampler(config.times, self.transition.steps, world.device)
 
     def samples(self) -> TokenSamples:
-        """Tokens and caption ids."""
-        rows, columns = self.bundle.grid
-        return TokenSamples(rows * columns, self.bundle.codes, self.text_length)
+        """Tokens, and what the network is told of them."""
+        return self.read
 
     def losses(self, forward: Forward, batch: TokenBatch, images: int) -> Losses:
         """Draw each sample's timestep, noise and caption dropout by its slot, and denoise."""
@@ -132,22 +122,41 @@ class DenoisingTask:
         # float64: what is left of 24 bits after a rare replacement would reach only a few of the codes.
         noise = uniforms(seed, Purpose.CORRUPTION, slots, tokens.shape[1], dtype=torch.float64)
         noisy = self.transition.corrupt(tokens, t, noise)
-        dropped = uniforms(seed, Purpose.CAPTION_DROPOUT, slots, 1)[:, 0] < self.config.caption_dropout
-        loss, bound, cross_entropy, accuracies = forward(
-            tokens, noisy, t, batch.text.to(device), dropped, valid
-        )
+        given, dropped = self.source.told(batch)
+        loss, bound, cross_entropy, accuracies = forward(tokens, noisy, t, given, dropped, valid)
         self.times.observe(t, bound * tokens.shape[1], valid.float())
         weight = valid.double()
         statistics = {
-            "bound": _mean(bound / probability, weight),
-            "cross_entropy": _mean(cross_entropy, weight),
+            "bound": mean_of(bound / probability, weight),
+            "cross_entropy": mean_of(cross_entropy, weight),
             "accuracy_masked": accuracies[:2],
             "accuracy_visible": accuracies[2:],
         }
         for bin in range(_TIME_BINS):
             inside = weight * (t * _TIME_BINS // self.transition.steps == bin)
-            statistics[f"cross_entropy_t{bin}"] = _mean(cross_entropy, inside)
-        return Losses(loss / probability, statistics)
+            statistics[f"cross_entropy_t{bin}"] = mean_of(cross_entropy, inside)
+        return Losses(loss / probability, statistics, {"t": t})
+
+    def judged(self, forward: Forward, batch: TokenBatch) -> dict[str, Tensor]:
+        """The bound and the cross-entropy in nats per token, at equidistant times under fixed noise."""
+        device, steps = self.world.device, self.transition.steps
+        slots, tokens, valid = (tensor.to(device) for tensor in (batch.slots, batch.tokens, batch.valid))
+        given, _ = self.source.told(batch)
+        weight = valid.double()
+        found: dict[str, Tensor] = {}
+        for number in range(_JUDGED_TIMES):
+            t = torch.full_like(slots, (2 * number + 1) * steps // (2 * _JUDGED_TIMES))
+            # Under a seed of its own, whatever the run's is, and other numbers at every time.
+            drawn = slots * _JUDGED_TIMES + number
+            noise = uniforms(0, Purpose.EVALUATION, drawn, tokens.shape[1], dtype=torch.float64)
+            noisy = self.transition.corrupt(tokens, t, noise)
+            _, bound, cross_entropy, _ = forward(tokens, noisy, t, given, torch.zeros_like(valid), valid)
+            found[f"bound_t{number}"] = mean_of(bound * steps, weight)
+            found[f"cross_entropy_t{number}"] = mean_of(cross_entropy, weight)
+        for name in ("bound", "cross_entropy"):
+            at_times = [value for key, value in found.items() if key.startswith(f"{name}_t")]
+            found[name] = torch.stack(at_times).sum(dim=0)
+        return found
 
     def stepped(self, images: int) -> None:
         """Fold all ranks' losses into the distribution of timesteps."""
@@ -163,11 +172,4 @@ class DenoisingTask:
 
     def export(self, parameters: Mapping[str, Tensor], folder: Path) -> None:
         """Write the bundle that `vqd_scale.inference.pipeline.TextToImage` loads."""
-        prefix = "model."
-        weights = {name.removeprefix(prefix): value for name, value in parameters.items()}
-        save_bundle(folder, self.bundle, weights, self.config.tokenizer)
-
-
-def _mean(values: Float[Tensor, " batch"], weight: Float[Tensor, " batch"]) -> Float[Tensor, " 2"]:
-    """(sum, count) of values under weights 0 and 1."""
-    return torch.stack([torch.where(weight > 0, values.detach().double(), 0.0).sum(), weight.sum()])
+        save_bundle(folder, self.bundle, weights_of_model(parameters), self.config.tokenizer)

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vqd_scale.data.batch import ImageBatch, TokenBatch
@@ -20,10 +22,17 @@ class Losses(NamedTuple):
     Attributes:
         per_sample: Differentiable, float32 [batch]; the loop weighs bad samples out and averages.
         statistics: Detached (sum, count) pairs, float [2], that a person watches beside the loss.
+        facts: What else a report names of each sample whose loss is not finite, such as its time.
     """
 
     per_sample: Tensor
     statistics: dict[str, Tensor]
+    facts: dict[str, Tensor] | None = None
+
+
+def mean_of(values: Float[Tensor, " batch"], weight: Float[Tensor, " batch"]) -> Float[Tensor, " 2"]:
+    """A statistic of a batch, (sum, count), of values under weights 0 and 1."""
+    return torch.stack([torch.where(weight > 0, values.detach().double(), 0.0).sum(), weight.sum()])
 
 
 class Task(Protocol[BatchType]):
@@ -54,6 +63,18 @@ class Task(Protocol[BatchType]):
             forward: Stands for the module.
             batch: The samples, on the CPU.
             images: Images the run had seen before this batch.
+        """
+        ...
+
+    def judged(self, forward: Forward, batch: BatchType) -> dict[str, Tensor]:
+        """What held-out samples say of the weights, drawing on nothing that the run did.
+
+        Args:
+            forward: Stands for the module; no gradient is wanted.
+            batch: Held-out samples, on the CPU.
+
+        Returns:
+            (sum, count) pairs, float [2]; the same names for every batch.
         """
         ...
 

@@ -1,0 +1,91 @@
+"""What all tasks on token shards share: their data, what a network is told of it, and its first weights."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool
+from pydantic import Field, NonNegativeFloat
+from torch import Tensor
+
+from vqd_scale.core.rng import Purpose, uniforms
+from vqd_scale.core.world import World
+from vqd_scale.data.batch import TokenBatch
+from vqd_scale.data.index import ShardSet
+from vqd_scale.data.samples import TokenSamples
+from vqd_scale.inference.bundle import ConditionalModel, load_tokenizer
+from vqd_scale.inference.tokenize import TokenSetMeta
+from vqd_scale.nn.denoiser import ClassCondition, TextCondition
+from vqd_scale.nn.layers import start_from_codebook
+from vqd_scale.nn.placement import Placement
+from vqd_scale.text.clip import TextConfig, Tower
+from vqd_scale.training.config import RunConfig
+
+
+class TokenRunConfig(RunConfig):
+    """A run on token shards, whatever learns from them."""
+
+    tokenizer: Path
+    """The tokenizer's bundle that made the token shards; it travels into the trained model's bundle."""
+    text: TextConfig | None = Tower()
+    """The encoder of captions; ``null`` for a network whose condition is no text."""
+    codebook_start: NonNegativeFloat = 0.0
+    """If not zero, token embeddings and head start from the tokenizer's codebook, with this deviation."""
+    caption_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of samples that see the null condition instead of their caption or class, for guidance."""
+
+
+class TokenSource:
+    """The token shards of a run, as one model sees them.
+
+    Args:
+        config: The run.
+        world: This process's place among the ranks.
+
+    Attributes:
+        meta: What the shards say of themselves.
+
+    Raises:
+        UserError: The shards hold no tokens.
+    """
+
+    def __init__(self, config: TokenRunConfig, world: World) -> None:
+        self.config = config
+        self.world = world
+        self.meta = TokenSetMeta.of(ShardSet.open(config.data.path))
+
+    def samples(self, model: ConditionalModel) -> TokenSamples:
+        """What is read for a model: its codes, and what it is told.
+
+        Raises:
+            UserError: The shards were made by another tokenizer or for another caption vocabulary.
+        """
+        config, condition = self.config, model.condition
+        captions = model.text.tokenizer if isinstance(condition, TextCondition) else None
+        self.meta.check(config.tokenizer, captions, config.data.path)
+        rows, columns = self.meta.grid
+        return TokenSamples(
+            length=rows * columns,
+            codes=self.meta.codes,
+            text_length=captions.context_length if captions is not None else 0,
+            classes=condition.classes if isinstance(condition, ClassCondition) else 0,
+        )
+
+    def start(self, code_tables: Sequence[Tensor], where: Placement) -> None:
+        """Let a network's codes start from the codebook, if that is asked for."""
+        deviation = self.config.codebook_start
+        if deviation:
+            tokenizer = load_tokenizer(self.config.tokenizer, torch.device("cpu"))
+            start_from_codebook(code_tables, tokenizer.code_vectors(), deviation, where)
+
+    def told(self, batch: TokenBatch) -> tuple[Tensor, Bool[Tensor, " batch"]]:
+        """What `ConditionalModel.told` takes: captions or classes, and which samples are to see neither."""
+        slots = batch.slots.to(self.world.device)
+        drawn = uniforms(self.config.seed, Purpose.CAPTION_DROPOUT, slots, 1)[:, 0]
+        given = batch.text if batch.labels is None else batch.labels
+        return given.to(self.world.device), drawn < self.config.caption_dropout
+
+
+def weights_of_model(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A task's parameters by the names that its model's bundle has for them."""
+    return {name.removeprefix("model."): value for name, value in parameters.items()}
