@@ -10,7 +10,7 @@ UV := $(BIN)/uv pip
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all lint types lock
+.PHONY: help setup demo test test-all test-s3 lint types lock
 
 # What a machine happens to keep in local folders must not decide which versions are installed.
 unexport PIP_FIND_LINKS UV_FIND_LINKS
@@ -18,7 +18,7 @@ unexport PIP_FIND_LINKS UV_FIND_LINKS
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(DONE)/project $(DONE)/bytecode ## install the locked versions into .venv
 
@@ -26,10 +26,13 @@ demo: setup ## shards -> tokenizer -> tokens -> training -> pictures -> score; F
 	$(BIN)/python tools/demo.py $(if $(FAST),--fast)
 
 test: setup ## every test that needs no GPU and no long run
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long and not gpu" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long and not gpu and not s3" -n 2 --dist loadfile
 
 test-all: setup ## the long tests as well
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not s3" -n 2 --dist loadfile
+
+test-s3: setup ## everything that reads or writes S3, with a real server and a proxy that fails
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/s3 -m s3 -rs
 
 lint: setup ## formatting and lint rules
 	$(BIN)/ruff format --check

@@ -89,7 +89,32 @@ class S3Endpoint:
 
     def _filesystem(self) -> "S3FileSystem":
         # Neither the connections nor the thread of a client survive a fork: a child is to have its own.
-        return _filesystem(self, os.getpid())
+        return filesystem_of(self, os.getpid())
+
+
+@functools.cache
+def filesystem_of(endpoint: S3Endpoint, process: int) -> "S3FileSystem":
+    """A process's client for an endpoint, as patient as `PATIENCE` was when it was made."""
+    # Here, since it takes half a second that nobody without S3 need spend.
+    from s3fs import S3FileSystem
+
+    del process
+    return S3FileSystem(
+        anon=endpoint.anonymous,
+        endpoint_url=endpoint.endpoint_url,
+        profile=endpoint.profile,
+        skip_instance_cache=True,
+        config_kwargs={
+            "connect_timeout": PATIENCE.silence,
+            "read_timeout": PATIENCE.silence,
+            "max_pool_connections": _CONNECTIONS,
+            # Attempts are counted in one place, `persistently`.
+            "retries": {"total_max_attempts": 1},
+            # Stores other than AWS's know no newer digest than Content-MD5, which is sent.
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+        },
+    )
 
 
 class BrokenOffError(Exception):
@@ -136,30 +161,6 @@ async def persistently(
 
 
 @functools.cache
-def _filesystem(endpoint: S3Endpoint, process: int) -> "S3FileSystem":
-    # Here, since it takes half a second that nobody without S3 need spend.
-    from s3fs import S3FileSystem
-
-    del process
-    return S3FileSystem(
-        anon=endpoint.anonymous,
-        endpoint_url=endpoint.endpoint_url,
-        profile=endpoint.profile,
-        skip_instance_cache=True,
-        config_kwargs={
-            "connect_timeout": PATIENCE.silence,
-            "read_timeout": PATIENCE.silence,
-            "max_pool_connections": _CONNECTIONS,
-            # Attempts are counted in one place, `persistently`.
-            "retries": {"total_max_attempts": 1},
-            # Stores other than AWS's know no newer digest than Content-MD5, which is sent.
-            "request_checksum_calculation": "when_required",
-            "response_checksum_validation": "when_required",
-        },
-    )
-
-
-@functools.cache
 def _failures() -> tuple[type[Exception], ...]:
     """What an attempt can end with that is no defect of this package."""
     from aiohttp import ClientError as HTTPError
@@ -170,12 +171,18 @@ def _failures() -> tuple[type[Exception], ...]:
 
 def _lasting(place: object, deed: str, error: Exception) -> Exception | None:
     """What to raise if another attempt would end the same way; None if it may pass."""
-    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        ConnectionError,
+        HTTPClientError,
+        IncompleteReadError,
+    )
     from botocore.parsers import ResponseParserError
 
     if isinstance(error, ClientError):
         return _refusal(place, deed, error, dict(error.response))
-    passing = (HTTPClientError, IncompleteReadError, ResponseParserError)
+    passing = (ConnectionError, HTTPClientError, IncompleteReadError, ResponseParserError)
     if isinstance(error, BotoCoreError) and not isinstance(error, passing):
         return UserError(f"{place}: cannot be {deed}: {_in_a_line(error).rstrip('.')}.")
     return None

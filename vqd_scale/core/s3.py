@@ -4,6 +4,7 @@ A read is a GET of a range that insists on the version met first (``If-Match``),
 which goes on at the byte after the last one received when the connection breaks. Nothing short is given out.
 """
 
+import asyncio
 import base64
 import hashlib
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode
 
+from vqd_scale.core import endpoint
 from vqd_scale.core.endpoint import Answer, BrokenOffError, S3Endpoint, persistently
 from vqd_scale.core.errors import UserError
 
@@ -24,6 +26,9 @@ PIECES_AHEAD = 2
 _RECEIVED_AT_ONCE = 1 << 18
 _PART_BYTES = 64 << 20
 _MOST_PARTS = 10_000
+_LISTED_AT_ONCE = 1000
+_SLOWEST = 1 << 18
+"""Bytes a second below which sending counts as broken."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +249,7 @@ async def _size(path: S3Path) -> int | None:
 async def _listed(folder: S3Path) -> dict[str, int]:
     prefix = f"{folder.key}/" if folder.key else ""
     sizes: dict[str, int] = {}
-    following: dict[str, str] = {}
+    following: dict[str, object] = {}
     while True:
         page = await _called(
             folder,
@@ -309,7 +314,15 @@ async def _complete(path: S3Path, upload: dict[str, str], parts: list[dict[str, 
 
 
 async def _called(path: S3Path, deed: str, operation: str, **arguments: object) -> Answer:
-    return await persistently(path, deed, lambda: path.endpoint.call(operation, **arguments))
+    body = arguments.get("Body", b"")
+    sent = len(body) if isinstance(body, bytes) else 0
+
+    async def call() -> Answer:
+        # The client bounds connecting and receiving, but would send into a dead connection for ever.
+        longest = 2 * endpoint.PATIENCE.silence + sent / _SLOWEST
+        return await asyncio.wait_for(path.endpoint.call(operation, **arguments), longest)
+
+    return await persistently(path, deed, call)
 
 
 def _place(path: S3Path) -> dict[str, str]:

@@ -1,12 +1,12 @@
 """The endless, exactly resumable stream of batches that a rank trains on."""
 
-import functools
 import itertools
 import multiprocessing
 import queue
 import threading
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
-from jaxtyping import Int64
-from numpy.typing import NDArray
 from pydantic import Field
 
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
-from vqd_scale.data.index import ShardSet
-from vqd_scale.data.plan import Plan, owned_lanes
+from vqd_scale.core.s3 import S3Path
+from vqd_scale.core.store import Location
+from vqd_scale.data.index import Shard, ShardSet
+from vqd_scale.data.plan import Places, Plan, owned_lanes
 from vqd_scale.data.quarantine import Quarantine
-from vqd_scale.data.samples import Columns, SampleKind
+from vqd_scale.data.reading import Reading, ReadingConfig
+from vqd_scale.data.samples import Columns, Place, SampleKind, Slots
 from vqd_scale.data.shards import ShardReader
 
 BatchType = TypeVar("BatchType")
@@ -32,25 +33,30 @@ BatchType = TypeVar("BatchType")
 OPEN_SHARDS = 64
 """At least so many shards a reader keeps open, tables included; two per lane where there are more lanes."""
 
+OPENED_AT_ONCE = 16
+"""A distant shard takes two round trips to open, and a reader begins with one or more for each lane."""
+
 
 class StreamConfig(Config):
     """What is read, and in which order.
 
     Attributes:
-        path: Folder of the shards.
+        path: Folder of the shards, here or in S3.
         lanes: Global batch: every batch takes one sample from each lane. Part of the order, as the window is.
         shuffle_window: Over how many neighbours of its lane a sample may be moved.
         workers: Reading processes per rank; 0 reads in a thread of the rank's own. Not part of the order.
         prefetch: Batches read ahead.
         max_bad_share: Which share of an epoch may be unusable before the run stops.
+        reading: How shards in S3 are read. Not part of the order.
     """
 
-    path: Path
+    path: Location
     lanes: int = Field(default=128, ge=1)
     shuffle_window: int = Field(default=256, ge=1)
     workers: int = Field(default=0, ge=0, le=64)
     prefetch: int = Field(default=4, ge=1)
     max_bad_share: float = Field(default=0.01, ge=0, le=1)
+    reading: ReadingConfig = ReadingConfig()
 
 
 class Stream(Generic[BatchType]):
@@ -154,28 +160,26 @@ class _PartReader:
     config: StreamConfig
     kind: SampleKind[object]
     seed: int
-    slots: Int64[NDArray[np.int64], " slots"]
+    slots: Slots
 
     def __call__(self) -> Iterator[_Part]:
-        counts = [shard.count for shard in self.shards.shards]
-        plan = Plan(counts, self.config.lanes, self.config.shuffle_window, self.seed)
-        open_shard = functools.lru_cache(max(OPEN_SHARDS, 2 * len(self.slots)))(self._open)
+        lanes, window = len(self.slots), self.config.shuffle_window
+        plan = Plan(self.shards.counts, self.config.lanes, window, self.seed)
+        reading = Reading.in_lanes(self.shards, lanes, window, self.config.reading)
+        ahead = deque[tuple[Slots, Places, list[Place]]]()
         slots = self.slots
+        opened = _OpenShards(self.shards.shards, reading, max(OPEN_SHARDS, 2 * lanes))
         while True:
-            yield self._read(plan, open_shard, slots)
+            found = plan.locate(slots)
+            places = list(zip(opened[found.shards.tolist()], found.members.tolist(), strict=True))
+            for reader, member in places:
+                reader.expect(member)
+            ahead.append((slots, found, places))
             slots = slots + self.config.lanes
+            if len(ahead) > reading.tempo.turns:
+                yield self._read(*ahead.popleft())
 
-    def _open(self, number: int) -> ShardReader:
-        return ShardReader(self.shards.shards[number])
-
-    def _read(
-        self, plan: Plan, open_shard: Callable[[int], ShardReader], slots: Int64[NDArray[np.int64], " slots"]
-    ) -> _Part:
-        found = plan.locate(slots)
-        places = [
-            (open_shard(shard), member)
-            for shard, member in zip(found.shards.tolist(), found.members.tolist(), strict=True)
-        ]
+    def _read(self, slots: Slots, found: Places, places: list[Place]) -> _Part:
         columns, bad = self.kind.read(places, slots, self.seed)
         valid = np.ones(len(slots), np.bool_)
         valid[list(bad)] = False
@@ -185,6 +189,32 @@ class _PartReader:
             for row, reason in bad.items()
         ]
         return _Part({**columns, "slots": slots, "valid": valid, "keys": keys}, reports)
+
+
+class _OpenShards:
+    """The shards that a reader keeps open; those used longest ago are closed first."""
+
+    def __init__(self, shards: Sequence[Shard], reading: Reading, most: int) -> None:
+        self._shards, self._reading, self._most = shards, reading, most
+        self._open = OrderedDict[int, ShardReader]()
+
+    def __getitem__(self, numbers: Sequence[int]) -> list[ShardReader]:
+        """The readers of shards, opened where they are not."""
+        absent = list({number: None for number in numbers if number not in self._open})
+        if len(absent) > 1 and isinstance(self._shards[0].path, S3Path):
+            with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
+                self._open.update(zip(absent, pool.map(self._opened, absent), strict=True))
+        else:
+            self._open.update({number: self._opened(number) for number in absent})
+        for number in numbers:
+            self._open.move_to_end(number)
+        readers = [self._open[number] for number in numbers]
+        while len(self._open) > self._most:
+            self._open.popitem(last=False)
+        return readers
+
+    def _opened(self, number: int) -> ShardReader:
+        return ShardReader(self._shards[number], self._reading)
 
 
 def _joined(parts: Sequence[Columns]) -> Columns:

@@ -1,0 +1,54 @@
+import os
+import uuid
+from collections.abc import Generator
+
+import pytest
+
+from tests.s3.ceph import PACKAGES, missing_programs, s3_server
+from tests.s3.proxy import FaultProxy, never
+from vqd_scale.core import endpoint as endpoint_module
+from vqd_scale.core.endpoint import Patience, S3Endpoint
+from vqd_scale.core.s3 import S3Path
+
+
+@pytest.fixture(scope="session")
+def server() -> Generator[str]:
+    """The URL of a real server; its credentials are this process's and its children's."""
+    if missing := missing_programs():
+        pytest.skip(f"Ceph is not installed ({', '.join(missing)}): as root, apt-get install {PACKAGES}")
+    with s3_server() as variables, pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield os.environ["AWS_ENDPOINT_URL"]
+
+
+@pytest.fixture(scope="session")
+def one_proxy(server: str) -> Generator[FaultProxy]:
+    with FaultProxy(server) as running:
+        yield running
+
+
+@pytest.fixture
+def proxy(one_proxy: FaultProxy) -> Generator[FaultProxy]:
+    """The same server, through which a plan makes requests fail."""
+    yield one_proxy
+    one_proxy.follow(never)
+
+
+@pytest.fixture
+def folder(server: str) -> S3Path:
+    """An empty folder of a bucket of its own."""
+    bucket = f"tests-{uuid.uuid4()}"
+    default = S3Endpoint()
+    default.waited(default.call("create_bucket", Bucket=bucket))
+    return S3Path(bucket, "some/folder")
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Generator[Patience]:
+    """Waits are short and few."""
+    patience = Patience(attempts=5, first_wait=0.001, longest_wait=0.004, silence=1.0)
+    monkeypatch.setattr(endpoint_module, "PATIENCE", patience)
+    endpoint_module.filesystem_of.cache_clear()
+    yield patience
+    endpoint_module.filesystem_of.cache_clear()

@@ -1,0 +1,114 @@
+"""Reading outlives what passes: every byte once, in bounded attempts; what does not pass is a sentence."""
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.s3.proxy import Fault, FaultKind, FaultProxy, in_turn
+from vqd_scale.core import s3 as s3_module
+from vqd_scale.core.endpoint import Patience
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.s3 import S3Object, S3Path
+from vqd_scale.core.store import published, read_in_order
+
+pytestmark = pytest.mark.s3
+
+SIZE = 300_000
+CONTENT = bytes(range(251)) * (SIZE // 251 + 1)
+QUICK: Sequence[FaultKind] = ("reset", "close", "truncate", "500", "503")
+
+faults = st.builds(Fault, st.sampled_from(QUICK), st.integers(0, SIZE))
+
+
+def written(path: S3Path, data: bytes) -> None:
+    with published(path) as partial:
+        partial.write_bytes(data)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(plan=st.lists(faults, max_size=4), begin=st.integers(0, SIZE), length=st.integers(0, SIZE))
+def test_a_range_is_read_whole_whatever_happens(
+    folder: S3Path, proxy: FaultProxy, impatient: Patience, plan: list[Fault], begin: int, length: int
+) -> None:
+    if not (folder / "object").exists():
+        written(folder / "object", CONTENT[:SIZE])
+    end = min(begin + length, SIZE)
+    proxy.follow(in_turn(plan))
+    assert S3Object(proxy.to(folder / "object"), SIZE).read(begin, end) == CONTENT[begin:end]
+    # Not one request more than there were faults: what was received is never asked for again.
+    assert sum(proxy.requests.values()) <= 1 + len(plan)
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(plan=st.lists(st.none() | faults, max_size=8))
+def test_an_object_is_read_in_order_whatever_happens(
+    folder: S3Path,
+    proxy: FaultProxy,
+    impatient: Patience,
+    plan: list[Fault | None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(s3_module, "PIECE_BYTES", 70_001)
+    if not (folder / "object").exists():
+        written(folder / "object", CONTENT[:SIZE])
+    proxy.follow(in_turn(plan[: impatient.attempts - 1]))
+    assert b"".join(read_in_order(proxy.to(folder / "object"))) == CONTENT[:SIZE]
+
+
+@pytest.mark.parametrize("after", [0, 1000])
+def test_a_stall_is_a_broken_connection(
+    folder: S3Path, proxy: FaultProxy, impatient: Patience, after: int
+) -> None:
+    written(folder / "object", CONTENT[:SIZE])
+    proxy.follow(in_turn([Fault("stall", after)]))
+    assert S3Object(proxy.to(folder / "object"), SIZE).read(10, SIZE) == CONTENT[10:SIZE]
+    assert proxy.faults["stall"] == 1
+
+
+def test_going_on_where_it_broke_off(folder: S3Path, proxy: FaultProxy, impatient: Patience) -> None:
+    """Far more failures than attempts: each of them brought the reader on."""
+    size = 14 * impatient.progress
+    written(folder / "object", CONTENT * (size // SIZE + 1))
+    whole = (folder / "object").read_bytes()
+    proxy.follow(in_turn([Fault("close", impatient.progress)] * 12))
+    assert S3Object(proxy.to(folder / "object"), len(whole)).read(0, len(whole)) == whole
+    assert proxy.faults["close"] == 12
+
+
+@pytest.mark.parametrize(
+    "fault", [*(Fault(kind) for kind in QUICK), Fault("close", 99), Fault("truncate", 7)]
+)
+def test_a_store_that_never_answers_is_given_up(
+    folder: S3Path, proxy: FaultProxy, impatient: Patience, fault: Fault
+) -> None:
+    written(folder / "object", CONTENT[:SIZE])
+    proxy.follow(in_turn([fault] * 1000))
+    with pytest.raises(UserError, match=r"folder/object\?.*: could not be read in 5 attempts, the last one"):
+        S3Object(proxy.to(folder / "object"), SIZE).read(0, SIZE)
+    # The client by itself asks twice where a connection that had served before is closed without an answer.
+    assert impatient.attempts <= sum(proxy.faults.values()) <= 2 * impatient.attempts
+
+
+def test_where_nobody_listens(folder: S3Path, impatient: Patience) -> None:
+    nowhere = S3Path.parse(f"s3://{folder.bucket}/object?endpoint_url=http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"could not be found in 5 attempts.*Could not connect"):
+        nowhere.exists()
+
+
+def test_what_is_not_there_is_not_tried_again(folder: S3Path, proxy: FaultProxy, impatient: Patience) -> None:
+    with pytest.raises(FileNotFoundError, match="folder/nothing"):
+        S3Object(proxy.to(folder / "nothing"), 10).read(0, 10)
+    assert sum(proxy.requests.values()) == 1
+
+
+def test_waits_grow_are_random_and_have_a_bound() -> None:
+    patience = Patience()
+    waits = [[patience.wait(failures) for _ in range(100)] for failures in range(1, patience.attempts)]
+    assert len({wait for each in waits for wait in each}) == 100 * len(waits)
+    for failures, each in enumerate(waits, start=1):
+        longest = min(0.1 * 2 ** (failures - 1), 30.0)
+        assert longest / 2 <= min(each) < max(each) <= longest
+    assert sum(min(each) for each in waits) > 45
+    assert sum(max(each) for each in waits) < 180

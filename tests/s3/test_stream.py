@@ -1,0 +1,178 @@
+"""Shards in S3 give the very batches that the same shards on a disk give, through whatever goes wrong."""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.s3.proxy import Fault, FaultProxy, in_turn
+from vqd_scale.core.config import load_config
+from vqd_scale.core.endpoint import Patience
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.s3 import S3Path
+from vqd_scale.core.store import Location, file_sizes
+from vqd_scale.data.batch import TokenBatch
+from vqd_scale.data.index import ShardSet
+from vqd_scale.data.samples import TokenSamples
+from vqd_scale.data.shards import KEY, Sample, ShardRecipe, read_shard, shard_name, write_shard_set
+from vqd_scale.data.stream import Stream, StreamConfig
+
+pytestmark = pytest.mark.s3
+
+COUNTS = (50, 1, 110, 80, 30)
+LANES = 12
+LENGTH = 600
+TOKENS = TokenSamples(length=LENGTH, codes=1000, text_length=3)
+
+
+class Samples:
+    """Picklable: the samples of one shard."""
+
+    def __init__(self, numbers: range) -> None:
+        self.numbers = numbers
+
+    def __call__(self) -> Iterator[Sample]:
+        for number in self.numbers:
+            yield {
+                KEY: f"{number:04d}",
+                "tokens.npy": np.arange(number, number + LENGTH, dtype=np.uint16),
+                "text.npy": np.array([number, 7, 0], dtype=np.int32),
+                "txt": f"number {number}",
+            }
+
+
+def write_tokens(folder: Location) -> ShardSet:
+    ends = np.cumsum(COUNTS).tolist()
+    recipes = [
+        ShardRecipe(shard_name(shard), count, Samples(range(end - count, end)))
+        for shard, (count, end) in enumerate(zip(COUNTS, ends, strict=True))
+    ]
+    return write_shard_set(folder, {"content": "tokens"}, recipes, "test")
+
+
+@pytest.fixture
+def both(folder: S3Path, tmp_path: Path) -> tuple[Path, S3Path]:
+    """The same set, here and there."""
+    write_tokens(tmp_path / "set")
+    write_tokens(folder)
+    return tmp_path / "set", folder
+
+
+def batches(
+    path: Location,
+    report: Path,
+    count: int,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    cursor: int = 0,
+    overrides: tuple[str, ...] = (),
+) -> list[TokenBatch]:
+    given = (f"path={path}", f"lanes={LANES}", "shuffle_window=8", *overrides)
+    config = load_config(StreamConfig, overrides=given)
+    stream = Stream(
+        config, TOKENS, seed=3, rank=rank, ranks=ranks, cursor=cursor, quarantine=report / "bad.jsonl"
+    )
+    with closing(iter(stream)) as iterator:
+        return list(itertools.islice(iterator, count))
+
+
+def contents(parts: list[TokenBatch]) -> list[tuple[list[str], list[int], list[list[int]], list[list[int]]]]:
+    return [
+        (part.keys, part.slots.tolist(), part.tokens.tolist(), part.text.tolist())
+        for part in parts
+        if part.valid.all()
+    ]
+
+
+def test_a_set_is_the_same_bytes_in_both(both: tuple[Path, S3Path]) -> None:
+    here, there = both
+    assert file_sizes(here) == file_sizes(there)
+    for name in file_sizes(here):
+        assert (here / name).read_bytes() == (there / name).read_bytes()
+
+
+faults = st.builds(
+    Fault, st.sampled_from(["reset", "close", "truncate", "500", "503"]), st.integers(0, 100_000)
+)
+
+
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    plan=st.lists(faults, max_size=4),
+    ranks=st.sampled_from([1, 2, 4]),
+    begin=st.integers(0, 30),
+    memory=st.sampled_from([(), ("shuffle_window=5000",)]),
+)
+def test_the_same_global_batches_through_faults(
+    both: tuple[Path, S3Path],
+    proxy: FaultProxy,
+    impatient: Patience,
+    tmp_path: Path,
+    plan: list[Fault],
+    ranks: int,
+    begin: int,
+    memory: tuple[str, ...],
+) -> None:
+    here, there = both
+    # One megabyte holds windows of 8 samples but not of 5,000: then each sample is a request of its own.
+    overrides = ("reading.buffer_megabytes=1", *memory)
+    for rank in range(ranks):
+        part = functools.partial(batches, rank=rank, ranks=ranks, cursor=begin * LANES, overrides=overrides)
+        proxy.follow(in_turn(plan))
+        through = part(proxy.to(there), tmp_path, 25)
+        assert contents(through) == contents(part(here, tmp_path, 25))
+        assert len(contents(through)) == 25
+
+
+def test_every_sample_once_per_epoch_with_reading_processes(
+    both: tuple[Path, S3Path], proxy: FaultProxy, tmp_path: Path
+) -> None:
+    here, there = both
+    proxy.follow(in_turn([Fault("503"), Fault("reset", 5000), Fault("close", 700)]))
+    through = batches(proxy.to(there), tmp_path, 46, overrides=("workers=2",))
+    assert contents(through) == contents(batches(here, tmp_path, 46))
+    keys = [key for batch in through for key in batch.keys]
+    total = sum(COUNTS)
+    for epoch in (keys[:total], keys[total : 2 * total]):
+        assert sorted(epoch) == [f"{number:04d}" for number in range(total)]
+    assert set(proxy.faults) == {"503", "reset", "close"}
+
+
+def test_a_shard_in_order_through_faults(
+    both: tuple[Path, S3Path], proxy: FaultProxy, impatient: Patience
+) -> None:
+    here, there = both
+    proxy.follow(in_turn([Fault("truncate", 3000), Fault("500"), Fault("reset", 100)], ending=".tar"))
+    for mine, theirs in zip(ShardSet.open(here).shards, ShardSet.open(proxy.to(there)).shards, strict=True):
+        assert list(read_shard(mine)) == list(read_shard(theirs))
+    assert set(proxy.faults) == {"truncate", "500", "reset"}
+
+
+def test_a_store_that_falls_silent_stops_the_stream(
+    both: tuple[Path, S3Path], proxy: FaultProxy, impatient: Patience, tmp_path: Path
+) -> None:
+    _, there = both
+    proxy.follow(in_turn([Fault("503")] * 1000, ending="000002.tar"))
+    with pytest.raises(UserError, match=r"000002\.tar\?.*could not be read in 5 attempts.*SlowDown"):
+        batches(
+            proxy.to(there), tmp_path, 60, overrides=("shuffle_window=5000", "reading.buffer_megabytes=1")
+        )
+
+
+def test_a_set_that_changed_is_refused(both: tuple[Path, S3Path], tmp_path: Path) -> None:
+    _, there = both
+    (there / "000002.npz").unlink()
+    with pytest.raises(UserError, match=r"000002\.npz: this shard's table cannot be read"):
+        batches(there, tmp_path, 60)
+    (there / "000001.tar").unlink()
+    with pytest.raises(UserError, match=r"000001\.tar: missing or changed"):
+        batches(there, tmp_path, 1)
+    with pytest.raises(UserError, match="no set of shards"):
+        batches(there / "nowhere", tmp_path, 1)
