@@ -9,12 +9,19 @@ from PIL import Image
 from webdataset.compat import WebDataset
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.data.index import ShardSet
+from vqd_scale.data.index import Shard, ShardSet
 from vqd_scale.data.shards import KEY, Sample, ShardRecipe, read_shard, write_shard_set
 from vqd_scale.inference.bundle import load_tokenizer, save_tokenizer
-from vqd_scale.inference.tokenize import CaptionsConfig, TokenizeConfig, TokenSetMeta, tokenize_shards
+from vqd_scale.inference.tokenize import (
+    CaptionsConfig,
+    EncodingConfig,
+    TokenizeConfig,
+    TokenSetMeta,
+    tokenize_shards,
+)
 from vqd_scale.text.clip import CaptionTokenizer
 from vqd_scale.tokenizers.base import to_signal
+from vqd_scale.tokenizers.taming import TamingGumbel, TamingGumbelConfig
 from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
 
 CPU = torch.device("cpu")
@@ -62,10 +69,7 @@ def test_tokens_are_the_tokenizers_and_everything_else_is_kept(config: TokenizeC
     shards = tokenize_shards(config, CPU)
     tokenizer = load_tokenizer(config.tokenizer, CPU)
     assert shards.count == 7
-    rows: list[dict[str, Any]] = []
-    for shard in shards.shards:
-        rows.extend(cast(Any, WebDataset(str(shard.path), shardshuffle=False).decode()))
-    for number, row in enumerate(rows):
+    for number, row in enumerate(row for shard in shards.shards for row in rows(shard)):
         pixels = torch.from_numpy(np.asarray(Image.open(io.BytesIO(png(number)))).copy())
         expected = tokenizer.encode(to_signal(pixels.permute(2, 0, 1)[None])).flatten()
         assert row["tokens.npy"].dtype == np.uint16
@@ -104,6 +108,55 @@ def test_another_tokenizer_into_the_same_folder_is_refused(config: TokenizeConfi
     save_tokenizer(tmp_path / "other", SHAPE, VQGAN(SHAPE).state_dict())
     with pytest.raises(UserError, match="another"):
         tokenize_shards(config.model_copy(update={"tokenizer": tmp_path / "other"}), CPU)
+
+
+def test_trap_23_sampled_codes_are_asked_for_repeat_and_are_said(
+    config: TokenizeConfig, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    shape = TamingGumbelConfig(
+        codes=9,
+        code_width=4,
+        channels=32,
+        multipliers=(1, 2),
+        residual_blocks=1,
+        latent_width=4,
+        attention=(),
+    )
+    save_tokenizer(tmp_path / "gumbel", shape, TamingGumbel(shape).state_dict())
+    best = config.model_copy(update={"tokenizer": tmp_path / "gumbel", "out": tmp_path / "best"})
+    drawn = best.model_copy(update={"out": tmp_path / "drawn", "encoding": EncodingConfig(sampled=3)})
+    again = drawn.model_copy(update={"out": tmp_path / "again", "batch": 3})
+    digests = [
+        [shard.sha256 for shard in tokenize_shards(one, CPU).shards] for one in (best, best, drawn, again)
+    ]
+    assert digests[0] == digests[1]
+    assert digests[2] == digests[3]
+    assert not set(digests[0]) & set(digests[2])
+    assert TokenSetMeta.of(ShardSet.open(best.out)).encoding == "best codes, fp32"
+    assert TokenSetMeta.of(ShardSet.open(drawn.out)).encoding == "codes drawn with seed 3, fp32"
+    with pytest.raises(UserError, match="another"):
+        tokenize_shards(best.model_copy(update={"encoding": EncodingConfig(sampled=3)}), CPU)
+    with pytest.raises(UserError, match="VQGAN gives no probabilities"):
+        tokenize_shards(config.model_copy(update={"encoding": EncodingConfig(sampled=3)}), CPU)
+
+
+def test_bfloat16_gives_mostly_the_same_codes_and_is_said(config: TokenizeConfig, tmp_path: Path) -> None:
+    quick = config.model_copy(
+        update={"out": tmp_path / "quick", "encoding": EncodingConfig(precision="bf16")}
+    )
+    codes = [
+        np.concatenate(
+            [row["tokens.npy"] for shard in tokenize_shards(one, CPU).shards for row in rows(shard)]
+        )
+        for one in (config, quick)
+    ]
+    assert (codes[0] == codes[1]).mean() > 0.9
+    assert TokenSetMeta.of(ShardSet.open(quick.out)).encoding == "best codes, bf16"
+
+
+def rows(shard: Shard) -> list[dict[str, Any]]:
+    return list(cast(Any, WebDataset(str(shard.path), shardshuffle=False).decode()))
 
 
 def test_wrong_sizes_and_wrong_shards_are_one_sentence(config: TokenizeConfig) -> None:

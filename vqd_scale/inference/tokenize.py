@@ -41,8 +41,8 @@ class EncodingConfig(Config):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the convolutions; bf16 is faster on GPUs, and a few codes differ."""
     sampled: int | None = Field(default=None, ge=0, lt=2**32)
-    """A seed by which codes are drawn from a Gumbel tokenizer's probabilities, as its published code does; none:
-    the best code."""
+    """A seed by which codes are drawn from a Gumbel tokenizer's probabilities, as its published code does;
+    none: the best codes."""
 
     def __str__(self) -> str:
         """In a few words, as token shards say it."""
