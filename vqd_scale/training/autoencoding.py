@@ -134,6 +134,11 @@ class AutoencodingTask:
             self.pool.append(self.world.concatenated(latents))
         return Losses(loss, statistics)
 
+    def judged(self, forward: Forward, batch: ImageBatch) -> dict[str, Tensor]:
+        """How far reconstructions are from the pictures."""
+        _, squared, _, _ = forward(batch.images.to(self.world.device))
+        return {"squared_error": _mean(squared, batch.valid.to(self.world.device))}
+
     def stepped(self, images: int) -> None:
         """Look for dead codes when it is time."""
         batch = self.config.data.lanes

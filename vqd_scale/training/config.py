@@ -9,6 +9,8 @@ from vqd_scale.data.stream import StreamConfig
 from vqd_scale.training.checkpoint import CheckpointConfig
 from vqd_scale.training.ema import EMAConfig
 from vqd_scale.training.engine import EngineConfig
+from vqd_scale.training.health import HealthConfig
+from vqd_scale.training.heldout import HeldOutConfig
 from vqd_scale.training.metrics import LogConfig
 from vqd_scale.training.optim import OptimConfig
 
@@ -28,3 +30,6 @@ class RunConfig(Config):
     ema: EMAConfig = EMAConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    health: HealthConfig = HealthConfig()
+    held_out: HeldOutConfig | None = None
+    """If given, samples that are not trained on and judge the averaged weights now and then."""

@@ -201,9 +201,15 @@ class Engine:
         """The module's forward, parameters gathered as they are needed."""
         return self._engine(*inputs)
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate a loss's gradient; its mean over ranks and parts of a batch is what is stepped on."""
-        self._engine.backward(loss)
+    def backward(self, loss: Tensor, *, spoiled: bool = False) -> None:
+        """Accumulate a loss's gradient; its mean over ranks and parts of a batch is what is stepped on.
+
+        Args:
+            loss: A scalar.
+            spoiled: Make the gradient of the whole batch one that the next step drops, on all ranks alike.
+        """
+        # DeepSpeed drops, and forgets, what is not finite: its only way out of a batch that has begun.
+        self._engine.backward(loss * float("nan") if spoiled else loss)
 
     def step(self, learning_rate: float) -> bool:
         """Clip and apply the gradient, after the last part of a batch; before that, only count the part.

@@ -2,13 +2,11 @@
 
 import json
 import logging
-import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Generic, cast
+from typing import Any, Generic, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -17,17 +15,27 @@ from tqdm import tqdm
 from vqd_scale.core.config import read_yaml, to_yaml
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress_bar
+from vqd_scale.core.provenance import modified_files, provenance
 from vqd_scale.core.stop import StopFlag
-from vqd_scale.core.store import publish_text
+from vqd_scale.core.store import publish_json, publish_text
 from vqd_scale.core.world import World
 from vqd_scale.data.stream import Stream
-from vqd_scale.training.checkpoint import Checkpoints, consolidated
+from vqd_scale.training.checkpoint import Checkpoints, Restored, consolidated
 from vqd_scale.training.config import RunConfig
 from vqd_scale.training.ema import EMA
 from vqd_scale.training.engine import Engine
-from vqd_scale.training.metrics import MetricsFile
+from vqd_scale.training.health import (
+    GradientProbe,
+    SpikeGuard,
+    Watchdog,
+    check_losses,
+    check_weights,
+    ranks_of_bad_gradient,
+)
+from vqd_scale.training.heldout import HeldOut
 from vqd_scale.training.optim import LearningRate
-from vqd_scale.training.task import BatchType, Task
+from vqd_scale.training.report import Report
+from vqd_scale.training.task import BatchType, Losses, Task
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +43,8 @@ _CHANGEABLE = (
     "images.",
     "checkpoint.",
     "log.",
+    "health.",
+    "held_out.",
     "engine.zero.",
     "engine.accumulation.",
     "engine.persistence_threshold.",
@@ -81,34 +91,16 @@ def train(task: Task[BatchType], config: RunConfig, world: World, title: str) ->
     if world.is_first:
         _claim(config.run, config)
     world.barrier()
-    engine = Engine(task.module, config.engine, config.optim, batch, world, task.units)
-    ema = EMA(config.ema, engine.partition)
-    checkpoints = Checkpoints(config.run / "checkpoints", config.checkpoint, engine.partition, ema, world)
+    trainer = _Trainer(task, config, world)
     try:
-        images = _resume(task, checkpoints, world)
-        trainer = _Trainer(task, config, world, engine, ema, checkpoints, images)
         outcome = trainer.run(title)
-        checkpoints.wait()
     finally:
-        checkpoints.close()
+        trainer.close()
     if not outcome.stopped and world.is_first:
         newest = config.run / "checkpoints" / f"{outcome.images:012d}"
         task.export(consolidated(newest, "ema"), config.run / "export")
     world.barrier()
     return outcome
-
-
-def _resume(task: Task[BatchType], checkpoints: Checkpoints, world: World) -> int:
-    restored = checkpoints.resume()
-    if restored is None:
-        # Fail now, not after hours, if a checkpoint cannot be written.
-        checkpoints.save(0, task.state())
-        checkpoints.wait()
-        return 0
-    task.load_state(restored.state)
-    if world.is_first:
-        logger.info("going on from the checkpoint at %d images, the newest whole one", restored.images)
-    return restored.images
 
 
 def _claim(folder: Path, config: RunConfig) -> None:
@@ -124,6 +116,7 @@ def _claim(folder: Path, config: RunConfig) -> None:
                     f"{json.dumps(ours.get(key))[:200]} here); choose another run folder, or delete it."
                 )
     publish_text(path, to_yaml(config))
+    publish_json(folder / "environment.json", {**provenance(), "modified_files": modified_files()})
 
 
 def _leaves(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -138,27 +131,31 @@ def _leaves(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, An
 class _Trainer(Generic[BatchType]):
     """The state of a run between two steps."""
 
-    def __init__(
-        self,
-        task: Task[BatchType],
-        config: RunConfig,
-        world: World,
-        engine: Engine,
-        ema: EMA,
-        checkpoints: Checkpoints,
-        images: int,
-    ) -> None:
+    def __init__(self, task: Task[BatchType], config: RunConfig, world: World) -> None:
         self.task = task
         self.config = config
         self.world = world
-        self.engine = engine
-        self.ema = ema
-        self.checkpoints = checkpoints
-        self.images = images
         self.batch = config.data.lanes
+        self.images = 0
+        self.probe = GradientProbe(task.module)
+        self.engine = Engine(task.module, config.engine, config.optim, self.batch, world, task.units)
+        self.ema = EMA(config.ema, self.engine.partition)
         self.rate = LearningRate(config.optim, self.batch, config.images)
+        spike = config.health.spike
+        self.guard = SpikeGuard(spike, self.batch) if spike is not None else None
+        self.bad_gradients = 0
+        self.rewound_to = -1
+        folder = config.run / "checkpoints"
+        self.checkpoints = Checkpoints(folder, config.checkpoint, self.engine.partition, self.ema, world)
+        self.held_out = (
+            HeldOut(config.held_out, task, world, config.run / f"quarantine-held-out-{world.rank:05d}.jsonl")
+            if config.held_out is not None
+            else None
+        )
         self.stop = StopFlag()
-        self.report = _Report(config, world, images)
+        self.watchdog = Watchdog(config.health.hang_seconds, config.run / f"stacks-{world.rank:05d}.txt")
+        self._resume()
+        self.report = Report(config, world, self.images)
 
     def run(self, title: str) -> Outcome:
         if self.images >= self.config.images:
@@ -175,8 +172,14 @@ class _Trainer(Generic[BatchType]):
         bar = progress_bar(
             title, self.config.images, done=self.images, unit="img", quiet=not self.world.is_first
         )
-        with closing(iter(stream)) as batches, bar:
-            return self._run(batches, bar)
+        with closing(iter(stream)) as batches, bar, self.watchdog:
+            outcome = self._run(batches, bar)
+            self.checkpoints.wait()
+        return outcome
+
+    def close(self) -> None:
+        self.checkpoints.close()
+        self.report.close()
 
     def _run(self, batches: Iterator[BatchType], bar: "tqdm[Any]") -> Outcome:
         self.report.start()
@@ -186,111 +189,154 @@ class _Trainer(Generic[BatchType]):
             self.images += self.batch
             self.ema.update(self.images, self.batch)
             self.task.stepped(self.images)
+            self.watchdog.beat()
             bar.update(self.batch)
-            if _crosses(self.images, self.batch, self.config.log.every):
-                bar.set_postfix(loss=f"{self.report.write(self.images, self.engine):.4f}", refresh=False)
-            if stopping or self._checkpoint_is_due():
-                self.checkpoints.save(self.images, self.task.state())
+            judged = self._judged()
+            if judged or self._is_due(self.config.log.every):
+                loss = self.report.write(self.images, judged)
+                bar.set_postfix(loss=f"{loss:.4f}", wait=f"{self.report.wait_share:.0%}", refresh=False)
+            if self.config.engine.zero.stage < 3 and self._is_due(self.config.health.checksum_every):
+                check_weights(self.config.run, self.images, self.engine.module, self.world)
+            ends = self.images >= self.config.images
+            if stopping or ends or self._is_due(self.config.checkpoint.every):
+                self.checkpoints.save(self.images, self._state())
             if stopping:
                 return Outcome(self.images, stopped=True)
         return Outcome(self.images, stopped=False)
 
-    def _checkpoint_is_due(self) -> bool:
-        return self.images >= self.config.images or _crosses(
-            self.images, self.batch, self.config.checkpoint.every
-        )
+    def _is_due(self, period: int) -> bool:
+        """Whether a multiple of the period lies within the last batch."""
+        return self.images // period > (self.images - self.batch) // period
 
     def _step(self, batch: BatchType) -> bool:
         """One optimizer step; returns whether any rank was asked to stop."""
-        parts = self.config.engine.accumulation
+        parts = _split(batch, self.config.engine.accumulation)
         rate = self.rate.at(self.images)
-        valid = torch.zeros(())
-        stopping = False
-        for part in _split(batch, parts):
+        valid, summed = torch.ones(()), 0.0
+        stopping = stands_out = was_applied = False
+        for number, part in enumerate(parts, start=1):
             losses = self.task.losses(self.engine, part, self.images)
             total = torch.where(part.valid.to(self.world.device), losses.per_sample, 0.0).sum()
             bad = ~losses.per_sample.detach().isfinite().cpu() & part.valid
             # All that ranks must agree on goes into one message: each is a wait for the slowest.
-            said = torch.stack([batch.valid.sum(), bad.sum(), torch.tensor(self.stop.requested)]).double()
-            valid, bad_anywhere, stops = self.world.sum(said.to(self.world.device))
+            said = [batch.valid.sum(), bad.sum(), torch.tensor(self.stop.requested), total.detach().cpu()]
+            agreed = self.world.sum(torch.stack([value.double() for value in said]).to(self.world.device))
+            valid, bad_anywhere, stops, part_total = agreed.cpu()
             stopping = stopping or bool(stops)
             if bad_anywhere:
-                self._refuse(bad, part)
+                self._refuse(losses, part)
+            summed += float(part_total)
+            if number == len(parts) and self.guard is not None:
+                stands_out = self.guard.stands_out(summed / max(1.0, float(valid)))
             # The engine averages over ranks and parts; what is wanted is the mean over valid samples.
-            self.engine.backward(total * (self.world.size * parts) / valid.clamp(min=1).to(total))
-            self.engine.step(rate)
+            scale = self.world.size * len(parts) / valid.clamp(min=1)
+            self.engine.backward(total * scale.to(total), spoiled=stands_out)
+            was_applied = self.engine.step(rate)
             self.report.add(total.detach(), losses.statistics)
+        own = self.probe.squared_norm()
+        if stands_out:
+            self._skip_spike(summed / float(valid))
+        elif not was_applied:
+            self._bear_bad_gradient(batch, own)
+        else:
+            self.bad_gradients = 0
+            self.rate.observe(self.images + self.batch, summed / max(1.0, float(valid)))
+            self.report.add_gradient(own, self.engine.gradient_norm)
         self.report.add_step(valid, rate)
         return stopping
 
-    def _refuse(self, bad: Tensor, batch: BatchType) -> None:
+    def _refuse(self, losses: Losses, part: BatchType) -> NoReturn:
         """Stop before the optimizer eats a loss that is not finite; DeepSpeed alone would say nothing."""
-        slots = batch.slots[bad].tolist()[:4]
-        whose = f"slots {slots} on rank {self.world.rank}" if slots else "another rank's samples"
-        raise UserError(
-            f"{self.config.run}: after {self.images} images the loss of {whose} is not finite; lower "
-            f"optim.lr or lengthen optim.warmup and start again, it goes on from the last checkpoint."
+        run, facts = self.config.run, losses.facts or {}
+        check_losses(run, self.images, losses.per_sample, part.valid, part.slots, facts, self.world)
+        raise RuntimeError("a rank said that a loss is not finite, and now none is")
+
+    def _bear_bad_gradient(self, batch: BatchType, own: Tensor) -> None:
+        """The engine has dropped a gradient that is not finite, though each loss was."""
+        ranks = ranks_of_bad_gradient(own, self.world)
+        slots = batch.slots.tolist()
+        found = self.world.gathered({"slots": f"{slots[0]} to {slots[-1]}"})
+        whose = " and ".join(f"rank {rank} (slots {found[rank]['slots']})" for rank in ranks)
+        whose = whose or "no single rank"
+        what = f"{self.config.run}: after {self.images} images the gradient of {whose} is not finite"
+        self.bad_gradients += 1
+        self.report.add_skipped()
+        health = self.config.health
+        if health.bad_gradient == "stop" or self.bad_gradients > health.tolerated_gradients:
+            raise UserError(
+                f"{what}; nothing was learned from it: lower optim.lr, or set health.bad_gradient=skip, and "
+                "start again, it goes on from the last checkpoint."
+            )
+        if self.world.is_first:
+            logger.warning("%s; the batch is skipped.", what)
+
+    def _skip_spike(self, loss: float) -> None:
+        """The engine was made to drop a batch whose loss stands out."""
+        guard = cast(SpikeGuard, self.guard)
+        self.report.add_skipped()
+        what = f"after {self.images} images a batch's loss of {loss:.4g} stands out"
+        if not guard.has_had_enough:
+            if self.world.is_first:
+                logger.warning("%s; the batch is skipped.", what)
+            return
+        enough = f"{what}, the {guard.skipped_in_a_row}. in a row"
+        if not guard.config.rewind:
+            raise UserError(
+                f"{self.config.run}: {enough}; lower optim.lr, or set health.spike.rewind=true, and start "
+                "again, it goes on from the last checkpoint."
+            )
+        self.checkpoints.wait()
+        restored = self.checkpoints.resume()
+        if restored is None or restored.images == self.rewound_to:
+            raise UserError(
+                f"{self.config.run}: {enough}, and going back to the last checkpoint did not help; lower "
+                "optim.lr."
+            )
+        self._take(restored)
+        self.rewound_to = restored.images
+        if self.world.is_first:
+            logger.warning("%s; the weights are those of %d images again.", enough, restored.images)
+
+    def _judged(self) -> dict[str, float]:
+        """The held-out figures of the averaged weights, when they are due."""
+        config = self.config.held_out
+        if self.held_out is None or config is None:
+            return {}
+        if not self._is_due(config.every) and self.images < self.config.images:
+            return {}
+        with self.ema.in_place_of_weights():
+            figures = self.held_out.measured(self.engine)
+        return {f"held_out_{name}": value for name, value in figures.items()}
+
+    def _state(self) -> dict[str, Tensor]:
+        """All that a run is beside its weights, moments, average and cursor."""
+        guard = self.guard.state() if self.guard is not None else {}
+        task = {f"task.{name}": value for name, value in self.task.state().items()}
+        return {**task, **self.rate.state(), **guard}
+
+    def _take(self, restored: Restored) -> None:
+        self.task.load_state(
+            {
+                name.removeprefix("task."): value
+                for name, value in restored.state.items()
+                if name.startswith("task.")
+            }
         )
+        self.rate.load_state(restored.state)
+        if self.guard is not None and "guard" in restored.state:
+            self.guard.load_state(restored.state)
 
-
-class _Report:
-    """Sums between two rows of metrics, brought together over ranks only when a row is due."""
-
-    def __init__(self, config: RunConfig, world: World, images: int) -> None:
-        self.world = world
-        self.file = MetricsFile(config.run / "metrics.jsonl", images) if world.is_first else None
-        self.start()
-
-    def start(self) -> None:
-        self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
-        self.valid = torch.zeros(())
-        self.rate = 0.0
-        self.waited = 0.0
-        self.since = time.monotonic()
-
-    def waited_for(self, batches: Iterator[BatchType]) -> BatchType:
-        before = time.monotonic()
-        batch = next(batches)
-        self.waited += time.monotonic() - before
-        return batch
-
-    def add(self, loss: Tensor, statistics: Mapping[str, Tensor]) -> None:
-        self.sums["loss"] = self.sums["loss"] + torch.stack([loss, loss.new_zeros(())]).double().cpu()
-        for name, value in statistics.items():
-            self.sums[name] = self.sums[name] + value.double().cpu()
-
-    def add_step(self, valid: Tensor, rate: float) -> None:
-        self.valid = self.valid + valid.cpu()
-        self.rate = rate
-
-    def write(self, images: int, engine: Engine) -> float:
-        """Write the row that is due; returns the mean loss since the last one."""
-        names = sorted(self.sums)
-        totals = self.world.sum(torch.stack([self.sums[name] for name in names]).to(self.world.device)).cpu()
-        valid = float(self.valid)
-        seconds = time.monotonic() - self.since
-        means = {
-            name: float(total / (valid if name == "loss" else count))
-            for name, (total, count) in zip(names, totals, strict=True)
-            if name == "loss" or count > 0
-        }
-        row = {
-            "images": images,
-            **means,
-            "learning_rate": self.rate,
-            "gradient_norm": engine.gradient_norm,
-            "images_per_second": valid / seconds,
-            "data_wait_share": self.waited / seconds,
-        }
-        if self.file is not None:
-            self.file.write(row)
-        self.start()
-        return means["loss"]
-
-
-def _crosses(images: int, batch: int, period: int) -> bool:
-    """Whether a multiple of the period lies within the last batch."""
-    return images // period > (images - batch) // period
+    def _resume(self) -> None:
+        restored = self.checkpoints.resume()
+        if restored is None:
+            # Fail now, not after hours, if a checkpoint cannot be written.
+            self.checkpoints.save(0, self._state())
+            self.checkpoints.wait()
+            return
+        self._take(restored)
+        self.images = restored.images
+        if self.world.is_first:
+            logger.info("going on from the checkpoint at %d images, the newest whole one", restored.images)
 
 
 def _split(batch: BatchType, parts: int) -> list[BatchType]:
