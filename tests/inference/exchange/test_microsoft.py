@@ -166,12 +166,12 @@ def test_missing_unknown_and_misshapen_weights_are_listed(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="4 weights do not fit: " + ".*".join(expected)):
         plan.save(tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
-    assert "unknown adapter.weight" in plan.lines()
+    assert "unknown adapter.weight" in plan.exchange.lines()
 
 
 def test_the_mapping_can_be_read_before_anything_is_written(tmp_path: Path) -> None:
     plan = plan_microsoft(files.write(tmp_path, files.checkpoint_of(Kind(), ITHQ_SLIM)), OPTIONS)
-    lines = plan.lines()
+    lines = plan.exchange.lines()
     assert "transformer.to_logits.1.bias -> model.denoiser.head.bias [9]" in lines
     assert (
         "content_codec.dec.decoder.conv_in.weight -> tokenizer.decoder.conv_in.weight [64, 6, 3, 3]" in lines
@@ -193,4 +193,4 @@ def test_a_reduced_tokenizer_says_so_in_its_bundle(tmp_path: Path) -> None:
     plan = plan_microsoft(path, MicrosoftOptions(heads=HEADS, reduction=tmp_path / "map.pt"))
     assert isinstance(plan, ModelPlan)
     assert plan.tokenizer == ReducedConfig(codes=3, full=GUMBEL_SLIM)
-    assert "reduction map -> tokenizer.map [13]" in plan.lines()
+    assert "reduction map -> tokenizer.map [13]" in plan.exchange.lines()

@@ -79,7 +79,7 @@ def test_tokens_decode_to_the_pixels_of_the_plain_implementation(
 
 
 def test_the_mapping_says_what_is_dropped(tmp_path: Path) -> None:
-    lines = plan_taming(*written(tmp_path, VQ_SLIM, net2net=True)).lines()
+    lines = plan_taming(*written(tmp_path, VQ_SLIM, net2net=True)).exchange.lines()
     assert "first_stage_model.quant_conv.bias -> quant_conv.bias [4]" in lines
     assert "first_stage_model.loss.logvar is dropped" in lines
     assert "transformer.tok_emb.weight is dropped" in lines

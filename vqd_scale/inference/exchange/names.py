@@ -109,14 +109,22 @@ class Exchange:
         Raises:
             UserError: Weights are missing, unknown or of another shape; the message lists them.
         """
+        self.check()
+        taken = self._converted(self.found)
+        return {name: _single(taken[name]) for name in self.wanted}
+
+    def check(self) -> None:
+        """See that everything fits.
+
+        Raises:
+            UserError: As `weights` does.
+        """
         problems = self.problems()
         if problems:
             more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
             raise UserError(
                 f"{self.source}: {len(problems)} weights do not fit: {'; '.join(problems[:_LISTED])}{more}."
             )
-        taken = self._converted(self.found)
-        return {name: _single(taken[name]) for name in self.wanted}
 
     def _dropped(self) -> list[str]:
         patterns = [re.compile(pattern) for pattern in self.dropped]

@@ -39,10 +39,6 @@ class ModelPlan:
     tokenizer: TokenizerConfig | Path
     exchange: Exchange
 
-    def lines(self) -> list[str]:
-        """The mapping for people."""
-        return self.exchange.lines()
-
     def bundle(self) -> Bundle:
         """The model, without writing it.
 
@@ -82,10 +78,6 @@ class TokenizerPlan:
 
     config: TokenizerConfig
     exchange: Exchange
-
-    def lines(self) -> list[str]:
-        """The mapping for people."""
-        return self.exchange.lines()
 
     def save(self, folder: Path) -> None:
         """Write the bundle.

@@ -1,0 +1,134 @@
+"""``convert_checkpoint``: public checkpoints in, a diffusers folder out. Each kind is one function."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vqd_scale.commands.entry import run_tool, tool_parser
+from vqd_scale.inference.bundle import load_bundle
+from vqd_scale.inference.exchange.autoencoders import plan_taming
+from vqd_scale.inference.exchange.diffusers import COMPONENTS, plan_diffusers
+from vqd_scale.inference.exchange.export import export_diffusers
+from vqd_scale.inference.exchange.microsoft import MicrosoftOptions, plan_microsoft
+from vqd_scale.inference.exchange.plan import Plan
+from vqd_scale.inference.remote import fetched
+
+Tool = tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], None]]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the tool; ``arguments`` default to the command line's."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    tools = {
+        "microsoft": _microsoft(),
+        "taming": _taming(),
+        "diffusers": _diffusers(),
+        "export": _export(),
+    }
+    overview = tool_parser(
+        "Turn the weights of others into a bundle, or a bundle into a folder for diffusers.",
+        "python tools/convert_checkpoint.py microsoft --help",
+    )
+    overview.add_argument("kind", choices=list(tools), help="each has a --help of its own")
+    kind = overview.parse_args(given[:1]).kind
+    parser, command = tools[kind]
+    parser.prog = f"{overview.prog} {kind}"
+    run_tool(parser, command, given[1:])
+
+
+def _microsoft() -> Tool:
+    parser = tool_parser(
+        "A .pth file of Microsoft's VQ-Diffusion: its averaged weights, its text tower, its tokenizer.",
+        "python tools/convert_checkpoint.py microsoft coco_learnable.pth runs/coco "
+        "--reduction taming_vqvae_2887.pt",
+    )
+    parser.add_argument(
+        "file", type=Path, metavar="FILE.pth", help="the checkpoint; nothing in it is executed"
+    )
+    _add_out(parser)
+    parser.add_argument("--reduction", type=Path, help="map of the tokenizer's codes to the network's fewer")
+    parser.add_argument("--tokenizer", type=Path, help="bundle of a tokenizer, if the file holds none")
+    parser.add_argument("--heads", type=int, default=16, help="attention heads; 16 in every published model")
+    parser.add_argument(
+        "--grid", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="tokens; else as the file says"
+    )
+    parser.add_argument(
+        "--no-caption",
+        choices=["learned", "empty"],
+        help="what stands for no caption: the file's learned embedding (the models called learnable), or the "
+        "empty caption; learned if the file has one",
+    )
+
+    def command(arguments: argparse.Namespace) -> None:
+        options = MicrosoftOptions(
+            heads=arguments.heads,
+            grid=None if arguments.grid is None else (arguments.grid[0], arguments.grid[1]),
+            no_caption=arguments.no_caption,
+            reduction=arguments.reduction,
+            tokenizer=arguments.tokenizer,
+        )
+        _carry_out(plan_microsoft(arguments.file, options), arguments)
+
+    return parser, command
+
+
+def _taming() -> Tool:
+    parser = tool_parser(
+        "A .ckpt file of taming-transformers and its YAML file: a VQ-GAN, also within a transformer.",
+        "python tools/convert_checkpoint.py taming vqgan_imagenet_f16_16384.ckpt model.yaml runs/vqgan",
+    )
+    parser.add_argument(
+        "file", type=Path, metavar="FILE.ckpt", help="the checkpoint; nothing in it is executed"
+    )
+    parser.add_argument("description", type=Path, metavar="CONFIG.yaml", help="what lies beside it")
+    _add_out(parser)
+
+    def command(arguments: argparse.Namespace) -> None:
+        _carry_out(plan_taming(arguments.file, arguments.description), arguments)
+
+    return parser, command
+
+
+def _diffusers() -> Tool:
+    parser = tool_parser(
+        "A folder of diffusers' VQDiffusionPipeline; sample.py takes such a folder as it is, too.",
+        "python tools/convert_checkpoint.py diffusers vq-diffusion-ithq runs/ithq",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="the folder of model_index.json, or s3://bucket/key")
+    _add_out(parser)
+
+    def command(arguments: argparse.Namespace) -> None:
+        with fetched(arguments.folder, tuple(COMPONENTS)) as folder:
+            _carry_out(plan_diffusers(folder), arguments)
+
+    return parser, command
+
+
+def _export() -> Tool:
+    parser = tool_parser(
+        "A bundle, or a run's, as a folder that diffusers' VQDiffusionPipeline loads and runs.",
+        "python tools/convert_checkpoint.py export runs/coco/export vq-diffusion-coco",
+    )
+    parser.add_argument("model", type=Path, metavar="BUNDLE", help="the bundle, or the run's folder")
+    parser.add_argument("out", type=Path, metavar="FOLDER", help="the folder to be written")
+
+    def command(arguments: argparse.Namespace) -> None:
+        export_diffusers(load_bundle(arguments.model), arguments.out)
+        print(f"{arguments.out}: VQDiffusionPipeline.from_pretrained loads it")
+
+    return parser, command
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, metavar="OUT", help="the bundle to be written")
+    parser.add_argument("--dry-run", action="store_true", help="print where every weight goes, write nothing")
+
+
+def _carry_out(plan: Plan, arguments: argparse.Namespace) -> None:
+    if arguments.dry_run:
+        print("\n".join(plan.exchange.lines()))
+        plan.exchange.check()
+        return
+    plan.save(arguments.out)
+    print(f"{arguments.out}: {len(plan.exchange.wanted):,} weights from {plan.exchange.source}")
