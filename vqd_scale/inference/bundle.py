@@ -27,7 +27,7 @@ from vqd_scale.nn.autoregressive import Autoregressive, AutoregressiveConfig
 from vqd_scale.nn.denoiser import ClassCondition, Condition, TextCondition
 from vqd_scale.nn.network import Network, NetworkConfig, build_network
 from vqd_scale.nn.placement import HERE, Placement
-from vqd_scale.text.clip import TextConfig, TextEncoder
+from vqd_scale.text.clip import Pretrained, TextConfig, TextEncoder
 from vqd_scale.tokenizers.choice import ReducedConfig, Tokenizer, TokenizerConfig, build_tokenizer
 from vqd_scale.tokenizers.fsq import FSQConfig
 from vqd_scale.tokenizers.taming import TamingGumbelConfig, TamingVQConfig
@@ -243,6 +243,8 @@ def save_bundle(
     Raises:
         UserError: The disk is full or the folder cannot be written.
     """
+    if isinstance(config.text, Pretrained):
+        config = config.model_copy(update={"text": config.text.without_weights()})
     with published_folder(folder) as partial:
         schedule = {_SCHEDULE: _fingerprint(config.diffusion)} if isinstance(config, BundleConfig) else {}
         _save(partial, config, weights, schedule)
