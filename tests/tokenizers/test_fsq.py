@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from vqd_scale.core.errors import UserError
 from vqd_scale.tokenizers.base import ImageTokenizer
 from vqd_scale.tokenizers.fsq import FSQ, FSQConfig, Grid
 
@@ -76,9 +77,18 @@ def test_gradients_pass_the_rounding_straight_through() -> None:
     assert first.abs().max() > 0
 
 
-def test_nothing_of_the_codebook_is_learned_or_saved() -> None:
-    state = tokenizer_of().state_dict()
-    assert not [name for name in state if "quantize" in name]
+def test_nothing_of_the_codebook_is_learned_and_only_its_levels_are_saved() -> None:
+    tokenizer = tokenizer_of()
+    assert not list(tokenizer.quantize.parameters())
+    saved = {name: value for name, value in tokenizer.state_dict().items() if "quantize" in name}
+    assert list(saved) == ["quantize.levels"]
+    assert saved["quantize.levels"].tolist() == [8, 5, 5, 5]
+
+
+def test_weights_of_other_levels_are_refused() -> None:
+    tokenizer_of().load_state_dict(tokenizer_of().state_dict())
+    with pytest.raises(UserError, match=r"trained with \[8, 5, 5, 5\], not with \[5, 8, 5, 5\]"):
+        tokenizer_of((5, 8, 5, 5)).load_state_dict(tokenizer_of().state_dict())
 
 
 def test_a_channel_has_at_least_two_levels() -> None:

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
+from vqd_scale.core.errors import UserError
 from vqd_scale.tokenizers.autoencoder import StraightThrough
 from vqd_scale.tokenizers.convolutions import ConvolutionsConfig
 
@@ -26,6 +27,9 @@ class FSQConfig(ConvolutionsConfig):
 class Grid(nn.Module):
     """All combinations of a few values a channel; the first channel's value changes fastest with the id.
 
+    The levels are saved with the weights: they alone say what an id means, and the fingerprint of the weights
+    is to tell tokens of other levels apart.
+
     Args:
         levels: How many values each channel has.
     """
@@ -34,10 +38,11 @@ class Grid(nn.Module):
         super().__init__()
         self.codes = math.prod(levels)
         strides = [math.prod(levels[:place]) for place in range(len(levels))]
-        self.register_buffer("levels", torch.tensor(levels), persistent=False)
+        self.register_buffer("levels", torch.tensor(levels))
         self.register_buffer("strides", torch.tensor(strides), persistent=False)
         self.levels: Tensor
         self.strides: Tensor
+        self.register_load_state_dict_pre_hook(_check_levels)
 
     def bounded(self, vectors: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
         """Latents squeezed smoothly between the outermost levels, in units of half the range (section 3)."""
@@ -55,6 +60,15 @@ class Grid(nn.Module):
         """The grid points of ids, each number in [-1, 1]."""
         half = self.levels // 2
         return (ids.unsqueeze(-1) // self.strides % self.levels - half) / half
+
+
+def _check_levels(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    saved = state.get(f"{prefix}levels")
+    if isinstance(module, Grid) and saved is not None and saved.tolist() != module.levels.tolist():
+        raise UserError(
+            f"levels: the weights were trained with {saved.tolist()}, not with {module.levels.tolist()}; "
+            f"take theirs."
+        )
 
 
 class FSQ(StraightThrough[Grid]):
