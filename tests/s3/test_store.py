@@ -1,10 +1,10 @@
 """Files in S3 behave as files on a disk do: the same calls on both, the same outcomes."""
 
-import multiprocessing
 import os
 from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkProcess, ForkServerProcess, SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Literal
 
 import pytest
 
@@ -170,14 +170,10 @@ def reads_itself(path: S3Path, expected: str) -> None:
     raise SystemExit(0 if path.read_text() == expected else 1)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_a_child_has_a_client_of_its_own(
-    folder: S3Path, method: Literal["fork", "spawn", "forkserver"]
-) -> None:
+@pytest.mark.parametrize("process", [ForkProcess, SpawnProcess, ForkServerProcess])
+def test_a_child_has_a_client_of_its_own(folder: S3Path, process: type[BaseProcess]) -> None:
     publish_text(folder / "text", "for all")
-    child = multiprocessing.get_context(method).Process(
-        target=reads_itself, args=(folder / "text", "for all")
-    )
+    child = process(target=reads_itself, args=(folder / "text", "for all"))
     child.start()
     child.join(timeout=60)
     assert child.exitcode == 0

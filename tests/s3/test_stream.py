@@ -155,6 +155,26 @@ def test_a_shard_in_order_through_faults(
     assert set(proxy.faults) == {"truncate", "500", "reset"}
 
 
+@pytest.mark.parametrize("gigabytes", [1.0, 0.0004, 0.00001])
+def test_the_same_batches_through_a_cache(
+    both: tuple[Path, S3Path], proxy: FaultProxy, impatient: Patience, tmp_path: Path, gigabytes: float
+) -> None:
+    here, there = both
+    kept = tmp_path / "kept"
+    cache = (f"reading.cache.folder={kept}", f"reading.cache.gigabytes={gigabytes}")
+    proxy.follow(in_turn([Fault("close", 100_000), Fault("reset", 1000)]))
+    expected = contents(batches(here, tmp_path, 50))
+    assert contents(batches(proxy.to(there), tmp_path, 50, overrides=cache)) == expected
+    sizes = [path.stat().st_size for path in kept.glob("*.tar*")]
+    assert sum(sizes) <= gigabytes * 1e9
+    if gigabytes == 1.0:
+        assert len(sizes) == len(COUNTS)
+        proxy.follow(in_turn([]))
+        assert contents(batches(proxy.to(there), tmp_path, 50, overrides=cache)) == expected
+        # The tables are read again, the shards are not.
+        assert {path for method, path in proxy.requests if method == "GET" and path.endswith(".tar")} == set()
+
+
 def test_a_store_that_falls_silent_stops_the_stream(
     both: tuple[Path, S3Path], proxy: FaultProxy, impatient: Patience, tmp_path: Path
 ) -> None:

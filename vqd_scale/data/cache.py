@@ -66,7 +66,10 @@ class ShardCache:
 
     def _reserve(self, path: Path, size: int) -> bool:
         """Whether there is room; an empty file of the shard's size stands for it from then on."""
+        partial = path.with_name(path.name + PARTIAL)
         with _locked(self.folder / "lock-of-room"):
+            # Whoever began it is dead: its lock is ours.
+            partial.unlink(missing_ok=True)
             kept: list[tuple[float, int, Path]] = []
             for file in self.folder.glob(f"*{_SUFFIX}*"):
                 # Whoever publishes meanwhile renames.
@@ -79,7 +82,7 @@ class ShardCache:
                     free += file_size
             if free < size:
                 return False
-            with path.with_name(path.name + PARTIAL).open("wb") as file:
+            with partial.open("wb") as file:
                 file.truncate(size)
             return True
 

@@ -1,0 +1,65 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vqd_scale.core.config import Config, load_config
+from vqd_scale.core.endpoint import S3Endpoint
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.s3 import S3Path
+from vqd_scale.core.store import Location, parse_location
+
+
+class Reads(Config):
+    data: Location
+
+
+names = st.text(st.characters(codec="utf-8", exclude_characters="/?"), min_size=1, max_size=8)
+endpoints = st.builds(
+    S3Endpoint,
+    st.none() | st.sampled_from(["http://127.0.0.1:7480", "https://s3.example.org/a?b&c=d"]),
+    st.none() | names,
+    st.booleans(),
+)
+
+
+@given(names, st.lists(names, max_size=3), endpoints)
+def test_a_path_is_written_and_read_back(bucket: str, keys: list[str], endpoint: S3Endpoint) -> None:
+    path = S3Path(bucket, "/".join(keys), endpoint)
+    assert S3Path.parse(str(path)) == path
+    assert parse_location(str(path)) == path
+    assert parse_location(path) is path
+
+
+@given(st.lists(names, min_size=2, max_size=4))
+def test_parts_of_a_path(keys: list[str]) -> None:
+    folder = S3Path("bucket", "/".join(keys[:-1]), S3Endpoint(anonymous=True))
+    path = folder / keys[-1]
+    assert path.parent == folder
+    assert path.name == keys[-1]
+    assert path.with_name("other") == folder / "other"
+
+
+def test_another_ending() -> None:
+    path = S3Path("bucket", "a.b/000001.tar")
+    assert path.with_suffix(".npz") == S3Path("bucket", "a.b/000001.npz")
+    assert S3Path("bucket", "a.b/shard").with_suffix(".npz") == S3Path("bucket", "a.b/shard.npz")
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [
+        ("s3://", "s3://bucket/key"),
+        ("s3:///key", "s3://bucket/key"),
+        ("s3://bucket/key?region=x", "anonymous=true"),
+        ("s3://bucket/key?anonymous=yes", "anonymous=true"),
+        ("s3://bucket/key?endpoint_url=host", "endpoint_url=http"),
+        ("pipe:curl -s https://example.org/a.tar", "commands are never run"),
+        ("gs://bucket/key", "a path, or s3://bucket/key"),
+        ("https://example.org/set", "a path, or s3://bucket/key"),
+        ("", "a path, or s3://bucket/key"),
+        ("[1, 2]", "a path, or s3://bucket/key"),
+    ],
+)
+def test_other_places_are_refused(text: str, allowed: str) -> None:
+    with pytest.raises(UserError, match=rf"data: given .*{allowed.replace('?', '.')}"):
+        load_config(Reads, overrides=[f"data={text}" if text else "data=''"])
