@@ -26,6 +26,7 @@ LAYERS = [
 OWNERS = {
     "deepspeed": ("training.engine", "training.partition"),
     "submitit": ("launchers.slurm",),
+    "triton": ("diffusion.kernels",),
     "webdataset": ("data",),
     "yaml": ("core.config",),
     "matplotlib": ("core.report",),
@@ -128,6 +129,7 @@ BROKEN = [
     (not_the_owner, {"vqd_scale.training.engineering": "import deepspeed"}),
     (not_the_owner, {"vqd_scale.commands.train": "from submitit import AutoExecutor"}),
     (not_the_owner, {"vqd_scale.inference.tokenize": "import webdataset as wds"}),
+    (not_the_owner, {"vqd_scale.diffusion.rows": "import triton.language as tl"}),
     (impure_mathematics, {"vqd_scale.diffusion.a": "import scipy.special"}),
     (cycles, {"vqd_scale.core.a": "from vqd_scale.core.b import x", "vqd_scale.core.b": "from . import a"}),
     (

@@ -11,7 +11,7 @@ from vqd_scale.diffusion.schedule import Rates
 
 
 def step_matrix(rates: Rates, t: int) -> Float[Tensor, "to from"]:
-    """Q_t[m, n] = q(x_t = m | x_{t-1} = n); the last row and column are the mask (VQ-Diffusion eq. 7)."""
+    """Q_t[m, n] = q(x_t = m | x_{t-1} = n); the last row and column are the mask."""
     chances = rates.between(t, t - 1)
     codes = rates.codes
     matrix = torch.zeros(codes + 1, codes + 1, dtype=torch.float64)

@@ -67,7 +67,7 @@ class ObjectiveOutput:
 
 
 class Objective:
-    """Bound plus auxiliary term (VQ-Diffusion, sections 4.1 and 4.2), from the last hidden layer.
+    """Bound plus auxiliary term of VQ-Diffusion (arXiv 2111.14822), from the last hidden layer.
 
     Call it inside the network's own forward: under ZeRO-3 the head's weight is empty elsewhere.
     """

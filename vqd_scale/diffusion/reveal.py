@@ -38,7 +38,7 @@ class Purity(_Reveal):
     """Improved VQ-Diffusion's sampling: reveal where the network is sure, and sharpen what is revealed.
 
     Positions are drawn in proportion to their purity max_k p_k, codes from p ** (1 + weight * purity), the
-    purity relative to the image's largest (its eq. 11, with the factor of its code).
+    purity relative to the image's largest (arXiv 2205.16007, its eq. 11, with the factor of its code).
     """
 
     kind: Literal["purity"] = "purity"

@@ -56,7 +56,7 @@ class Released(Config):
         return 1.0
 
     def cumulative(self) -> Chances:
-        """From the clean image to each t, shape [steps]: two straight lines (VQ-Diffusion, section 4.1)."""
+        """From the clean image to each t, shape [steps]: two straight lines."""
         fraction = torch.arange(self.steps, dtype=torch.float64) / (self.steps - 1)
         keep = self.keep_first + fraction * (self.keep_last - self.keep_first)
         mask = self.mask_first + fraction * (self.mask_last - self.mask_first)
@@ -66,7 +66,7 @@ class Released(Config):
 class Paper(Config):
     """The schedule of the VQ-Diffusion paper: mask 0 → ``mask_rate``, replace 0 → the rest.
 
-    ``mask_rate`` 1 only masks, 0 only replaces: the paper's ablation.
+    ``mask_rate`` 1 only masks, 0 only replaces: the paper's ablation (arXiv 2111.14822).
     """
 
     kind: Literal["paper"] = "paper"
@@ -116,7 +116,10 @@ class UniformCosine(Config):
 
 
 class Absorbing(Config):
-    """Only masks, a straight line from 0 to 1: D3PM's absorbing state, MaskGIT and MDLM in this frame."""
+    """Only masks, a straight line from 0 to 1: MaskGIT and MDLM in this frame.
+
+    Source: the absorbing state of D3PM (arXiv 2107.03006).
+    """
 
     kind: Literal["absorbing"] = "absorbing"
     steps: int = Field(default=100, ge=1)

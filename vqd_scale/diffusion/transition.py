@@ -41,7 +41,7 @@ class PosteriorRates:
 def posterior_rates(
     rates: Rates, t: "int | Int[Tensor, ' *times']", s: "int | Int[Tensor, ' *times']"
 ) -> PosteriorRates:
-    """Bayes' rule for the chain between any two times (VQ-Diffusion eq. 5 and 11).
+    """Bayes' rule for the chain between any two times: the coefficients of ``docs/maths.md`` (6) and (7).
 
     Where a schedule never masks or never replaces, some states cannot occur and Bayes' rule says 0/0. Then a
     mask counts as new in this step, and a visible code stays as it is.
