@@ -86,6 +86,7 @@ def test_trap_22_unused_codes_become_0_and_decode_as_the_first_of_them() -> None
     as_decoded = torch.where(is_used, all_codes, 0)
     assert torch.equal(tokenizer.decode(tokens), full.decode(as_decoded))
     assert torch.equal(tokenizer.code_vectors(), full.code_vectors()[[0, 1, 3, 6, 8, 10]])
+    assert torch.equal(protocol.latents(images), full.latents(images))
     assert (protocol.codes, protocol.factor) == (6, 2)
     with pytest.raises(ValueError, match=r"expected codes 0\.\.5"):
         tokenizer.decode(torch.full((1, 2, 2), 6))

@@ -19,7 +19,7 @@ from vqd_scale.evaluation.frechet import FeatureStatistics, frechet_distance
 from vqd_scale.evaluation.reconstruction import psnr, ssim
 from vqd_scale.inference.generate import read_generated
 from vqd_scale.tokenizers.base import to_bytes, to_signal
-from vqd_scale.tokenizers.vqgan import VQGAN
+from vqd_scale.tokenizers.choice import Tokenizer
 
 _BATCH = 64
 
@@ -41,7 +41,7 @@ class Evaluation:
     reconstructed: Images
 
 
-def evaluate_samples(samples: Path, data: Path, tokenizer: VQGAN) -> Evaluation:
+def evaluate_samples(samples: Path, data: Path, tokenizer: Tokenizer) -> Evaluation:
     """Compare generated pictures with the samples whose captions were their prompts.
 
     The attributes are read where the shards' JSON describes a scene of the embedded set.
@@ -104,14 +104,14 @@ def _read(keys: list[str], shards: ShardSet) -> tuple[Images, list[Scene]]:
 
 
 @torch.no_grad()
-def _reconstruct(tokenizer: VQGAN, images: Images) -> Images:
+def _reconstruct(tokenizer: Tokenizer, images: Images) -> Images:
     return torch.cat(
         [to_bytes(tokenizer.decode(tokenizer.encode(to_signal(part)))) for part in images.split(_BATCH)]
     )
 
 
 @torch.no_grad()
-def _features(tokenizer: VQGAN, images: Images) -> Float[Tensor, "count features"]:
+def _features(tokenizer: Tokenizer, images: Images) -> Float[Tensor, "count features"]:
     """Mean and deviation over positions of every channel of the tokenizer's latents."""
-    latents = torch.cat([tokenizer.encoder(to_signal(part)).flatten(2) for part in images.split(_BATCH)])
+    latents = torch.cat([tokenizer.latents(to_signal(part)).flatten(2) for part in images.split(_BATCH)])
     return torch.cat([latents.mean(dim=2), latents.std(dim=2)], dim=1)

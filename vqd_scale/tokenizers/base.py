@@ -49,6 +49,12 @@ class ImageTokenizer(Protocol):
         """Codes to float32 images in about [-1, 1]."""
         ...
 
+    def latents(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch code rows columns"]:
+        """The vectors of images in [-1, 1] before codes are chosen for them."""
+        ...
+
     def code_vectors(self) -> Float[Tensor, "codes width"]:
         """What the decoder is given for each code; a network's embeddings may start from them."""
         ...

@@ -59,6 +59,12 @@ class Reduced(nn.Module):
         """The vector that each reduced code decodes as."""
         return self.full.code_vectors()[inverse(self.map)]
 
+    def latents(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch code rows columns"]:
+        """What the tokenizer with all its codes quantises."""
+        return self.full.latents(images)
+
     def compute_in(self, dtype: torch.dtype) -> Self:
         """See `Autoencoder.compute_in`."""
         self.full.compute_in(dtype)
