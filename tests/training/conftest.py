@@ -44,6 +44,12 @@ def token_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for shard, count in enumerate((17, 3, SAMPLES - 20))
     ]
     write_shard_set(folder / "shards", {"kind": "tokens", **asdict(meta)}, recipes, "tokens")
+    poisoned = [
+        ShardRecipe(
+            "000000.tar", SAMPLES, lambda: [_poisoned(n, s) for n, s in enumerate(_samples(0, SAMPLES))]
+        )
+    ]
+    write_shard_set(folder / "poisoned", {"kind": "tokens", **asdict(meta)}, poisoned, "tokens")
     (folder / "train.yaml").write_text(yaml.safe_dump(_config(folder)))
     return folder
 
@@ -66,6 +72,13 @@ def _samples(shard: int, count: int) -> list[Sample]:
             }
         )
     return samples
+
+
+def _poisoned(number: int, sample: Sample) -> Sample:
+    """Every fifth sample with codes that the tokenizer does not have."""
+    if number % 5:
+        return sample
+    return {**sample, "tokens.npy": np.full(SIDE * SIDE, CODES + 1, np.uint16)}
 
 
 def _config(folder: Path) -> dict[str, object]:

@@ -1,18 +1,21 @@
 """A bundle's weights into the pieces of several ranks, which are threads here."""
 
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.training.ranks import on_ranks, partition_of
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.world import World
 from vqd_scale.training import start
+from vqd_scale.training.checkpoint import consolidated
 from vqd_scale.training.start import start_from
 
 
@@ -96,9 +99,9 @@ def test_no_rank_reads_a_whole_tensor_of_which_it_holds_a_piece(
     assert sorted(read) == [(0, 6), (5, 11), (11, 16)]
 
 
-def fails(path: Path) -> str:
+def fails(path: Path, *fresh: str) -> str:
     with pytest.raises(UserError) as caught:
-        on_ranks(1, lambda world: start_from(path, partition_of(network(), world), prefix="model."))
+        on_ranks(1, lambda world: start_from(path, partition_of(network(), world), "model.", fresh))
     return str(caught.value)
 
 
@@ -118,6 +121,26 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path: Path) -> None:
         assert part in message
 
 
+def test_what_a_run_adds_is_named_and_starts_anew(tmp_path: Path) -> None:
+    path, weights = stored(tmp_path)
+    bias = weights.pop("0.bias")
+    save_file(weights, path)
+
+    def load(world: World) -> dict[str, Tensor]:
+        module = network()
+        partition = partition_of(module, world)
+        start_from(path, partition, "model.", fresh=["0.bias"])
+        found = {piece.name: partition.view(partition.masters, piece) for piece in partition.pieces}
+        assert torch.equal(found["model.0.bias"], dict(module.named_parameters())["model.0.bias"])
+        return found
+
+    (found,) = on_ranks(1, load)
+    assert not torch.equal(found["model.0.bias"], bias)
+    assert torch.equal(found["model.2.bias"], weights["2.bias"])
+    save_file({**weights, "0.bias": bias}, path)
+    assert "model.0.bias ((5,) there, absent here)" in fails(path, "0.bias")
+
+
 @pytest.mark.parametrize("damage", ["absent", "truncated"])
 def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, damage: str) -> None:
     path, _ = stored(tmp_path)
@@ -126,3 +149,29 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, damage: str)
     if damage == "truncated":
         path.write_bytes(content[:-7])
     assert "cannot be read" in fails(path)
+
+
+@pytest.mark.ranks
+def test_a_run_starts_from_what_another_exported(
+    token_world: Path, tmp_path: Path, run_tool: Callable[..., "subprocess.CompletedProcess[str]"]
+) -> None:
+    config = str(token_world / "train.yaml")
+    done = run_tool("train.py", config, f"run={tmp_path / 'first'}", "images=16")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "first" / "checkpoints").rename(tmp_path / "gone")
+    second = tmp_path / "second"
+    wanted = (f"run={second}", "images=8", "seed=9", f"start.bundle={tmp_path / 'first'}")
+    done = run_tool("train.py", config, *wanted, ranks=2)
+    assert done.returncode == 0, done.stderr
+    exported = load_file(tmp_path / "first" / "export" / "model.safetensors")
+    for kind in ("master", "ema"):
+        began = consolidated(second / "checkpoints" / "000000000000", kind)
+        assert {name.removeprefix("model.") for name in began} == set(exported)
+        for name, value in began.items():
+            assert torch.equal(value, exported[name.removeprefix("model.")])
+
+    weights = tmp_path / "first" / "export" / "tokenizer" / "model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    done = run_tool("train.py", config, *wanted, f"run={tmp_path / 'third'}")
+    assert done.returncode == 2
+    assert "knows the codes of another tokenizer" in done.stderr

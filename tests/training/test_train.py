@@ -1,7 +1,9 @@
 """The trainer as its users start it: whole processes, one rank and two."""
 
 import hashlib
+import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -111,35 +113,71 @@ def test_zero_3_equals_plain_adamw_average_included(
     assert_weights_agree(exported, {name.removeprefix("model."): tensor for name, tensor in average.items()})
 
 
-def kill_after(
-    start: Callable[..., "subprocess.Popen[bytes]"], config: Path, run: Path, images: int, number: int
-) -> int:
-    """Start on two ranks, send a signal to all once so many images are logged; returns the exit code."""
-    process = start("train.py", str(config), f"run={run}", ranks=2)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        rows = read_metrics(run / "metrics.jsonl")
-        if rows and rows[-1]["images"] >= images:
-            os.killpg(process.pid, number)
+def files_of(checkpoint: Path) -> list[dict[str, object]]:
+    """Names, sizes and SHA-256 of all that a checkpoint holds: weights, moments, average, state."""
+    return json.loads((checkpoint / "manifest.json").read_text())["files"]
+
+
+def ranks_of(launcher: "subprocess.Popen[bytes]") -> list[int]:
+    """The processes that a launcher started."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    return [int(pid) for pid in children.read_text().split()] if children.exists() else []
+
+
+def is_writing(run: Path) -> bool:
+    return any((run / "checkpoints").glob("*.partial"))
+
+
+def disturb(
+    start: Callable[..., "subprocess.Popen[bytes]"], arguments: list[str], run: Path, chance: random.Random
+) -> str:
+    """Start on two ranks and end them, or one of them, at a random moment; returns what was done."""
+    began = len(losses(run)) if (run / "metrics.jsonl").exists() else 0
+    how = chance.choice(["kill one", "kill all", "terminate all"])
+    rows, while_writing = chance.randrange(1, 12), chance.random() < 0.5
+    delay = chance.random() * 0.02
+    process = start("train.py", *arguments, ranks=2)
+    deadline = time.monotonic() + 180
+    while process.poll() is None and time.monotonic() < deadline:
+        has_moved = len(read_metrics(run / "metrics.jsonl")) >= began + rows
+        if has_moved and (not while_writing or is_writing(run)):
             break
-        time.sleep(0.01)
-    return process.wait(timeout=60)
+        time.sleep(0.001 if while_writing else 0.01)
+    time.sleep(delay)
+    if process.poll() is None:
+        if how == "kill one":
+            os.kill(chance.choice(ranks_of(process)), signal.SIGKILL)
+        else:
+            os.killpg(process.pid, signal.SIGKILL if how == "kill all" else signal.SIGTERM)
+    code = process.wait(timeout=120)
+    return f"{how} after {rows} rows{' while writing' if while_writing else ''}: exit code {code}"
 
 
-def test_killed_and_resumed_equals_never_stopped(
+@pytest.mark.parametrize(("kills", "images"), [(3, 240), pytest.param(20, 2400, marks=pytest.mark.long)])
+def test_chaos_ends_as_the_undisturbed_run_does(
+    kills: int,
+    images: int,
     token_world: Path,
-    undisturbed: dict[int, Path],
     tmp_path: Path,
     run_tool: RunTool,
     start_tool: Callable[..., "subprocess.Popen[bytes]"],
 ) -> None:
-    run, config = tmp_path / "run", token_world / "train.yaml"
-    kill_after(start_tool, config, run, images=72, number=signal.SIGKILL)
-    assert not (run / "export").exists()
-    resumed = run_tool("train.py", str(config), f"run={run}", ranks=2)
-    assert resumed.returncode == 0, resumed.stderr
-    assert losses(run) == losses(undisturbed[2])
-    assert digest(run) == digest(undisturbed[2])
+    """`make chaos` is the long form: ended at whatever moments, a run ends as if nobody had touched it."""
+    calm, run = tmp_path / "calm", tmp_path / "run"
+    common = [str(token_world / "train.yaml"), f"images={images}", "checkpoint.every=24"]
+    done = run_tool("train.py", *common, f"run={calm}", ranks=2)
+    assert done.returncode == 0, done.stderr
+    chance = random.Random(0)
+    for kill in range(kills):
+        print(f"{kill + 1}/{kills}", disturb(start_tool, [*common, f"run={run}"], run, chance))
+        if (run / "export").exists():
+            break
+    done = run_tool("train.py", *common, f"run={run}", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert losses(run) == losses(calm)
+    assert digest(run) == digest(calm)
+    assert files_of(newest(run)) == files_of(newest(calm))
+    assert not is_writing(run)
 
 
 def test_damaged_newest_checkpoint_is_passed_over_and_another_world_size_goes_on(

@@ -5,7 +5,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from vqd_scale.commands.entry import run_tool, tool_parser
+from vqd_scale.commands.run import TOKEN_RUNS, token_task
+from vqd_scale.core.config import load_config
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.world import World
 from vqd_scale.inference.bundle import load_bundle
 from vqd_scale.inference.exchange.autoencoders import plan_taming
 from vqd_scale.inference.exchange.diffusers import COMPONENTS, plan_diffusers
@@ -13,8 +19,15 @@ from vqd_scale.inference.exchange.export import export_diffusers
 from vqd_scale.inference.exchange.microsoft import MicrosoftOptions, plan_microsoft
 from vqd_scale.inference.exchange.plan import Plan
 from vqd_scale.inference.remote import fetched
+from vqd_scale.training.checkpoint import consolidated, newest_whole
+from vqd_scale.training.engine import imported_weights
 
 Tool = tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], None]]
+
+
+WEIGHTS = {"average": "ema", "raw": "master"}
+"""What a checkpoint holds of each weight, by what a person calls it."""
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "taming": _taming(),
         "diffusers": _diffusers(),
         "export": _export(),
+        "consolidate": _consolidate(),
+        "deepspeed": _deepspeed(),
     }
     overview = tool_parser(
         "Turn the weights of others into a bundle, or a bundle into a folder for diffusers.",
@@ -116,6 +131,70 @@ def _export() -> Tool:
     def command(arguments: argparse.Namespace) -> None:
         export_diffusers(load_bundle(arguments.model), arguments.out)
         print(f"{arguments.out}: VQDiffusionPipeline.from_pretrained loads it")
+
+    return parser, command
+
+
+def _consolidate() -> Tool:
+    parser = tool_parser(
+        "A checkpoint of a run as a bundle, such as of a run that has not ended.",
+        "python tools/convert_checkpoint.py consolidate runs/demo/model runs/demo/raw --weights raw",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the bundle to be written")
+    parser.add_argument(
+        "--weights",
+        choices=list(WEIGHTS),
+        default="average",
+        help="the moving average, which is what is sampled from, or the weights as the optimizer left them",
+    )
+    parser.add_argument(
+        "--images", type=int, help="which checkpoint, by images seen; the newest unless given"
+    )
+
+    def command(arguments: argparse.Namespace) -> None:
+        checkpoint = newest_whole(arguments.run / "checkpoints", arguments.images)
+        task = token_task(load_config(TOKEN_RUNS, arguments.run / "config.yaml"), ALONE)
+        task.export(consolidated(checkpoint, WEIGHTS[arguments.weights]), arguments.out)
+        print(f"{arguments.out}: the {arguments.weights} weights at {int(checkpoint.name):,} images")
+
+    return parser, command
+
+
+def _deepspeed() -> Tool:
+    parser = tool_parser(
+        "A folder that DeepSpeed itself wrote (zero_pp_rank_*), of any stage and number of ranks, as a "
+        "bundle.",
+        "python tools/convert_checkpoint.py deepspeed their/checkpoints configs/demo/train.yaml out "
+        "--trust-pickle",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the one with 'latest', or one tag's")
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the run that the weights are of")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the bundle to be written")
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="such files are pickles: reading them executes whatever code was put into them",
+    )
+
+    def command(arguments: argparse.Namespace) -> None:
+        if not arguments.trust_pickle:
+            raise UserError(
+                f"{arguments.folder}: DeepSpeed's files are pickles, and reading them executes whatever code "
+                "is in them; if you trust whoever made them, say --trust-pickle."
+            )
+        task = token_task(load_config(TOKEN_RUNS, arguments.config), ALONE)
+        weights = imported_weights(arguments.folder)
+        wanted = {name: parameter.shape for name, parameter in task.module.named_parameters()}
+        found = {name: tensor.shape for name, tensor in weights.items() if name in wanted}
+        if found != wanted:
+            differing = sorted(name for name in wanted if found.get(name) != wanted[name])
+            raise UserError(
+                f"{arguments.folder}: {len(differing)} weights of the run that {arguments.config} describes "
+                f"are missing or of another shape, '{differing[0]}' for one."
+            )
+        task.export({name: weights[name] for name in wanted}, arguments.out)
+        print(f"{arguments.out}: {len(wanted):,} weights from {arguments.folder}")
 
     return parser, command
 

@@ -5,9 +5,27 @@ from collections.abc import Callable
 
 from vqd_scale.core.stop import REQUEUE_EXIT_CODE
 from vqd_scale.core.world import World, join_world, leave_world
+from vqd_scale.training.autoregression import AutoregressionConfig, AutoregressionTask
 from vqd_scale.training.config import RunConfig
+from vqd_scale.training.denoising import DenoisingTask, TrainConfig
 from vqd_scale.training.loop import train
 from vqd_scale.training.task import BatchType, Task
+
+TOKEN_RUNS = (TrainConfig, AutoregressionConfig)
+"""What can be trained on token shards."""
+
+
+def token_task(
+    config: TrainConfig | AutoregressionConfig, world: World
+) -> DenoisingTask | AutoregressionTask:
+    """The task of a run on token shards.
+
+    Raises:
+        UserError: The shards do not fit the configuration.
+    """
+    if isinstance(config, TrainConfig):
+        return DenoisingTask(config, world)
+    return AutoregressionTask(config, world)
 
 
 def run_task(build: Callable[[World], Task[BatchType]], config: RunConfig, title: str) -> None:

@@ -2,9 +2,8 @@ import argparse
 from collections.abc import Sequence
 
 from vqd_scale.commands.entry import add_config_arguments, config_from, run_tool, tool_parser
-from vqd_scale.commands.run import run_task
-from vqd_scale.training.autoregression import AutoregressionConfig, AutoregressionTask
-from vqd_scale.training.denoising import DenoisingTask, TrainConfig
+from vqd_scale.commands.run import TOKEN_RUNS, run_task, token_task
+from vqd_scale.training.denoising import TrainConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -20,8 +19,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    config = config_from((TrainConfig, AutoregressionConfig), arguments)
-    if isinstance(config, TrainConfig):
-        run_task(lambda world: DenoisingTask(config, world), config, "train denoiser")
-    else:
-        run_task(lambda world: AutoregressionTask(config, world), config, "train VQ-AR")
+    config = config_from(TOKEN_RUNS, arguments)
+    title = "train denoiser" if isinstance(config, TrainConfig) else "train VQ-AR"
+    run_task(lambda world: token_task(config, world), config, title)

@@ -193,7 +193,7 @@ class Checkpoints:
         """
         candidates = sorted(_named(self.folder), reverse=True)
         for candidate in candidates:
-            findings = self.world.gathered({"damage": self._damage(candidate)})
+            findings = self.world.gathered({"damage": _damage(candidate, self.world.rank, self.world.size)})
             damages = [finding["damage"] for finding in findings if finding["damage"] is not None]
             if not damages:
                 return self._load(candidate)
@@ -261,20 +261,6 @@ class Checkpoints:
             raise
         prune(self.folder, self.config)
 
-    def _damage(self, folder: Path) -> str | None:
-        """What is wrong with this rank's share of a checkpoint's files; every file is some rank's."""
-        try:
-            files = _manifest(folder)["files"]
-        except UserError as error:
-            return str(error).removeprefix(f"{folder / _MANIFEST}: ").removesuffix(".")
-        for file in files[self.world.rank :: self.world.size]:
-            path = folder / file["name"]
-            if not path.is_file():
-                return f"{path.name} is missing"
-            if path.stat().st_size != file["bytes"] or sha256_of(path) != file["sha256"]:
-                return f"{path.name} is damaged"
-        return None
-
     def _load(self, folder: Path) -> Restored:
         manifest = _manifest(folder)
         ours = {piece.name: list(piece.shape) for piece in self.partition.pieces}
@@ -324,6 +310,29 @@ def consolidated(folder: Path, kind: str) -> dict[str, Tensor]:
     return parameters
 
 
+def newest_whole(folder: Path, images: int | None = None) -> Path:
+    """The newest checkpoint of a run that is whole, or the one at so many images.
+
+    Args:
+        folder: The run's checkpoints.
+        images: Which one is meant; ``None`` means the newest.
+
+    Raises:
+        UserError: There is none, or the one that is meant is damaged.
+    """
+    candidates = sorted(_named(folder), reverse=True)
+    for candidate in candidates:
+        if images is not None and int(candidate.name) != images:
+            continue
+        damage = _damage(candidate, 0, 1)
+        if damage is None:
+            return candidate
+        logger.warning("%s: not used, %s.", candidate, damage)
+    which = "checkpoint" if images is None else f"checkpoint at {images} images"
+    there = ", ".join(str(int(path.name)) for path in candidates) or "none at all"
+    raise UserError(f"{folder}: there is no whole {which} here; there are {there}.")
+
+
 def prune(folder: Path, config: CheckpointConfig) -> None:
     """Delete the checkpoints that need not be kept; none at all unless the newest one is all there."""
     checkpoints = sorted(_named(folder))
@@ -335,6 +344,21 @@ def prune(folder: Path, config: CheckpointConfig) -> None:
             continue
         # A name that nobody reads, before anything of it is gone.
         shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)), ignore_errors=True)
+
+
+def _damage(folder: Path, rank: int, ranks: int) -> str | None:
+    """What is wrong with a rank's share of a checkpoint's files; every file is some rank's."""
+    try:
+        files = _manifest(folder)["files"]
+    except UserError as error:
+        return str(error).removeprefix(f"{folder / _MANIFEST}: ").removesuffix(".")
+    for file in files[rank::ranks]:
+        path = folder / file["name"]
+        if not path.is_file():
+            return f"{path.name} is missing"
+        if path.stat().st_size != file["bytes"] or sha256_of(path) != file["sha256"]:
+            return f"{path.name} is damaged"
+    return None
 
 
 def _named(folder: Path) -> list[Path]:

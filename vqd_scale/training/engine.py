@@ -7,13 +7,15 @@ import os
 import warnings
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from vqd_scale.core.config import Config
+from vqd_scale.core.errors import UserError
 from vqd_scale.core.world import World
 from vqd_scale.nn.placement import HERE, Part, Placement
 from vqd_scale.training.optim import OptimConfig, build_optimizer
@@ -25,7 +27,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import set_z3_leaf_modules
+from deepspeed.utils import set_z3_leaf_modules, zero_to_fp32
 
 # Only inference's tensor parallelism uses it, yet every start on a CPU would compile it, or wait in line with
 # the processes of other runs for whoever does.
@@ -64,6 +66,8 @@ class EngineConfig(Config):
     """Parameters with fewer elements stay whole on every rank; their optimizer state is sharded anyway."""
     bucket_elements: PositiveInt = 50_000_000
     """Elements that are gathered or reduced in one message."""
+    compile_units: bool = False
+    """Compile each block with torch.compile: minutes at the start, faster steps afterwards."""
 
 
 @contextlib.contextmanager
@@ -129,6 +133,27 @@ def _zero_json(config: EngineConfig) -> dict[str, Any]:
     return values
 
 
+def imported_weights(folder: Path) -> dict[str, Tensor]:
+    """Whole float32 parameters of a folder that DeepSpeed itself wrote, of any stage and number of ranks.
+
+    Such files are pickles, and reading them runs whatever code is in them.
+
+    Args:
+        folder: The one that holds ``latest``, or one of its tags.
+
+    Raises:
+        UserError: It is no such folder.
+    """
+    is_tag = any(folder.glob("*_optim_states.pt"))
+    top, tag = (folder.parent, folder.name) if is_tag else (folder, None)
+    try:
+        with _quiet():
+            found = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(top), tag)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"{folder}: holds no checkpoint of DeepSpeed's ({error}).") from None
+    return cast(dict[str, Tensor], found)
+
+
 def placement(config: EngineConfig, world: World) -> Placement:
     """Where a network's weights are to be while it is built: cut among the ranks, if they are held so."""
     return _AmongRanks(config) if config.zero.stage == 3 and world.size > 1 else HERE
@@ -181,6 +206,10 @@ class Engine:
     ) -> None:
         if config.zero.stage == 3:
             set_z3_leaf_modules(module, list(units))
+        if config.compile_units:
+            for child in module.modules():
+                if isinstance(child, tuple(units)):
+                    child.compile()
         # DeepSpeed does this to a module that is whole, not to one of which some parts are cut already.
         for parameter in module.parameters():
             parameter.data = parameter.data.to(world.device, _DTYPES[config.precision])

@@ -76,7 +76,7 @@ class HostSlices:
         Raises:
             UserError: The file cannot be written; nothing of it is left.
         """
-        return write_described(path, [self._header, memoryview(self._buffer.view(torch.uint8).numpy())])
+        return write_described(path, [self._header, self._buffer.view(torch.uint8).numpy().data])
 
 
 def write_described(path: Path, blocks: Iterable[bytes | memoryview]) -> dict[str, Any]:

@@ -1,0 +1,214 @@
+"""Short runs, one after the other in the same ranks: starting these costs more than training.
+
+Started by `tests/training/test_scenarios.py` as a tool would be: ``scenarios.py WORLD OUT`` writes what each
+run did to ``OUT/results.json``.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqd_scale.core.config import load_config
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.world import World, join_world, leave_world
+from vqd_scale.data.batch import TokenBatch
+from vqd_scale.training.checkpoint import Checkpoints
+from vqd_scale.training.denoising import DenoisingTask, TrainConfig
+from vqd_scale.training.ema import EMA
+from vqd_scale.training.engine import Engine
+from vqd_scale.training.loop import train
+from vqd_scale.training.metrics import read_metrics
+from vqd_scale.training.task import Forward, Losses
+
+Result = dict[str, Any]
+Prepare = Callable[[DenoisingTask], None]
+
+
+class Spiky(DenoisingTask):
+    """One whose batches at some numbers of images are a hundred times as bad."""
+
+    at: tuple[int, ...] = ()
+
+    def losses(self, forward: Forward, batch: TokenBatch, images: int) -> Losses:
+        losses = super().losses(forward, batch, images)
+        if images in self.at:
+            return losses._replace(per_sample=losses.per_sample * 100)
+        return losses
+
+
+class Runner:
+    def __init__(self, world: World, folder: Path, out: Path) -> None:
+        self.world, self.folder, self.out = world, folder, out
+
+    def run(
+        self,
+        name: str,
+        *overrides: str,
+        images: int = 64,
+        kind: type[DenoisingTask] = DenoisingTask,
+        prepare: Prepare = lambda task: None,
+    ) -> Result:
+        run = self.out / name
+        common = [f"run={run}", f"images={images}", "checkpoint.every=24", "health.hang_seconds=300"]
+        config = load_config(TrainConfig, self.folder / "train.yaml", [*common, *overrides])
+        task = kind(config, self.world)
+        prepare(task)
+        heard = _Listener()
+        logging.getLogger("vqd_scale").addHandler(heard)
+        error = ""
+        try:
+            train(task, config, self.world, name)
+        except UserError as mistake:
+            error = str(mistake)
+        finally:
+            logging.getLogger("vqd_scale").removeHandler(heard)
+        rows = read_metrics(run / "metrics.jsonl")
+        return {"rows": rows, "error": error, "said": heard.said}
+
+    def losses(self, name: str, *overrides: str, **named: Any) -> list[float]:
+        result = self.run(name, *overrides, **named)
+        if result["error"]:
+            raise RuntimeError(result["error"])
+        return [row["loss"] for row in result["rows"]]
+
+
+class _Listener(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
+def a_bad_gradient(world: World, *backwards: int) -> Prepare:
+    """Make the last rank's own gradient NaN in these backward passes."""
+
+    def prepare(task: DenoisingTask) -> None:
+        calls = 0
+
+        def spoil(gradient: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            is_time = calls in backwards and world.rank == world.size - 1
+            return torch.full_like(gradient, torch.nan) if is_time else gradient
+
+        next(task.module.parameters()).register_hook(spoil)
+
+    return prepare
+
+
+def spikes(*images: int) -> type[DenoisingTask]:
+    return type("SpikyHere", (Spiky,), {"at": images})
+
+
+def invariance(runner: Runner) -> Result:
+    """The same losses however a batch is cut, bad samples among it."""
+    poisoned = [f"data.path={runner.folder / 'poisoned'}", "data.max_bad_share=1"]
+    return {
+        f"accumulation {parts}": runner.losses(
+            f"accumulation-{parts}", *poisoned, f"engine.accumulation={parts}"
+        )
+        for parts in (1, 2, 4)
+        if 8 % (parts * runner.world.size) == 0
+    }
+
+
+def stages(runner: Runner) -> Result:
+    """The same losses however a model is held."""
+    variants = {
+        "stage 3": [],
+        "stage 2": ["engine.zero.stage=2"],
+        "stage 1, in parts": ["engine.zero.stage=1", "engine.accumulation=2"],
+        "blocks computed again": ["denoiser.checkpoint_blocks=true"],
+        "stage 2, offloaded": ["engine.zero.stage=2", "engine.zero.offload_optimizer=true"],
+        "persistent": ["engine.persistence_threshold=1000"],
+    }
+    return {
+        name: runner.losses(name.replace(" ", "-"), *overrides, images=32)
+        for name, overrides in variants.items()
+    }
+
+
+def half_precision(runner: Runner) -> Result:
+    return {
+        f"stage {stage}": runner.losses(
+            f"bf16-{stage}", "engine.precision=bf16", f"engine.zero.stage={stage}", images=32
+        )
+        for stage in (1, 2, 3)
+    }
+
+
+def health(runner: Runner) -> Result:
+    spoil = a_bad_gradient(runner.world, 3)
+    guard = ["health.spike.factor=10", "health.spike.memory=24", "health.spike.tolerated=1"]
+    return {
+        "stop": runner.run("nan-stop", prepare=spoil),
+        "skip": runner.run("nan-skip", "health.bad_gradient=skip", prepare=spoil),
+        "skip at stage 1": runner.run(
+            "nan-skip-1", "health.bad_gradient=skip", "engine.zero.stage=1", prepare=spoil
+        ),
+        "spike": runner.run("spike", *guard, "engine.accumulation=2", kind=spikes(40)),
+        "spikes": runner.run("spikes", *guard, kind=spikes(40, 48)),
+        "rewound": runner.run("rewound", *guard, "health.spike.rewind=true", kind=spikes(40, 48)),
+    }
+
+
+def held_out(runner: Runner) -> Result:
+    """Figures of held-out samples, and that nothing remembers that they were looked at."""
+    asked = [f"held_out.path={runner.folder / 'shards'}", "held_out.every=32", "held_out.samples=19"]
+    asked += ["held_out.batch=4"]
+    with_it = runner.run("held-out", *asked)
+    without = runner.run("not-held-out")
+    return {
+        "figures": [
+            {name: value for name, value in row.items() if name.startswith("held_out_")}
+            for row in with_it["rows"]
+        ],
+        "losses": [row["loss"] for row in with_it["rows"]],
+        "losses without": [row["loss"] for row in without["rows"]],
+    }
+
+
+def native(runner: Runner) -> Result:
+    """The same weights as DeepSpeed's own checkpoint and as ours."""
+    config = load_config(TrainConfig, runner.folder / "train.yaml", [f"run={runner.out / 'native'}"])
+    task = DenoisingTask(config, runner.world)
+    engine = Engine(task.module, config.engine, config.optim, 8, runner.world, task.units)
+    engine._engine.save_checkpoint(str(runner.out / "native"))  # pyright: ignore[reportPrivateUsage]
+    ours = Checkpoints(
+        runner.out / "ours",
+        config.checkpoint,
+        engine.partition,
+        EMA(config.ema, engine.partition),
+        runner.world,
+    )
+    ours.save(0, {})
+    ours.wait()
+    return {"native": str(runner.out / "native"), "ours": str(runner.out / "ours" / f"{0:012d}")}
+
+
+SCENARIOS: dict[str, Callable[[Runner], Result]] = {
+    scenario.__name__: scenario for scenario in (invariance, stages, half_precision, health, held_out, native)
+}
+
+
+def main() -> None:
+    world = join_world()
+    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+    names = sys.argv[3:] or list(SCENARIOS)
+    runner = Runner(world, folder, out)
+    results = {name: SCENARIOS[name](runner) for name in names}
+    if world.is_first:
+        (out / "results.json").write_text(json.dumps(results))
+    leave_world()
+
+
+if __name__ == "__main__":
+    main()
