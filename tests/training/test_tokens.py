@@ -1,0 +1,56 @@
+from pathlib import Path
+
+import torch
+
+from vqd_scale.core.config import load_config
+from vqd_scale.core.world import World
+from vqd_scale.data.batch import TokenBatch
+from vqd_scale.text.clip import CaptionTokenizer
+from vqd_scale.training.denoising import DenoisingTask, TrainConfig
+
+ALONE = World(0, 1, torch.device("cpu"))
+CAPTIONS = CaptionTokenizer(8, 300)
+
+
+def batch(first: int, captions: list[str]) -> TokenBatch:
+    count = len(captions)
+    return TokenBatch(
+        tokens=torch.zeros(count, 9, dtype=torch.int64),
+        text=torch.from_numpy(CAPTIONS(captions)),
+        slots=torch.arange(first, first + count),
+        valid=torch.ones(count, dtype=torch.bool),
+        keys=captions,
+    )
+
+
+def task_of(token_world: Path, tmp_path: Path, dropout: float) -> DenoisingTask:
+    overrides = [f"run={tmp_path}", f"caption_dropout={dropout}", "text.no_caption=learned"]
+    return DenoisingTask(load_config(TrainConfig, token_world / "train.yaml", overrides), ALONE)
+
+
+def test_trap_34_a_tenth_of_the_captions_is_dropped_whatever_the_batch(
+    token_world: Path, tmp_path: Path
+) -> None:
+    source = task_of(token_world, tmp_path, 0.1).source
+    _, dropped = source.told(batch(0, ["a red picture"] * 10_000))
+    # Five standard deviations of a binomial share.
+    assert abs(dropped.float().mean().item() - 0.1) < 5 * (0.1 * 0.9 / 10_000) ** 0.5
+    _, some = source.told(batch(137, ["a red picture"] * 50))
+    assert torch.equal(some, dropped[137:187])
+
+
+def test_trap_34_the_null_embedding_learns_from_dropped_and_empty_captions_only(
+    token_world: Path, tmp_path: Path
+) -> None:
+    task = task_of(token_world, tmp_path, 0.5)
+    null = task.module.model.text.null
+    assert null is not None
+    captions = ["a red picture", "a blue picture", "", "a green picture"] * 4
+    _, dropped = task.source.told(batch(0, captions))
+    sees_null = dropped | torch.tensor([caption == "" for caption in captions])
+    assert dropped.any()
+    assert not dropped.all()
+    losses = task.losses(task.module, batch(0, captions), 0).per_sample
+    for loss, expected in zip(losses, sees_null, strict=True):
+        (gradient,) = torch.autograd.grad(loss, [null], retain_graph=True)
+        assert bool(gradient.any()) == bool(expected)
