@@ -39,9 +39,11 @@ def test_nothing_is_measured_where_the_sides_differ() -> None:
         return lambda *given: closed_form_loss(problem)(*given) + 1e-2
 
     def steeper(problem: LossProblem) -> Callable[..., Tensor]:
-        return lambda logits, *given: (
-            closed_form_loss(problem)(logits, *given) + 1e-2 * (logits - logits.detach()).sum()
-        )
+        def loss(logits: Tensor, tokens: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+            zero = (logits - logits.detach()).sum()
+            return closed_form_loss(problem)(logits, tokens, noisy, t) + 1e-2 * zero
+
+        return loss
 
     for wrong in (shifted, steeper):
         with pytest.raises(AssertionError, match="not close"):

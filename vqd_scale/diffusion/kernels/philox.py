@@ -1,4 +1,5 @@
 # pyright: basic, reportArgumentType=false, reportCallIssue=false
+# pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false
 # A kernel's parameters are Triton's tensors inside and PyTorch's outside: no annotation is right for both.
 """`vqd_scale.core.rng.uniforms` as one Triton kernel, equal to it bit for bit.
 
