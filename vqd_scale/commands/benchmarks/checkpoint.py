@@ -1,0 +1,108 @@
+"""What a checkpoint costs training: written by a thread beside it, and written while it waits."""
+
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import torch
+
+from vqd_scale.commands.benchmarks.step import FusedStep, StepProblem
+from vqd_scale.core.progress import progress
+from vqd_scale.core.world import World, join_world
+from vqd_scale.nn.denoiser import Denoiser, DenoiserConfig
+from vqd_scale.training.checkpoint import CheckpointConfig, Checkpoints, consolidated, newest_whole
+from vqd_scale.training.ema import EMA, EMAConfig
+from vqd_scale.training.engine import Engine, EngineConfig
+from vqd_scale.training.optim import OptimConfig
+
+_STEPS = 20
+_RATE = 1e-4
+Save = Literal["none", "ours", "alternative"]
+
+PROBLEM = StepProblem(width=512, layers=8, heads=8, side=16, codes=1024, batch=8)
+"""Some 50 million parameters, of which a checkpoint is 0.8 GB, at steps of about a second on two cores."""
+
+
+class _Run:
+    """A run that takes twenty steps, and saves in their middle or not."""
+
+    def __init__(self, problem: StepProblem, world: World, folder: Path) -> None:
+        torch.manual_seed(0)
+        config = DenoiserConfig(width=problem.width, layers=problem.layers, heads=problem.heads)
+        denoiser = Denoiser(config, problem.codes, (problem.side, problem.side), problem.transition.steps)
+        module = FusedStep(denoiser, problem)
+        self.engine = Engine(
+            module, EngineConfig(precision="fp32"), OptimConfig(), problem.batch, world, Denoiser.units
+        )
+        self.batch = problem.batch_of(world.device)
+        ema = EMA(EMAConfig(), self.engine.partition)
+        self.checkpoints = {
+            kind: Checkpoints(
+                folder / kind,
+                CheckpointConfig(asynchronous=kind == "ours", keep=1),
+                self.engine.partition,
+                ema,
+                world,
+            )
+            for kind in ("ours", "alternative")
+        }
+        self.saves = 0
+
+    def steps(self, save: Save) -> float:
+        """Seconds of twenty steps, with a save after the tenth."""
+        began = time.perf_counter()
+        for number in range(_STEPS):
+            loss = self.engine(*self.batch)
+            self.engine.backward(loss)
+            self.engine.step(_RATE)
+            if save != "none" and number == _STEPS // 2:
+                self.saves += 1
+                self.checkpoints[save].save(self.saves, {})
+        seconds = time.perf_counter() - began
+        for checkpoints in self.checkpoints.values():
+            checkpoints.wait()
+        return seconds
+
+
+def benchmark_checkpoint(rounds: int, problem: StepProblem = PROBLEM) -> dict[str, Any]:
+    """The time that a save adds to the twenty steps around it, by a thread and in the foreground.
+
+    Args:
+        rounds: How often each is timed, in turn; medians count.
+        problem: The sizes.
+
+    Raises:
+        AssertionError: The two do not write the same weights.
+    """
+    with tempfile.TemporaryDirectory(prefix="vqd-scale-") as name:
+        folder = Path(name)
+        run = _Run(problem, join_world(), folder)
+        _compare(run, folder)
+        kinds: tuple[Save, ...] = ("none", "ours", "alternative")
+        seconds: dict[Save, list[float]] = {kind: [] for kind in kinds}
+        for _ in progress(range(rounds), "checkpoint", rounds):
+            for kind in kinds:
+                seconds[kind].append(run.steps(kind))
+        size = sum(path.stat().st_size for path in newest_whole(folder / "ours").iterdir())
+        for checkpoints in run.checkpoints.values():
+            checkpoints.close()
+    calm = median(seconds["none"])
+    stall = {kind: median(seconds[kind]) - calm for kind in ("ours", "alternative")}
+    return {
+        **stall,
+        "ratio": stall["alternative"] / stall["ours"],
+        "share_of_synchronous": stall["ours"] / stall["alternative"],
+        "megabytes": round(size / 1e6, 1),
+        "seconds_of_twenty_steps": seconds,
+    }
+
+
+def _compare(run: _Run, folder: Path) -> None:
+    for checkpoints in run.checkpoints.values():
+        checkpoints.save(0, {})
+        checkpoints.wait()
+    ours, theirs = (consolidated(folder / kind / f"{0:012d}", "master") for kind in run.checkpoints)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=0, msg=name)
