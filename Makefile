@@ -10,7 +10,7 @@ UV := $(BIN)/uv pip
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-s3 lint types lock
+.PHONY: help setup demo test test-all test-s3 chaos test-gpu lint types lock
 
 # What a machine happens to keep in local folders must not decide which versions are installed.
 unexport PIP_FIND_LINKS UV_FIND_LINKS
@@ -33,6 +33,13 @@ test-all: setup ## the long tests as well
 
 test-s3: setup ## everything that reads or writes S3, with a real server and a proxy that fails
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/s3 -m s3 -rs
+
+chaos: setup ## a run on two ranks, ended twenty times at random moments, against one in peace
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/training/test_train.py -m long -k chaos -s
+
+test-gpu: setup ## what needs a GPU: kernels against their slow twins, ZeRO-3 over NCCL, figures as JSON
+	$(BIN)/python -m pytest tests/gpu -m gpu
+	$(BIN)/python tools/benchmark.py step --json runs/benchmarks/step-gpu.json
 
 lint: setup ## formatting and lint rules
 	$(BIN)/ruff format --check
