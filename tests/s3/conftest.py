@@ -1,6 +1,6 @@
 import os
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import pytest
 
@@ -35,13 +35,23 @@ def proxy(one_proxy: FaultProxy) -> Generator[FaultProxy]:
     one_proxy.follow(never)
 
 
+@pytest.fixture(scope="session")
+def new_folder(server: str) -> Callable[[], S3Path]:
+    """Makes empty folders, each in a bucket of its own."""
+    del server
+
+    def make() -> S3Path:
+        default, bucket = S3Endpoint(), f"tests-{uuid.uuid4()}"
+        default.waited(default.call("create_bucket", Bucket=bucket))
+        return S3Path(bucket, "some/folder")
+
+    return make
+
+
 @pytest.fixture
-def folder(server: str) -> S3Path:
-    """An empty folder of a bucket of its own."""
-    bucket = f"tests-{uuid.uuid4()}"
-    default = S3Endpoint()
-    default.waited(default.call("create_bucket", Bucket=bucket))
-    return S3Path(bucket, "some/folder")
+def folder(new_folder: Callable[[], S3Path]) -> S3Path:
+    """An empty folder."""
+    return new_folder()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -56,12 +56,13 @@ def write_tokens(folder: Location) -> ShardSet:
     return write_shard_set(folder, {"content": "tokens"}, recipes, "test")
 
 
-@pytest.fixture
-def both(folder: S3Path, tmp_path: Path) -> tuple[Path, S3Path]:
+@pytest.fixture(scope="module")
+def both(new_folder: Callable[[], S3Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, S3Path]:
     """The same set, here and there."""
-    write_tokens(tmp_path / "set")
-    write_tokens(folder)
-    return tmp_path / "set", folder
+    here, there = tmp_path_factory.mktemp("set"), new_folder()
+    write_tokens(here)
+    write_tokens(there)
+    return here, there
 
 
 def batches(
@@ -186,13 +187,13 @@ def test_a_store_that_falls_silent_stops_the_stream(
         )
 
 
-def test_a_set_that_changed_is_refused(both: tuple[Path, S3Path], tmp_path: Path) -> None:
-    _, there = both
-    (there / "000002.npz").unlink()
+def test_a_set_that_changed_is_refused(folder: S3Path, tmp_path: Path) -> None:
+    write_tokens(folder)
+    (folder / "000002.npz").unlink()
     with pytest.raises(UserError, match=r"000002\.npz: this shard's table cannot be read"):
-        batches(there, tmp_path, 60)
-    (there / "000001.tar").unlink()
+        batches(folder, tmp_path, 60)
+    (folder / "000001.tar").unlink()
     with pytest.raises(UserError, match=r"000001\.tar: missing or changed"):
-        batches(there, tmp_path, 1)
+        batches(folder, tmp_path, 1)
     with pytest.raises(UserError, match="no set of shards"):
-        batches(there / "nowhere", tmp_path, 1)
+        batches(folder / "nowhere", tmp_path, 1)
