@@ -54,6 +54,19 @@ def test_trap_11_scale_one_is_the_conditional_alone_and_zero_the_unconditional()
     torch.testing.assert_close(zero(TOKENS, 5)[0, 0], UNCONDITIONAL)
 
 
+def test_trap_11_a_constant_on_either_prediction_changes_nothing() -> None:
+    plain = guided(constant(CONDITIONAL), constant(UNCONDITIONAL), Constant(scale=4.0))
+    moved = guided(constant(CONDITIONAL + 3), constant(UNCONDITIONAL - 2), Constant(scale=4.0))
+    torch.testing.assert_close(moved(TOKENS, 5), plain(TOKENS, 5))
+
+
+def test_trap_11_guidance_comes_before_truncation() -> None:
+    """The other way round the codes that either prediction lost would be combined as -inf."""
+    pair = guided(constant(CONDITIONAL), constant(UNCONDITIONAL), Constant(scale=0.0))
+    kept = truncated(pair, TopP(rate=0.5))(TOKENS, 5)[0, 0].isfinite()
+    assert kept.tolist() == [False, False, True]
+
+
 def test_one_doubled_batch_gives_what_two_calls_give() -> None:
     pair = guided_pair(
         refused,

@@ -244,9 +244,10 @@ def test_trap_30_the_tail_is_drawn_as_often_as_it_should() -> None:
     log_p = p.log().expand(1, length, codes)
     counts = torch.zeros(codes, dtype=torch.float64)
     for slot in range(200):
-        drawn = sample(
-            lambda tokens, t: log_p, Strided(steps=1), transition, torch.tensor([slot]), length, seed=7
-        )
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            drawn = sample(
+                lambda tokens, t: log_p, Strided(steps=1), transition, torch.tensor([slot]), length, seed=7
+            )
         counts += torch.bincount(drawn[0], minlength=codes)
     expected = 200 * length * p.double()
     chi_square = float(((counts - expected) ** 2 / expected).sum())
@@ -447,6 +448,14 @@ def test_wrong_input_is_named() -> None:
         run(start=Start(tokens + 4 - tokens, 0.5))
     with pytest.raises(UserError, match="cannot start from an image"):
         run(sampler=LegacyFast(), start=Start(tokens, 0.5))
+
+
+def test_trap_30_noise_keeps_its_digits_under_autocast() -> None:
+    noise = Noise(0, torch.arange(2), 8, 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = noise.uniforms(Purpose.SAMPLING), noise.gumbel(3)
+    assert [drawn.dtype for drawn in low] == [torch.float64, torch.float32]
+    assert torch.equal(low[0], noise.uniforms(Purpose.SAMPLING)) and torch.equal(low[1], noise.gumbel(3))
 
 
 def test_noise_of_a_step_is_its_own() -> None:
