@@ -2,14 +2,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from vqd_scale.commands.entry import run_tool, tool_parser
+from vqd_scale.commands.model import add_model_arguments, load_model
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.report import publish_image
 from vqd_scale.data.decode import BadSample, decode_image
-from vqd_scale.inference.pipeline import TextToImage
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -18,9 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "Draw anew what a mask covers, in a picture that is otherwise kept.",
         'python tools/inpaint.py runs/coco street.png mask.png "a red bus in the rain" --count 4',
     )
-    parser.add_argument(
-        "model", help="a run's folder, a model bundle, a diffusers folder, or s3://bucket/key"
-    )
+    add_model_arguments(parser)
     parser.add_argument("image", type=Path, help="the picture; its centre is fitted to the model's size")
     parser.add_argument("mask", type=Path, help="of the same size: white is drawn, black is kept")
     parser.add_argument("prompt", help="what the whole picture shows")
@@ -36,8 +33,7 @@ def _inpaint(arguments: argparse.Namespace) -> None:
     if arguments.count < 1:
         raise UserError("--count must be at least 1.")
     image, mask = _opened(arguments.image), _opened(arguments.mask)
-    pipe = TextToImage.load(arguments.model)
-    pictures = pipe.inpaint(
+    pictures = load_model(arguments).inpaint(
         image,
         mask,
         [arguments.prompt] * arguments.count,
@@ -52,6 +48,8 @@ def _inpaint(arguments: argparse.Namespace) -> None:
 
 def _opened(path: Path) -> Image.Image:
     try:
-        return Image.fromarray(np.asarray(decode_image(path.read_bytes())))
-    except (OSError, BadSample) as error:
-        raise UserError(f"{path}: is no readable picture ({error}).") from None
+        return Image.fromarray(decode_image(path.read_bytes()))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+    except BadSample as error:
+        raise UserError(f"{path}: {error}.") from None

@@ -3,11 +3,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vqd_scale.commands.entry import run_tool, tool_parser
+from vqd_scale.commands.model import add_model_arguments, load_model
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.report import image_grid, publish_image
 from vqd_scale.data.index import ShardSet
 from vqd_scale.inference.generate import Prompt, Settings, generate, prompts_of, read_generated
-from vqd_scale.inference.pipeline import TextToImage
 
 _GRID = 40
 _GRID_COLUMNS = 8
@@ -19,8 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "Draw a picture for each prompt, or for the captions of a set of shards.",
         'python tools/sample.py runs/demo/model "a large red star on white" --steps 25 --guidance 2',
     )
-    parser.add_argument("model", type=Path, help="a run's folder, or a model bundle")
-    parser.add_argument("prompts", nargs="*", help="captions")
+    add_model_arguments(parser)
+    parser.add_argument("prompts", nargs="*", help="captions; labels of a class-conditional model")
     parser.add_argument("--data", type=Path, help="take captions from these shards instead")
     parser.add_argument("--count", type=int, default=256, help="how many of them")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for the pictures")
@@ -44,8 +44,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     else:
         prompts = prompts_of(ShardSet.open(arguments.data), arguments.count)
     settings = Settings(arguments.steps, arguments.guidance, arguments.top_p, arguments.seed, arguments.batch)
-    pipe = TextToImage.load(arguments.model)
-    generate(pipe, str(arguments.model), prompts, settings, arguments.out)
+    generate(load_model(arguments), arguments.model, prompts, settings, arguments.out)
     drawn, images = read_generated(arguments.out)
     shown = images[:_GRID]
     captions = [prompt.caption for prompt in drawn[:_GRID]]

@@ -253,8 +253,9 @@ def save_bundle(
             _save(partial / _TOKENIZER, tokenizer.config, tokenizer.tensors)
         else:
             shutil.copytree(tokenizer, partial / _TOKENIZER)
+        described = json.dumps(read_json(partial / _TOKENIZER / CONFIG, "tokenizer bundle"))
         parameters = sum(tensor.numel() for tensor in weights.values())
-        publish_text(partial / _CARD, _card(config, parameters))
+        publish_text(partial / _CARD, _card(config, parameters, described))
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -323,6 +324,16 @@ def tokenizer_fingerprint(folder: Path) -> str:
     return sha256_of(folder / WEIGHTS)
 
 
+def weights_file(folder: Path) -> Path:
+    """The weights in a bundle, or in that of a finished run."""
+    return _exported(folder) / WEIGHTS
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """The tokenizer's bundle in that of a model, or of a finished run."""
+    return _exported(folder) / _TOKENIZER
+
+
 def _exported(folder: Path) -> Path:
     return folder / "export" if (folder / "export").is_dir() else folder
 
@@ -373,8 +384,8 @@ def _check_schedule(config: BundleConfig, folder: Path) -> None:
         )
 
 
-def _card(config: BundleConfig | AutoregressiveBundleConfig, parameters: int) -> str:
-    """The model card, of facts that the configuration holds."""
+def _card(config: BundleConfig | AutoregressiveBundleConfig, parameters: int, tokenizer: str) -> str:
+    """The model card, of facts that the configurations hold."""
     rows, columns = config.grid
     if isinstance(config, BundleConfig):
         network, what, pipeline = config.denoiser, "VQ-Diffusion", "pipeline import TextToImage"
@@ -402,7 +413,9 @@ from vqd_scale.inference.{pipeline}
 | parameters | {parameters:,} |
 | network | `{network.model_dump_json()}` |
 | text encoder | `{"none" if config.text is None else config.text.model_dump_json()}` |
-{schedule}| tokenizer | in `{_TOKENIZER}/` |
+{schedule}| tokenizer | `{tokenizer}`, in `{_TOKENIZER}/` |
 
-Origin and licence: {config.origin}
+## Origin and licence
+
+{config.origin}
 """

@@ -56,11 +56,9 @@ def conditions_of(
 @torch.no_grad()
 def _text(bundle: Bundle[AnyBundleConfig, AnyModel], captions: Sequence[str] | Sequence[int]) -> Tensor:
     encoder = bundle.model.text
-    listed = [str(caption).strip() for caption in captions]
-    ids = torch.from_numpy(encoder.tokenizer(listed)).to(bundle.device)
-    # In training an empty caption is a dropped one: what is learned for "no caption" stands in its place.
-    dropped = torch.tensor([not caption for caption in listed], device=bundle.device)
-    return encoder(ids, dropped).to(bundle.dtype)
+    ids = torch.from_numpy(encoder.tokenizer([str(caption) for caption in captions])).to(bundle.device)
+    # None is dropped: the encoder itself takes an empty caption for none.
+    return encoder(ids, torch.zeros(len(ids), dtype=torch.bool, device=bundle.device)).to(bundle.dtype)
 
 
 def _label(prompt: str | int, classes: int) -> int:

@@ -72,7 +72,7 @@ def generate(pipe: TextToImage, model: str, prompts: list[Prompt], settings: Set
     """
     listed = {
         "model": model,
-        "settings": asdict(settings),
+        "settings": {**asdict(settings), "dtype": str(pipe.bundle.dtype).removeprefix("torch.")},
         "prompts": {prompt.key: prompt.caption for prompt in prompts},
     }
     if not (folder / _LIST).exists():

@@ -186,11 +186,16 @@ class TextEncoder(nn.Module):
             return features
         return torch.where(mask[..., None], self.null, features.to(self.null.dtype))
 
+    @property
+    def network(self) -> "TextTransformer":
+        """The tower, trained or frozen."""
+        return self.tower if hasattr(self, "tower") else self._frozen[0]
+
     def _encode(self, captions: Int[Tensor, "batch positions"]) -> Float[Tensor, "batch positions width"]:
         if hasattr(self, "tower"):
             return self.tower(captions)
         with torch.no_grad():
-            return self._frozen[0].to(captions.device)(captions)
+            return self.network.to(captions.device)(captions)
 
 
 def _build_tower(shape: Shape) -> "TextTransformer":

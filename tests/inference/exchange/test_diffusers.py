@@ -329,6 +329,7 @@ def test_half_precision_weights_are_read_as_float32(folder: Path) -> None:
         ({"denoiser": NETWORK.model_copy(update={"condition": ClassCondition()}), "text": None}, "network"),
         ({"diffusion": Paper(steps=STEPS)}, "schedule of kind 'released'"),
         ({"grid": (4, 16)}, "square grids"),
+        ({"text": CONFIG.text.model_copy(update={"normalise": False})}, "a text tower but CLIP's"),  # pyright: ignore
     ],
 )
 def test_what_diffusers_has_no_counterpart_of_is_refused(

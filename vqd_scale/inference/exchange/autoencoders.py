@@ -11,7 +11,6 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.untrusted import read_saved, tensors_in
 from vqd_scale.inference.exchange.names import Exchange
 from vqd_scale.inference.exchange.plan import TokenizerPlan, wanted_tokenizer
-from vqd_scale.tokenizers.choice import FullTokenizerConfig
 from vqd_scale.tokenizers.taming import TamingGumbelConfig, TamingVQConfig, taming_config
 from vqd_scale.tokenizers.vqgan import VQGANConfig
 from vqd_scale.tokenizers.weights import from_taming
@@ -39,7 +38,9 @@ def plan_taming(path: Path, description: Path) -> TokenizerPlan:
     return TokenizerPlan(config, exchange)
 
 
-def autoencoder_config(state: Mapping[str, Tensor], source: str) -> FullTokenizerConfig:
+def autoencoder_config(
+    state: Mapping[str, Tensor], source: str
+) -> VQGANConfig | TamingVQConfig | TamingGumbelConfig:
     """The shape of a published tokenizer, of whatever codebook, from its weights under their own names.
 
     Raises:

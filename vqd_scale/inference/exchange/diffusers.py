@@ -59,7 +59,7 @@ TRANSFORMER = Prefixes(
 )
 
 _ORIGIN = (
-    "converted from the diffusers folder '{name}'; the licence of these weights is that under which they "
+    "Converted from the diffusers folder '{name}'; the licence of these weights is that under which they "
     "were published."
 )
 _FIXED: Mapping[str, Mapping[str, Any]] = {

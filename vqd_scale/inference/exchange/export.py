@@ -56,10 +56,14 @@ def export_diffusers(bundle: Bundle, folder: Path) -> None:
             "diffusers has no counterpart of this tokenizer: it knows VQ-GANs with group norm, attention in "
             "the middle and 1x1 convolutions at the codebook only."
         )
+    if not text.normalise or not _is_quick(text):
+        raise UserError(
+            "diffusers has no counterpart of a text tower but CLIP's: QuickGELU, features of length 1."
+        )
     states = {
         "transformer": TRANSFORMER.to_theirs(part_of(bundle.model.state_dict(), "denoiser.")),
         "vqvae": to_diffusers(_autoencoder(bundle.tokenizer)),
-        "text_encoder": to_transformers(text.tower.state_dict()),
+        "text_encoder": to_transformers(text.network.state_dict()),
         # What is not learned is an empty tensor there.
         NULL: {"embeddings": torch.zeros(0) if text.null is None else text.null.detach()},
     }
@@ -95,6 +99,12 @@ def _is_theirs(network: DenoiserConfig) -> bool:
         zero_modulation=network.zero_modulation,
     )
     return network == plain and isinstance(network.condition, TextCondition)
+
+
+def _is_quick(text: TextEncoder) -> bool:
+    from open_clip.transformer import QuickGELU
+
+    return any(isinstance(module, QuickGELU) for module in text.network.modules())
 
 
 def _convolutions(tokenizer: Tokenizer) -> ConvolutionsConfig | None:
@@ -142,7 +152,7 @@ def _vqvae(shape: ConvolutionsConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _text_encoder(text: TextEncoder) -> dict[str, Any]:
-    tower, tokenizer = text.tower, text.tokenizer
+    tower, tokenizer = text.network, text.tokenizer
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",

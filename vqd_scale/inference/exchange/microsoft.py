@@ -6,7 +6,7 @@ stands beside the weights last trained, and is what is taken.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -56,7 +56,7 @@ _OURS = Prefixes(
 _CODEC_OURS = Prefixes(
     ("", "enc."), ("decoder.", "dec.decoder."), ("post_quant_conv.", "dec.post_quant_conv.")
 )
-_DROPPED = (
+_DROPPED: Sequence[str] = (
     # Causal masks that no attention reads; the schedule, which is checked; what importance sampling learned.
     r"transformer\.blocks\.\d+\.attn2\.mask",
     r"log_\w+",
@@ -72,7 +72,7 @@ _IMAGENET_WITH_NULL = 1001
 _PIXELS = 256
 
 _ORIGIN = (
-    "converted from Microsoft's VQ-Diffusion checkpoint '{name}'; its code is under the MIT licence, the "
+    "Converted from Microsoft's VQ-Diffusion checkpoint '{name}'; its code is under the MIT licence, the "
     "licence of the weights is that under which they were published."
 )
 
