@@ -19,6 +19,7 @@ from vqd_scale.tokenizers.base import to_signal
 from vqd_scale.tokenizers.convolutions import ResidualBlock
 from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
 from vqd_scale.training.config import RunConfig
+from vqd_scale.training.partition import Partition
 from vqd_scale.training.task import Forward, Losses
 
 _POOL = "pool"
@@ -108,6 +109,9 @@ class AutoencodingTask:
         self.module = AutoencodingStep(self.vqgan, config.reconstruction)
         self.pool: list[Tensor] = []
         self.latents: Tensor | None = None
+
+    def begin(self, partition: Partition) -> None:
+        """A tokenizer starts from its own first weights."""
 
     def samples(self) -> ImageSamples:
         """Pictures."""

@@ -16,6 +16,7 @@ from vqd_scale.data.samples import TokenSamples
 from vqd_scale.inference.bundle import AutoregressiveBundleConfig, AutoregressiveModel, save_bundle
 from vqd_scale.nn.autoregressive import AutoregressiveConfig
 from vqd_scale.training.engine import placement
+from vqd_scale.training.partition import Partition
 from vqd_scale.training.task import Forward, Losses, mean_of
 from vqd_scale.training.tokens import TokenRunConfig, TokenSource, weights_of_model
 
@@ -85,6 +86,10 @@ class AutoregressionTask:
         self.source.start(model.network.code_tables, where)
         self.units = model.network.units
         self.module = AutoregressionStep(model)
+
+    def begin(self, partition: Partition) -> None:
+        """Take over a trained model's weights, if that is asked for."""
+        self.source.begin(partition)
 
     def samples(self) -> TokenSamples:
         """Tokens, and what the network is told of them."""

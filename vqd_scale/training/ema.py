@@ -33,6 +33,12 @@ class EMA:
         self.flats = [master.detach().clone() for master in partition.masters]
 
     @torch.no_grad()
+    def restart(self) -> None:
+        """Forget everything: the average is the weights as they are now."""
+        for average, master in zip(self.flats, self.partition.masters, strict=True):
+            average.copy_(master)
+
+    @torch.no_grad()
     def update(self, images: int, batch: int) -> None:
         """Average in the weights after a step.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vqd_scale.data.batch import ImageBatch, TokenBatch
 from vqd_scale.data.samples import SampleKind
+from vqd_scale.training.partition import Partition
 
 BatchType = TypeVar("BatchType", TokenBatch, ImageBatch)
 Forward = Callable[..., Any]
@@ -50,6 +51,10 @@ class Task(Protocol[BatchType]):
         Their inputs must require gradients: the engine takes a unit's gradients to be complete when those of
         its inputs are.
         """
+        ...
+
+    def begin(self, partition: Partition) -> None:
+        """Called on all ranks before the first step of a new run: its weights may still be replaced."""
         ...
 
     def samples(self) -> SampleKind[BatchType]:
