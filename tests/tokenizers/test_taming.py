@@ -165,6 +165,8 @@ def test_trap_23_sampled_codes_follow_from_seed_and_slot_alone() -> None:
     assert not torch.equal(gumbel.encode(images), sampled)
     assert not torch.equal(gumbel.encode(images, Draws(6, slots)), sampled)
     assert not torch.equal(gumbel.encode(images, Draws(5, slots + 1)), sampled)
+    with pytest.raises(ValueError, match="one slot for each of 3 images, got 1"):
+        gumbel.encode(images, Draws(5, slots[:1]))
 
 
 def test_trap_23_sampled_codes_have_the_classifiers_probabilities() -> None:

@@ -78,7 +78,7 @@ def published_weights(model: str, pretrained: str) -> dict[str, Tensor]:
         UserError: There is no such tag or file, the weights cannot be had, or they were trained with another
             activation than the model has.
     """
-    if Path(pretrained).suffix in _FILES or Path(pretrained).exists():
+    if Path(pretrained).suffix in _FILES or Path(pretrained).is_file():
         return _from_file(model, Path(pretrained))
     return _from_tag(model, pretrained)
 
@@ -111,7 +111,7 @@ def _from_file(model: str, file: Path) -> dict[str, Tensor]:
     beside = file.with_name("config.json")
     if _is_transformers(state) and beside.is_file():
         described: Any = read_json(beside, "configuration of these weights")
-        activation = described.get("text_config", described).get("hidden_act", "quick_gelu")
+        activation = (described.get("text_config") or described).get("hidden_act", "quick_gelu")
         _check_activation(model, activation == "quick_gelu", f"the weights in {file}")
     return _named_as_ours(state)
 

@@ -79,10 +79,13 @@ class Autoencoder(nn.Module, Generic[QuantizerType]):
         """Images in [-1, 1] to codes 0..K-1, deterministic unless ``draws`` ask for samples.
 
         Raises:
-            ValueError: The images are of another range, dtype or shape; see `check_signal`.
+            ValueError: The images are of another range, dtype or shape (see `check_signal`), or ``draws`` have
+                other than one slot for each.
             UserError: Samples are asked of a tokenizer that has no probabilities.
         """
         check_signal(images, self.factor)
+        if draws is not None and len(draws.slots) != len(images):
+            raise ValueError(f"expected one slot for each of {len(images)} images, got {len(draws.slots)}")
         z = self.latents(images).float()
         flat = z.permute(0, 2, 3, 1).flatten(0, 2)
         ids = self.quantize.nearest(flat) if draws is None else self._sampled(flat, draws)
