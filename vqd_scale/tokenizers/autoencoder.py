@@ -79,8 +79,8 @@ class Autoencoder(nn.Module, Generic[QuantizerType]):
         """Images in [-1, 1] to codes 0..K-1, deterministic unless ``draws`` ask for samples.
 
         Raises:
-            ValueError: The images are of another range, dtype or shape (see `check_signal`), or ``draws`` have
-                other than one slot for each.
+            ValueError: The images are of another range, dtype or shape (see `check_signal`), or there are not
+                as many slots.
             UserError: Samples are asked of a tokenizer that has no probabilities.
         """
         check_signal(images, self.factor)
