@@ -13,6 +13,7 @@ from vqd_scale.training.health import HealthConfig
 from vqd_scale.training.heldout import HeldOutConfig
 from vqd_scale.training.metrics import LogConfig
 from vqd_scale.training.optim import OptimConfig
+from vqd_scale.training.pictures import PicturesConfig
 
 
 class RunConfig(Config):
@@ -33,3 +34,5 @@ class RunConfig(Config):
     health: HealthConfig = HealthConfig()
     held_out: HeldOutConfig | None = None
     """If given, samples that are not trained on and judge the averaged weights now and then."""
+    pictures: PicturesConfig | None = None
+    """If given, a text-to-image model's sheet of the same prompts, drawn now and then."""

@@ -34,6 +34,7 @@ from vqd_scale.training.health import (
 )
 from vqd_scale.training.heldout import HeldOut
 from vqd_scale.training.optim import LearningRate
+from vqd_scale.training.pictures import draw_pictures, whole_parameters
 from vqd_scale.training.report import Report
 from vqd_scale.training.task import BatchType, Losses, Task
 
@@ -45,10 +46,12 @@ _CHANGEABLE = (
     "log.",
     "health.",
     "held_out.",
+    "pictures.",
     "engine.zero.",
     "engine.accumulation.",
     "engine.persistence_threshold.",
     "engine.bucket_elements.",
+    "engine.compile_units.",
     "data.workers.",
     "data.prefetch.",
     "data.max_bad_share.",
@@ -195,6 +198,7 @@ class _Trainer(Generic[BatchType]):
             if judged or self._is_due(self.config.log.every):
                 loss = self.report.write(self.images, judged)
                 bar.set_postfix(loss=f"{loss:.4f}", wait=f"{self.report.wait_share:.0%}", refresh=False)
+            self._draw()
             if self.config.engine.zero.stage < 3 and self._is_due(self.config.health.checksum_every):
                 check_weights(self.config.run, self.images, self.engine.module, self.world)
             ends = self.images >= self.config.images
@@ -308,6 +312,18 @@ class _Trainer(Generic[BatchType]):
             figures = self.held_out.measured(self.engine)
         return {f"held_out_{name}": value for name, value in figures.items()}
 
+    def _draw(self) -> None:
+        """The sheet of pictures, when it is due."""
+        config = self.config.pictures
+        if config is None or not (self._is_due(config.every) or self.images >= self.config.images):
+            return
+        parameters = whole_parameters(self.engine.partition, self.ema.flats, self.world)
+        if self.world.is_first:
+            path = self.config.run / "pictures" / f"{self.images:012d}.png"
+            draw_pictures(self.task, parameters, config, path, self.world)
+        self.world.barrier()
+        self.watchdog.beat()
+
     def _state(self) -> dict[str, Tensor]:
         """All that a run is beside its weights, moments, average and cursor."""
         guard = self.guard.state() if self.guard is not None else {}
@@ -329,6 +345,8 @@ class _Trainer(Generic[BatchType]):
     def _resume(self) -> None:
         restored = self.checkpoints.resume()
         if restored is None:
+            self.task.begin(self.engine.partition)
+            self.ema.restart()
             # Fail now, not after hours, if a checkpoint cannot be written.
             self.checkpoints.save(0, self._state())
             self.checkpoints.wait()
