@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vqd_scale.core.rng import Purpose, uniforms
+from vqd_scale.core.rng import Purpose
 from vqd_scale.core.world import World
 from vqd_scale.data.batch import TokenBatch
 from vqd_scale.data.samples import TokenSamples
+from vqd_scale.diffusion.noise import uniforms
 from vqd_scale.diffusion.objective import Objective, ObjectiveConfig
 from vqd_scale.diffusion.schedule import Paper, Schedule
 from vqd_scale.diffusion.times import Times, TimeSampler, Uniform
@@ -20,6 +21,7 @@ from vqd_scale.inference.bundle import BundleConfig, Model, save_bundle
 from vqd_scale.nn.denoiser import DenoiserConfig
 from vqd_scale.nn.network import NetworkConfig
 from vqd_scale.training.engine import placement
+from vqd_scale.training.partition import Partition
 from vqd_scale.training.task import Forward, Losses, mean_of
 from vqd_scale.training.tokens import TokenRunConfig, TokenSource, weights_of_model
 
@@ -109,6 +111,10 @@ class DenoisingTask:
         self.transition = MaskAndReplace(config.diffusion, meta.codes)
         self.module = DenoisingStep(model, Objective(self.transition, config.objective))
         self.times = TimeSampler(config.times, self.transition.steps, world.device)
+
+    def begin(self, partition: Partition) -> None:
+        """Take over a trained model's weights, if that is asked for."""
+        self.source.begin(partition)
 
     def samples(self) -> TokenSamples:
         """Tokens, and what the network is told of them."""

@@ -8,18 +8,30 @@ from jaxtyping import Bool
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
+from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.core.world import World
 from vqd_scale.data.batch import TokenBatch
 from vqd_scale.data.index import ShardSet
 from vqd_scale.data.samples import TokenSamples
-from vqd_scale.inference.bundle import ConditionalModel, load_tokenizer
+from vqd_scale.inference.bundle import (
+    ConditionalModel,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    tokenizer_folder,
+    weights_file,
+)
 from vqd_scale.inference.tokenize import TokenSetMeta
 from vqd_scale.nn.denoiser import ClassCondition, TextCondition
 from vqd_scale.nn.layers import start_from_codebook
 from vqd_scale.nn.placement import Placement
 from vqd_scale.text.clip import TextConfig, Tower
 from vqd_scale.training.config import RunConfig
+from vqd_scale.training.partition import Partition
+from vqd_scale.training.start import StartConfig, start_from
+
+_PREFIX = "model."
+"""What a task's module calls its model, which is all that a bundle holds of it."""
 
 
 class TokenRunConfig(RunConfig):
@@ -29,6 +41,8 @@ class TokenRunConfig(RunConfig):
     """The tokenizer's bundle that made the token shards; it travels into the trained model's bundle."""
     text: TextConfig | None = Tower()
     """The encoder of captions; ``null`` for a network whose condition is no text."""
+    start: StartConfig | None = None
+    """If given, a trained model whose weights this run starts from."""
     codebook_start: NonNegativeFloat = 0.0
     """If not zero, token embeddings and head start from the tokenizer's codebook, with this deviation."""
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
@@ -78,6 +92,22 @@ class TokenSource:
             tokenizer = load_tokenizer(self.config.tokenizer, torch.device("cpu"))
             start_from_codebook(code_tables, tokenizer.code_vectors(), deviation, where)
 
+    def begin(self, partition: Partition) -> None:
+        """Take over a trained model's weights, if that is asked for.
+
+        Raises:
+            UserError: They cannot be read, or are those of another model or for another tokenizer's codes.
+        """
+        start = self.config.start
+        if start is None:
+            return
+        if tokenizer_fingerprint(tokenizer_folder(start.bundle)) != self.meta.tokenizer:
+            raise UserError(
+                f"{start.bundle}: this model knows the codes of another tokenizer than the shards in "
+                f"{self.config.data.path}; make the shards with the tokenizer in its bundle."
+            )
+        start_from(weights_file(start.bundle), partition, _PREFIX, start.fresh)
+
     def told(self, batch: TokenBatch) -> tuple[Tensor, Bool[Tensor, " batch"]]:
         """What `ConditionalModel.told` takes: captions or classes, and which samples are to see neither."""
         slots = batch.slots.to(self.world.device)
@@ -88,4 +118,4 @@ class TokenSource:
 
 def weights_of_model(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A task's parameters by the names that its model's bundle has for them."""
-    return {name.removeprefix("model."): value for name, value in parameters.items()}
+    return {name.removeprefix(_PREFIX): value for name, value in parameters.items()}
