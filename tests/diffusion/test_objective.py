@@ -151,8 +151,10 @@ def test_a_retained_graph_gives_the_same_gradient_again() -> None:
     )
     loss = output.loss_per_image.sum()
     (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    before = first.clone()
     (second,) = torch.autograd.grad(loss, logits)
-    torch.testing.assert_close(first, second, rtol=1e-12, atol=0)
+    torch.testing.assert_close(second, before, rtol=1e-12, atol=0)
+    assert torch.equal(first, before)
     with torch.no_grad():
         torch.testing.assert_close(
             Objective(transition, ObjectiveConfig())
