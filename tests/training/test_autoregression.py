@@ -30,12 +30,14 @@ def test_losses_in_chunks_are_the_cross_entropy(
     monkeypatch.setattr(autoregression, "_CHUNK_ELEMENTS", elements)
     generator = torch.Generator().manual_seed(0)
     shapes = ((50, 8), (7, 8), (7,))
-    inputs = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    hidden, weight, bias = inputs = [
+        torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes
+    ]
     targets = torch.randint(0, 7, (50,), generator=generator)
     weights = torch.rand(50, generator=generator)
 
-    losses, correct = token_losses(*inputs, targets)
-    logits = functional.linear(*inputs).float()
+    losses, correct = token_losses(hidden, weight, bias, targets)
+    logits = functional.linear(hidden, weight, bias).float()
     expected = functional.cross_entropy(logits, targets, reduction="none")
     torch.testing.assert_close(losses, expected)
     assert torch.equal(correct, logits.argmax(-1) == targets)
