@@ -4,6 +4,7 @@ import argparse
 import builtins
 import os
 import shutil
+import subprocess
 import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def mapping_in(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("function", "arguments"),
     [
-        (os.system, ("touch {victim}",)),
+        (subprocess.getoutput, ("touch {victim}",)),
         (builtins.eval, ("__import__('pathlib').Path('{victim}').touch()",)),
         (Path.touch, (Path("{victim}"),)),
         (shutil.copy, (__file__, "{victim}")),
@@ -84,7 +85,7 @@ def lightning_checkpoint(tmp_path: Path) -> Path:
     settings_kind = _foreign("omegaconf.dictconfig.DictConfig")
     hyper_parameters = _foreign("pytorch_lightning.utilities.parsing.AttributeDict", dict)
     callback = _foreign("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
-    held = settings_kind()
+    held: Any = settings_kind()
     held.__dict__.update(_content={"n_embed": 8}, _parent=None, _resolvers=defaultdict(dict, {"x": 1}))
     path = tmp_path / "last.ckpt"
     torch.save(

@@ -178,12 +178,13 @@ class RecordedNoise:
             return self.steps[-1] + logits
 
         monkeypatch.setattr(module, "gumbel_noised", recorded)
-        monkeypatch.setattr(Noise, "gumbel", lambda noise, states: self.ours(noise.draw, states))
 
-    def ours(self, draw: int, states: int) -> Tensor:
-        noise = self.steps[draw].transpose(1, 2)
-        # In the last step theirs has no row for the mask, and ours none that could be drawn.
-        return nn.functional.pad(noise, (0, states - noise.shape[-1]))
+        def same(noise: Noise, states: int) -> Tensor:
+            numbers = self.steps[noise.draw].transpose(1, 2)
+            # Ours has a row for the mask in the last step, too, which cannot be drawn.
+            return nn.functional.pad(numbers, (0, states - numbers.shape[-1]))
+
+        monkeypatch.setattr(Noise, "gumbel", same)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
@@ -193,12 +194,17 @@ def test_from_the_same_tokens_and_noise_every_step_is_that_of_diffusers(
     bundle, theirs, _ = sides
     RecordedNoise(monkeypatch)
     visited = [torch.full((16, SIDE * SIDE), CODES)]
+
+    def visit(step: int, t: int, tokens: Tensor) -> None:
+        del step, t
+        visited.append(tokens.clone())
+
     expected = theirs(
         [*PROMPTS[:2], "a cat", "a hat"] * 4,
         num_inference_steps=STEPS,
         guidance_scale=guidance,
         generator=torch.Generator().manual_seed(0),
-        callback=lambda step, t, tokens: visited.append(tokens.clone()),
+        callback=visit,
         output_type="np",
     ).images
     pipe = TextToImage(bundle)
