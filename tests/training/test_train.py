@@ -295,3 +295,33 @@ def test_one_batch_can_be_learned_by_heart(token_world: Path, tmp_path: Path) ->
         correct, count = losses.statistics["accuracy_masked"].tolist()
         accuracy = 0.9 * accuracy + 0.1 * correct / max(count, 1)
     assert accuracy > 0.9
+
+
+def test_trap_35_times_and_noise_are_those_of_the_slots_whatever_rank_has_them(
+    token_world: Path, tmp_path: Path
+) -> None:
+    config = load_config(TrainConfig, token_world / "train.yaml", [f"run={tmp_path}"])
+    drawn: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def forward(tokens: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor, *rest: torch.Tensor) -> object:
+        drawn.append((t, noisy))
+        return torch.zeros(len(t)), torch.zeros(len(t)), torch.zeros(len(t)), torch.zeros(4)
+
+    task = DenoisingTask(config, Alone(0, 1, torch.device("cpu")))
+    for ranks in (1, 2):
+        for rank in range(ranks):
+            stream = Stream(
+                config.data,
+                task.samples(),
+                seed=0,
+                rank=rank,
+                ranks=ranks,
+                cursor=16,
+                quarantine=tmp_path / "q.jsonl",
+            )
+            with closing(iter(stream)) as batches:
+                task.losses(forward, next(batches), 16)
+    whole, first, second = drawn
+    for of_whole, of_first, of_second in zip(whole, first, second, strict=True):
+        assert torch.equal(of_whole, torch.cat([of_first, of_second]))
+        assert not torch.equal(of_first, of_second)
