@@ -37,6 +37,19 @@ def test_prepared_for_a_condition_it_says_the_same(config: NetworkConfig) -> Non
 
 
 @each_network
+def test_time_condition_and_tokens_all_matter(config: NetworkConfig) -> None:
+    torch.manual_seed(0)
+    network = build_network(config, CODES, GRID, STEPS)
+    tokens, t, labels = torch.randint(0, CODES, (1, 24)), torch.tensor([3]), torch.tensor([0])
+    logits = network(tokens, t, labels)
+    for others in ((tokens, t + 1, labels), (tokens, t, labels + 1), (tokens, t, labels + 3)):
+        assert not torch.allclose(network(*others), logits)
+    masked = tokens.clone()
+    masked[0, 5] = CODES
+    assert not torch.allclose(network(masked, t, labels), logits)
+
+
+@each_network
 def test_what_consumes_the_head_gets_what_makes_the_logits(config: NetworkConfig) -> None:
     torch.manual_seed(0)
     network = build_network(config, CODES, GRID, STEPS)

@@ -269,7 +269,8 @@ def load_bundle(folder: Path) -> Bundle:
     config = _load_config(_MODELS, folder, "model bundle")
     if not isinstance(config, BundleConfig):
         raise UserError(
-            f"{folder}: holds an autoregressive model, which draws without a schedule or a sampler."
+            f"{folder}: holds an autoregressive model, which has no schedule to sample by; load it with "
+            f"vqd_scale.inference.autoregression.AutoregressiveTextToImage."
         )
     model = Model(config)
     _load_weights(model, folder)
@@ -286,7 +287,7 @@ def load_autoregressive_bundle(folder: Path) -> AutoregressiveBundle:
     folder = _exported(folder)
     config = _load_config(_MODELS, folder, "model bundle")
     if not isinstance(config, AutoregressiveBundleConfig):
-        raise UserError(f"{folder}: holds a denoiser, which does not draw token by token.")
+        raise UserError(f"{folder}: holds a denoiser; load it with vqd_scale.TextToImage.")
     model = AutoregressiveModel(config)
     _load_weights(model, folder)
     return Bundle(config, model, load_tokenizer(folder / _TOKENIZER, torch.device("cpu")))
