@@ -54,7 +54,7 @@ def test_a_planted_call_is_not_made(
     tmp_path: Path, zipped: bool, function: Callable[..., object], arguments: tuple[object, ...]
 ) -> None:
     victim = tmp_path / "victim"
-    placed = [type(argument)(str(argument).format(victim=victim)) for argument in arguments]
+    placed = [cast(type[Any], type(argument))(str(argument).format(victim=victim)) for argument in arguments]
     checkpoint = {"model": {"w": torch.ones(2)}, "optimizer": Executes(function, *placed)}
     path = tmp_path / "model.pth"
     torch.save(checkpoint, path, _use_new_zipfile_serialization=zipped)
