@@ -71,13 +71,17 @@ class PictureProblem:
 
     def _picture(self, number: int) -> Pixels:
         """Waves of all lengths, the short ones weaker, as photographs have them."""
+        waves = np.arange(1, 25)
         words = integers(0, Purpose.EVALUATION, number, 24 * 6).reshape(24, 6) / 2**32
-        places = np.mgrid[0 : self.side, 0 : self.side] / self.side
-        picture = np.full((self.side, self.side, 3), 128.0)
-        for wave, (y, x, phase, *colour) in enumerate(words.tolist(), start=1):
-            angles = 2 * np.pi * (wave**1.5 * ((y - 0.5) * places[0] + (x - 0.5) * places[1]) + phase)
-            picture += np.sin(angles)[..., None] * (np.array(colour) - 0.3) * 60 / wave**0.5
-        return picture.clip(0, 255).astype(np.uint8)
+        y, x = 2 * np.pi * waves**1.5 * (words[:, :2].T - 0.5)
+        strengths = 60 / waves**0.5 * (words[:, 3:].T - 0.3)
+        places = np.arange(self.side)[:, None] / self.side
+        rows = np.concatenate([np.sin(places * y), np.cos(places * y)], axis=1)
+        angles = places * x + 2 * np.pi * words[:, 2]
+        columns = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+        # The sine of a sum: a wave in any direction is two products of waves along the sides.
+        colours = [128 + (rows * np.tile(strength, 2)) @ columns.T for strength in strengths]
+        return np.stack(colours, axis=-1).clip(0, 255).astype(np.uint8)
 
 
 def ours(problem: PictureProblem, *, dct_scaled: bool = False) -> Side:
