@@ -14,9 +14,15 @@ def extra_peak(action: Callable[[], object]) -> int:
     gc.collect()
     # Sets the process's high-water mark back to what it holds now.
     Path("/proc/self/clear_refs").write_text("5")
-    before = _resident_peak()
+    before = _resident("VmHWM")
     action()
-    return _resident_peak() - before
+    return _resident("VmHWM") - before
+
+
+def resident() -> int:
+    """How many bytes of this process are in memory now (Linux)."""
+    gc.collect()
+    return _resident("VmRSS")
 
 
 def in_fresh_process(measure: Callable[[], Result]) -> Result:
@@ -25,6 +31,6 @@ def in_fresh_process(measure: Callable[[], Result]) -> Result:
         return pool.apply(measure)
 
 
-def _resident_peak() -> int:
+def _resident(key: str) -> int:
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
