@@ -4,7 +4,8 @@ For looking at somebody's tars, and as what our loader is measured beside. Nothi
 was cut ends early and nobody is told, the order has no cursor, and an epoch has no known length.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 import numpy as np
 from jaxtyping import UInt8
@@ -31,4 +32,5 @@ def plain_batches(tars: Sequence[str], size: int, batch: int) -> Iterator[PlainB
         return np.asarray(fit(image))
 
     samples = WebDataset(list(tars), shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", "txt")
-    yield from samples.map_tuple(str, pixels, str).batched(batch)
+    batches = samples.map_tuple(str, pixels, str).batched(batch)
+    yield from cast("Iterable[PlainBatch]", batches)
