@@ -7,20 +7,33 @@ from torch import Tensor
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
-from vqd_scale.diffusion.guidance import Constant, TopK, TopP, Truncation
+from vqd_scale.diffusion.guidance import Constant, TopK, TopP, Truncation, truncated
+from vqd_scale.diffusion.sampler import Strided
+from vqd_scale.diffusion.schedule import UniformCosine
 from vqd_scale.inference.autoregression import AutoregressiveTextToImage, prediction, sample_in_order
 from vqd_scale.inference.bundle import (
     AutoregressiveBundleConfig,
     AutoregressiveModel,
+    BundleConfig,
+    Model,
     load_autoregressive_bundle,
     load_bundle,
     save_bundle,
     save_tokenizer,
 )
 from vqd_scale.inference.conditions import Conditions
-from vqd_scale.inference.pipeline import picture_slots
+from vqd_scale.inference.generate import (
+    Prompt,
+    Settings,
+    draw_batch,
+    generate,
+    load_pipeline,
+    read_generated,
+)
+from vqd_scale.inference.pipeline import TextToImage, picture_slots
 from vqd_scale.nn.autoregressive import Autoregressive, AutoregressiveConfig
 from vqd_scale.nn.denoiser import NoCondition, TextCondition
+from vqd_scale.nn.unet import UNetConfig
 from vqd_scale.text.clip import Tower
 from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
 
@@ -101,8 +114,6 @@ def by_hand(
 def test_tokens_are_those_of_the_definitions(
     scale: float, truncation: Truncation | None, *, keep_seen: bool
 ) -> None:
-    from vqd_scale.diffusion.guidance import truncated
-
     slots = torch.arange(4) * 7
     model, told = network(), conditions(4)
     predict = prediction(model, told, Constant(scale=scale), 4, keep_seen=keep_seen)
@@ -166,6 +177,28 @@ def test_a_bundle_draws_what_its_network_says(folder: Path) -> None:
     assert not torch.equal(
         pipe("a red circle", guidance=1.0).tensor, pipe("a blue star", guidance=1.0).tensor
     )
+
+
+def test_what_draws_many_pictures_takes_either_kind(folder: Path, tmp_path: Path) -> None:
+    pipe = load_pipeline(folder, device="cpu")
+    assert isinstance(pipe, AutoregressiveTextToImage)
+    prompts = [Prompt(str(number), prompt) for number, prompt in enumerate(PROMPTS)]
+    generate(pipe, "model", prompts, Settings(25, 2.0, 0.9, seed=5, batch=2), tmp_path / "drawn")
+    expected = pipe(PROMPTS, guidance=2.0, truncation=0.9, seed=5).tensor.permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(read_generated(tmp_path / "drawn")[1], expected)
+    config = BundleConfig(
+        codes=CODES,
+        grid=GRID,
+        denoiser=UNetConfig(width=8, multipliers=(1, 1)),
+        diffusion=UniformCosine(steps=4),
+    )
+    save_bundle(tmp_path / "unet", config, Model(config).state_dict(), folder / "tokenizer")
+    denoiser = load_pipeline(tmp_path / "unet", device="cpu")
+    assert isinstance(denoiser, TextToImage)
+    slots = picture_slots(5, 2)
+    drawn = draw_batch(denoiser, ["", ""], slots, Settings(2, 1.0, 1.0, seed=5, batch=2))
+    strided = denoiser.draw(["", ""], slots, Strided(steps=2), guidance=Constant(scale=1.0))
+    assert torch.equal(drawn, strided)
 
 
 def test_a_bundle_of_one_kind_is_not_taken_for_one_of_another(folder: Path) -> None:

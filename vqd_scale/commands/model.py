@@ -4,6 +4,7 @@ import argparse
 
 import torch
 
+from vqd_scale.inference.generate import Pipeline, load_pipeline
 from vqd_scale.inference.pipeline import TextToImage
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -19,8 +20,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def load_any_model(arguments: argparse.Namespace) -> Pipeline:
+    """The pipeline that the arguments of `add_model_arguments` name, whatever kind of model it is.
+
+    Raises:
+        UserError: There is no such model, or a file of it is damaged.
+    """
+    return load_pipeline(arguments.model, dtype=_DTYPES[arguments.dtype])
+
+
 def load_model(arguments: argparse.Namespace) -> TextToImage:
-    """The pipeline that the arguments of `add_model_arguments` name.
+    """The same of a model that denoises, for what no other can do.
 
     Raises:
         UserError: There is no such model, or a file of it is damaged.

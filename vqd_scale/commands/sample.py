@@ -3,7 +3,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vqd_scale.commands.entry import run_tool, tool_parser
-from vqd_scale.commands.model import add_model_arguments, load_model
+from vqd_scale.commands.model import add_model_arguments, load_any_model
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.report import image_grid, publish_image
 from vqd_scale.data.index import ShardSet
@@ -44,7 +44,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     else:
         prompts = prompts_of(ShardSet.open(arguments.data), arguments.count)
     settings = Settings(arguments.steps, arguments.guidance, arguments.top_p, arguments.seed, arguments.batch)
-    generate(load_model(arguments), arguments.model, prompts, settings, arguments.out)
+    generate(load_any_model(arguments), arguments.model, prompts, settings, arguments.out)
     drawn, images = read_generated(arguments.out)
     shown = images[:_GRID]
     captions = [prompt.caption for prompt in drawn[:_GRID]]

@@ -14,7 +14,7 @@ from vqd_scale.core.rng import Purpose, drawn_codes, uniforms
 from vqd_scale.diffusion.guidance import Constant, Predict, TopP, Truncation, guided_pair, truncated
 from vqd_scale.inference.bundle import AutoregressiveBundle, load_autoregressive_bundle
 from vqd_scale.inference.conditions import Conditions, Prompts, conditions_of
-from vqd_scale.inference.pipeline import Pictures, listed, picture_slots
+from vqd_scale.inference.pipeline import FOLDERS, Pictures, listed, picture_slots
 from vqd_scale.inference.remote import fetched
 from vqd_scale.nn.autoregressive import Autoregressive
 from vqd_scale.tokenizers.base import to_bytes
@@ -47,7 +47,7 @@ class AutoregressiveTextToImage:
             UserError: There is no such model, or a file of it is missing or damaged.
         """
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        with fetched(path, ("export", "export/tokenizer", "tokenizer")) as folder:
+        with fetched(path, FOLDERS) as folder:
             bundle = load_autoregressive_bundle(folder)
         for place in (dtype or torch.float32, chosen):
             bundle.to(place)

@@ -278,6 +278,17 @@ def load_bundle(folder: Path) -> Bundle:
     return Bundle(config, model, load_tokenizer(folder / _TOKENIZER, torch.device("cpu")))
 
 
+def is_autoregressive(folder: Path) -> bool:
+    """Whether a folder is the bundle of an autoregressive model, or holds a run's.
+
+    Raises:
+        UserError: Its configuration cannot be read.
+    """
+    path = _exported(folder) / CONFIG
+    tag = AutoregressiveBundleConfig.model_fields["kind"].default
+    return path.exists() and read_json(path, "model bundle").get("kind") == tag
+
+
 def load_autoregressive_bundle(folder: Path) -> AutoregressiveBundle:
     """Read an autoregressive model's bundle, or that of a finished run, into float32 on the CPU.
 

@@ -1,12 +1,16 @@
 """Many pictures for many prompts, one file each, so that a kill costs one batch."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
-from jaxtyping import UInt8
+import torch
+from jaxtyping import Int, UInt8
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress_bar
@@ -16,9 +20,15 @@ from vqd_scale.data.index import ShardSet
 from vqd_scale.data.shards import KEY, read_shard
 from vqd_scale.diffusion.guidance import Constant, TopP
 from vqd_scale.diffusion.sampler import Strided
-from vqd_scale.inference.pipeline import TextToImage, picture_slots
+from vqd_scale.inference.autoregression import AutoregressiveTextToImage
+from vqd_scale.inference.bundle import is_autoregressive
+from vqd_scale.inference.pipeline import FOLDERS, TextToImage, picture_slots
+from vqd_scale.inference.remote import fetched
 
 _LIST = "samples.json"
+
+Pipeline: TypeAlias = TextToImage | AutoregressiveTextToImage
+"""What draws a picture for a prompt."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,7 @@ class Settings:
     """All that decides the pictures beside model and prompts, see `TextToImage.draw`."""
 
     steps: int
+    """An autoregressive model knows none: it takes a step for each token."""
     guidance: float
     top_p: float
     seed: int
@@ -57,7 +68,42 @@ def prompts_of(shards: ShardSet, count: int) -> list[Prompt]:
     return prompts
 
 
-def generate(pipe: TextToImage, model: str, prompts: list[Prompt], settings: Settings, folder: Path) -> None:
+def load_pipeline(
+    path: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Pipeline:
+    """Load whatever model lies somewhere, by the kind of its bundle; see `TextToImage.load`.
+
+    Raises:
+        UserError: There is no such model, or a file of it is missing or damaged.
+    """
+    with fetched(path, FOLDERS) as folder:
+        kind = AutoregressiveTextToImage if is_autoregressive(folder) else TextToImage
+        return kind.load(folder, dtype=dtype, device=device)
+
+
+def draw_batch(
+    pipe: Pipeline, prompts: Sequence[str], slots: Int[Tensor, " batch"], settings: Settings
+) -> UInt8[Tensor, "batch 3 height width"]:
+    """One batch of pictures, on the CPU.
+
+    Args:
+        pipe: The model.
+        prompts: Captions.
+        slots: See `picture_slots`, which knows the seed.
+        settings: How to draw.
+
+    Raises:
+        UserError: The steps do not fit the schedule.
+    """
+    guidance = Constant(scale=settings.guidance)
+    truncation = TopP(rate=settings.top_p) if settings.top_p < 1 else None
+    if isinstance(pipe, AutoregressiveTextToImage):
+        return pipe.draw(prompts, slots, guidance=guidance, truncation=truncation)
+    sampler = Strided(steps=settings.steps)
+    return pipe.draw(prompts, slots, sampler, guidance=guidance, truncation=truncation)
+
+
+def generate(pipe: Pipeline, model: str, prompts: list[Prompt], settings: Settings, folder: Path) -> None:
     """Draw a picture for each prompt into ``folder``; pictures that are there are not drawn again.
 
     Args:
@@ -85,13 +131,7 @@ def generate(pipe: TextToImage, model: str, prompts: list[Prompt], settings: Set
             part = prompts[start : start + settings.batch]
             if not all((folder / f"{prompt.key}.png").exists() for prompt in part):
                 slots = picture_slots(settings.seed, len(prompts))[start : start + len(part)]
-                images = pipe.draw(
-                    [prompt.caption for prompt in part],
-                    slots,
-                    Strided(steps=settings.steps),
-                    guidance=Constant(scale=settings.guidance),
-                    truncation=TopP(rate=settings.top_p) if settings.top_p < 1 else None,
-                )
+                images = draw_batch(pipe, [prompt.caption for prompt in part], slots, settings)
                 for prompt, image in zip(part, images.permute(0, 2, 3, 1).numpy(), strict=True):
                     publish_image(folder / f"{prompt.key}.png", Image.fromarray(image))
             bar.update(len(part))

@@ -32,7 +32,8 @@ from vqd_scale.inference.exchange.diffusers import COMPONENTS, INDEX, read_diffu
 from vqd_scale.inference.remote import fetched
 from vqd_scale.tokenizers.base import to_bytes, to_signal
 
-_SUBFOLDERS = ("export", "export/tokenizer", *COMPONENTS)
+FOLDERS = ("export", "export/tokenizer", *COMPONENTS)
+"""What a model's folder may hold beside its own files, by any of the layouts that can be loaded."""
 _SEEDS = 1 << 32
 
 
@@ -116,7 +117,7 @@ class TextToImage:
             UserError: There is no such model, or a file of it is missing or damaged.
         """
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        with fetched(path, _SUBFOLDERS) as folder:
+        with fetched(path, FOLDERS) as folder:
             bundle = read_diffusers(folder) if (folder / INDEX).is_file() else load_bundle(folder)
         return cls(bundle).to(dtype or torch.float32, chosen)
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from vqd_scale.core.config import Config
 from vqd_scale.core.report import image_grid, publish_image
 from vqd_scale.core.world import World
-from vqd_scale.inference.pipeline import TextToImage
+from vqd_scale.inference.generate import Settings, draw_batch, load_pipeline
+from vqd_scale.inference.pipeline import picture_slots
 from vqd_scale.training.partition import Partition
 from vqd_scale.training.task import BatchType, Task
 
@@ -55,7 +56,7 @@ def draw_pictures(
     than the one copy of the weights that is drawn with.
 
     Args:
-        task: What is trained; its bundle must be one that `TextToImage` loads.
+        task: What is trained; its bundle must be one that `load_pipeline` loads.
         parameters: Whole weights.
         config: What is drawn.
         path: The PNG file.
@@ -63,9 +64,9 @@ def draw_pictures(
     """
     with tempfile.TemporaryDirectory(prefix="vqd-scale-") as folder:
         task.export(parameters, Path(folder) / "bundle")
-        pipeline = TextToImage.load(Path(folder) / "bundle", device=world.device)
-    drawn = pipeline(
-        list(config.prompts), steps=config.steps, guidance=config.guidance, seed=config.seed, progress=False
-    )
-    images = drawn.tensor.permute(0, 2, 3, 1).numpy()
+        pipeline = load_pipeline(Path(folder) / "bundle", device=world.device)
+    count = len(config.prompts)
+    settings = Settings(config.steps, config.guidance, top_p=1.0, seed=config.seed, batch=count)
+    drawn = draw_batch(pipeline, config.prompts, picture_slots(config.seed, count), settings)
+    images = drawn.permute(0, 2, 3, 1).numpy()
     publish_image(path, image_grid(images, config.prompts, columns=_COLUMNS))
