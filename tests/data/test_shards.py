@@ -169,6 +169,7 @@ def test_wrong_uses(tmp_path: Path) -> None:
     paths[1].write_bytes(b"short")
     with pytest.raises(UserError, match=r"000001\.tar: missing or changed"):
         ShardSet.open(tmp_path / "set")
+    assert ShardSet.open(tmp_path / "set", look=False) == opened
     paths[0].with_suffix(".npz").write_bytes(b"PK\x03\x04 no table")
     with pytest.raises(UserError, match="table cannot be read"):
         ShardReader(opened.shards[0])

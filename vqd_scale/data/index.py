@@ -141,8 +141,13 @@ class ShardSet:
         return _Shards(self)
 
     @classmethod
-    def open(cls, folder: Location) -> "ShardSet":
+    def open(cls, folder: Location, *, look: bool = True) -> "ShardSet":
         """Read a set's index and see that its shards are there, whole.
+
+        Args:
+            folder: Where the index is.
+            look: Whether to look at every tar's size. One of many ranks that open a set is enough: a shard is
+                looked at again when it is read.
 
         Raises:
             UserError: There is no set, it is half-made or empty, or a shard is missing or has another size.
@@ -159,13 +164,17 @@ class ShardSet:
         opened = cls(folder, tars, *columns, meta=index["meta"])
         if opened.count == 0:
             raise UserError(f"{folder}: this set of shards holds no sample.")
-        present = file_sizes(tars)
-        for name, size in zip(opened.names, opened.sizes, strict=True):
+        if look:
+            opened._look()
+        return opened
+
+    def _look(self) -> None:
+        present = file_sizes(self.tars)
+        for name, size in zip(self.names, self.sizes, strict=True):
             if present.get(name) != size:
                 raise UserError(
-                    f"{tars / name}: missing or changed since it was indexed; make the set again."
+                    f"{self.tars / name}: missing or changed since it was indexed; make the set again."
                 )
-        return opened
 
 
 class _Shards(Sequence[Shard]):

@@ -96,7 +96,7 @@ class Stream(Generic[BatchType]):
                 f"{config.path}: cannot go on from slot {cursor} with lanes={config.lanes}, which does not "
                 "divide it; set lanes to what the run began with."
             )
-        self.shards = ShardSet.open(config.path)
+        self.shards = ShardSet.open(config.path, look=rank == 0)
         self._config = config
         self._kind = kind
         self._seed = seed
