@@ -40,6 +40,11 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_trap_17_gelu2_is_the_sigmoid_form() -> None:
     assert GELU2()(torch.tensor(1.0)).item() == pytest.approx(0.845796, abs=1e-6)
+    x = torch.linspace(-30, 30, 121, dtype=torch.float64, requires_grad=True)
+    plain = x * torch.sigmoid(1.702 * x)
+    torch.testing.assert_close(GELU2()(x), plain)
+    gradients = [torch.autograd.grad(y.sum(), x)[0] for y in (GELU2()(x), plain)]
+    torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def test_trap_18_each_sample_has_its_own_timestep() -> None:
