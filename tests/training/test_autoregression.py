@@ -171,9 +171,11 @@ def losses_of(run: Path) -> list[float]:
 @pytest.mark.ranks
 def test_the_trainer_makes_a_model_that_draws(token_world: Path, tmp_path: Path, run_tool: RunTool) -> None:
     path = tmp_path / "train.yaml"
-    path.write_text(yaml.safe_dump(config_of(token_world, tmp_path / "run")))
+    shown = {"prompts": ["a red picture", "a blue picture"], "every": 80}
+    path.write_text(yaml.safe_dump(config_of(token_world, tmp_path / "run", pictures=shown)))
     done = run_tool("train.py", str(path))
     assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "run" / "pictures").glob("*.png"))) == 2
     losses = losses_of(tmp_path / "run")
     assert len(losses) == 20
     assert losses[-1] < losses[0]
