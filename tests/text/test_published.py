@@ -273,6 +273,8 @@ def test_a_frozen_tower_is_outside_and_a_trained_one_inside(clip: nn.Module, tmp
     trained(ids, dropped).square().sum().backward()
     assert trained.tower.ln_final.weight.grad is not None
     frozen(ids, dropped).sum().backward()
+    frozen.null = None
+    assert not frozen(ids, dropped).requires_grad
 
 
 def test_a_bundle_of_a_trained_tower_needs_no_download() -> None:

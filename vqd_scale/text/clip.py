@@ -159,7 +159,7 @@ class TextEncoder(nn.Module):
             if config.train:
                 self.tower = tower
             else:
-                self._frozen = (tower.requires_grad_(False),)
+                self._frozen = (tower,)
             self.normalise = True
         self.width = shape.width
         self.null: nn.Parameter | None = None
