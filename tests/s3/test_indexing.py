@@ -1,0 +1,109 @@
+"""Sets of others in S3: indexed where they are, from there to there, and sources packed into S3."""
+
+import json
+import tarfile
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vqd_scale.commands.make_shards import main
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.s3 import S3Path, object_sizes, write_object
+from vqd_scale.data.filters import Bounds, Filters
+from vqd_scale.data.index import INDEX, ShardSet
+from vqd_scale.data.indexing import IndexConfig, Sieve, build_index
+from vqd_scale.data.quarantine import QUARANTINE
+from vqd_scale.data.shards import KEY, read_shard
+from vqd_scale.data.tar import LARGE_MEMBER, PROBED, TarScan
+
+pytestmark = pytest.mark.s3
+
+
+def upload(folder: S3Path, name: str, members: list[tuple[str, bytes]], local: Path) -> Path:
+    path = local / name
+    with tarfile.open(path, "w") as archive:
+        for member, content in members:
+            info = tarfile.TarInfo(member)
+            info.size = len(content)
+            archive.addfile(info, BytesIO(content))
+    write_object(folder / name, path)
+    return path
+
+
+def small(first: int) -> Iterator[tuple[str, bytes]]:
+    for number in range(first, first + 5):
+        yield f"{number}.txt", f"words of {number}".encode()
+        yield f"{number}.json", json.dumps({"similarity": number / 10}).encode()
+
+
+def keys(shards: ShardSet) -> list[str]:
+    return [sample[KEY] for shard in shards.shards for sample in read_shard(shard)]
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.ranks)])
+def test_indexed_where_it_is_and_into_another_folder(folder: S3Path, tmp_path: Path, workers: int) -> None:
+    for shard in range(2):
+        upload(folder, f"{shard}.tar", list(small(5 * shard)), tmp_path)
+    beside = build_index(folder, config=IndexConfig(workers=workers))
+    assert keys(beside) == [str(number) for number in range(10)]
+    assert {INDEX, "0.npz", "1.npz"} < object_sizes(folder).keys()
+    for elsewhere in (folder / "index", tmp_path / "index"):
+        wanted = Sieve(Filters(columns={"similarity": Bounds(min=0.4, max=0.7)}))
+        opened = build_index(folder, elsewhere, IndexConfig(wanted, workers=workers))
+        assert keys(opened) == ["4", "5", "6", "7"]
+        assert opened.digests == beside.digests
+        assert ShardSet.open(elsewhere) == opened
+
+
+def test_a_cut_tar_is_found(folder: S3Path, tmp_path: Path) -> None:
+    path = upload(folder, "0.tar", list(small(0)), tmp_path)
+    path.write_bytes(path.read_bytes()[:3000])
+    write_object(folder / "0.tar", path)
+    with pytest.raises(UserError, match=r"0\.tar"):
+        build_index(folder)
+    assert build_index(folder, config=IndexConfig(max_bad_share=1.0)).count == 1
+    assert "not a readable tar" in (folder / QUARANTINE).read_text()
+
+
+def test_of_large_members_only_the_headers_are_fetched(
+    folder: S3Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = LARGE_MEMBER + 100_000
+    count = 4 * PROBED
+    path = upload(
+        folder, "0.tar", [(f"{number}.jpg", bytes([number]) * size) for number in range(count)], tmp_path
+    )
+    scan = TarScan(folder / "0.tar")
+    samples = list(scan.samples())
+    assert [sample.places for sample in samples] == [sample.places for sample in TarScan(path).samples()]
+    assert scan.sha256 == ""
+    opened = build_index(folder)
+    assert opened.digests == ("",)
+    assert [sample["jpg"][0] for sample in read_shard(opened.shards[0])] == list(range(count))
+
+
+def test_commands_from_pictures_to_s3(
+    folder: S3Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (20, 20, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text(f"noise {number}")
+    (pictures / "3.png").write_bytes(b"no picture")
+    command = ["imagefolder", str(pictures), str(folder / "set"), "image_size=16", "max_bad_share=0.3"]
+    main(command)
+    assert "3 samples in 1 shards" in capsys.readouterr().out
+    before = {name: (folder / "set" / name).read_bytes() for name in object_sizes(folder / "set")}
+    assert before.keys() == {INDEX, QUARANTINE, "000000.tar", "000000.npz"}
+    main(command)
+    assert {name: (folder / "set" / name).read_bytes() for name in object_sizes(folder / "set")} == before
+    capsys.readouterr()
+    main(["index", str(folder / "set"), "--out", str(tmp_path / "again")])
+    assert "3 samples in 1 shards" in capsys.readouterr().out
+    assert keys(ShardSet.open(tmp_path / "again")) == keys(ShardSet.open(folder / "set"))
