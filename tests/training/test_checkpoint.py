@@ -1,9 +1,9 @@
 """Checkpoints and what can happen to them, with ranks that are threads."""
 
+import errno
 import logging
-import resource
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -162,19 +162,28 @@ def test_another_model_is_one_sentence(tmp_path: Path) -> None:
         on_ranks(RANKS, run)
 
 
-@contextmanager
-def full_disk() -> Generator[None]:
-    """No file may grow over so many bytes: what a full disk or a quota is to a writer."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (256, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+class Disk:
+    """A disk that can be full: then nothing more can be written into an unfinished checkpoint."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_full = False
+        opened = Path.open
+
+        def limited(path: Path, *arguments: str, **named: str) -> object:
+            if self.is_full and path.parent.name.endswith(PARTIAL):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return opened(path, *arguments, **named)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+        monkeypatch.setattr(Path, "open", limited)
 
 
-def failing(folder: Path, failures: int, tolerated: int, then: int | None = None) -> None:
-    """One good save, then so many that fail, each seen by the next one; a good one in between if asked."""
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)
+
+
+def failing(folder: Path, disk: Disk, failures: int, tolerated: int, then: int | None = None) -> None:
+    """One good save, then so many that fail; a good one in between if asked."""
     config = CheckpointConfig(tolerated_failures=tolerated, asynchronous=False, keep=100)
 
     def run(world: World) -> None:
@@ -183,12 +192,13 @@ def failing(folder: Path, failures: int, tolerated: int, then: int | None = None
         checkpoints.save(8, {"history": torch.tensor([8.0])})
         for number in range(failures):
             world.barrier()
-            with full_disk() if world.is_first else contextmanager(lambda: iter([None]))():
+            disk.is_full = True
+            world.barrier()
+            try:
+                checkpoints.save(16 + 8 * number, {"history": torch.zeros(1)})
+            finally:
                 world.barrier()
-                try:
-                    checkpoints.save(16 + 8 * number, {"history": torch.zeros(1)})
-                finally:
-                    world.any(False)
+                disk.is_full = False
             if then == number:
                 world.barrier()
                 move(checkpoints, 12)
@@ -199,10 +209,10 @@ def failing(folder: Path, failures: int, tolerated: int, then: int | None = None
 
 
 def test_a_full_disk_leaves_training_going_with_a_loud_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        failing(tmp_path, failures=2, tolerated=2)
+        failing(tmp_path, disk, failures=2, tolerated=2)
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == 2
     for left, warning in zip((2, 1), warnings, strict=True):
@@ -213,14 +223,14 @@ def test_a_full_disk_leaves_training_going_with_a_loud_warning(
     assert resumed(tmp_path) == 8
 
 
-def test_after_so_many_failures_in_a_row_the_run_stops(tmp_path: Path) -> None:
+def test_after_so_many_failures_in_a_row_the_run_stops(tmp_path: Path, disk: Disk) -> None:
     with pytest.raises(UserError, match="cannot be written"):
-        failing(tmp_path, failures=3, tolerated=2)
+        failing(tmp_path, disk, failures=3, tolerated=2)
     assert resumed(tmp_path) == 8
 
 
-def test_a_good_save_in_between_starts_the_count_anew(tmp_path: Path) -> None:
-    failing(tmp_path, failures=3, tolerated=2, then=1)
+def test_a_good_save_in_between_starts_the_count_anew(tmp_path: Path, disk: Disk) -> None:
+    failing(tmp_path, disk, failures=3, tolerated=2, then=1)
     assert resumed(tmp_path) == 12
 
 
@@ -285,3 +295,30 @@ def test_state_tensors_keep_their_types(tmp_path: Path) -> None:
     on_ranks(RANKS, save)
     found = on_ranks(RANKS, load)[1]
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+def test_a_copy_elsewhere_brings_a_lost_run_back(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    config = CheckpointConfig(mirror=there)
+    saved(here, 8, 16, config=config)
+    assert sorted(path.name for path in (there / "000000000016").iterdir()) == sorted(FILES)
+    shutil.rmtree(here)
+
+    def resume(world: World) -> int:
+        restored = checkpoints_of(here, world, config).resume()
+        assert restored is not None
+        return restored.images
+
+    assert on_ranks(RANKS, resume) == [16, 16]
+    assert resumed(here) == 16
+    # A copy that did not arrive whole is none.
+    shutil.rmtree(here)
+    (there / "000000000016.json").unlink()
+    assert on_ranks(RANKS, resume) == [8, 8]
+
+
+def test_a_copy_that_cannot_be_made_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("in the way")
+    saved(tmp_path / "here", 8, config=CheckpointConfig(mirror=tmp_path / "file"))
+    assert "the checkpoint at 8 images was not copied" in caplog.text
+    assert resumed(tmp_path / "here") == 8

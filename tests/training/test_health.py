@@ -123,7 +123,7 @@ def test_one_flipped_bit_of_one_rank_is_found_and_named(dtype: torch.dtype) -> N
         torch.manual_seed(0)
         network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(dtype)
         if flip and world.rank == 1:
-            bits = network[1].weight.detach().view(torch.int16)
+            bits = list(network.parameters())[2].detach().view(torch.int16)
             bits.flatten()[0] ^= 1
         check_weights(RUN, 80, network, world)
 

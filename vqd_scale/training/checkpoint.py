@@ -26,9 +26,18 @@ from torch import Tensor
 
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.store import PARTIAL, publish_json, read_json, sha256_of, sync_to_disk, writing
+from vqd_scale.core.store import (
+    PARTIAL,
+    Location,
+    publish_json,
+    read_json,
+    sha256_of,
+    sync_to_disk,
+    writing,
+)
 from vqd_scale.core.world import World
 from vqd_scale.training.ema import EMA
+from vqd_scale.training.mirror import fetch_newest, send
 from vqd_scale.training.partition import Partition, Piece
 from vqd_scale.training.slices import HostSlices, StoredSlices, write_described
 
@@ -55,6 +64,8 @@ class CheckpointConfig(Config):
     """Write in a thread while training goes on; costs a copy of this rank's share in the host's memory."""
     tolerated_failures: NonNegativeInt = 3
     """How many saves in a row may fail, for want of space or rights, before the run stops."""
+    mirror: Location | None = None
+    """If given, every checkpoint is copied there, such as to S3; the newest is fetched if none is here."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +193,11 @@ class Checkpoints:
             self._save.abandoned.set()
         self._thread.shutdown(wait=True)
 
-    def resume(self) -> Restored | None:
+    def resume(self, before: int | None = None) -> Restored | None:
         """Load the newest checkpoint whose every file is what its manifest says; all ranks call it together.
+
+        Args:
+            before: Leave out those of so many images and more.
 
         Returns:
             What was restored, or ``None`` if the run has no checkpoint yet.
@@ -191,7 +205,11 @@ class Checkpoints:
         Raises:
             UserError: There are checkpoints, but none is whole; or they belong to another model.
         """
+        if self.config.mirror is not None:
+            self._fetch(self.config.mirror)
         candidates = sorted(_named(self.folder), reverse=True)
+        if before is not None:
+            candidates = [path for path in candidates if int(path.name) < before]
         for candidate in candidates:
             findings = self.world.gathered({"damage": _damage(candidate, self.world.rank, self.world.size)})
             damages = [finding["damage"] for finding in findings if finding["damage"] is not None]
@@ -204,6 +222,17 @@ class Checkpoints:
                 f"{self.folder}: no checkpoint in it is whole; restore one, or start in a new folder."
             )
         return None
+
+    def _fetch(self, mirror: Location) -> None:
+        """Let the first rank bring a copy back where the folder has no checkpoint."""
+        mistake: UserError | None = None
+        if self.world.is_first and not _named(self.folder):
+            try:
+                fetch_newest(mirror, self.folder, _MANIFEST)
+            except UserError as error:
+                mistake = error
+        if self.world.any(mistake is not None):
+            raise mistake or UserError(f"{self.folder}: the first rank could not fetch a checkpoint.")
 
     def _tolerate(self, mistake: UserError) -> None:
         self._failures += 1
@@ -260,6 +289,8 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         prune(self.folder, self.config)
+        if self.config.mirror is not None:
+            send(final, self.config.mirror, _MANIFEST)
 
     def _load(self, folder: Path) -> Restored:
         manifest = _manifest(folder)

@@ -290,7 +290,8 @@ class _Trainer(Generic[BatchType]):
                 "again, it goes on from the last checkpoint."
             )
         self.checkpoints.wait()
-        restored = self.checkpoints.resume()
+        # While batches are skipped the weights stay what they are: those of before the first one are wanted.
+        restored = self.checkpoints.resume(self.images - (guard.skipped_in_a_row - 1) * self.batch)
         if restored is None or restored.images == self.rewound_to:
             raise UserError(
                 f"{self.config.run}: {enough}, and going back to the last checkpoint did not help; lower "
