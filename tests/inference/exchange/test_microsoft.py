@@ -74,6 +74,9 @@ def test_a_reduced_codebook_needs_its_map_and_decodes_through_it(tmp_path: Path)
     path = files.write(tmp_path, files.checkpoint_of(Kind(codes=5), GUMBEL_SLIM))
     with pytest.raises(UserError, match=r"5 codes, but the tokenizer 13; name the map .* --reduction"):
         plan_microsoft(path, OPTIONS)
+    torch.save(torch.tensor([0, 1, 0, 0, 2, 0, 3, 0, 0, 0, 0, 0, 0]), tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"leads to the ids 0\.\.3, but the model has 5 codes"):
+        plan_microsoft(path, MicrosoftOptions(heads=HEADS, reduction=tmp_path / "other.pt"))
     map = torch.tensor([0, 1, 0, 0, 2, 0, 3, 0, 0, 0, 0, 4, 0])
     torch.save(map, tmp_path / "map.pt")
     pipe = converted(path, tmp_path / "bundle", MicrosoftOptions(heads=HEADS, reduction=tmp_path / "map.pt"))
@@ -135,6 +138,10 @@ def test_a_file_without_a_tokenizer_takes_a_bundle(tmp_path: Path) -> None:
     plan = plan_microsoft(alone, OPTIONS)
     assert isinstance(plan, TokenizerPlan)
     plan.save(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="not both"):
+        plan_microsoft(
+            path, MicrosoftOptions(tokenizer=tmp_path / "tokenizer", reduction=tmp_path / "map.pt")
+        )
     pipe = converted(path, tmp_path / "a", MicrosoftOptions(heads=HEADS, tokenizer=tmp_path / "tokenizer"))
     both = converted(files.write(tmp_path, whole), tmp_path / "b")
     assert torch.equal(

@@ -34,7 +34,7 @@ from vqd_scale.nn.denoiser import ClassCondition, Condition, DenoiserConfig, NoC
 from vqd_scale.nn.layers import Convolutional, FeedForwardConfig, FullyConnected
 from vqd_scale.text.clip import CaptionTokenizer, Tower
 from vqd_scale.tokenizers.choice import ReducedConfig, TokenizerConfig
-from vqd_scale.tokenizers.reduction import read_map
+from vqd_scale.tokenizers.reduction import check_map, read_map
 
 _NETWORK = "transformer."
 _TEXT = "condition_emb."
@@ -110,8 +110,9 @@ def plan_microsoft(path: Path, options: MicrosoftOptions) -> Plan:
         return TokenizerPlan(shape, Exchange(str(path), found, wanted_tokenizer(shape), dict, [r"loss\..+"]))
     codes, width = _table(found, f"{_NETWORK}content_emb.emb.weight", path)
     tokenizer = _tokenizer(found, codes - 1, options, path)
-    if options.reduction is not None:
+    if options.reduction is not None and isinstance(tokenizer, ReducedConfig):
         found[_MAP] = read_map(options.reduction)
+        check_map(found[_MAP], len(found[_MAP]), codes - 1, str(options.reduction))
     grid = options.grid or _grid(found, tokenizer)
     rows, columns = (
         _table(found, f"{_NETWORK}content_emb.{side}_emb.weight", path)[0] for side in ("height", "width")
@@ -179,6 +180,8 @@ def _count(found: Mapping[str, Tensor], pattern: str) -> int:
 def _tokenizer(
     found: Mapping[str, Tensor], codes: int, options: MicrosoftOptions, path: Path
 ) -> TokenizerConfig | Path:
+    if options.tokenizer is not None and options.reduction is not None:
+        raise UserError("give --tokenizer or --reduction, not both: a tokenizer's bundle holds its own map.")
     if options.tokenizer is not None:
         return options.tokenizer
     state = _CODEC_OURS.to_ours(part_of(found, _CODEC))
