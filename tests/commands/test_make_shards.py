@@ -1,3 +1,4 @@
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from webdataset.writer import TarWriter
 from vqd_scale.commands.make_shards import main
 from vqd_scale.data.index import INDEX, ShardSet
 
+ROOT = Path(__file__).parents[2]
 FEW = ["train_samples=20", "held_out_samples=5", "shard_size=8"]
 
 
@@ -64,6 +66,26 @@ def test_help_has_an_example(source: str, capsys: pytest.CaptureFixture[str]) ->
         main([source, "--help"])
     assert end.value.code == 0
     assert f"make_shards.py {source} " in capsys.readouterr().out.split("example:")[1]
+
+
+DOCUMENTED = [
+    shlex.split(line, comments=True)[2:]
+    for line in (ROOT / "docs" / "data.md").read_text().splitlines()
+    if line.startswith("python tools/make_shards.py")
+]
+
+
+@pytest.mark.parametrize("arguments", DOCUMENTED, ids=" ".join)
+def test_documented_commands(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    if arguments[0] == "index":
+        assert "no .tar file" in failing(arguments, capsys)
+        return
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--print-config"])
+    assert end.value.code == 0
 
 
 def test_wrong_uses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,9 +64,8 @@ def picture_hash(pixels: Pixels) -> np.uint64:
     small = resized(pixels, _SIDE, _SIDE).astype(np.float64) @ (0.299, 0.587, 0.114)
     cosines = _cosines()
     frequencies = (cosines @ small @ cosines.T).reshape(-1)
-    # The first is the mean brightness, which says nothing about the picture.
+    # The first is the mean brightness, whose sign is that of every picture.
     bits = frequencies > np.median(frequencies[1:])
-    bits[0] = False
     return np.packbits(bits).view(">u8")[0].astype(np.uint64)
 
 

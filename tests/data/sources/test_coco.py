@@ -1,16 +1,24 @@
 import json
+import subprocess
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from webdataset.compat import WebDataset
 
+from vqd_scale.commands.make_shards import main
 from vqd_scale.core.errors import UserError
+from vqd_scale.data.batch import ImageBatch
 from vqd_scale.data.index import ShardSet, read_table
 from vqd_scale.data.quarantine import QUARANTINE
+from vqd_scale.data.samples import ImageSamples
 from vqd_scale.data.shards import KEY, read_shard
 from vqd_scale.data.sources.coco import CocoConfig, write_coco
 from vqd_scale.data.sources.pictures import Jpeg
+from vqd_scale.data.stream import Stream, StreamConfig
+from vqd_scale.data.transforms import NearCenterCrop
 
 Place = Callable[..., Path]
 
@@ -70,6 +78,41 @@ def test_a_sample_per_picture_with_all_its_captions(
         assert sample["jpg"] == file.read_bytes()
     assert shards.captions == (sum(number % 3 + 1 for number in IDS),)
     assert read_table(shards.shards[0]).columns["captions"].tolist() == [n % 3 + 1 for n in sorted(IDS)]
+
+
+def test_commands_from_the_download_to_batches(
+    make_coco: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coco, out = make_coco(), tmp_path / "out"
+    main(["coco", str(coco), str(out), "year=2014", "split=val"])
+    assert "4 samples in 1 shards" in capsys.readouterr().out
+    tars = [str(path) for path in sorted(out.glob("*.tar"))]
+    keys = [f"{number:012d}" for number in sorted(IDS)]
+    assert [sample[KEY] for sample in WebDataset(tars, shardshuffle=False)] == keys
+    listed = subprocess.run(["tar", "-t", "-f", tars[0]], check=True, capture_output=True, text=True).stdout
+    assert listed.split()[:4] == [f"{keys[0]}.{extension}" for extension in ("jpg", "json", "txt")] + [
+        f"{keys[1]}.jpg"
+    ]
+    main(["index", str(out), "--out", str(tmp_path / "index")])
+    for folder in (out, tmp_path / "index"):
+        assert ShardSet.open(folder).captions == (sum(number % 3 + 1 for number in IDS),)
+        config = StreamConfig(path=folder, lanes=2)
+        stream: Stream[ImageBatch] = Stream(
+            config,
+            ImageSamples(NearCenterCrop(size=32)),
+            seed=0,
+            rank=0,
+            ranks=1,
+            cursor=0,
+            quarantine=tmp_path / "bad",
+        )
+        with closing(iter(stream)) as batches:
+            epoch = [next(batches) for _ in range(2)]
+        assert sorted(key for batch in epoch for key in batch.keys) == keys
+        for batch in epoch:
+            assert batch.valid.all()
+            assert batch.images.shape == (2, 3, 32, 32)
+            assert batch.captions == [f"Picture {int(key)}, caption 0." for key in batch.keys]
 
 
 def test_pictures_of_the_other_year(make_coco: Callable[..., Path], tmp_path: Path) -> None:
