@@ -2,12 +2,17 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
 import torch.distributed as distributed
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
+
+_PATIENCE = timedelta(hours=1)
+"""How long a message between ranks may take before the library gives up: longer than any watchdog of ours,
+which says where each rank is."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def join_world() -> World:
         if size == 1:
             distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         else:
-            distributed.init_process_group(backend, rank=rank, world_size=size)
+            distributed.init_process_group(backend, rank=rank, world_size=size, timeout=_PATIENCE)
     return World(rank, size, device)
 
 
