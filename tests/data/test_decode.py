@@ -98,9 +98,12 @@ def test_dct_scaling_is_a_smaller_picture_and_only_where_asked_for() -> None:
     )
 
 
-def test_postscript_is_not_interpreted() -> None:
-    with pytest.raises(BadSample):
+def test_postscript_is_not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *given: started.append(given))
+    with pytest.raises(BadSample, match="cannot identify"):
         decode_image(file_of(gradient(), "EPS"))
+    assert started == []
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])

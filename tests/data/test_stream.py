@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -40,12 +40,12 @@ def token_sample(number: int) -> Sample:
     }
 
 
-def token_samples(numbers: Sequence[int], spoilt: dict[int, Sample]) -> Iterator[Sample]:
+def token_samples(numbers: Sequence[int], spoilt: Mapping[int, Sample]) -> Iterator[Sample]:
     return (spoilt.get(number, token_sample(number)) for number in numbers)
 
 
 def write_tokens(
-    folder: Path, counts: tuple[int, ...] = COUNTS, spoilt: dict[int, Sample] | None = None
+    folder: Path, counts: tuple[int, ...] = COUNTS, spoilt: Mapping[int, Sample] | None = None
 ) -> Path:
     ends = np.cumsum(counts).tolist()
     recipes = [
