@@ -1,13 +1,11 @@
 """The engine over NCCL on one GPU, beside plain PyTorch on the same GPU."""
 
-from collections.abc import Generator
-
 import pytest
 import torch
 from torch import nn
 
 from vqd_scale.commands.benchmarks.step import FusedStep, StepProblem
-from vqd_scale.core.world import join_world, leave_world
+from vqd_scale.core.world import join_world
 from vqd_scale.nn.denoiser import Denoiser, DenoiserConfig
 from vqd_scale.training.engine import Engine, EngineConfig, ZeroConfig
 from vqd_scale.training.optim import OptimConfig, build_optimizer
@@ -19,13 +17,6 @@ pytestmark = [
 PROBLEM = StepProblem(width=128, layers=3, heads=4, side=16, codes=300, batch=8)
 OPTIM = OptimConfig(lr=1e-3, weight_decay=0.1)
 STEPS = 20
-
-
-@pytest.fixture(autouse=True)
-def leave() -> Generator[None]:
-    """The engine joins a world of one."""
-    yield
-    leave_world()
 
 
 def module() -> FusedStep:

@@ -167,7 +167,8 @@ def test_chaos_ends_as_the_undisturbed_run_does(
     common = [str(token_world / "train.yaml"), f"images={images}", "checkpoint.every=24"]
     done = run_tool("train.py", *common, f"run={calm}", ranks=2)
     assert done.returncode == 0, done.stderr
-    chance = random.Random(0)
+    # Under this seed the first three are one of each kind, two of them during a write.
+    chance = random.Random(6)
     for kill in range(kills):
         print(f"{kill + 1}/{kills}", disturb(start_tool, [*common, f"run={run}"], run, chance))
         if (run / "export").exists():

@@ -1,17 +1,5 @@
-from collections.abc import Generator
-
-import pytest
-
 from vqd_scale.commands.benchmarks.checkpoint import benchmark_checkpoint
 from vqd_scale.commands.benchmarks.step import StepProblem
-from vqd_scale.core.world import leave_world
-
-
-@pytest.fixture(autouse=True)
-def leave() -> Generator[None]:
-    """The engine joins a world of one."""
-    yield
-    leave_world()
 
 
 def test_the_result_holds_what_is_promised() -> None:

@@ -1,17 +1,6 @@
-from collections.abc import Generator
-
 import pytest
 
 from vqd_scale.commands.benchmarks.step import StepProblem, benchmark_step, step_of
-from vqd_scale.core.world import leave_world
-
-
-@pytest.fixture(autouse=True)
-def leave() -> Generator[None]:
-    """The engine joins a world of one."""
-    yield
-    leave_world()
-
 
 SMALL = StepProblem(width=32, layers=2, heads=4, side=6, codes=20, batch=2)
 
