@@ -16,7 +16,7 @@ from vqd_scale.launchers.local import rank_environment
 from vqd_scale.nn.denoiser import Block, Denoiser, DenoiserConfig, TextCondition
 from vqd_scale.nn.layers import Convolutional, start_from_codebook
 from vqd_scale.nn.placement import HERE, Part, Placement
-from vqd_scale.training.engine import Engine, EngineConfig, placement
+from vqd_scale.training.engine import Engine, EngineConfig, ZeroConfig, placement
 from vqd_scale.training.optim import OptimConfig
 from vqd_scale.training.start import start_from
 
@@ -118,6 +118,9 @@ def on_rank(rank: int, port: int, folder: Path) -> None:
     other = build(where, seed=4, checkpoint_blocks=True)
     some_whole = exact.model_copy(update={"persistence_threshold": 200})
     assert torch.equal(losses(world, some_whole, other, start=stored), expected)
+    # Last: DeepSpeed makes the groups of ranks that hold second copies once in a process.
+    second = exact.model_copy(update={"zero": ZeroConfig(secondary_shards=RANKS)})
+    assert torch.equal(losses(world, second, build(placement(second, world))), expected)
     leave_world()
 
 

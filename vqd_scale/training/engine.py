@@ -5,7 +5,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -169,12 +169,17 @@ class _AmongRanks(Placement):
             "bf16": {"enabled": config.precision == "bf16"},
             "zero_optimization": _zero_json(config),
         }
+        self._cut: Callable[[list[nn.Parameter]], None] | None = None
 
     def placed(self, part: Part) -> Part:
+        weights: list[Any] = list(part.to(self._dtype).parameters())
         with _quiet():
-            deepspeed.zero.Init(
-                module=part.to(self._dtype), config_dict_or_path=self._json, dtype=self._dtype
-            )
+            if self._cut is None:
+                deepspeed.zero.Init(module=part, config_dict_or_path=self._json, dtype=self._dtype)
+                # A second one would make its groups of ranks anew; a weight that is cut can cut others.
+                self._cut = weights[0].convert_to_zero_parameters
+            else:
+                self._cut(weights)
         return part
 
     def whole(self, weights: Iterable[Tensor]) -> AbstractContextManager[object]:
