@@ -23,6 +23,7 @@ from vqd_scale.core.config import Config, ConfigType, validated
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.store import publish_json, publish_text, published_folder, read_json, sha256_of
 from vqd_scale.diffusion.schedule import Schedule
+from vqd_scale.inference.card import AUTOREGRESSION, DENOISING, model_card
 from vqd_scale.nn.autoregressive import Autoregressive, AutoregressiveConfig
 from vqd_scale.nn.denoiser import ClassCondition, Condition, TextCondition
 from vqd_scale.nn.network import Network, NetworkConfig, build_network
@@ -397,37 +398,14 @@ def _check_schedule(config: BundleConfig, folder: Path) -> None:
 
 
 def _card(config: BundleConfig | AutoregressiveBundleConfig, parameters: int, tokenizer: str) -> str:
-    """The model card, of facts that the configurations hold."""
-    rows, columns = config.grid
-    if isinstance(config, BundleConfig):
-        network, what, pipeline = config.denoiser, "VQ-Diffusion", "pipeline import TextToImage"
-        how = "undoing mask-and-replace noise step by\nstep"
-        source = "Gu et al., arXiv 2111.14822; Tang et al., arXiv 2205.16007"
-        schedule = f"| schedule | `{config.diffusion.model_dump_json()}` |\n"
-    else:
-        network, what, pipeline = config.network, "VQ-AR", "autoregression import AutoregressiveTextToImage"
-        how = "one token after the other in raster\norder"
-        source = "the autoregressive peer of VQ-Diffusion, Gu et al., arXiv 2111.14822"
-        schedule = ""
-    condition = {"text": "a caption", "class": "a class", "none": "nothing"}[network.condition.kind]
-    return f"""# A {what} model
-
-It draws pictures as {rows} x {columns} tokens of {config.codes} codes, {how} under {condition} ({source}).
-
-```python
-from vqd_scale.inference.{pipeline}
-
-{pipeline.split()[-1]}.load("this folder")
-```
-
-| | |
-|---|---|
-| parameters | {parameters:,} |
-| network | `{network.model_dump_json()}` |
-| text encoder | `{"none" if config.text is None else config.text.model_dump_json()}` |
-{schedule}| tokenizer | `{tokenizer}`, in `{_TOKENIZER}/` |
-
-## Origin and licence
-
-{config.origin}
-"""
+    is_denoiser = isinstance(config, BundleConfig)
+    network = config.denoiser if is_denoiser else config.network
+    facts = {
+        "parameters": f"{parameters:,}",
+        "network": f"`{network.model_dump_json()}`",
+        "text encoder": "none" if config.text is None else f"`{config.text.model_dump_json()}`",
+        **({"schedule": f"`{config.diffusion.model_dump_json()}`"} if is_denoiser else {}),
+        "tokenizer": f"`{tokenizer}`, in `{_TOKENIZER}/`",
+    }
+    kind = DENOISING if is_denoiser else AUTOREGRESSION
+    return model_card(kind, config.grid, config.codes, network.condition.kind, facts, config.origin)
