@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
+import torch
 from pydantic import Field
 
 from vqd_scale.core.config import Config
@@ -287,6 +288,8 @@ def _in_processes(readers: Sequence[_PartReader], depth: int) -> Generator[_Part
 
 def _serve(reader: _PartReader, depth: int, connection: Connection) -> None:
     """A reading process: reads ahead in a thread, and sends."""
+    # There are as many such processes as cores can be spared.
+    torch.set_num_threads(1)
     try:
         for part in _in_thread(reader, depth):
             connection.send(part)
