@@ -146,6 +146,41 @@ def test_where_xformers_has_no_kernel_that_is_said_once_and_sdpa_serves(
     ]
 
 
+def refusing(query: torch.Tensor, *_: torch.Tensor, **options: object) -> torch.Tensor:
+    raise NotImplementedError("No operator found for `memory_efficient_attention_forward`\nwith inputs: ...")
+
+
+@pytest.mark.usefixtures("fresh_findings")
+@pytest.mark.parametrize(
+    ("ops", "reason"),
+    [
+        (Mock(side_effect=ImportError("No module named 'xformers'")), "No module named 'xformers'"),
+        (
+            Mock(return_value=SimpleNamespace(memory_efficient_attention=refusing)),
+            "No operator found for `memory_efficient_attention_forward`",
+        ),
+    ],
+    ids=["absent", "refusing the card"],
+)
+def test_on_a_gpu_as_well_sdpa_serves_where_xformers_does_not(
+    ops: Mock, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    probe = torch.zeros(1, 8, 1, 8)
+    monkeypatch.setattr(torch, "zeros", Mock(return_value=probe))
+    monkeypatch.setattr(module, "_xformers", ops)
+    on_a_gpu = Mock(dtype=torch.bfloat16, device=torch.device("cuda"), is_cuda=True)
+    backends: tuple[AttentionBackend, ...] = ("auto", "xformers", "auto")
+    with caplog.at_level(logging.WARNING):
+        chosen = [
+            module._chosen(backend, on_a_gpu, on_a_gpu)  # pyright: ignore[reportPrivateUsage]
+            for backend in backends
+        ]
+    assert chosen == ["sdpa"] * 3
+    assert [record.getMessage() for record in caplog.records] == [
+        f"xformers attention is not available here ({reason}); torch's sdpa serves instead."
+    ]
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 def test_trap_20_padding_for_the_kernels_changes_nothing(

@@ -326,6 +326,19 @@ def test_initial_weights_follow_the_recipe() -> None:
             assert not module.bias.any()
 
 
+def test_trap_20_convolutions_keep_the_initial_weights_of_torch() -> None:
+    torch.manual_seed(0)
+    config = DenoiserConfig(width=48, layers=1, heads=4, feed_forward=Convolutional(multiplier=2))
+    layer = Denoiser(config, 50, (8, 8), steps=100).get_submodule("blocks.0.mlp")
+    for name, shape in {"0": (96, 48, 3, 3), "2": (48, 96, 3, 3)}.items():
+        weight = layer.get_parameter(f"{name}.weight")
+        bound = (shape[1] * 9) ** -0.5
+        assert weight.shape == shape
+        assert 0.99 * bound < weight.abs().max().item() <= bound
+        assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+        assert layer.get_parameter(f"{name}.bias").any()
+
+
 def test_width_must_be_a_multiple_of_heads() -> None:
     with pytest.raises(ValidationError, match="not a multiple of heads"):
         DenoiserConfig(width=10, heads=4)

@@ -110,6 +110,7 @@ def _xformers_serves(dtype: torch.dtype, device: torch.device) -> bool:
         _say_that_sdpa_serves(f"it has no kernel for a {device.type}")
         return False
     try:
+        _xformers()
         # Some of its kernels go forward only: a model is to train with what is found here.
         with torch.inference_mode(False), torch.enable_grad():
             probe = torch.zeros(1, _KERNEL_ALIGNMENT, 1, _KERNEL_ALIGNMENT, dtype=dtype, device=device)
