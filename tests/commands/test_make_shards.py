@@ -1,7 +1,14 @@
+import json
+import os
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from webdataset.writer import TarWriter
@@ -40,6 +47,35 @@ def test_imagefolder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     output = capsys.readouterr().out
     assert "2 samples in 1 shards" in output
     assert "quarantine.jsonl" in output
+
+
+@pytest.mark.long
+@pytest.mark.ranks
+def test_killed_and_run_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(40):
+        pixels = np.random.default_rng(number).integers(0, 256, (300, 300, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "in" / f"{number}.png")
+        (tmp_path / "in" / f"{number}.txt").write_text(f"noise {number}")
+    (tmp_path / "in" / "7.png").write_bytes(b"nothing")
+    settings = ["image_size=256", "shard_size=5", "max_bad_share=0.1"]
+
+    def command(out: str) -> list[str]:
+        return ["imagefolder", str(tmp_path / "in"), str(tmp_path / out), *settings]
+
+    main(command("whole"))
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    cut = tmp_path / "cut"
+    tool = [sys.executable, str(ROOT / "tools" / "make_shards.py"), *command("cut"), "workers=2"]
+    for published in (1, 4):
+        with subprocess.Popen(tool, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and len(list(cut.glob("*.npz"))) < published:
+                time.sleep(0.01)
+            os.killpg(process.pid, signal.SIGKILL)
+        assert not json.loads((cut / INDEX).read_text())["complete"]
+    main(command("cut"))
+    after = {path.name: path.read_bytes() for path in cut.iterdir() if path.suffix != ".partial"}
+    assert after == whole
 
 
 def test_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

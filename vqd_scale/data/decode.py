@@ -12,7 +12,7 @@ import torch
 from jaxtyping import UInt8
 from numpy.lib import format as npy
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 
 from vqd_scale.core.config import Config
@@ -74,6 +74,9 @@ def decode_image(
                 return _decoded_jpeg(data)
             image.load()
             return np.array(_as_rgb(ImageOps.exif_transpose(image)))
+    except UnidentifiedImageError:
+        # Its own words name an address in memory, and reasons must be the same each time.
+        raise BadSample("is not a readable picture (of no known kind)") from None
     # What the decoders raise on damaged bytes; the bytes are in memory, so an OSError is theirs too.
     except (
         OSError,
