@@ -124,7 +124,7 @@ def stages(runner: Runner) -> Result:
     """The same losses however a model is held."""
     variants = {
         "stage 3": [],
-        "stage 2": ["engine.zero.stage=2"],
+        "stage 2": ["engine.zero.stage=2", "health.checksum_every=16"],
         "stage 1, in parts": ["engine.zero.stage=1", "engine.accumulation=2"],
         "blocks computed again": ["denoiser.checkpoint_blocks=true"],
         "stage 2, offloaded": ["engine.zero.stage=2", "engine.zero.offload_optimizer=true"],
@@ -133,6 +133,16 @@ def stages(runner: Runner) -> Result:
     return {
         name: runner.losses(name.replace(" ", "-"), *overrides, images=32)
         for name, overrides in variants.items()
+    }
+
+
+def compiled(runner: Runner) -> Result:
+    """Blocks through torch.compile, at both extremes of how they are held."""
+    return {
+        f"stage {stage}": runner.losses(
+            f"compiled-{stage}", "engine.compile_units=true", f"engine.zero.stage={stage}", images=32
+        )
+        for stage in (1, 3)
     }
 
 
@@ -195,14 +205,15 @@ def native(runner: Runner) -> Result:
 
 
 SCENARIOS: dict[str, Callable[[Runner], Result]] = {
-    scenario.__name__: scenario for scenario in (invariance, stages, half_precision, health, held_out, native)
+    scenario.__name__: scenario
+    for scenario in (invariance, stages, compiled, half_precision, health, held_out, native)
 }
 
 
 def main() -> None:
     world = join_world()
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
-    names = sys.argv[3:] or list(SCENARIOS)
+    names = sys.argv[3:] or [name for name in SCENARIOS if name != "compiled"]
     runner = Runner(world, folder, out)
     results = {name: SCENARIOS[name](runner) for name in names}
     if world.is_first:

@@ -85,6 +85,12 @@ def test_losses_are_the_same_in_every_stage_offloaded_or_not(results: Callable[.
         assert_same(losses, stages["stage 3"])
 
 
+@pytest.mark.long
+def test_compiled_blocks_compute_the_same(results: Callable[..., Results]) -> None:
+    for losses in results(2, "compiled")["compiled"].values():
+        assert_same(losses, results(*TWO)["stages"]["stage 3"], rel=1e-4)
+
+
 def test_half_precision_learns_what_full_precision_learns(results: Callable[..., Results]) -> None:
     full = results(*TWO)["stages"]["stage 3"]
     for losses in results(*TWO)["half_precision"].values():
