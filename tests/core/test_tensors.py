@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.tensors import read_tensors
+from vqd_scale.core.tensors import read_tensors, write_tensors
 
 WEIGHTS = {"a": torch.arange(3.0), "b": torch.ones(2, 2)}
 
@@ -69,3 +69,12 @@ def test_missing_files_and_files_of_something_else(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "w.pt")
     with pytest.raises(UserError, match="holds no tensors"):
         read_tensors(tmp_path / "w.pt")
+
+
+def test_what_is_written_can_be_read_by_whom_other_files_can(tmp_path: Path) -> None:
+    tensors = {"w": torch.arange(6.0).view(2, 3).T, "n": torch.tensor([1, 2])}
+    write_tensors(tmp_path / "w.safetensors", tensors, {"schedule": "paper"})
+    read = read_tensors(tmp_path / "w.safetensors")
+    assert all(torch.equal(read[name], value) for name, value in tensors.items())
+    (tmp_path / "other").touch()
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -1,4 +1,4 @@
-"""Named tensors from somebody's file, read without running what is in it."""
+"""Named tensors in files: written, and read without running what is in somebody else's."""
 
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vqd_scale.core.errors import UserError
@@ -43,6 +43,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise UserError(f"{path}: holds no tensors.")
     return tensors
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, readable for whom the umask lets read.
+
+    Raises:
+        UserError: The disk is full.
+    """
+    path.touch()
+    # safetensors itself lets nobody but the writer read what it wrote.
+    mode = path.stat().st_mode
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, dict(metadata or {}))
+    except SafetensorError as error:
+        raise UserError(f"{path}: the weights cannot be written ({error}); free some space.") from None
+    path.chmod(mode)
 
 
 def check_names(state: Mapping[str, Tensor], expected: Iterable[str], whose: str) -> None:

@@ -15,13 +15,14 @@ import torch
 from jaxtyping import Bool
 from pydantic import PositiveInt
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
 from vqd_scale.core.config import Config, ConfigType, validated
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.store import publish_json, publish_text, published_folder, read_json, sha256_of
+from vqd_scale.core.tensors import write_tensors
 from vqd_scale.diffusion.schedule import Schedule
 from vqd_scale.inference.card import AUTOREGRESSION, DENOISING, model_card
 from vqd_scale.nn.autoregressive import Autoregressive, AutoregressiveConfig
@@ -355,11 +356,7 @@ def _save(
     folder: Path, config: Config, weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     publish_json(folder / CONFIG, config.model_dump(mode="json"))
-    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
-    try:
-        save_file(tensors, folder / WEIGHTS, dict(metadata or {}))
-    except SafetensorError as error:
-        raise UserError(f"{folder}: the weights cannot be written ({error}); free some space.") from None
+    write_tensors(folder / WEIGHTS, weights, metadata)
 
 
 def _load_config(

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.store import publish_json, publish_text, published_folder
+from vqd_scale.core.tensors import write_tensors
 from vqd_scale.diffusion.schedule import Released
 from vqd_scale.inference.bundle import Bundle
 from vqd_scale.inference.exchange.diffusers import COMPONENTS, INDEX, NULL, PAD, TRANSFORMER
@@ -78,11 +78,8 @@ def export_diffusers(bundle: Bundle, folder: Path) -> None:
         for component, state in states.items():
             publish_json(partial / component / "config.json", described[component])
             name = "model" if component == "text_encoder" else "diffusion_pytorch_model"
-            save_file(
-                {key: value.float().contiguous() for key, value in state.items()},
-                partial / component / f"{name}.safetensors",
-                {"format": "pt"},
-            )
+            single = {key: value.float() for key, value in state.items()}
+            write_tensors(partial / component / f"{name}.safetensors", single, {"format": "pt"})
         publish_json(partial / "scheduler" / "scheduler_config.json", _scheduler(schedule, config.codes))
         _write_tokenizer(partial / "tokenizer", text.tokenizer)
 
