@@ -55,7 +55,7 @@ class Runner:
         prepare: Prepare = lambda task: None,
     ) -> Result:
         run = self.out / name
-        common = [f"run={run}", f"images={images}", "checkpoint.every=24", "health.hang_seconds=300"]
+        common = [f"run={run}", f"images={images}", "checkpoint.every=24", "health.hang_seconds=1200"]
         config = load_config(TrainConfig, self.folder / "train.yaml", [*common, *overrides])
         task = kind(config, self.world)
         prepare(task)
