@@ -229,6 +229,22 @@ def test_after_so_many_failures_in_a_row_the_run_stops(tmp_path: Path, disk: Dis
     assert resumed(tmp_path) == 8
 
 
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_save_that_must_not_fail_is_seen_to_its_end(tmp_path: Path, disk: Disk, asynchronous: bool) -> None:
+    """The first one and the last one of a run."""
+
+    def run(world: World) -> None:
+        checkpoints = checkpoints_of(tmp_path, world, CheckpointConfig(asynchronous=asynchronous))
+        checkpoints.save(8, {"history": torch.zeros(1)}, must=True)
+
+    disk.is_full = True
+    with pytest.raises(UserError, match="cannot be written"):
+        on_ranks(RANKS, run)
+    disk.is_full = False
+    on_ranks(RANKS, run)
+    assert (tmp_path / "000000000008" / "manifest.json").exists()
+
+
 def test_a_good_save_in_between_starts_the_count_anew(tmp_path: Path, disk: Disk) -> None:
     failing(tmp_path, disk, failures=3, tolerated=2, then=1)
     assert resumed(tmp_path) == 12

@@ -122,20 +122,18 @@ class Checkpoints:
         self._save: _Save | None = None
         self._failures = 0
 
-    def save(self, images: int, state: Mapping[str, Tensor]) -> None:
+    def save(self, images: int, state: Mapping[str, Tensor], *, must: bool = False) -> None:
         """Begin to save the run, after the save before has ended; all ranks call it together.
 
         Args:
             images: Images seen.
             state: The run's other tensors, equal on every rank.
+            must: See this save to its end, and do not tolerate that it fails.
 
         Raises:
-            UserError: So many saves failed in a row that the run had better stop.
+            UserError: So many saves failed in a row that the run had better stop, or this one must not.
         """
-        try:
-            self.wait()
-        except UserError as error:
-            self._tolerate(error)
+        self._wait_and_tolerate()
         final = self.folder / f"{images:012d}"
         partial = final.with_name(final.name + PARTIAL)
         if self.world.is_first:
@@ -161,11 +159,10 @@ class Checkpoints:
             }
             published = self._thread.submit(self._publish, partial, final, manifest, rest, abandoned)
         self._save = _Save(final, written, published, abandoned)
-        if not self.config.asynchronous:
-            try:
-                self.wait()
-            except UserError as error:
-                self._tolerate(error)
+        if must:
+            self.wait()
+        elif not self.config.asynchronous:
+            self._wait_and_tolerate()
 
     def wait(self) -> None:
         """See the save under way to its end, if there is one; all ranks call it together.
@@ -233,6 +230,12 @@ class Checkpoints:
                 mistake = error
         if self.world.any(mistake is not None):
             raise mistake or UserError(f"{self.folder}: the first rank could not fetch a checkpoint.")
+
+    def _wait_and_tolerate(self) -> None:
+        try:
+            self.wait()
+        except UserError as error:
+            self._tolerate(error)
 
     def _tolerate(self, mistake: UserError) -> None:
         self._failures += 1

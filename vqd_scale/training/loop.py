@@ -176,9 +176,7 @@ class _Trainer(Generic[BatchType]):
             title, self.config.images, done=self.images, unit="img", quiet=not self.world.is_first
         )
         with closing(iter(stream)) as batches, bar, self.watchdog:
-            outcome = self._run(batches, bar)
-            self.checkpoints.wait()
-        return outcome
+            return self._run(batches, bar)
 
     def close(self) -> None:
         self.checkpoints.close()
@@ -203,7 +201,7 @@ class _Trainer(Generic[BatchType]):
                 check_weights(self.config.run, self.images, self.engine.module, self.world)
             ends = self.images >= self.config.images
             if stopping or ends or self._is_due(self.config.checkpoint.every):
-                self.checkpoints.save(self.images, self._state())
+                self.checkpoints.save(self.images, self._state(), must=stopping or ends)
             if stopping:
                 return Outcome(self.images, stopped=True)
         return Outcome(self.images, stopped=False)
@@ -349,8 +347,7 @@ class _Trainer(Generic[BatchType]):
             self.task.begin(self.engine.partition)
             self.ema.restart()
             # Fail now, not after hours, if a checkpoint cannot be written.
-            self.checkpoints.save(0, self._state())
-            self.checkpoints.wait()
+            self.checkpoints.save(0, self._state(), must=True)
             return
         self._take(restored)
         self.images = restored.images
