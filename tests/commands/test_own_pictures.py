@@ -15,7 +15,7 @@ pytestmark = pytest.mark.ranks
 ROOT = Path(__file__).parents[2]
 
 TOKENIZER = {
-    "size": 16,
+    "transform": {"size": 16},
     "images": 96,
     "data": {"lanes": 8, "shuffle_window": 8},
     "engine": {"precision": "fp32", "persistence_threshold": 0},

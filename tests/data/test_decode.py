@@ -100,7 +100,11 @@ def test_dct_scaling_is_a_smaller_picture_and_only_where_asked_for() -> None:
 
 def test_postscript_is_not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[object] = []
-    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *given: started.append(given))
+
+    def interpreter(*given: object) -> None:
+        started.append(given)
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", interpreter)
     with pytest.raises(BadSample, match="of no known kind"):
         decode_image(file_of(gradient(), "EPS"))
     assert started == []

@@ -159,5 +159,6 @@ class Holder(Config):
 
 
 def test_a_choice_by_kind() -> None:
+    assert load_config(Holder, overrides=["transform.size=32"]).transform == CenterCrop(size=32)
     config = load_config(Holder, overrides=["transform.kind=near_center", "transform.size=32"])
     assert config.transform == NearCenterCrop(size=32)

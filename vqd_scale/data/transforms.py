@@ -6,10 +6,10 @@ from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from torch.nn import functional
 
-from vqd_scale.core.config import Config
+from vqd_scale.core.config import Config, kind_or
 from vqd_scale.data.decode import Pixels
 
 
@@ -117,7 +117,12 @@ class RandomResizedCrop(Config):
         return fitted(pixels, self.size)
 
 
-Transform = Annotated[CenterCrop | NearCenterCrop | RandomResizedCrop, Field(discriminator="kind")]
+Transform = Annotated[
+    Annotated[CenterCrop, Tag("center")]
+    | Annotated[NearCenterCrop, Tag("near_center")]
+    | Annotated[RandomResizedCrop, Tag("random_resized")],
+    Discriminator(kind_or("center")),
+]
 """How a picture becomes the network's square."""
 
 

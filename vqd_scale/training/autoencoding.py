@@ -12,8 +12,9 @@ from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.world import World
 from vqd_scale.data.batch import ImageBatch
+from vqd_scale.data.decode import DecodeConfig
 from vqd_scale.data.samples import ImageSamples
-from vqd_scale.data.transforms import CenterCrop
+from vqd_scale.data.transforms import CenterCrop, Transform
 from vqd_scale.inference.bundle import save_tokenizer
 from vqd_scale.tokenizers.base import to_signal
 from vqd_scale.tokenizers.convolutions import ResidualBlock
@@ -41,8 +42,10 @@ class ReconstructionConfig(Config):
 class TokenizerTrainConfig(RunConfig):
     """Train a VQ tokenizer on image shards."""
 
-    size: PositiveInt = 256
-    """Pictures are fitted to a square of so many pixels."""
+    transform: Transform = CenterCrop()
+    """From a picture to a square."""
+    decode: DecodeConfig = DecodeConfig()
+    """How pictures are unpacked."""
     vqgan: VQGANConfig = VQGANConfig()
     reconstruction: ReconstructionConfig = ReconstructionConfig()
     codebook_start: NonNegativeInt = 10_000
@@ -96,11 +99,10 @@ class AutoencodingTask:
         self.units = (ResidualBlock,)
         torch.manual_seed(config.seed)
         self.vqgan = VQGAN(config.vqgan)
-        if config.size % self.vqgan.factor:
-            raise UserError(f"size: {config.size} is not a multiple of the factor {self.vqgan.factor}.")
-        self.pool_images = -(
-            -_LATENTS_PER_CODE * config.vqgan.codes // (config.size // self.vqgan.factor) ** 2
-        )
+        size = config.transform.size
+        if size % self.vqgan.factor:
+            raise UserError(f"transform.size: {size} is not a multiple of the factor {self.vqgan.factor}.")
+        self.pool_images = -(-_LATENTS_PER_CODE * config.vqgan.codes // (size // self.vqgan.factor) ** 2)
         if self.pool_images > config.codebook_start:
             raise UserError(
                 f"codebook_start: placing {config.vqgan.codes} codes takes the latents of {self.pool_images} "
@@ -115,7 +117,7 @@ class AutoencodingTask:
 
     def samples(self) -> ImageSamples:
         """Pictures."""
-        return ImageSamples(CenterCrop(size=self.config.size), captioned=False)
+        return ImageSamples(self.config.transform, decode=self.config.decode, captioned=False)
 
     def losses(self, forward: Forward, batch: ImageBatch, images: int) -> Losses:
         """Reconstruct, and move the codebook towards this batch's latents."""
