@@ -187,33 +187,33 @@ class RecordedNoise:
         monkeypatch.setattr(Noise, "gumbel", same)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_from_the_same_tokens_and_noise_every_step_is_that_of_diffusers(
-    sides: Sides, monkeypatch: pytest.MonkeyPatch, guidance: float
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle, theirs, _ = sides
     RecordedNoise(monkeypatch)
-    visited = [torch.full((16, SIDE * SIDE), CODES)]
+    # So many pictures that one token in ten thousand may differ in a step.
+    prompts = [*PROMPTS[:2], "a cat", "a hat"] * 40
+    count = len(prompts)
+    visited = [torch.full((count, SIDE * SIDE), CODES)]
 
     def visit(step: int, t: int, tokens: Tensor) -> None:
         del step, t
         visited.append(tokens.clone())
 
     expected = theirs(
-        [*PROMPTS[:2], "a cat", "a hat"] * 4,
+        prompts,
         num_inference_steps=STEPS,
-        guidance_scale=guidance,
+        guidance_scale=5.0,
         generator=torch.Generator().manual_seed(0),
         callback=visit,
         output_type="np",
     ).images
     pipe = TextToImage(bundle)
-    prompts = [*PROMPTS[:2], "a cat", "a hat"] * 4
-    predict = guided_pair(*pipe.predictions(conditions_of(bundle, prompts, None)), Constant(scale=guidance))
+    predict = guided_pair(*pipe.predictions(conditions_of(bundle, prompts, None)), Constant(scale=5.0))
     sampler = LegacyDiffusers(steps=STEPS)
     plan = sampler.plan(pipe.transition, STEPS - 1)
-    slots = picture_slots(0, 16)
-    equal, all = 0, 0
+    slots = picture_slots(0, count)
     for number, step in enumerate(plan):
         tokens = visited[number]
         moment = Moment(
@@ -221,17 +221,17 @@ def test_from_the_same_tokens_and_noise_every_step_is_that_of_diffusers(
             step,
             Noise(0, slots, SIDE * SIDE, number),
             free=torch.ones_like(tokens, dtype=torch.bool),
-            first_masks=torch.full((16,), SIDE * SIDE),
+            first_masks=torch.full((count,), SIDE * SIDE),
             first=STEPS - 1,
         )
         drawn = sampler.advance(tokens, predict(tokens, step.told), moment)
-        equal, all = equal + int((drawn == visited[number + 1]).sum()), all + drawn.numel()
+        equal = (drawn == visited[number + 1]).double().mean()
+        assert equal >= 0.9999, f"step {number}"
         # The steps are worth comparing: tokens are drawn, and not all are the same.
         assert number == 0 or (tokens != CODES).any()
     assert visited[-1].unique().numel() > CODES // 2
-    assert equal / all >= 0.9999, f"{all - equal} of {all} tokens differ"
 
-    pictures = pipe.draw(prompts, slots, sampler, guidance=Constant(scale=guidance))
+    pictures = pipe.draw(prompts, slots, sampler, guidance=Constant(scale=5.0))
     levels = torch.from_numpy(np.round(expected * 255)).permute(0, 3, 1, 2)
     same = (pictures.double() - levels).abs().amax((1, 2, 3)) <= 1
     # A single token that falls otherwise changes all that is drawn after it, in its own picture.
