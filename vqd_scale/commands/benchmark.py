@@ -9,12 +9,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vqd_scale.commands.benchmarks.checkpoint import benchmark_checkpoint
+from vqd_scale.commands.benchmarks.construction import benchmark_construction
+from vqd_scale.commands.benchmarks.loader import benchmark_loader
 from vqd_scale.commands.benchmarks.loss import benchmark_loss
+from vqd_scale.commands.benchmarks.sample import benchmark_sample
+from vqd_scale.commands.benchmarks.step import benchmark_step
 from vqd_scale.commands.entry import run_tool, tool_parser
 from vqd_scale.core.provenance import provenance
 from vqd_scale.core.store import publish_json
 
-BENCHMARKS: dict[str, Callable[[int], dict[str, Any]]] = {"loss": benchmark_loss}
+BENCHMARKS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "checkpoint": benchmark_checkpoint,
+    "construction": benchmark_construction,
+    "loader": benchmark_loader,
+    "loss": benchmark_loss,
+    "sample": benchmark_sample,
+    "step": benchmark_step,
+}
 """By name: rounds -> figures."""
 
 
