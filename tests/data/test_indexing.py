@@ -297,21 +297,22 @@ class FakeObject:
     def __init__(self, path: S3Path, size: int | None = None) -> None:
         self.size = self.path.stat().st_size
 
-    def read(self, begin: int, end: int) -> bytearray:
+    def read(self, begin: int, end: int) -> bytes:
         self.asked.append((begin, end))
-        return bytearray(self.path.read_bytes()[begin:end])
+        return self.path.read_bytes()[begin:end]
 
-    def pieces(self) -> Iterator[bytearray]:
-        whole = self.path.read_bytes()
+    @classmethod
+    def in_order(cls, path: S3Path) -> Iterator[bytes]:
+        whole = cls.path.read_bytes()
         for begin in range(0, len(whole), 5000):
-            yield bytearray(whole[begin : begin + 5000])
+            yield whole[begin : begin + 5000]
 
 
 @pytest.fixture
 def distant(monkeypatch: pytest.MonkeyPatch) -> type[FakeObject]:
     FakeObject.asked = []
     monkeypatch.setattr(tar_module, "S3Object", FakeObject)
-    monkeypatch.setattr(store, "S3Object", FakeObject)
+    monkeypatch.setattr(tar_module, "read_in_order", FakeObject.in_order)
     monkeypatch.setattr(tar_module, "LARGE_MEMBER", 3000)
     return FakeObject
 
