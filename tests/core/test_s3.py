@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from vqd_scale.core.config import Config, load_config
 from vqd_scale.core.endpoint import S3Endpoint
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.s3 import S3Path
+from vqd_scale.core.s3 import Blocks, S3Path
 from vqd_scale.core.store import Location, parse_location
 
 
@@ -63,3 +63,15 @@ def test_another_ending() -> None:
 def test_other_places_are_refused(text: str, allowed: str) -> None:
     with pytest.raises(UserError, match=rf"data: given .*{allowed.replace('?', '.')}"):
         load_config(Reads, overrides=[f"data={text}" if text else "data=''"])
+
+
+@given(st.lists(st.binary(min_size=1, max_size=9), max_size=6), st.data())
+def test_blocks_are_their_bytes_joined(parts: list[bytes], data: st.DataObject) -> None:
+    blocks, joined = Blocks(), b"".join(parts)
+    for part in parts:
+        blocks.append(part)
+    assert len(blocks) == len(joined)
+    assert b"".join(blocks) == joined
+    begin = data.draw(st.integers(0, len(joined)))
+    end = data.draw(st.integers(begin, len(joined)))
+    assert blocks.read(begin, end) == joined[begin:end]

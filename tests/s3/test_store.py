@@ -113,7 +113,8 @@ def test_writing_outlives_what_passes(
 ) -> None:
     monkeypatch.setattr(s3_module, "_PART_BYTES", PART)
     fault = Fault(kind)
-    failures = 1 if kind == "stall" else impatient.attempts - 1
+    # One attempt less than there could be: a busy machine may be silent by itself.
+    failures = 1 if kind == "stall" else impatient.attempts - 2
     for size in (1000, PART + 1000):
         for method in ("PUT", "POST"):
             proxy.follow(in_requests(method, range(failures), fault))

@@ -106,7 +106,7 @@ faults = st.builds(
 
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    plan=st.lists(faults, max_size=4),
+    plan=st.lists(faults, max_size=3),
     ranks=st.sampled_from([1, 2, 4]),
     begin=st.integers(0, 30),
     memory=st.sampled_from([(), ("shuffle_window=5000",)]),

@@ -27,6 +27,8 @@ Answer = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 _CONNECTIONS = 32
+_SLOWEST = 1 << 18
+"""Bytes a second below which sending counts as broken."""
 _PASSING_CODES = {"SlowDown", "RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
 _entropy = random.SystemRandom()
 
@@ -76,7 +78,11 @@ class S3Endpoint:
     async def call(self, operation: str, **arguments: object) -> Answer:
         """One attempt of one of S3's operations, by botocore's name for it."""
         client: Any = await self._filesystem().set_session()
-        return await getattr(client, operation)(**arguments)
+        body = arguments.get("Body", b"")
+        sent = len(body) if isinstance(body, bytes) else 0
+        # The client bounds connecting and receiving, but would send into a dead connection for ever.
+        longest = 2 * PATIENCE.silence + sent / _SLOWEST
+        return await asyncio.wait_for(getattr(client, operation)(**arguments), longest)
 
     def started(self, coroutine: Coroutine[Any, Any, Result]) -> "Future[Result]":
         """Run a coroutine that calls the store; the future has its result."""

@@ -4,16 +4,15 @@ A read is a GET of a range that insists on the version met first (``If-Match``),
 which goes on at the byte after the last one received when the connection breaks. Nothing short is given out.
 """
 
-import asyncio
 import base64
 import hashlib
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode
 
-from vqd_scale.core import endpoint
 from vqd_scale.core.endpoint import Answer, BrokenOffError, S3Endpoint, persistently
 from vqd_scale.core.errors import UserError
 
@@ -27,8 +26,6 @@ _RECEIVED_AT_ONCE = 1 << 18
 _PART_BYTES = 64 << 20
 _MOST_PARTS = 10_000
 _LISTED_AT_ONCE = 1000
-_SLOWEST = 1 << 18
-"""Bytes a second below which sending counts as broken."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +154,7 @@ class S3Object:
         self.size = size
         self._version: str | None = None
 
-    def read(self, begin: int, end: int) -> bytearray:
+    def read(self, begin: int, end: int) -> bytes:
         """Bytes ``begin`` to ``end - 1``, all of them.
 
         Raises:
@@ -165,41 +162,38 @@ class S3Object:
             UserError: The store cannot be reached or refuses; the object has another size than it must have,
                 or was replaced since it was met.
         """
-        return self.fetch(begin, end).result()
+        return self.fetch(begin, end).result().read(0, end - begin)
 
-    def fetch(self, begin: int, end: int) -> "Future[bytearray]":
+    def fetch(self, begin: int, end: int) -> "Future[Blocks]":
         """Start to `read`; the future gives or raises what it would."""
         return self.path.endpoint.started(self._fetched(begin, end))
 
-    def pieces(self) -> Iterator[bytearray]:
+    def blocks(self) -> Iterator[bytes]:
         """All bytes in order, read ahead; raises what `read` raises."""
-        ahead: list[Future[bytearray]] = []
+        ahead: list[Future[Blocks]] = []
         for begin in range(0, self.size, PIECE_BYTES):
             ahead.append(self.fetch(begin, min(begin + PIECE_BYTES, self.size)))
             if len(ahead) > PIECES_AHEAD:
-                yield ahead.pop(0).result()
-        for piece in ahead:
-            yield piece.result()
+                yield from ahead.pop(0).result()
+        while ahead:
+            yield from ahead.pop(0).result()
 
-    async def _fetched(self, begin: int, end: int) -> bytearray:
-        content = bytearray(end - begin)
-        received = 0
+    async def _fetched(self, begin: int, end: int) -> "Blocks":
+        received = Blocks()
 
         async def receive() -> None:
-            nonlocal received
-            first = begin + received
+            first = begin + len(received)
             answer = await self._asked(first, end)
             async with answer["Body"] as body:
                 self._check(answer, f"bytes {first}-{end - 1}/{self.size}")
-                while chunk := await body.read(min(_RECEIVED_AT_ONCE, len(content) - received)):
-                    content[received : received + len(chunk)] = chunk
-                    received += len(chunk)
-            if received < len(content):
-                raise BrokenOffError(f"the answer ended after {received} of {len(content)} bytes")
+                while block := await body.read(min(_RECEIVED_AT_ONCE, end - begin - len(received))):
+                    received.append(block)
+            if len(received) < end - begin:
+                raise BrokenOffError(f"the answer ended after {len(received)} of {end - begin} bytes")
 
         if end > begin:
-            await persistently(self.path, "read", receive, lambda: received)
-        return content
+            await persistently(self.path, "read", receive, received.__len__)
+        return received
 
     async def _asked(self, begin: int, end: int) -> Answer:
         condition = {} if self._version is None else {"IfMatch": self._version}
@@ -219,6 +213,35 @@ class S3Object:
         # Two first requests at once had no version to insist on.
         if self._version != answer["ETag"]:
             raise UserError(f"{self.path}: was replaced while it was read; start again.")
+
+
+class Blocks:
+    """Bytes in the blocks in which they were received: joining them would touch all of them once more."""
+
+    def __init__(self) -> None:
+        self._blocks: list[bytes] = []
+        self._starts: list[int] = []
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._blocks)
+
+    def append(self, block: bytes) -> None:
+        """Add what was received next."""
+        self._starts.append(self._length)
+        self._blocks.append(block)
+        self._length += len(block)
+
+    def read(self, begin: int, end: int) -> bytes:
+        """Bytes ``begin`` to ``end - 1`` of them all."""
+        first, last = max(0, bisect_right(self._starts, begin) - 1), bisect_left(self._starts, end)
+        return b"".join(
+            block[max(0, begin - start) : end - start]
+            for block, start in zip(self._blocks[first:last], self._starts[first:last], strict=True)
+        )
 
 
 def write_object(path: S3Path, file: Path) -> None:
@@ -314,15 +337,7 @@ async def _complete(path: S3Path, upload: dict[str, str], parts: list[dict[str, 
 
 
 async def _called(path: S3Path, deed: str, operation: str, **arguments: object) -> Answer:
-    body = arguments.get("Body", b"")
-    sent = len(body) if isinstance(body, bytes) else 0
-
-    async def call() -> Answer:
-        # The client bounds connecting and receiving, but would send into a dead connection for ever.
-        longest = 2 * endpoint.PATIENCE.silence + sent / _SLOWEST
-        return await asyncio.wait_for(path.endpoint.call(operation, **arguments), longest)
-
-    return await persistently(path, deed, call)
+    return await persistently(path, deed, lambda: path.endpoint.call(operation, **arguments))
 
 
 def _place(path: S3Path) -> dict[str, str]:

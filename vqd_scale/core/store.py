@@ -179,7 +179,7 @@ def file_sizes(folder: Location) -> dict[str, int]:
     return sizes
 
 
-def read_in_order(path: Location) -> Iterator[bytes | bytearray]:
+def read_in_order(path: Location) -> Iterator[bytes]:
     """A file's bytes from the first to the last, in blocks of any length.
 
     Raises:
@@ -187,7 +187,7 @@ def read_in_order(path: Location) -> Iterator[bytes | bytearray]:
         UserError: The store cannot be reached or refuses.
     """
     if isinstance(path, S3Path):
-        yield from S3Object(path).pieces()
+        yield from S3Object(path).blocks()
         return
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.s3 import PIECE_BYTES, S3Object, S3Path
+from vqd_scale.core.s3 import PIECE_BYTES, PIECES_AHEAD, Blocks, S3Object, S3Path
 from vqd_scale.data.cache import CacheConfig, ShardCache
 from vqd_scale.data.index import Shard, ShardSet
 
@@ -90,7 +90,10 @@ class Reading:
     @classmethod
     def in_order(cls, shard: Shard) -> "Reading":
         """For a shard that is read once, from its first sample to its last."""
-        return cls(Tempo(max(1, PIECE_BYTES * shard.count // max(1, shard.size)), 2), ReadingConfig())
+        samples = max(1, PIECE_BYTES * shard.count // max(1, shard.size))
+        # What was read is let go early: memory that was used before is much faster than fresh memory.
+        memory = ReadingConfig(buffer_megabytes=(PIECES_AHEAD + 2) * PIECE_BYTES >> 20)
+        return cls(Tempo(samples, PIECES_AHEAD), memory)
 
     @classmethod
     def in_lanes(cls, shards: ShardSet, lanes: int, window: int, config: ReadingConfig) -> "Reading":
@@ -182,13 +185,13 @@ class _InPieces:
         number = sample // self._samples
         start = self._begins[number]
         try:
-            return bytes(memoryview(self._piece(number).result())[begin - start : end - start])
+            return self._piece(number).result().read(begin - start, end - start)
         except FileNotFoundError:
             raise UserError(
                 f"{self._content.path}: missing, although the set's index lists it; make the set again."
             ) from None
 
-    def _piece(self, number: int) -> "Future[bytearray]":
+    def _piece(self, number: int) -> "Future[Blocks]":
         begin, end = self._begins[number], self._ends[number]
         key = self._content.path, number
         return self._pieces.get(key, end - begin, lambda: self._content.fetch(begin, end))
@@ -199,11 +202,11 @@ class _Pieces:
 
     def __init__(self, capacity: int) -> None:
         self._free = capacity
-        self._kept: OrderedDict[tuple[S3Path, int], tuple[int, Future[bytearray]]] = OrderedDict()
+        self._kept: OrderedDict[tuple[S3Path, int], tuple[int, Future[Blocks]]] = OrderedDict()
 
     def get(
-        self, key: tuple[S3Path, int], size: int, fetch: "Callable[[], Future[bytearray]]"
-    ) -> "Future[bytearray]":
+        self, key: tuple[S3Path, int], size: int, fetch: "Callable[[], Future[Blocks]]"
+    ) -> "Future[Blocks]":
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key][1]

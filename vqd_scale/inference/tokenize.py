@@ -53,10 +53,10 @@ class EncodingConfig(Config):
 class TokenizeConfig(Config):
     """From which pictures to which tokens."""
 
-    images: Path
-    """Folder of image shards."""
-    out: Path
-    """Folder for the token shards; shards that are done are not done again."""
+    images: Location
+    """Folder of image shards, here or in S3."""
+    out: Location
+    """Folder for the token shards, here or in S3; shards that are done are not done again."""
     tokenizer: Path
     """The tokenizer's bundle."""
     size: PositiveInt = 256

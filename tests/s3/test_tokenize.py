@@ -1,0 +1,61 @@
+"""Image shards in S3 become the very token shards in S3 that they become on a disk."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.inference.test_tokenize import SHAPE, pictures
+from tests.s3.proxy import Fault, FaultProxy, in_turn
+from vqd_scale.commands.tokenize_shards import main
+from vqd_scale.core.endpoint import Patience
+from vqd_scale.core.s3 import S3Path
+from vqd_scale.core.store import Location, file_sizes
+from vqd_scale.data.shards import KEY, ShardRecipe, write_shard_set
+from vqd_scale.inference.bundle import save_tokenizer
+from vqd_scale.tokenizers.vqgan import VQGAN
+
+pytestmark = pytest.mark.s3
+
+
+def tokenize(images: Location, out: Location, folder: Path) -> None:
+    file = folder / "tokenize.yaml"
+    file.write_text("size: 16\nbatch: 4\ncaptions: {context_length: 8, merges: 300}\n")
+    main([str(file), f"images={images}", f"out={out}", f"tokenizer={folder / 'tokenizer'}"])
+
+
+def test_from_there_to_there_as_from_here_to_here(
+    folder: S3Path, proxy: FaultProxy, impatient: Patience, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    vqgan = VQGAN(SHAPE)
+    vqgan.quantize.embedding.copy_(torch.randn(9, 4) * 0.1)
+    save_tokenizer(tmp_path / "tokenizer", SHAPE, vqgan.state_dict())
+    recipes = [
+        ShardRecipe("000000.tar", 5, lambda: pictures(0, 5)),
+        ShardRecipe("000001.tar", 3, lambda: [*pictures(5, 2), {KEY: "bad", "png": b"no", "txt": "?"}]),
+    ]
+    for place in (tmp_path, folder):
+        write_shard_set(place / "images", {"kind": "images"}, recipes, "images")
+    tokenize(tmp_path / "images", tmp_path / "tokens", tmp_path)
+    proxy.follow(in_turn([Fault("500"), Fault("reset", 900), Fault("truncate", 100)], ending=".tar"))
+    tokenize(proxy.to(folder / "images"), folder / "tokens", tmp_path)
+    assert {"500", "reset", "truncate"} <= set(proxy.faults)
+    here, there = tmp_path / "tokens", folder / "tokens"
+    names = file_sizes(here).keys()
+    assert {"000000.tar", "000000.npz", "index.json", "quarantine.jsonl"} <= names
+    assert names == file_sizes(there).keys()
+    for name in names:
+        assert (there / name).read_bytes() == (here / name).read_bytes()
+    before = modified(there)
+    tokenize(folder / "images", there, tmp_path)
+    done = {name: time for name, time in before.items() if name.endswith(".tar")}
+    assert done.items() <= modified(there).items()
+
+
+def modified(folder: S3Path) -> dict[str, object]:
+    """When each object of a folder was written."""
+    listing = folder.endpoint.waited(
+        folder.endpoint.call("list_objects_v2", Bucket=folder.bucket, Prefix=folder.key + "/")
+    )
+    return {Path(entry["Key"]).name: entry["LastModified"] for entry in listing["Contents"]}
