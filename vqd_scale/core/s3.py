@@ -18,7 +18,7 @@ from vqd_scale.core.errors import UserError
 
 SCHEME = "s3://"
 
-PIECE_BYTES = 16 << 20
+PIECE_BYTES = 32 << 20
 """What is read in order is read in requests of so many bytes, `PIECES_AHEAD` of them at once."""
 PIECES_AHEAD = 2
 
