@@ -43,10 +43,10 @@ def test_what_is_read_ahead_fits_into_memory(mean: int, lanes: int, window: int,
 
 def test_pieces_are_large_where_lanes_are_few_and_single_samples_where_they_are_many() -> None:
     tokens = set_at(S3Path("bucket", "set"), (10_000,) * 4, 6000)
-    pictures = set_at(S3Path("bucket", "set"), (10_000,) * 4, 100_000)
+    pictures = set_at(S3Path("bucket", "set"), (10_000,) * 4, 300_000)
     config = ReadingConfig()
     assert Reading.in_lanes(tokens, 16, 256, config).tempo.samples == 256
-    assert Reading.in_lanes(pictures, 2, 256, config).tempo.samples == PIECE_BYTES // 100_000
+    assert Reading.in_lanes(pictures, 2, 256, config).tempo.samples == PIECE_BYTES // 300_000
     assert Reading.in_lanes(pictures, 128, 256, config).tempo.samples == 1
 
 
