@@ -7,7 +7,7 @@ REQUEUE_EXIT_CODE = 75
 """Exit code of a run that was asked to stop and saved itself: start it again and it goes on (EX_TEMPFAIL)."""
 
 HUNG_EXIT_CODE = 76
-"""Exit code of a run in which nothing happened any more: started again it goes on from its last checkpoint."""
+"""Exit code of a run in which nothing happened any more; started again it goes on from its last save."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """What asks a run to save and leave."""

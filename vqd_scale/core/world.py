@@ -95,7 +95,7 @@ def leave_world() -> None:
 
 
 def computes_bfloat16() -> bool:
-    """Whether this machine's processor multiplies bfloat16 in hardware, which is then several times faster."""
+    """Whether this machine's processor multiplies bfloat16 in hardware, several times faster than else."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
