@@ -71,11 +71,10 @@ class ShardCache:
             # Whoever began it is dead: its lock is ours.
             partial.unlink(missing_ok=True)
             kept: list[tuple[float, int, Path]] = []
-            for file in self.folder.glob(f"*{_SUFFIX}*"):
-                # Whoever publishes meanwhile renames.
-                with suppress(FileNotFoundError):
-                    state = file.stat()
-                    kept.append((state.st_mtime, state.st_size, file))
+            for published_file in self._names():
+                state = _state_of(published_file)
+                if state is not None:
+                    kept.append(state)
             free = self.capacity - sum(file_size for _, file_size, _ in kept)
             for _, file_size, file in sorted(kept):
                 if free < size and self._deleted(file):
@@ -85,6 +84,15 @@ class ShardCache:
             with partial.open("wb") as file:
                 file.truncate(size)
             return True
+
+    def _names(self) -> set[Path]:
+        """The shards that are kept or being fetched, by the paths at which they are or will be published.
+
+        Whoever publishes meanwhile renames, and one listing may then show neither name. Each is renamed once
+        and begun only under the lock of room, so of two listings one at least shows it.
+        """
+        listings = [*self.folder.glob(f"*{_SUFFIX}*")], [*self.folder.glob(f"*{_SUFFIX}*")]
+        return {file.with_name(file.name.removesuffix(PARTIAL)) for listing in listings for file in listing}
 
     def _deleted(self, file: Path) -> bool:
         """Delete a file, unless somebody reads it or is fetching it; whether that was done."""
@@ -97,6 +105,16 @@ class ShardCache:
 
     def _lock_of(self, path: Path) -> Path:
         return self.folder / f"lock-{int(path.name[:8], 16) % _LOCKS:02d}"
+
+
+def _state_of(path: Path) -> tuple[float, int, Path] | None:
+    """Time of last use, bytes and name of a shard that is kept, or of its part that is being fetched."""
+    # The part first: once it has its final name it keeps it.
+    for file in (path.with_name(path.name + PARTIAL), path):
+        with suppress(FileNotFoundError):
+            state = file.stat()
+            return state.st_mtime, state.st_size, file
+    return None
 
 
 def _fetch(shard: Shard, path: Path) -> None:
