@@ -5,6 +5,7 @@ was cut ends early and nobody is told, the order has no cursor, and an epoch has
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -18,7 +19,7 @@ PlainBatch = tuple[list[str], UInt8[NDArray[np.uint8], "batch height width 3"], 
 """Keys, pictures and captions."""
 
 
-def plain_batches(tars: Sequence[str], size: int, batch: int) -> Iterator[PlainBatch]:
+def plain_batches(tars: Sequence[Path], size: int, batch: int) -> Iterator[PlainBatch]:
     """Decode with Pillow, resize the short side, cut the centre, put together: what webdataset's manual does.
 
     Args:
@@ -31,6 +32,8 @@ def plain_batches(tars: Sequence[str], size: int, batch: int) -> Iterator[PlainB
     def pixels(image: Image.Image) -> NDArray[np.uint8]:
         return np.asarray(fit(image))
 
-    samples = WebDataset(list(tars), shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", "txt")
+    # webdataset runs what follows `pipe:` in a shell; nothing that begins with a slash is taken for a scheme.
+    files = [str(path.absolute()) for path in tars]
+    samples = WebDataset(files, shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", "txt")
     batches = samples.map_tuple(str, pixels, str).batched(batch)
     yield from cast("Iterable[PlainBatch]", batches)

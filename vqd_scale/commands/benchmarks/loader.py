@@ -104,7 +104,7 @@ def alternative(problem: PictureProblem) -> Side:
     """The ordinary pipeline of webdataset with Pillow, in this process."""
 
     def batches(folder: Path) -> Iterator[tuple[list[str], NDArray[np.uint8]]]:
-        tars = sorted(str(path) for path in folder.glob("*.tar"))
+        tars = sorted(folder.glob("*.tar"))
         for keys, pictures, _ in plain_batches(tars, problem.size, problem.batch):
             yield keys, pictures
 
