@@ -144,3 +144,17 @@ def test_sha256_of_files_around_the_block_size(tmp_path: Path, size: int) -> Non
     path = tmp_path / "file"
     path.write_bytes(b"x" * size)
     assert sha256_of(path) == hashlib.sha256(b"x" * size).hexdigest()
+
+
+def test_a_folder_may_be_renamed_as_soon_as_its_file_appears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = Path.replace
+
+    def and_rename_the_folder(self: Path, target: Path) -> Path:
+        replace(self, target)
+        return self.parent.rename(tmp_path / "final")
+
+    monkeypatch.setattr(Path, "replace", and_rename_the_folder)
+    publish_text(tmp_path / "partial" / "file", "whole")
+    assert (tmp_path / "final" / "file").read_text() == "whole"

@@ -1,8 +1,9 @@
 """Ranks that are threads of the test: what several ranks agree on, without starting processes."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,16 @@ from vqd_scale.core.world import World
 from vqd_scale.training.partition import Partition
 
 Result = TypeVar("Result")
+
+_GENERATOR = threading.Lock()
+
+
+@contextmanager
+def own_seed(seed: int) -> Generator[None]:
+    """Draw from torch's generator, which all threads share, as if this one were alone."""
+    with _GENERATOR:
+        torch.manual_seed(seed)
+        yield
 
 
 class _Meeting:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests.training.ranks import on_ranks, partition_of
+from tests.training.ranks import on_ranks, own_seed, partition_of
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.store import PARTIAL
 from vqd_scale.core.world import World
@@ -22,8 +22,8 @@ RANKS = 2
 
 
 def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    with own_seed(0):
+        return nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
 
 
 def checkpoints_of(folder: Path, world: World, config: CheckpointConfig | None = None) -> Checkpoints:

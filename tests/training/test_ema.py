@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.training.ranks import on_ranks, partition_of
+from tests.training.ranks import on_ranks, own_seed, partition_of
 from vqd_scale.core.world import World
 from vqd_scale.training.ema import EMA, EMAConfig
 from vqd_scale.training.pictures import whole_parameters
@@ -12,8 +12,8 @@ STEPS, BATCH = 100, 8
 
 
 def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
+    with own_seed(0):
+        return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
 
 
 def moved(value: Tensor, step: int) -> Tensor:

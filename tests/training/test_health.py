@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.training.ranks import on_ranks
+from tests.training.ranks import on_ranks, own_seed
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.stop import HUNG_EXIT_CODE
 from vqd_scale.core.world import World
@@ -120,8 +120,8 @@ def test_the_guard_resumes_as_if_it_had_never_stopped() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_flipped_bit_of_one_rank_is_found_and_named(dtype: torch.dtype) -> None:
     def run(world: World, flip: bool) -> None:
-        torch.manual_seed(0)
-        network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(dtype)
+        with own_seed(0):
+            network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(dtype)
         if flip and world.rank == 1:
             bits = list(network.parameters())[2].detach().view(torch.int16)
             bits.flatten()[0] ^= 1

@@ -1,15 +1,15 @@
 import torch
 from torch import nn
 
-from tests.training.ranks import on_ranks, partition_of
+from tests.training.ranks import on_ranks, own_seed, partition_of
 from vqd_scale.core.world import World
 from vqd_scale.training.pictures import whole_parameters
 
 
 def test_whole_parameters_are_those_that_were_cut() -> None:
     def network() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+        with own_seed(0):
+            return nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
 
     def run(world: World) -> dict[str, torch.Tensor]:
         partition = partition_of(network(), world)

@@ -69,8 +69,9 @@ def published(path: Location) -> Generator[Path]:
         try:
             yield partial
             sync_to_disk(partial)
-            partial.replace(path)
-            sync_to_disk(path.parent)
+            # Whoever waits for the file may rename its folder as soon as it appears.
+            with _synced_after(path.parent):
+                partial.replace(path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
@@ -204,8 +205,16 @@ def sha256_of(path: Location) -> str:
 
 def sync_to_disk(path: Path) -> None:
     """Make a file's bytes, or a folder's entries, survive a power cut."""
+    with _synced_after(path):
+        pass
+
+
+@contextmanager
+def _synced_after(path: Path) -> Generator[None]:
+    """Do something, then `sync_to_disk` what was at ``path`` before, under whatever name it is by then."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        yield
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
