@@ -26,10 +26,10 @@ demo: setup ## shards -> tokenizer -> tokens -> training -> pictures -> score; F
 	$(BIN)/python tools/demo.py $(if $(FAST),--fast)
 
 test: setup ## every test that needs no GPU and no long run
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long and not gpu and not s3" --ignore tests/gpu -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long and not gpu and not s3" -n 2 --dist loadfile
 
 test-all: setup ## the long tests as well
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not s3" --ignore tests/gpu -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not s3" -n 2 --dist loadfile
 
 test-s3: setup ## everything that reads or writes S3, with a real server and a proxy that fails
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/s3 -m s3 -rs

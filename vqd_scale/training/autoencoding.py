@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from vqd_scale.tokenizers.convolutions import ResidualBlock
 from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
 from vqd_scale.training.config import RunConfig
 from vqd_scale.training.partition import Partition
-from vqd_scale.training.task import Forward, Losses
+from vqd_scale.training.task import Forward, Losses, mean_of
 
 _POOL = "pool"
 _LATENTS_PER_CODE = 16
@@ -129,7 +129,7 @@ class AutoencodingTask:
             codebook.initialise(torch.cat(self.pool), self.config.seed)
             self.pool = []
         loss, squared, latents, ids = forward(pictures)
-        statistics = {"squared_error": _mean(squared, valid)}
+        statistics = {"squared_error": mean_of(squared, valid)}
         if self.module.quantised:
             per_picture = len(ids) // len(valid)
             kept = valid.repeat_interleave(per_picture)
@@ -143,7 +143,7 @@ class AutoencodingTask:
     def judged(self, forward: Forward, batch: ImageBatch) -> dict[str, Tensor]:
         """How far reconstructions are from the pictures."""
         _, squared, _, _ = forward(batch.images.to(self.world.device))
-        return {"squared_error": _mean(squared, batch.valid.to(self.world.device))}
+        return {"squared_error": mean_of(squared, batch.valid.to(self.world.device))}
 
     def stepped(self, images: int) -> None:
         """Look for dead codes when it is time."""
@@ -170,7 +170,3 @@ class AutoencodingTask:
             f"quantize.{name}": value.cpu() for name, value in self.vqgan.quantize.state_dict().items()
         }
         save_tokenizer(folder, self.config.vqgan, weights | codebook)
-
-
-def _mean(values: Float[Tensor, " batch"], valid: Tensor) -> Float[Tensor, " 2"]:
-    return torch.stack([torch.where(valid, values, 0.0).sum(), valid.sum()])
