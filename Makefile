@@ -10,7 +10,7 @@ UV := $(BIN)/uv pip
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-s3 chaos test-gpu lint types lock
+.PHONY: help setup demo test test-all test-s3 test-cluster chaos test-gpu lint types lock
 
 # What a machine happens to keep in local folders must not decide which versions are installed.
 unexport PIP_FIND_LINKS UV_FIND_LINKS
@@ -18,7 +18,7 @@ unexport PIP_FIND_LINKS UV_FIND_LINKS
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(DONE)/project $(DONE)/bytecode ## install the locked versions into .venv
 
@@ -26,13 +26,16 @@ demo: setup ## shards -> tokenizer -> tokens -> training -> pictures -> score; F
 	$(BIN)/python tools/demo.py $(if $(FAST),--fast)
 
 test: setup ## every test that needs no GPU and no long run
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long and not gpu and not s3" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long and not gpu and not s3 and not slurm" -n 2 --dist loadfile
 
 test-all: setup ## the long tests as well
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not s3" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not s3 and not slurm" -n 2 --dist loadfile
 
 test-s3: setup ## everything that reads or writes S3, with a real server and a proxy that fails
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/s3 -m s3 -rs
+
+test-cluster: setup ## jobs on a real Slurm of two nodes: trained, stopped, lost and started again
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm -m "slurm and not long" -rs
 
 chaos: setup ## a run on two ranks, ended twenty times at random moments, against one in peace
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/training/test_train.py -m long -k chaos -s
@@ -41,9 +44,10 @@ test-gpu: setup ## what needs a GPU: kernels against their slow twins, ZeRO-3 ov
 	$(BIN)/python -m pytest tests/gpu -m gpu
 	$(BIN)/python tools/benchmark.py step --json runs/benchmarks/step-gpu.json
 
-lint: setup ## formatting and lint rules
+lint: setup ## formatting and lint rules; shellcheck where it is installed
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	@if command -v shellcheck > /dev/null; then shellcheck -x slurm/*.sh; else echo "shellcheck: not installed"; fi
 
 types: setup ## pyright, strict
 	$(BIN)/pyright

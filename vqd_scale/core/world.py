@@ -10,9 +10,14 @@ import torch.distributed as distributed
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
+from vqd_scale.core.errors import UserError
+
 _PATIENCE = timedelta(hours=1)
 """How long a message between ranks may take before the library gives up: longer than any watchdog of ours,
 which says where each rank is."""
+
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0
+"""From here on Slurm numbers the steps that are no srun's: a job's script, an interactive shell."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,17 @@ def join_world() -> World:
     """Join the ranks that the launcher (torchrun, srun, or nobody) started; gloo on CPU, NCCL on GPU.
 
     Raises:
-        ValueError: A launcher named a world size but no rendezvous; torch says which variable is missing.
+        UserError: srun started several ranks and nobody said where they meet.
+        ValueError: Another launcher did not say so; torch says which variable is missing.
     """
     rank = _from_environment("RANK", "SLURM_PROCID", 0)
-    size = _from_environment("WORLD_SIZE", "SLURM_NTASKS", 1)
+    size = _from_environment("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
     local_rank = _from_environment("LOCAL_RANK", "SLURM_LOCALID", 0)
+    if size > 1 and "MASTER_ADDR" not in os.environ and _is_srun_task():
+        raise UserError(
+            "MASTER_ADDR is not set, so that the ranks cannot meet: `source slurm/env.sh` in the shell that "
+            "calls srun."
+        )
     for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", local_rank)):
         os.environ.setdefault(name, str(value))
     if torch.cuda.is_available():
@@ -101,4 +112,10 @@ def computes_bfloat16() -> bool:
 
 
 def _from_environment(torchrun: str, slurm: str, alone: int) -> int:
-    return int(os.environ.get(torchrun, os.environ.get(slurm, alone)))
+    return int(os.environ.get(torchrun, os.environ.get(slurm, alone) if _is_srun_task() else alone))
+
+
+def _is_srun_task() -> bool:
+    """Whether srun started this process; a job's script and an interactive shell have its other variables."""
+    step = os.environ.get("SLURM_STEP_ID", "")
+    return step.isdigit() and int(step) < _FIRST_SPECIAL_STEP

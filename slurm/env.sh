@@ -1,0 +1,32 @@
+# shellcheck shell=bash
+# The environment of every rank: what a site may want to change once, for all jobs. Sourced by slurm/job.sh; in
+# the shell of an `salloc`, `source slurm/env.sh` before `srun python tools/train.py …`.
+#
+# Whatever is set already is kept, so that `sbatch --export=ALL,PYTHON=… slurm/train_f.sh` works as well.
+
+# The python of `make setup`. Modules that it needs (a compiler, CUDA) are loaded here: module load …
+export PYTHON=${PYTHON:-.venv/bin/python}
+
+# Where the ranks meet: the first of the job's nodes, at a port of the job's own below the ephemeral ones.
+if [ -n "${SLURM_JOB_ID:-}" ]; then
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+    export MASTER_ADDR MASTER_PORT
+fi
+
+# A rank's threads: the cores that Slurm gave it, where --cpus-per-task says so.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+# srun of Slurm 22.05 and later does not take it over from sbatch.
+[ -n "${SLURM_CPUS_PER_TASK:-}" ] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+
+# NCCL chooses well on most clusters. Name the device of the fast network where it takes a slow one:
+#   export NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5
+# and see what it chose with NCCL_DEBUG=INFO.
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# After an error of the network ranks end instead of waiting; `health.hang_seconds` ends what waits silently.
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+# Which collective each rank was in is kept for the stacks' reader, and costs nothing measurable.
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
+
+# Compute nodes often cannot reach the internet.
+export WANDB_MODE=${WANDB_MODE:-offline} HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}

@@ -1,0 +1,85 @@
+# shellcheck shell=bash
+# What the jobs of this folder share: `stage` runs a tool on all ranks, and starts the job again where that helps.
+# Sourced after the #SBATCH lines and settings, with the script's own arguments; `--dry-run` as the first shows
+# what would run, without Slurm.
+set -euo pipefail
+
+DRY_RUN=
+if [ "${1:-}" = --dry-run ]; then
+    DRY_RUN=yes
+    shift
+elif [ -z "${SLURM_JOB_ID:-}" ]; then
+    echo "this is a job: sbatch $0, or bash $0 --dry-run to see what would run" >&2
+    exit 2
+fi
+if [ ! -f tools/train.py ]; then
+    echo "submit from the project's top folder, where tools/ and configs/ are" >&2
+    exit 2
+fi
+
+source slurm/env.sh
+
+# How often the job may be started again, whatever for: a time limit, a hang, a lost node.
+MAX_REQUEUES=${MAX_REQUEUES:-20}
+LOGS=${LOGS:-slurm/logs}
+
+# stage NAME TOOL ARGUMENT...
+# A stage that was finished by an earlier start of this job is not started again.
+stage() {
+    local name=$1
+    shift
+    local job=${SLURM_JOB_ID:-JOB}
+    if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
+        job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    fi
+    local logs=$LOGS/$job starts=${SLURM_RESTART_COUNT:-0}
+    local ends=$logs/$name-ends-$starts
+    local command=(srun --kill-on-bad-exit=1 --open-mode=append "--output=$logs/$name-rank-%t.log"
+        bash slurm/rank.sh "$ends" "$PYTHON" "$@")
+    if [ -n "$DRY_RUN" ]; then
+        printf '%q ' "${command[@]}"
+        echo
+        return
+    fi
+    if [ -e "$logs/$name.done" ]; then
+        echo "$name: done by an earlier start of this job"
+        return
+    fi
+    mkdir -p "$ends"
+    echo "$(date +%FT%T) $name: start $((starts + 1)) of at most $((MAX_REQUEUES + 1)) on $SLURM_JOB_NODELIST," \
+        "$SLURM_NTASKS ranks; their logs are $logs/$name-rank-*.log"
+    local status=0
+    "${command[@]}" || status=$?
+    if [ "$status" -eq 0 ]; then
+        touch "$logs/$name.done"
+        echo "$(date +%FT%T) $name: done"
+        return
+    fi
+    again "$name" "$status" "$logs" "$ends"
+}
+
+# again NAME STATUS LOGS ENDS: ask for another start of the job, or leave.
+again() {
+    local name=$1 status=$2 logs=$3 ends=$4 mistaken
+    # A mistake that one sentence names (exit code 2) would be made again.
+    mistaken=$(grep -lx 2 "$ends"/* 2> /dev/null | sort -V | head -n 1) || true
+    if [ -n "$mistaken" ]; then
+        echo "$name: $(tail -n 1 "$logs/$name-rank-${mistaken##*/}.log")" >&2
+        exit 2
+    fi
+    # 75: all ranks saved after a signal; 76: a rank hung; else a rank, or what it ran on, was lost.
+    if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_REQUEUES" ]; then
+        echo "$name: ended with exit code $status after all $MAX_REQUEUES restarts that MAX_REQUEUES allows;" \
+            "look at $logs, then submit it again: it goes on from its newest checkpoint." >&2
+        exit "$status"
+    fi
+    echo "$(date +%FT%T) $name: ended with exit code $status; the job is queued again"
+    if ! scontrol requeue "$SLURM_JOB_ID"; then
+        echo "$name: Slurm refuses to queue this job again; submit it again: it goes on from its newest" \
+            "checkpoint." >&2
+        exit "$status"
+    fi
+    # Slurm ends this script in a moment; to leave first would end the job.
+    sleep 300
+    exit "$status"
+}

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# B on COCO:  sbatch slurm/train_b.sh [a.b=value ...]      bash slurm/train_b.sh --dry-run
+#SBATCH --job-name=vqd-b
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR2@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm/logs/%x-%j.log
+# More that a site may need: --partition, --account, --qos, --exclusive. On a preemptible partition ranks have its
+# GraceTime to save.
+
+CONFIG=${CONFIG:-configs/published/coco.yaml}
+MAX_REQUEUES=${MAX_REQUEUES:-20}
+
+source slurm/job.sh
+stage train tools/train.py "$CONFIG" "$@"

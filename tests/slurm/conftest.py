@@ -1,0 +1,130 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, missing, slurm_cluster
+from tests.slurm.recipe import write_recipe
+from vqd_scale.training.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+ONE_RANK_PER_NODE = ("--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=1", "--time=10")
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Generator[Cluster]:
+    """A real Slurm of two nodes."""
+    if reason := missing():
+        pytest.skip(reason)
+    with slurm_cluster(nodes=2) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded set's shards, tokenizer and tokens."""
+    if reason := missing():
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("embedded")
+    done = subprocess.run(
+        [sys.executable, "tests/slurm/embedded.py", str(folder)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def by_torchrun(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of F's two runs as torchrun makes them on this machine, never disturbed."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    write_recipe(folder, embedded, folder / "runs")
+    for stage in ("pretrain", "finetune"):
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+                *("--master-port", "29417", "tools/train.py", str(folder / f"{stage}.yaml")),
+            ],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    return folder / "runs"
+
+
+@dataclass
+class Submitted:
+    """A job of one of the scripts in ``slurm/``.
+
+    Attributes:
+        cluster: Where it is.
+        number: The job's.
+        folder: Of its configurations, runs and logs.
+    """
+
+    cluster: Cluster
+    number: str
+    folder: Path
+
+    @property
+    def log(self) -> str:
+        """What the job's script said, over all of its starts."""
+        return (self.folder / "job.log").read_text()
+
+    def rank_log(self, stage: str, rank: int) -> str:
+        """What a rank said."""
+        return (self.folder / "logs" / self.number / f"{stage}-rank-{rank}.log").read_text()
+
+    def run(self, stage: str) -> Path:
+        """A stage's run folder."""
+        return self.folder / "runs" / stage
+
+    def losses(self, stage: str) -> list[float]:
+        """Of a stage, up to now."""
+        return losses(self.run(stage))
+
+    def until_steps(self, stage: str, steps: int) -> None:
+        """Wait until a stage has made so many steps."""
+        self.cluster.until(
+            lambda: len(self.losses(stage)) >= steps or self.cluster.job(self.number).has_ended,
+            why=f"{steps} steps of {stage}",
+        )
+
+
+def losses(run: Path) -> list[float]:
+    """A run's trace; every step of these runs writes a row."""
+    return [row["loss"] for row in read_metrics(run / "metrics.jsonl")]
+
+
+Submit = Callable[..., Submitted]
+
+
+@pytest.fixture
+def submit(cluster: Cluster, embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Submit:
+    """Submit one of the scripts on two nodes, with the small configurations; options come before ``--``."""
+    monkeypatch.chdir(ROOT)
+
+    def call(script: str, *arguments: str, options: tuple[str, ...] = (), **variables: str) -> Submitted:
+        write_recipe(tmp_path, embedded, tmp_path / "runs")
+        settings = {
+            "CONFIGS": str(tmp_path),
+            "CONFIG": str(tmp_path / "pretrain.yaml"),
+            "LOGS": str(tmp_path / "logs"),
+            "PYTHON": sys.executable,
+        }
+        given = ["--nodes=2", *ONE_RANK_PER_NODE, f"--output={tmp_path / 'job.log'}", *options]
+        number = cluster.submit(*given, f"slurm/{script}", *arguments, **settings | variables)
+        return Submitted(cluster, number, tmp_path)
+
+    return call

@@ -1,0 +1,56 @@
+"""The embedded set, a tokenizer of it, and its tokens.
+
+A program, since what it calls takes a while to import and is best not imported into the tests' own process:
+
+    python tests/slurm/embedded.py FOLDER
+"""
+
+import sys
+from pathlib import Path
+
+from tests.slurm.recipe import CAPTIONS, written
+from vqd_scale.commands import make_shards, tokenize_shards, train_tokenizer
+
+CODES, SIDE = 32, 32
+
+TOKENIZER = {
+    "images": 320,
+    "transform": {"size": SIDE},
+    "engine": {"precision": "fp32", "zero": {"stage": 1}},
+    "vqgan": {
+        "codes": CODES,
+        "code_width": 8,
+        "channels": 16,
+        "multipliers": [1],
+        "residual_blocks": 1,
+        "patch": 8,
+        "norm": "none",
+    },
+    "codebook_start": 64,
+    "revival": 32,
+    "optim": {"lr": 1e-3, "warmup": 64},
+    "ema": {"half_life": 64},
+}
+
+
+def write_embedded(folder: Path) -> None:
+    """Shards, a tokenizer, and tokens of both parts."""
+    shards, tokenizer = folder / "shards", folder / "tokenizer"
+    sizes = ["train_samples=256", "held_out_samples=96", "shard_size=32", f"image_size={SIDE}"]
+    make_shards.main(["shapes", str(shards), *sizes])
+    data = {"path": str(shards / "train"), "lanes": 16, "shuffle_window": 32}
+    path = written(folder / "tokenizer.yaml", TOKENIZER | {"run": str(tokenizer), "data": data})
+    train_tokenizer.main([str(path)])
+    for part in ("train", "held_out"):
+        values = {
+            "images": str(shards / part),
+            "out": str(folder / "tokens" / part),
+            "tokenizer": str(tokenizer / "export"),
+            "size": SIDE,
+            "captions": CAPTIONS,
+        }
+        tokenize_shards.main([str(written(folder / f"tokenize-{part}.yaml", values))])
+
+
+if __name__ == "__main__":
+    write_embedded(Path(sys.argv[1]))

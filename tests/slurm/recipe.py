@@ -1,0 +1,50 @@
+"""Two training configurations of F's shape over the embedded set, small enough for seconds."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CAPTIONS = {"context_length": 16, "merges": 300}
+IMAGES = 320
+"""Of each stage's training."""
+
+TRAINING = {
+    "images": IMAGES,
+    "engine": {"precision": "fp32", "persistence_threshold": 0},
+    "denoiser": {
+        "width": 16,
+        "layers": 2,
+        "heads": 2,
+        "initial_deviation": 0.2,
+        "condition": {"kind": "text", "width": 16},
+    },
+    "text": {"kind": "tower", "width": 16, "heads": 2, "layers": 1, **CAPTIONS},
+    "diffusion": {"kind": "paper", "steps": 10},
+    "times": {"kind": "importance", "warm_up": 2},
+    "caption_dropout": 0.1,
+    "optim": {"lr": 1e-3, "warmup": 32, "schedule": {"kind": "cooldown", "share": 0.2}},
+    "ema": {"half_life": 64},
+    "checkpoint": {"every": 40},
+    "log": {"every": 8},
+    "health": {"hang_seconds": 120.0},
+}
+
+
+def write_recipe(folder: Path, embedded: Path, runs: Path) -> None:
+    """The two stages as ``pretrain.yaml`` and ``finetune.yaml``; the second starts from the first."""
+    common = TRAINING | {"tokenizer": str(embedded / "tokenizer" / "export")}
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage, part in (("pretrain", "train"), ("finetune", "held_out")):
+        data = {"path": str(embedded / "tokens" / part), "lanes": 8, "shuffle_window": 16}
+        values: dict[str, Any] = common | {"run": str(runs / stage), "data": data}
+        if stage == "finetune":
+            values["start"] = {"bundle": str(runs / "pretrain" / "export")}
+        written(folder / f"{stage}.yaml", values)
+
+
+def written(path: Path, values: dict[str, Any]) -> Path:
+    """Write a YAML file; returns where."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(values))
+    return path
