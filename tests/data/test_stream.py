@@ -20,7 +20,8 @@ from vqd_scale.core.config import load_config
 from vqd_scale.core.errors import UserError
 from vqd_scale.data.batch import ImageBatch, TokenBatch
 from vqd_scale.data.index import ShardSet
-from vqd_scale.data.plan import Plan
+from vqd_scale.data.mixture import shares
+from vqd_scale.data.plan import LaneOrder
 from vqd_scale.data.samples import ImageSamples, TokenSamples
 from vqd_scale.data.shards import KEY, Sample, ShardRecipe, read_shard, shard_name, write_shard_set
 from vqd_scale.data.stream import Stream, StreamConfig
@@ -90,11 +91,12 @@ def test_batches_are_the_plans(tokens: Path) -> None:
     """The slow twin: read everything in order, then look up what the plan says."""
     shards = ShardSet.open(tokens)
     everything = [list(read_shard(shard)) for shard in shards.shards]
-    plan = Plan([shard.count for shard in shards.shards], LANES, 4, 3)
+    (share,) = shares([1], LANES)
+    order = LaneOrder([shard.count for shard in shards.shards], share, 4, 3)
     for number, batch in enumerate(first(stream(tokens), 7)):
         slots = np.arange(number * LANES, (number + 1) * LANES)
-        places = plan.locate(slots)
-        rows = zip(places.shards.tolist(), places.members.tolist(), strict=True)
+        _, numbers, members = order.locate(slots)
+        rows = zip(numbers.tolist(), members.tolist(), strict=True)
         samples = [everything[shard][member] for shard, member in rows]
         assert batch.keys == [sample[KEY] for sample in samples]
         assert batch.slots.tolist() == slots.tolist()

@@ -5,6 +5,8 @@ import io
 import json
 import struct
 import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -138,12 +140,35 @@ def decode_array(data: bytes) -> NDArray[Any]:
     Raises:
         BadSample: Not a version 1 ``.npy`` file of plain numbers, or cut.
     """
-    start = npy.MAGIC_LEN + 2 + int.from_bytes(data[npy.MAGIC_LEN : npy.MAGIC_LEN + 2], "little")
+    start = _array_start(data)
     try:
         dtype, shape = _array_header(data[:start])
         return np.frombuffer(data, dtype, offset=start).reshape(shape)
     except (ValueError, SyntaxError) as error:
         raise BadSample(f"has an array that cannot be read ({error})") from None
+
+
+def decode_arrays(contents: Sequence[bytes]) -> Iterator[tuple[list[int], NDArray[Any] | BadSample]]:
+    """`decode_array` of many: which of the contents are alike, and their arrays in one, or what is wrong.
+
+    Those with equal headers and lengths are alike, in a set nearly all, and are decoded at once.
+    """
+    alike: defaultdict[tuple[bytes, int], list[int]] = defaultdict(list)
+    for number, content in enumerate(contents):
+        alike[content[: _array_start(content)], len(content)].append(number)
+    for numbers in alike.values():
+        try:
+            first = decode_array(contents[numbers[0]])
+        except BadSample as error:
+            yield numbers, error
+            continue
+        joined = np.frombuffer(b"".join(contents[number] for number in numbers), np.uint8)
+        bodies = joined.reshape(len(numbers), -1)[:, len(contents[numbers[0]]) - first.nbytes :]
+        yield numbers, bodies.view(first.dtype).reshape(len(numbers), *first.shape)
+
+
+def _array_start(data: bytes) -> int:
+    return npy.MAGIC_LEN + 2 + int.from_bytes(data[npy.MAGIC_LEN : npy.MAGIC_LEN + 2], "little")
 
 
 @functools.lru_cache(maxsize=64)

@@ -5,10 +5,14 @@ The shards of an epoch are put in a random order and their samples laid end to e
 shuffled within a window. Epochs follow each other without a gap: global slot g is in epoch ``g // samples``,
 in lane ``g % lanes`` and in batch ``g // lanes``, so a batch may hold the end of one epoch and the start of
 the next, and the ``samples`` slots of an epoch hold every sample exactly once.
+
+Where several sets are mixed, each has its share of the slots and goes through epochs of its own over these:
+what is said above holds of each, with its own slots counted, and a lane's piece as long as it has such slots.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int64
@@ -16,105 +20,157 @@ from numpy.typing import NDArray
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, permutation
+from vqd_scale.data.mixture import Share
 
 Slots = Int64[NDArray[np.int64], " slots"]
+
+_NAMES = 1 << 48
+"""So many names each set has for its epochs and windows: no two sets share a random order."""
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where the samples of some slots lie: row i is slot i's epoch, shard (in the index) and place in it."""
+    """Where the samples of some slots lie: row i is slot i's set, the set's epoch, shard and place in it."""
 
+    sets: Slots
     epochs: Slots
     shards: Slots
     members: Slots
 
+    def __getitem__(self, rows: slice) -> "Places":
+        """Some of the rows."""
+        return Places(self.sets[rows], self.epochs[rows], self.shards[rows], self.members[rows])
+
+
+class Order(Protocol):
+    """The order of one set."""
+
+    def locate(self, slots: Slots) -> tuple[Slots, Slots, Slots]:
+        """Epoch, shard and place in it for each of the set's slots, int64 >= 0 in any order."""
+        ...
+
 
 class Plan:
-    """The order of a set of shards.
+    """The order of all sets together.
+
+    Args:
+        shares: Each set's slots.
+        orders: Each set's order.
+    """
+
+    def __init__(self, shares: Sequence[Share], orders: Sequence[Order]) -> None:
+        self._sets = list(zip(shares, orders, strict=True))
+
+    def locate(self, slots: Slots) -> Places:
+        """The sample of each global slot, int64 >= 0 in any order."""
+        found = np.empty((4, len(slots)), np.int64)
+        for number, (share, order) in enumerate(self._sets):
+            own = np.flatnonzero(share.owns(slots))
+            if len(own):
+                found[0, own] = number
+                found[1, own], found[2, own], found[3, own] = order.locate(slots[own])
+        return Places(*found)
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """An epoch: its shards' order and beginnings in its line, and each lane's piece of the line.
+
+    Attributes:
+        shards: The shards in their order.
+        starts: Where in the line each of them begins.
+        lane_starts: Where in the line each lane's piece begins.
+        lane_lengths: How long each piece is.
+        turns: How often each lane was the set's turn before.
+    """
+
+    shards: Slots
+    starts: Slots
+    lane_starts: Slots
+    lane_lengths: Slots
+    turns: Slots
+
+
+class LaneOrder:
+    """The order of a set whose lanes are read sequentially; see the module's first lines.
 
     Args:
         counts: Samples in each shard, in the index's order.
-        lanes: Into how many pieces an epoch is cut; also the global batch.
+        share: The set's slots.
         shuffle_window: Over how many neighbours of its lane a sample may be moved.
         seed: The run's seed.
+        number: The set's number among those that are mixed.
 
     Raises:
         UserError: There is no sample.
     """
 
-    def __init__(self, counts: Sequence[int], lanes: int, shuffle_window: int, seed: int) -> None:
-        self.counts = np.asarray(counts, dtype=np.int64)
-        self.samples = int(self.counts.sum())
-        self.lanes = lanes
+    def __init__(
+        self, counts: Sequence[int], share: Share, shuffle_window: int, seed: int, number: int = 0
+    ) -> None:
+        self._counts = np.asarray(counts, dtype=np.int64)
+        self.samples = int(self._counts.sum())
+        self._share = share
         self._window = shuffle_window
         self._seed = seed
-        # Caches of what is a pure function anyway: two epochs' orders, and each lane's present window.
-        self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
-        self._windows: dict[int, tuple[int, NDArray[np.int64]]] = {}
+        self._name = number * _NAMES
+        # Caches of what is a pure function anyway: two epochs, and the windows of the last call.
+        self._epochs: dict[int, _Epoch] = {}
+        self._windows: dict[int, NDArray[np.int64]] = {}
         if self.samples == 0:
             raise UserError("a set of shards without samples cannot be read; make it again.")
 
-    def locate(self, slots: Slots) -> Places:
-        """The sample of each global slot, int64 >= 0 in any order."""
-        epochs = slots // self.samples
-        positions = self._positions(slots, epochs)
+    def locate(self, slots: Slots) -> tuple[Slots, Slots, Slots]:
+        """See `Order`."""
+        epochs = self._share.before(slots) // self.samples
         shards, members = np.empty_like(slots), np.empty_like(slots)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            order, starts = self._epoch(epoch)
-            turns = np.searchsorted(starts, positions[here], side="right") - 1
-            shards[here] = order[turns]
-            members[here] = positions[here] - starts[turns]
-        return Places(epochs, shards, members)
+        windows: dict[int, NDArray[np.int64]] = {}
+        for number in np.unique(epochs).tolist():
+            here = epochs == number
+            epoch = self.epoch(number)
+            positions = self._positions(slots[here], epoch, windows)
+            places = np.searchsorted(epoch.starts, positions, side="right") - 1
+            shards[here] = epoch.shards[places]
+            members[here] = positions - epoch.starts[places]
+        self._windows = windows
+        return epochs, shards, members
 
-    def _positions(self, slots: Slots, epochs: Slots) -> Slots:
-        """Each slot's place in its epoch's line of samples."""
-        lanes = slots % self.lanes
-        begin, end = epochs * self.samples, (epochs + 1) * self.samples
-        lane_starts = self._slots_left_of(end, lanes) - self._slots_left_of(begin, lanes)
-        first = self._slots_in_lane(begin, lanes)
-        lengths = self._slots_in_lane(end, lanes) - first
-        turns = slots // self.lanes - first
-        windows = turns // self._window * self._window
-        shuffled = np.array(
-            [
-                self._shuffled(lane, window_slot, length)[turn]
-                for lane, window_slot, length, turn in zip(
-                    lanes.tolist(),
-                    ((first + windows) * self.lanes + lanes).tolist(),
-                    np.minimum(self._window, lengths - windows).tolist(),
-                    (turns - windows).tolist(),
-                    strict=True,
-                )
-            ],
-            dtype=np.int64,
-        )
-        return lane_starts + windows + shuffled
+    def epoch(self, number: int) -> _Epoch:
+        """What all slots of an epoch share."""
+        if number not in self._epochs:
+            shards = permutation(self._seed, Purpose.SHARD_ORDER, self._name + number, len(self._counts))
+            counts = self._counts[shards]
+            lanes = np.arange(self._share.lanes, dtype=np.int64)
+            begin, end = (
+                self._share.turns(lanes, np.full_like(lanes, self._share.slot(each * self.samples)))
+                for each in (number, number + 1)
+            )
+            lengths = end - begin
+            made = _Epoch(shards, np.cumsum(counts) - counts, np.cumsum(lengths) - lengths, lengths, begin)
+            self._epochs = {n: self._epochs[n] for n in sorted(self._epochs)[-1:]} | {number: made}
+        return self._epochs[number]
 
-    def _slots_in_lane(self, before: Slots, lanes: Slots) -> Slots:
-        """How many slots g < ``before`` have g % lanes == lane."""
-        return (before - lanes + self.lanes - 1) // self.lanes
+    def _positions(self, slots: Slots, epoch: _Epoch, windows: dict[int, NDArray[np.int64]]) -> Slots:
+        """Each slot's place in its epoch's line of samples; the windows they lie in are added to those given.
 
-    def _slots_left_of(self, before: Slots, lanes: Slots) -> Slots:
-        """How many slots g < ``before`` have g % lanes < lane."""
-        return before // self.lanes * lanes + np.minimum(before % self.lanes, lanes)
-
-    def _shuffled(self, lane: int, first_slot: int, length: int) -> NDArray[np.int64]:
-        """The order within a lane's window, which is named by its first slot: no two windows share one."""
-        cached = self._windows.get(lane)
-        if cached is None or cached[0] != first_slot:
-            cached = first_slot, permutation(self._seed, Purpose.LANE_ORDER, first_slot, length)
-            self._windows[lane] = cached
-        return cached[1]
-
-    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The shards' order in an epoch, and where in its line each of them begins."""
-        if epoch not in self._epochs:
-            order = permutation(self._seed, Purpose.SHARD_ORDER, epoch, len(self.counts))
-            starts = np.cumsum(self.counts[order]) - self.counts[order]
-            latest = sorted(self._epochs)[-1:]
-            self._epochs = {kept: self._epochs[kept] for kept in latest} | {epoch: (order, starts)}
-        return self._epochs[epoch]
+        A window is named by its lane and the lane's first turn in it.
+        """
+        lanes = slots % self._share.lanes
+        turns = self._share.turns(lanes, slots) - epoch.turns[lanes]
+        firsts = turns // self._window * self._window
+        names = self._name + (epoch.turns[lanes] + firsts) * self._share.lanes + lanes
+        lengths = np.minimum(self._window, epoch.lane_lengths[lanes] - firsts)
+        _, one_of_each, which = np.unique(names, return_index=True, return_inverse=True)
+        orders: list[NDArray[np.int64]] = []
+        for name, length in zip(names[one_of_each].tolist(), lengths[one_of_each].tolist(), strict=True):
+            order = self._windows.get(name)
+            if order is None:
+                order = permutation(self._seed, Purpose.LANE_ORDER, name, length)
+            windows[name] = order
+            orders.append(order)
+        each = lengths[one_of_each]
+        shuffled = np.concatenate(orders)[(np.cumsum(each) - each)[which] + turns - firsts]
+        return epoch.lane_starts[lanes] + firsts + shuffled
 
 
 def owned_lanes(lanes: int, rank: int, ranks: int) -> range:

@@ -7,7 +7,7 @@ and can hold what its lanes shuffle; where it cannot, a piece is one sample, and
 import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -96,15 +96,16 @@ class Reading:
         return cls(Tempo(samples, PIECES_AHEAD), memory)
 
     @classmethod
-    def in_lanes(cls, shards: ShardSet, lanes: int, window: int, config: ReadingConfig) -> "Reading":
-        """For lanes of a set that are read in turn, each shuffled within a window.
+    def in_lanes(cls, sets: Sequence[ShardSet], lanes: int, window: int, config: ReadingConfig) -> "Reading":
+        """For lanes of some sets that are read in turn, each shuffled within a window.
 
         What a lane needs at one time is its window, the next one as far as it is read ahead, and the ends of
         the pieces that reach over them.
         """
-        if not isinstance(shards.tars, S3Path):
+        if not any(isinstance(shards.tars, S3Path) for shards in sets):
             return cls(Tempo(1, 0), config)
-        mean = max(1, sum(shards.sizes) // shards.count)
+        size, count = sum(sum(shards.sizes) for shards in sets), sum(shards.count for shards in sets)
+        mean = max(1, size // count)
         each = (config.buffer_megabytes << 20) // (lanes * mean)
         samples = max(1, min(window, PIECE_BYTES // mean, (each - 2 * window) // 2))
         if config.cache is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from vqd_scale.data.decode import (
     IMAGE_EXTENSIONS,
     BadSample,
     DecodeConfig,
-    decode_array,
+    decode_arrays,
     decode_image,
     decode_text,
 )
@@ -25,8 +25,13 @@ from vqd_scale.data.transforms import Transform
 
 BatchType_co = TypeVar("BatchType_co", covariant=True)
 
-Place = tuple[ShardReader, int]
-"""A sample: its shard and its number in it."""
+
+class Place(NamedTuple):
+    """A sample: its shard and its number in it."""
+
+    reader: ShardReader
+    member: int
+
 
 Slots = Int64[NDArray[np.int64], " batch"]
 
@@ -74,29 +79,25 @@ class TokenSamples:
     def read(self, places: Sequence[Place], slots: Slots, seed: int) -> tuple[Columns, dict[int, str]]:
         """Codes, and caption ids or classes; nothing about them is random."""
         del slots, seed
-        tokens = np.zeros((len(places), self.length), np.int64)
-        text = np.zeros((len(places), self.text_length), np.int64)
-        labels = np.zeros(len(places), np.int64)
         bad: dict[int, str] = {}
-        for row, (reader, member) in enumerate(places):
-            try:
-                tokens[row] = _integers(reader.read(member, "tokens.npy"), self.length)
-                if self.text_length:
-                    text[row] = _integers(reader.read(member, "text.npy"), self.text_length)
-                if self.classes:
-                    labels[row] = _label(reader.read(member, "cls"), self.classes)
-            except BadSample as error:
-                bad[row] = str(error)
+        tokens = _integers(places, "tokens.npy", self.length, bad)
+        columns: Columns = {"tokens": tokens, "text": np.zeros((len(places), 0), np.int64)}
+        if self.text_length:
+            columns["text"] = _integers(places, "text.npy", self.text_length, bad)
+        if self.classes:
+            columns["labels"] = _labels(places, self.classes, bad)
         outside = (tokens.min(axis=1) < 0) | (tokens.max(axis=1) >= self.codes)
-        bad |= dict.fromkeys(np.flatnonzero(outside).tolist(), f"has tokens outside 0 to {self.codes - 1}")
-        tokens[list(bad)], text[list(bad)], labels[list(bad)] = 0, 0, 0
-        return {"tokens": tokens, "text": text} | ({"labels": labels} if self.classes else {}), bad
+        for row in np.flatnonzero(outside).tolist():
+            bad.setdefault(row, f"has tokens outside 0 to {self.codes - 1}")
+        for column in columns.values():
+            column[list(bad)] = 0
+        return columns, bad
 
     def batch(self, columns: Columns) -> TokenBatch:
         """Token samples."""
         return TokenBatch(
-            tokens=torch.from_numpy(columns["tokens"]),
-            text=torch.from_numpy(columns["text"]),
+            tokens=_int64(columns["tokens"]),
+            text=_int64(columns["text"]),
             slots=torch.from_numpy(columns["slots"]),
             valid=torch.from_numpy(columns["valid"]),
             keys=columns["keys"].tolist(),
@@ -163,15 +164,53 @@ class ImageSamples:
         return self.transform(pixels, draws).transpose(2, 0, 1)
 
 
-def _integers(data: bytes, length: int) -> Integer[NDArray[np.integer], " length"]:
-    array = decode_array(data)
-    if array.shape != (length,) or array.dtype.kind not in "iu":
-        raise BadSample(f"has an array of type {array.dtype} and shape {array.shape}, not {length} integers")
-    return array
+def _integers(
+    places: Sequence[Place], extension: str, length: int, bad: dict[int, str]
+) -> Integer[NDArray[np.integer], "batch length"]:
+    """A row of integers of each sample, of the type they are stored in; what is wrong is added to ``bad``."""
+    rows: list[int] = []
+    contents: list[bytes] = []
+    for row, place in enumerate(places):
+        try:
+            contents.append(place.reader.read(place.member, extension))
+            rows.append(row)
+        except BadSample as error:
+            bad.setdefault(row, str(error))
+    found: list[tuple[list[int], NDArray[np.integer]]] = []
+    for numbers, arrays in decode_arrays(contents):
+        own = [rows[number] for number in numbers]
+        if isinstance(arrays, BadSample):
+            reason = str(arrays)
+        elif arrays.shape[1:] == (length,) and arrays.dtype.kind in "iu":
+            found.append((own, arrays))
+            continue
+        else:
+            kind = f"type {arrays.dtype} and shape {arrays.shape[1:]}"
+            reason = f"has an array of {kind}, not {length} integers"
+        for row in own:
+            bad.setdefault(row, reason)
+    # What goes from process to process should be small, but 64 bits hold whatever is mixed.
+    types = {arrays.dtype for _, arrays in found if arrays.dtype.itemsize < np.dtype(np.int64).itemsize}
+    columns = np.zeros((len(places), length), types.pop() if len(types) == 1 == len(found) else np.int64)
+    for own, arrays in found:
+        columns[own] = arrays
+    return columns
 
 
-def _label(data: bytes, classes: int) -> int:
-    text = data.strip()
-    if not text.isdigit() or int(text) >= classes:
-        raise BadSample(f"has a class that is none of 0 to {classes - 1}")
-    return int(text)
+def _labels(places: Sequence[Place], classes: int, bad: dict[int, str]) -> Int64[NDArray[np.int64], " batch"]:
+    labels = np.zeros(len(places), np.int64)
+    for row, place in enumerate(places):
+        try:
+            text = place.reader.read(place.member, "cls").strip()
+        except BadSample as error:
+            bad.setdefault(row, str(error))
+            continue
+        if text.isdigit() and int(text) < classes:
+            labels[row] = int(text)
+        else:
+            bad.setdefault(row, f"has a class that is none of 0 to {classes - 1}")
+    return labels
+
+
+def _int64(column: Integer[NDArray[np.integer], "batch length"]) -> Int64[Tensor, "batch length"]:
+    return torch.from_numpy(column.astype(np.int64, copy=False))

@@ -167,10 +167,11 @@ class ShardReader:
             UserError: The shard is missing or not what it was; its store cannot be reached.
         """
         column = self._columns.get(extension)
-        size = ABSENT if column is None else int(self._table.sizes[member, column])
+        # `item` is several times faster than an index, and this is done for every member of every sample.
+        size = ABSENT if column is None else self._table.sizes.item(member, column)
         if column is None or size == ABSENT:
             raise BadSample(f"has no '{extension}'")
-        begin = int(self._table.offsets[member, column])
+        begin = self._table.offsets.item(member, column)
         return self._bytes.read(member, begin, begin + size)
 
     def _extents(self) -> Extents:

@@ -122,8 +122,8 @@ class AutoencodingTask:
     def losses(self, forward: Forward, batch: ImageBatch, images: int) -> Losses:
         """Reconstruct, and move the codebook towards this batch's latents."""
         codebook = self.vqgan.quantize
-        valid = batch.valid.to(self.world.device)
-        pictures = batch.images.to(self.world.device)
+        valid = batch.valid.to(self.world.device, non_blocking=True)
+        pictures = batch.images.to(self.world.device, non_blocking=True)
         self.module.quantised = images >= self.config.codebook_start
         if self.module.quantised and self.pool:
             codebook.initialise(torch.cat(self.pool), self.config.seed)

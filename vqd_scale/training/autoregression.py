@@ -97,14 +97,18 @@ class AutoregressionTask:
 
     def losses(self, forward: Forward, batch: TokenBatch, images: int) -> Losses:
         """Draw each sample's caption dropout by its slot, and predict all its tokens."""
-        tokens, valid = batch.tokens.to(self.world.device), batch.valid.to(self.world.device)
+        tokens, valid = (
+            tensor.to(self.world.device, non_blocking=True) for tensor in (batch.tokens, batch.valid)
+        )
         given, dropped = self.source.told(batch)
         loss, accuracy = forward(tokens, given, dropped, valid)
         return Losses(loss, {"cross_entropy": mean_of(loss, valid.double()), "accuracy": accuracy})
 
     def judged(self, forward: Forward, batch: TokenBatch) -> dict[str, Tensor]:
         """Nats per token; the model's own likelihood, no bound."""
-        tokens, valid = batch.tokens.to(self.world.device), batch.valid.to(self.world.device)
+        tokens, valid = (
+            tensor.to(self.world.device, non_blocking=True) for tensor in (batch.tokens, batch.valid)
+        )
         given, _ = self.source.told(batch)
         loss, accuracy = forward(tokens, given, torch.zeros_like(valid), valid)
         return {"cross_entropy": mean_of(loss, valid.double()), "accuracy": accuracy}

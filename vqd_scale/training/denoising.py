@@ -123,7 +123,9 @@ class DenoisingTask:
     def losses(self, forward: Forward, batch: TokenBatch, images: int) -> Losses:
         """Draw each sample's timestep, noise and caption dropout by its slot, and denoise."""
         seed, device = self.config.seed, self.world.device
-        slots, tokens, valid = (tensor.to(device) for tensor in (batch.slots, batch.tokens, batch.valid))
+        slots, tokens, valid = (
+            tensor.to(device, non_blocking=True) for tensor in (batch.slots, batch.tokens, batch.valid)
+        )
         t, probability = self.times.draw(uniforms(seed, Purpose.TIMESTEP, slots, 1)[:, 0])
         # float64: what is left of 24 bits after a rare replacement would reach only a few of the codes.
         noise = uniforms(seed, Purpose.CORRUPTION, slots, tokens.shape[1], dtype=torch.float64)
@@ -146,7 +148,9 @@ class DenoisingTask:
     def judged(self, forward: Forward, batch: TokenBatch) -> dict[str, Tensor]:
         """The bound and the cross-entropy in nats per token, at equidistant times under fixed noise."""
         device, steps = self.world.device, self.transition.steps
-        slots, tokens, valid = (tensor.to(device) for tensor in (batch.slots, batch.tokens, batch.valid))
+        slots, tokens, valid = (
+            tensor.to(device, non_blocking=True) for tensor in (batch.slots, batch.tokens, batch.valid)
+        )
         given, _ = self.source.told(batch)
         weight = valid.double()
         found: dict[str, Tensor] = {}

@@ -171,6 +171,7 @@ class _Trainer(Generic[BatchType]):
             ranks=self.world.size,
             cursor=self.images,
             quarantine=self.config.run / f"quarantine-{self.world.rank:05d}.jsonl",
+            pinned=self.world.device.type == "cuda",
         )
         bar = progress_bar(
             title, self.config.images, done=self.images, unit="img", quiet=not self.world.is_first

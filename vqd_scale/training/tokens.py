@@ -57,7 +57,7 @@ class TokenSource:
         world: This process's place among the ranks.
 
     Attributes:
-        meta: What the shards say of themselves.
+        meta: What the shards say of themselves, the first of several sets.
 
     Raises:
         UserError: The shards hold no tokens.
@@ -66,17 +66,27 @@ class TokenSource:
     def __init__(self, config: TokenRunConfig, world: World) -> None:
         self.config = config
         self.world = world
-        self.meta = TokenSetMeta.of(ShardSet.open(config.data.path))
+        # That the tars are there is seen when they are opened to be read.
+        sets = [ShardSet.open(source.path, look=False) for source in config.data.mixed]
+        self._metas = [(shards.folder, TokenSetMeta.of(shards)) for shards in sets]
+        self.meta = self._metas[0][1]
 
     def samples(self, model: ConditionalModel) -> TokenSamples:
         """What is read for a model: its codes, and what it is told.
 
         Raises:
-            UserError: The shards were made by another tokenizer or for another caption vocabulary.
+            UserError: The shards were made by another tokenizer, for another caption vocabulary, or sets that
+            are mixed differ in their grids.
         """
         config, condition = self.config, model.condition
         captions = model.text.tokenizer if isinstance(condition, TextCondition) else None
-        self.meta.check(config.tokenizer, captions, config.data.path)
+        for folder, meta in self._metas:
+            meta.check(config.tokenizer, captions, folder)
+            if meta.grid != self.meta.grid:
+                raise UserError(
+                    f"{folder}: holds grids of {meta.grid}, and {self._metas[0][0]} of {self.meta.grid}; "
+                    "only sets with equal grids can be mixed."
+                )
         rows, columns = self.meta.grid
         return TokenSamples(
             length=rows * columns,
@@ -104,16 +114,16 @@ class TokenSource:
         if tokenizer_fingerprint(tokenizer_folder(start.bundle)) != self.meta.tokenizer:
             raise UserError(
                 f"{start.bundle}: this model knows the codes of another tokenizer than the shards in "
-                f"{self.config.data.path}; make the shards with the tokenizer in its bundle."
+                f"{self._metas[0][0]}; make the shards with the tokenizer in its bundle."
             )
         start_from(weights_file(start.bundle), partition, _PREFIX, start.fresh)
 
     def told(self, batch: TokenBatch) -> tuple[Tensor, Bool[Tensor, " batch"]]:
         """What `ConditionalModel.told` takes: captions or classes, and which samples are to see neither."""
-        slots = batch.slots.to(self.world.device)
+        slots = batch.slots.to(self.world.device, non_blocking=True)
         drawn = uniforms(self.config.seed, Purpose.CAPTION_DROPOUT, slots, 1)[:, 0]
         given = batch.text if batch.labels is None else batch.labels
-        return given.to(self.world.device), drawn < self.config.caption_dropout
+        return given.to(self.world.device, non_blocking=True), drawn < self.config.caption_dropout
 
 
 def weights_of_model(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
