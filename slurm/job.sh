@@ -62,12 +62,18 @@ stage() {
 again() {
     local name=$1 status=$2 logs=$3 ends=$4 mistaken
     # A mistake that one sentence names (exit code 2) would be made again.
-    mistaken=$(grep -lx 2 "$ends"/* 2> /dev/null | sort -V | head -n 1) || true
+    mistaken=$(ended_with 2 "$ends")
     if [ -n "$mistaken" ]; then
-        echo "$name: $(tail -n 1 "$logs/$name-rank-${mistaken##*/}.log")" >&2
+        echo "$name: $(tail -n 1 "$logs/$name-rank-$mistaken.log")" >&2
         exit 2
     fi
-    # 75: all ranks saved after a signal; 76: a rank hung; else a rank, or what it ran on, was lost.
+    # 75: all ranks saved after a signal; 76: a rank hung. Those that were ended meanwhile say less.
+    local telling
+    for telling in 76 75; do
+        if [ -n "$(ended_with "$telling" "$ends")" ]; then
+            status=$telling
+        fi
+    done
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_REQUEUES" ]; then
         echo "$name: ended with exit code $status after all $MAX_REQUEUES restarts that MAX_REQUEUES allows;" \
             "look at $logs, then submit it again: it goes on from its newest checkpoint." >&2
@@ -77,9 +83,13 @@ again() {
     if ! scontrol requeue "$SLURM_JOB_ID"; then
         echo "$name: Slurm refuses to queue this job again; submit it again: it goes on from its newest" \
             "checkpoint." >&2
-        exit "$status"
     fi
-    # Slurm ends this script in a moment; to leave first would end the job.
-    sleep 300
     exit "$status"
+}
+
+# ended_with CODE ENDS: the first rank that ended so, if any did.
+ended_with() {
+    local found
+    found=$(grep -lx "$1" "$2"/* 2> /dev/null | sort -V | head -n 1) || true
+    echo "${found##*/}"
 }

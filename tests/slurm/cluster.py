@@ -33,6 +33,8 @@ HOSTS = Path("/etc/hosts")
 MARK = "# a Slurm cluster of vqd-scale's tests"
 SECONDS_TO_START = 30
 SECONDS_TO_NOTICE_A_LOST_NODE = 10
+NODES_ARE_CHECKED_EVERY = 30
+"""Seconds between two looks of the controller at its nodes, and at the time limits of its jobs."""
 
 # A requeue waits for credentials to expire, hence cred_expire; no cgroups, which a container may lack.
 CONFIGURATION = """
@@ -40,6 +42,7 @@ ClusterName=tests
 SlurmctldHost={machine}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser=root
+SlurmctldDebug=info
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
@@ -186,11 +189,20 @@ class Cluster:
 
     def freeze(self, name: str) -> None:
         """A node does nothing any more and says nothing, as behind a cut network."""
-        self._signal(name, signal.SIGSTOP)
+        for pid in self.processes(name, ""):
+            os.kill(pid, signal.SIGSTOP)
 
-    def thaw(self, name: str) -> None:
-        """The end of `freeze`."""
-        self._signal(name, signal.SIGCONT)
+    @contextmanager
+    def frozen(self, containing: str) -> Generator[None]:
+        """What has these words in its command line stands still; signals wait for the end of it."""
+        pids = [pid for name in self._nodes for pid in self.processes(name, containing)]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
 
     def start(self, name: str) -> None:
         """A node comes up, or back, and is waited for."""
@@ -223,10 +235,6 @@ class Cluster:
         """All nodes are gone."""
         for name in list(self._nodes):
             self.lose(name)
-
-    def _signal(self, name: str, number: signal.Signals) -> None:
-        for pid in self.processes(name, ""):
-            os.kill(pid, number)
 
 
 @contextmanager

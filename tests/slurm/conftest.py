@@ -1,7 +1,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +94,11 @@ class Submitted:
         """Of a stage, up to now."""
         return losses(self.run(stage))
 
+    def step(self) -> str:
+        """The one that runs now, by the name that ``scancel`` takes."""
+        listed = self.cluster.run("squeue", "--steps", "--noheader", "--format=%i", "--jobs", self.number)
+        return next(name for name in listed.stdout.split() if name.rpartition(".")[2].isdigit())
+
     def until_steps(self, stage: str, steps: int) -> None:
         """Wait until a stage has made so many steps."""
         self.cluster.until(
@@ -107,24 +112,39 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(run / "metrics.jsonl")]
 
 
-Submit = Callable[..., Submitted]
+@dataclass
+class Submit:
+    """Submits the scripts in ``slurm/``, with the small configurations and a rank on each of two nodes.
+
+    Attributes:
+        cluster: Where to.
+        folder: For configurations, runs and logs.
+    """
+
+    cluster: Cluster
+    folder: Path
+
+    def __call__(
+        self, script: str, *arguments: str, options: tuple[str, ...] = (), **variables: str
+    ) -> Submitted:
+        """Submit a script with these arguments, options of ``sbatch`` and variables."""
+        settings = {
+            "CONFIGS": str(self.folder),
+            "CONFIG": str(self.folder / "pretrain.yaml"),
+            "LOGS": str(self.folder / "logs"),
+            "PYTHON": sys.executable,
+        }
+        given = ["--nodes=2", *ONE_RANK_PER_NODE, f"--output={self.folder / 'job.log'}", *options]
+        number = self.cluster.submit(*given, f"slurm/{script}", *arguments, **settings | variables)
+        return Submitted(self.cluster, number, self.folder)
 
 
 @pytest.fixture
-def submit(cluster: Cluster, embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Submit:
-    """Submit one of the scripts on two nodes, with the small configurations; options come before ``--``."""
+def submit(
+    cluster: Cluster, embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Generator[Submit]:
+    """Submits from the project's top folder; what a test leaves behind does not disturb the next one."""
     monkeypatch.chdir(ROOT)
-
-    def call(script: str, *arguments: str, options: tuple[str, ...] = (), **variables: str) -> Submitted:
-        write_recipe(tmp_path, embedded, tmp_path / "runs")
-        settings = {
-            "CONFIGS": str(tmp_path),
-            "CONFIG": str(tmp_path / "pretrain.yaml"),
-            "LOGS": str(tmp_path / "logs"),
-            "PYTHON": sys.executable,
-        }
-        given = ["--nodes=2", *ONE_RANK_PER_NODE, f"--output={tmp_path / 'job.log'}", *options]
-        number = cluster.submit(*given, f"slurm/{script}", *arguments, **settings | variables)
-        return Submitted(cluster, number, tmp_path)
-
-    return call
+    write_recipe(tmp_path, embedded, tmp_path / "runs")
+    yield Submit(cluster, tmp_path)
+    cluster.run("scancel", "--user=root")

@@ -6,11 +6,10 @@ from typing import Any
 import yaml
 
 CAPTIONS = {"context_length": 16, "merges": 300}
-IMAGES = 320
-"""Of each stage's training."""
+PRETRAINED, FINETUNED = 1280, 320
+"""Images of each stage; the first is long enough to be disturbed."""
 
 TRAINING = {
-    "images": IMAGES,
     "engine": {"precision": "fp32", "persistence_threshold": 0},
     "denoiser": {
         "width": 16,
@@ -25,7 +24,7 @@ TRAINING = {
     "caption_dropout": 0.1,
     "optim": {"lr": 1e-3, "warmup": 32, "schedule": {"kind": "cooldown", "share": 0.2}},
     "ema": {"half_life": 64},
-    "checkpoint": {"every": 40},
+    "checkpoint": {"every": 160},
     "log": {"every": 8},
     "health": {"hang_seconds": 120.0},
 }
@@ -35,9 +34,10 @@ def write_recipe(folder: Path, embedded: Path, runs: Path) -> None:
     """The two stages as ``pretrain.yaml`` and ``finetune.yaml``; the second starts from the first."""
     common = TRAINING | {"tokenizer": str(embedded / "tokenizer" / "export")}
     folder.mkdir(parents=True, exist_ok=True)
-    for stage, part in (("pretrain", "train"), ("finetune", "held_out")):
+    stages = (("pretrain", "train", PRETRAINED), ("finetune", "held_out", FINETUNED))
+    for stage, part, images in stages:
         data = {"path": str(embedded / "tokens" / part), "lanes": 8, "shuffle_window": 16}
-        values: dict[str, Any] = common | {"run": str(runs / stage), "data": data}
+        values: dict[str, Any] = common | {"run": str(runs / stage), "images": images, "data": data}
         if stage == "finetune":
             values["start"] = {"bundle": str(runs / "pretrain" / "export")}
         written(folder / f"{stage}.yaml", values)

@@ -1,13 +1,17 @@
-"""The scripts that train, as `sbatch` starts them on a real cluster of two nodes."""
+"""The scripts that train, as `sbatch` starts them on two nodes, and what may happen to them there."""
 
 import hashlib
 import json
+import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.slurm.cluster import NODES_ARE_CHECKED_EVERY
 from tests.slurm.conftest import Submit, Submitted, losses
+from vqd_scale.core.stop import HUNG_EXIT_CODE, REQUEUE_EXIT_CODE
 
 pytestmark = pytest.mark.slurm
 STAGES = ("pretrain", "finetune")
@@ -17,8 +21,10 @@ def digest(run: Path) -> str:
     return hashlib.sha256((run / "export" / "model.safetensors").read_bytes()).hexdigest()
 
 
-def assert_is_the_undisturbed_run(submitted: Submitted, by_torchrun: Path, *stages: str) -> None:
+def assert_ended_as_undisturbed(submitted: Submitted, by_torchrun: Path, *stages: str) -> None:
     """To the bit: the same losses, each once, and the same exported weights."""
+    job = submitted.cluster.finished(submitted.number)
+    assert (job.state, job.exit_code) == ("COMPLETED", 0), submitted.log
     for stage in stages:
         assert submitted.losses(stage) == losses(by_torchrun / stage)
         assert digest(submitted.run(stage)) == digest(by_torchrun / stage)
@@ -26,10 +32,9 @@ def assert_is_the_undisturbed_run(submitted: Submitted, by_torchrun: Path, *stag
 
 def test_f_trains_to_its_end_over_two_nodes_as_torchrun_does(submit: Submit, by_torchrun: Path) -> None:
     submitted = submit("train_f.sh")
-    job = submitted.cluster.finished(submitted.number)
-    assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, 0), submitted.log
-    assert len(losses(by_torchrun / "pretrain")) == 40
-    assert_is_the_undisturbed_run(submitted, by_torchrun, *STAGES)
+    assert_ended_as_undisturbed(submitted, by_torchrun, *STAGES)
+    assert submitted.cluster.job(submitted.number).restarts == 0
+    assert len(losses(by_torchrun / "pretrain")) == 160
     for stage in STAGES:
         config = yaml.safe_load((submitted.run(stage) / "config.yaml").read_text())
         assert config["engine"]["zero"]["stage"] == 3
@@ -39,3 +44,78 @@ def test_f_trains_to_its_end_over_two_nodes_as_torchrun_does(submit: Submit, by_
     assert "trained on 320 images" in submitted.rank_log("finetune", 0)
     assert submitted.rank_log("finetune", 1).count("Traceback") == 0
     assert "on vqd[1-2], 2 ranks" in submitted.log
+
+
+def test_queued_again_by_hand_and_killed_in_turn(submit: Submit, by_torchrun: Path) -> None:
+    submitted = submit("train_b.sh")
+    submitted.until_steps("pretrain", 30)
+    submitted.cluster.run("scontrol", "requeue", submitted.number)
+    submitted.until_steps("pretrain", len(submitted.losses("pretrain")) + 30)
+    # One step of the job is ended from one moment to the next, as by the kernel for want of memory.
+    submitted.cluster.run("scancel", "--signal=KILL", submitted.step())
+    assert_ended_as_undisturbed(submitted, by_torchrun, "pretrain")
+    assert submitted.cluster.job(submitted.number).restarts == 2
+    assert "train: ended with exit code 137; the job is queued again" in submitted.log
+
+
+def test_the_signal_before_the_time_limit_saves_and_queues_again(submit: Submit, by_torchrun: Path) -> None:
+    submitted = submit("train_b.sh", options=("--signal=USR2@120",))
+    submitted.until_steps("pretrain", 30)
+    # The run would be over before Slurm looks at the clock again.
+    with submitted.cluster.frozen("tools/train.py"):
+        ends = (datetime.now() + timedelta(seconds=90)).strftime("%Y-%m-%dT%H:%M:%S")
+        submitted.cluster.run("scontrol", "update", f"JobId={submitted.number}", f"EndTime={ends}")
+        time.sleep(NODES_ARE_CHECKED_EVERY + 3)
+    submitted.cluster.until(lambda: submitted.cluster.job(submitted.number).restarts == 1, why="a requeue")
+    assert f"train: ended with exit code {REQUEUE_EXIT_CODE}; the job is queued again" in submitted.log
+    # All ranks saved where they were asked to, not where a period ended.
+    saved = max(int(path.name) for path in (submitted.run("pretrain") / "checkpoints").iterdir())
+    assert saved % 160 == 0 or saved == 8 * len(submitted.losses("pretrain"))
+    assert_ended_as_undisturbed(submitted, by_torchrun, "pretrain")
+    assert f"from the checkpoint at {saved} images" in submitted.rank_log("train", 0)
+
+
+def test_a_more_urgent_job_takes_the_nodes_and_gives_them_back(submit: Submit, by_torchrun: Path) -> None:
+    submitted = submit("train_b.sh", options=("--exclusive",))
+    submitted.until_steps("pretrain", 30)
+    urgent = submitted.cluster.submit(
+        "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"
+    )
+    assert submitted.cluster.finished(urgent).state == "COMPLETED"
+    assert_ended_as_undisturbed(submitted, by_torchrun, "pretrain")
+    assert submitted.cluster.job(submitted.number).restarts == 1
+    assert f"train: ended with exit code {REQUEUE_EXIT_CODE}; the job is queued again" in submitted.log
+
+
+def test_a_node_behind_a_cut_network_ends_the_others_with_their_stacks(
+    submit: Submit, by_torchrun: Path
+) -> None:
+    submitted, cluster = submit("train_b.sh", "health.hang_seconds=8"), submit.cluster
+    submitted.until_steps("pretrain", 30)
+    cluster.freeze("vqd2")
+    stacks = submitted.run("pretrain") / "stacks-00000.txt"
+    cluster.until(stacks.exists, 60, "the watchdog of the rank that is left")
+    cluster.until(lambda: cluster.job(submitted.number).restarts >= 1, 120, "a requeue")
+    # It is found dead, and brought back.
+    cluster.lose("vqd2")
+    cluster.start("vqd2")
+    assert_ended_as_undisturbed(submitted, by_torchrun, "pretrain")
+    assert "nothing has happened for" in submitted.rank_log("train", 0)
+    assert "_step" in stacks.read_text()
+    assert (submitted.folder / "logs" / submitted.number / "train-ends-0" / "0").read_text() == (
+        f"{HUNG_EXIT_CODE}\n"
+    )
+
+
+def test_fewer_nodes_come_back_and_the_run_goes_on(submit: Submit, by_torchrun: Path) -> None:
+    submitted, cluster = submit("train_b.sh", options=("--nodes=1-2",)), submit.cluster
+    submitted.until_steps("pretrain", 30)
+    cluster.lose("vqd2")
+    try:
+        job = cluster.finished(submitted.number)
+    finally:
+        cluster.start("vqd2")
+    assert (job.state, job.exit_code, job.nodes) == ("COMPLETED", 0, "vqd1"), submitted.log
+    assert job.restarts >= 1
+    # One rank adds up in another order than two.
+    assert submitted.losses("pretrain") == pytest.approx(losses(by_torchrun / "pretrain"), rel=1e-4)

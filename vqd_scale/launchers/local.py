@@ -3,23 +3,18 @@
 For one machine and a handful of ranks; torchrun starts the same tools with its own rendezvous.
 """
 
-import ctypes
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
-from vqd_scale.core.stop import STOP_SIGNALS
+from vqd_scale.launchers.base import forwarding_signals, started
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 10.0
-_DIE_WITH_PARENT = 1
 
 
 def run_on_this_machine(tool: Path, arguments: Sequence[str], ranks: int) -> int:
@@ -35,16 +30,8 @@ def run_on_this_machine(tool: Path, arguments: Sequence[str], ranks: int) -> int
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     command = [sys.executable, str(tool), *arguments]
-    processes = [
-        # Nothing of the caller's reaches a shell, and the child only asks to die with its parent.
-        subprocess.Popen(  # noqa: S603
-            command,
-            env=rank_environment(rank, ranks, port),
-            preexec_fn=_die_with_parent,
-        )
-        for rank in range(ranks)
-    ]
-    with _forwarding_signals(processes):
+    processes = [started(command, rank_environment(rank, ranks, port), Path.cwd()) for rank in range(ranks)]
+    with forwarding_signals(processes):
         try:
             return _wait(processes)
         finally:
@@ -63,22 +50,6 @@ def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": str(threads),
     }
-
-
-@contextmanager
-def _forwarding_signals(processes: Sequence["subprocess.Popen[bytes]"]) -> Generator[None]:
-    """Whoever asks this process to stop means the ranks: they save, and end in their own time."""
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        for process in processes:
-            process.send_signal(number)
-
-    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _wait(processes: Sequence["subprocess.Popen[bytes]"]) -> int:
@@ -102,7 +73,3 @@ def _end(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
             process.wait(timeout=max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)

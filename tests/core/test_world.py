@@ -1,0 +1,36 @@
+import os
+
+import pytest
+
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.world import join_world, leave_world
+
+SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+
+
+@pytest.fixture(autouse=True)
+def nobody_started_this(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("SLURM_") or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
+            monkeypatch.delenv(name)
+    # Set before they are deleted at the end, since joining sets them.
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("step", [None, "batch", "4294967291", "4294967290"])
+def test_a_jobs_script_is_not_one_of_its_ranks(step: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (SRUN | {"SLURM_STEP_ID": step, "SLURM_NTASKS": "2"}).items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    world = join_world()
+    leave_world()
+    assert (world.rank, world.size) == (0, 1)
+
+
+def test_ranks_of_srun_that_cannot_meet_are_told_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"source slurm/env\.sh"):
+        join_world()

@@ -1,0 +1,38 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vqd_scale.launchers.base import copy_of_the_code, mistaken_rank, note_end, noted_ends
+
+
+def test_ends_are_noted_by_rank(tmp_path: Path) -> None:
+    ends = tmp_path / "ends"
+    assert noted_ends(ends) == {}
+    note_end(ends, 10, 1)
+    note_end(ends, 2, 75)
+    (ends / "3").touch()
+    assert noted_ends(ends) == {2: 75, 10: 1}
+
+
+@pytest.mark.parametrize(
+    ("ends", "mistaken"), [({}, None), ({0: 75, 1: 137}, None), ({0: 137, 1: 2, 2: 2}, 1), ({0: 0}, None)]
+)
+def test_a_mistake_is_found_among_those_who_were_ended_for_it(
+    ends: dict[int, int], mistaken: int | None
+) -> None:
+    assert mistaken_rank(ends) == mistaken
+
+
+def test_the_copy_is_what_its_tools_import(tmp_path: Path) -> None:
+    code = copy_of_the_code(tmp_path / "code")
+    (code / "vqd_scale" / "core" / "errors.py").write_text("raise SystemExit(9)\n")
+    done = subprocess.run(
+        [sys.executable, str(code / "tools" / "train.py"), "--help"],
+        env=os.environ | {"PYTHONPATH": str(code)},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 9

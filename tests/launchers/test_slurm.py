@@ -1,0 +1,108 @@
+"""Jobs through Submitit as processes of this machine; tests/slurm has the same on a real cluster."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vqd_scale.core.errors import UserError
+from vqd_scale.launchers.record import Launch, State, newest_launch
+from vqd_scale.launchers.slurm import Resources, submit
+
+pytestmark = pytest.mark.ranks
+ROOT = Path(__file__).parents[2]
+TWO_RANKS = Resources(cluster="local", ranks_per_node=2, minutes=5, requeues=1)
+
+TOOL = """
+import os, pathlib, signal, sys, time
+folder, rank = pathlib.Path(sys.argv[1]), os.environ["RANK"]
+start = len(list(folder.glob(f"start-*-rank-{rank}")))
+(folder / f"start-{start}-rank-{rank}").write_text(
+    " ".join(os.environ[name] for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "PYTHONPATH")))
+"""
+
+
+def launched(folder: Path, body: str, resources: Resources = TWO_RANKS) -> Launch:
+    tool = folder / "tool.py"
+    tool.write_text(TOOL + body)
+    command = [sys.executable, str(tool), str(folder)]
+    return submit("test", [command], resources, folder / "jobs" / "1", ROOT, str(folder), {"why": "a test"})
+
+
+def outcome(launch: Launch) -> State:
+    deadline = time.monotonic() + 120
+    while True:
+        (state,) = launch.states().values()
+        if state.has_ended or time.monotonic() > deadline:
+            return state
+        time.sleep(0.1)
+
+
+def test_every_rank_knows_itself_and_imports_the_copy(tmp_path: Path) -> None:
+    launch = launched(tmp_path, "print('hello from', rank)")
+    assert outcome(launch) == State("done", 0)
+    for rank in (0, 1):
+        said = (tmp_path / f"start-0-rank-{rank}").read_text()
+        assert said == f"2 {rank} 127.0.0.1 {ROOT}"
+    output, _ = launch.logs(launch.jobs[0])
+    assert "hello from 0" in output.read_text()
+    assert newest_launch(tmp_path) == launch
+
+
+LOSES_A_RANK = """
+if start == 0 and rank == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(0 if start else 1)
+"""
+FINDS_A_MISTAKE = """
+if rank == "1":
+    print("it is gone.", file=sys.stderr)
+    sys.exit(2)
+time.sleep(2)
+sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "starts", "said", "code"),
+    [
+        ("sys.exit(75 if start == 0 else 0)", 2, "done", 0),
+        (LOSES_A_RANK, 2, "done", 0),
+        (FINDS_A_MISTAKE, 1, "it is gone.", 2),
+        ("sys.exit(76)", 2, "ended with exit code 76 after all 1 restarts that --requeues allows", 76),
+    ],
+)
+def test_what_follows_on_how_ranks_end(tmp_path: Path, body: str, starts: int, said: str, code: int) -> None:
+    state = outcome(launched(tmp_path, body))
+    assert state.said.startswith(said)
+    assert state.code == code
+    assert len(list(tmp_path.glob("start-*-rank-0"))) == starts
+
+
+def test_a_cancelled_job_saves_and_does_not_come_back(tmp_path: Path) -> None:
+    body = (
+        "signal.signal(signal.SIGTERM, lambda *_: ((folder / f'saved-{rank}').touch(), sys.exit(75)))\n"
+        "(folder / f'ready-{rank}').touch()\ntime.sleep(100)"
+    )
+    launch = launched(tmp_path, body)
+    while not all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)):
+        time.sleep(0.05)
+    launch.cancel()
+    assert outcome(launch).said == "cancelled"
+    assert (tmp_path / "saved-0").exists()
+    assert not list(tmp_path.glob("start-1-*"))
+
+
+def test_one_process_can_be_the_cluster(tmp_path: Path) -> None:
+    launch = launched(tmp_path, "sys.exit(0)", Resources(cluster="debug"))
+    assert outcome(launch) == State("done", 0)
+
+
+def test_without_slurm_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", os.fspath(tmp_path))
+    with pytest.raises(UserError, match="knows no Slurm: launch with --cluster local"):
+        launched(tmp_path, "", Resources())
+    with pytest.raises(UserError, match="nothing was launched there"):
+        newest_launch(tmp_path)
