@@ -10,7 +10,15 @@ from torch import Tensor
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.tokenizers.base import Draws, ImageTokenizer
-from vqd_scale.tokenizers.reduction import Reduced, check_map, inverse, map_from_counts, read_map
+from vqd_scale.tokenizers.reduction import (
+    Reduced,
+    check_map,
+    inverse,
+    kept_codes,
+    map_from_counts,
+    map_to_nearest,
+    read_map,
+)
 from vqd_scale.tokenizers.taming import TamingGumbel, TamingGumbelConfig
 
 
@@ -170,3 +178,31 @@ def test_what_is_no_map_is_refused_and_never_run(tmp_path: Path) -> None:
         read_map(tmp_path / "floats.pt")
     with pytest.raises(UserError, match="no such file"):
         read_map(tmp_path / "absent.pt")
+
+
+def test_without_a_bucket_used_codes_decode_as_before_and_unused_ones_join_the_nearest() -> None:
+    """Trap 22's lossless kin: an unused code comes first here, and its id still means the used one."""
+    full = gumbel()
+    counts = torch.tensor([0, 3, 0, 1, 0, 0, 9, 0, 2, 0, 5, 0])
+    vectors = full.code_vectors()
+    map = map_to_nearest(counts, vectors)
+    kept = kept_codes(counts)
+    assert kept.tolist() == [1, 3, 6, 8, 10]
+    assert map[kept].tolist() == [0, 1, 2, 3, 4]
+    for code in range(12):
+        distances = (vectors[code] - vectors[kept]).square().sum(dim=1)
+        assert int(map[code]) == int(distances.argmin())
+    tokenizer = Reduced(full, codes=5, unused="nearest")
+    tokenizer.load_state_dict(tokenizer.state_dict() | {"map": map, "kept": kept})
+    assert (inverse(map) != kept).any()
+    tokens = torch.randint(0, 5, (1, 4, 4), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(tokenizer.decode(tokens), full.decode(kept[tokens]))
+    assert torch.equal(tokenizer.decode(map[kept[tokens]]), full.decode(kept[tokens]))
+    assert torch.equal(tokenizer.code_vectors(), vectors[kept])
+
+
+def test_kept_codes_that_do_not_belong_to_the_map_are_refused() -> None:
+    tokenizer = Reduced(gumbel(), codes=5, unused="nearest")
+    state = tokenizer.state_dict()
+    with pytest.raises(UserError, match="no inverse of the map"):
+        tokenizer.load_state_dict(state | {"kept": state["kept"].roll(1)})

@@ -46,6 +46,11 @@ class Purpose(IntEnum):
     EVALUATION = 15
     GUMBEL = 16
     ENCODING = 17
+    SEEDING = 18
+    RESERVOIR = 19
+    PHOTOGRAPH = 20
+    CLASS_ORDER = 21
+    CLASS_MEMBERS = 22
 
 
 def philox4x32(

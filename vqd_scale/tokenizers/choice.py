@@ -6,7 +6,7 @@ from pydantic import Field, PositiveInt
 
 from vqd_scale.core.config import Config
 from vqd_scale.tokenizers.fsq import FSQ, FSQConfig
-from vqd_scale.tokenizers.reduction import Reduced
+from vqd_scale.tokenizers.reduction import Reduced, Unused
 from vqd_scale.tokenizers.taming import TamingGumbel, TamingGumbelConfig, TamingVQ, TamingVQConfig
 from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
 
@@ -22,6 +22,8 @@ class ReducedConfig(Config):
     kind: Literal["reduced"] = "reduced"
     codes: PositiveInt
     """K, how many ids are left, the unused bucket among them."""
+    unused: Unused = "bucket"
+    """What became of unused codes."""
     full: FullTokenizerConfig
     """The tokenizer with all its codes."""
 
@@ -39,7 +41,7 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
         UserError: More codes are to be left than there are.
     """
     if isinstance(config, ReducedConfig):
-        return Reduced(_build_full(config.full), config.codes)
+        return Reduced(_build_full(config.full), config.codes, config.unused)
     return _build_full(config)
 
 

@@ -3,10 +3,12 @@
 A large codebook has many codes that no picture of a data set needs, and a denoiser would learn them in vain.
 The published VQ-Diffusion models of COCO, CUB-200 and CC keep 2,886 of 8,192 codes, that of ImageNet 973 of
 16,384. A *map* says the reduced id of every full code: 0 for all unused ones together, then 1, 2, ... for the
-used ones in their order.
+used ones in their order. Or, with no bucket, 0, 1, ... for the used ones, and that of the nearest of these for
+an unused one: no token of the counted data changes then what it decodes as, and a new picture loses little.
 """
 
 from pathlib import Path
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +18,10 @@ from typing_extensions import Self
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.tensors import read_tensors
 from vqd_scale.tokenizers.base import Draws, ImageTokenizer, check_tokens
+from vqd_scale.tokenizers.codebook import nearest_codes
+
+Unused = Literal["bucket", "nearest"]
+"""What becomes of unused codes: one id for all of them, as published, or the id of the nearest used one."""
 
 
 class Reduced(nn.Module):
@@ -27,12 +33,13 @@ class Reduced(nn.Module):
     Args:
         full: The tokenizer with all its codes, a module.
         codes: K, how many ids are left, the unused bucket among them.
+        unused: What became of unused codes.
 
     Raises:
         UserError: There are not more codes than are to be left.
     """
 
-    def __init__(self, full: ImageTokenizer, codes: int) -> None:
+    def __init__(self, full: ImageTokenizer, codes: int, unused: Unused = "bucket") -> None:
         super().__init__()
         if not 0 < codes <= full.codes:
             raise UserError(f"codes: {codes} of the tokenizer's {full.codes} codes cannot be left.")
@@ -42,6 +49,9 @@ class Reduced(nn.Module):
         last = torch.arange(full.codes) - (full.codes - codes)
         self.register_buffer("map", last.clamp(min=0))
         self.map: Tensor
+        if unused == "nearest":
+            # An unused code may come before the one that it joins: the first of an id is not what it means.
+            self.register_buffer("kept", torch.arange(full.codes - codes, full.codes))
         self.register_load_state_dict_post_hook(_check_loaded)
 
     def encode(
@@ -53,11 +63,16 @@ class Reduced(nn.Module):
     def decode(self, tokens: Int[Tensor, "batch rows columns"]) -> Float[Tensor, "batch 3 height width"]:
         """Reduced codes to float32 images in about [-1, 1]."""
         check_tokens(tokens, self.codes)
-        return self.full.decode(inverse(self.map)[tokens])
+        return self.full.decode(self.meant[tokens])
+
+    @property
+    def meant(self) -> Int[Tensor, " codes"]:
+        """The full code that each reduced one decodes as."""
+        return cast(Tensor, self.kept) if hasattr(self, "kept") else inverse(self.map)
 
     def code_vectors(self) -> Float[Tensor, "codes width"]:
         """The vector that each reduced code decodes as."""
-        return self.full.code_vectors()[inverse(self.map)]
+        return self.full.code_vectors()[self.meant]
 
     def latents(
         self, images: Float[Tensor, "batch 3 height width"]
@@ -74,6 +89,12 @@ class Reduced(nn.Module):
 def _check_loaded(module: nn.Module, _: object) -> None:
     if isinstance(module, Reduced):
         check_map(module.map, module.full.codes, module.codes, "map")
+        if not torch.equal(module.map[module.meant.clamp(0, len(module.map) - 1)], _ids(module)):
+            raise UserError("kept: is no inverse of the map; the tokenizer's bundle is damaged.")
+
+
+def _ids(module: Reduced) -> Int[Tensor, " codes"]:
+    return torch.arange(module.codes, device=module.map.device)
 
 
 def map_from_counts(counts: Int[Tensor, " full"], least: int = 1) -> Int[Tensor, " full"]:
@@ -93,6 +114,28 @@ def map_from_counts(counts: Int[Tensor, " full"], least: int = 1) -> Int[Tensor,
             f"nothing to reduce; count on more data or choose another threshold."
         )
     return torch.where(used, used.long().cumsum(0), 0)
+
+
+def map_to_nearest(
+    counts: Int[Tensor, " full"], vectors: Float[Tensor, "full width"], least: int = 1
+) -> Int[Tensor, " full"]:
+    """The map without a bucket: what a data set uses stays, the rest joins its nearest neighbour among it.
+
+    Args:
+        counts: How often each code of the full codebook occurs.
+        vectors: What each code decodes as.
+        least: Codes that occur less often are unused.
+
+    Raises:
+        UserError: No code is used, or all are.
+    """
+    is_used = map_from_counts(counts, least) > 0
+    return nearest_codes(vectors, vectors[is_used]).where(~is_used, is_used.long().cumsum(0) - 1)
+
+
+def kept_codes(counts: Int[Tensor, " full"], least: int = 1) -> Int[Tensor, " codes"]:
+    """The full codes that are used, in their order."""
+    return (counts >= least).nonzero()[:, 0]
 
 
 def inverse(map: Int[Tensor, " full"]) -> Int[Tensor, " codes"]:

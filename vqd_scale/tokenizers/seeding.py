@@ -1,0 +1,192 @@
+"""Where k-means begins, and where it ends: what rebuilds a codebook from a pool of encoder outputs.
+
+k-means++ (Arthur and Vassilvitskii, 2007) draws every seed with a chance proportional to its squared
+distance to the seeds before it, and looks at all points for each. AFK-MC² (Bachem et al., "Fast and provably
+good seedings for k-means", 2016) draws nearly so by a Markov chain of fixed length; it sees all points once.
+
+Of n points, K seeds and chains of m it measures n + m K (K - 1) / 2 distances, k-means++ n (K - 1). It wins
+where n is much larger than m K / 2, and loses where it is not: at n = 20,000, K = 1,024, m = 200 by five.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.rng import Purpose, uniforms
+
+CHAIN = 200
+"""The length of AFK-MC²'s chains, as in its authors' code and in VQ-DDM's."""
+
+
+@dataclass(frozen=True)
+class Seeding:
+    """Points to begin k-means with.
+
+    Attributes:
+        chosen: Their places among all points, [seeds].
+        distances: How many distances between two points were measured to find them.
+    """
+
+    chosen: Int[Tensor, " seeds"]
+    distances: int
+
+
+class Clusters(NamedTuple):
+    """What k-means found.
+
+    Attributes:
+        centres: [clusters, width], float32.
+        sizes: How many points each centre is the nearest of; none is 0.
+    """
+
+    centres: Float[Tensor, "clusters width"]
+    sizes: Int[Tensor, " clusters"]
+
+
+def afkmc2(points: Float[Tensor, "count width"], seeds: int, seed: int, chain: int = CHAIN) -> Seeding:
+    """Seeds by AFK-MC² (Bachem et al., 2016, algorithm 1), repeatable on any device.
+
+    Args:
+        points: What is to be clustered.
+        seeds: K, how many seeds.
+        seed: Of the random numbers.
+        chain: m, the length of each Markov chain.
+
+    Raises:
+        UserError: More seeds than points are asked for, or a point is not finite.
+    """
+    _check(points, seeds)
+    count = len(points)
+    rows = torch.arange(seeds, device=points.device)
+    # A row of numbers for each seed: a proposal and an acceptance for every state of its chain.
+    drawn = uniforms(seed, Purpose.SEEDING, rows, 2 * chain, dtype=torch.float64)
+    chosen = [int(drawn[0, 0] * count)]
+    squared = _squared_distances(points, points[chosen])[:, 0]
+    measured = count
+    proposal = squared / squared.sum().clamp(min=torch.finfo(squared.dtype).tiny) / 2 + 0.5 / count
+    cumulative = proposal.cumsum(0)
+    for number in range(1, seeds):
+        places = torch.searchsorted(cumulative, drawn[number, :chain] * cumulative[-1], right=True)
+        places = places.clamp(max=count - 1)
+        nearest = _squared_distances(points[places], points[chosen]).amin(dim=1)
+        measured += chain * len(chosen)
+        # A state's weight is its squared distance over the chance of its being proposed.
+        weights = (nearest / proposal[places]).tolist()
+        state = 0
+        for step, accepted in enumerate(drawn[number, chain + 1 :].tolist(), start=1):
+            if weights[step] > accepted * weights[state]:
+                state = step
+        chosen.append(int(places[state]))
+    return Seeding(torch.tensor(chosen, device=points.device), measured)
+
+
+def kmeans_plus_plus(points: Float[Tensor, "count width"], seeds: int, seed: int) -> Seeding:
+    """Seeds by k-means++ (Arthur and Vassilvitskii, 2007, section 2.2): what `afkmc2` approaches.
+
+    Raises:
+        UserError: More seeds than points are asked for, or a point is not finite.
+    """
+    _check(points, seeds)
+    rows = torch.arange(seeds, device=points.device)
+    drawn = uniforms(seed, Purpose.SEEDING, rows, 1, dtype=torch.float64)[:, 0]
+    chosen = [int(drawn[0] * len(points))]
+    nearest = torch.full((len(points),), torch.inf, dtype=torch.float64, device=points.device)
+    for number in range(1, seeds):
+        nearest = torch.minimum(nearest, _squared_distances(points, points[chosen[-1:]])[:, 0])
+        cumulative = nearest.cumsum(0)
+        place = torch.searchsorted(cumulative, drawn[number] * cumulative[-1], right=True)
+        chosen.append(int(place.clamp(max=len(points) - 1)))
+    return Seeding(torch.tensor(chosen, device=points.device), len(points) * (seeds - 1))
+
+
+def kmeans(
+    points: Float[Tensor, "count width"], starts: Float[Tensor, "clusters width"], iterations: int = 300
+) -> Clusters:
+    """Lloyd's iterations from given centres, to centres of which each is the nearest of some point.
+
+    One thread, since the order in which threads add would make two equal runs differ.
+
+    Args:
+        points: What is clustered.
+        starts: The centres to begin with.
+        iterations: The most that are made.
+
+    Raises:
+        UserError: There are more centres than different points, or a point is not finite.
+    """
+    from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
+
+    _check(points, len(starts))
+    values = points.detach().float().cpu()
+    with threadpool_limits(limits=1), warnings.catch_warnings():
+        # That vectors repeat is seen below.
+        warnings.simplefilter("ignore")
+        # The stub of `init` leaves out arrays.
+        means: Any = KMeans(
+            len(starts), init=starts.detach().float().cpu().numpy(), n_init=1, max_iter=iterations
+        )  # pyright: ignore
+        means.fit(values.numpy())
+    centres = torch.from_numpy(means.cluster_centers_).float()
+    return _without_empty(values, centres)
+
+
+def cost(points: Float[Tensor, "count width"], centres: Float[Tensor, "clusters width"]) -> float:
+    """The sum of the squared distances of points to their nearest centres: what k-means lowers."""
+    parts = points.split(max(1, _CHUNK // len(centres)))
+    return sum(float(_squared_distances(part, centres).amin(dim=1).sum()) for part in parts)
+
+
+_CHUNK = 1 << 22
+"""How many distances exist at once."""
+
+
+def _without_empty(
+    points: Float[Tensor, "count width"], centres: Float[Tensor, "clusters width"]
+) -> Clusters:
+    """Centres of which each has points: one that has none moves to the point farthest from its centre."""
+    for _ in range(len(centres)):
+        nearest, labels = _nearest(points, centres)
+        sizes = torch.bincount(labels, minlength=len(centres))
+        empty = (sizes == 0).nonzero()[:, 0]
+        if not len(empty):
+            return Clusters(centres, sizes)
+        if not nearest.any():
+            break
+        centres[empty[0]] = points[nearest.argmax()]
+    raise UserError(
+        f"codes: there are fewer than {len(centres)} different vectors among the {len(points)} of the pool; "
+        f"ask for fewer codes, or take a larger pool."
+    )
+
+
+def _nearest(
+    points: Float[Tensor, "count width"], centres: Float[Tensor, "clusters width"]
+) -> tuple[Float[Tensor, " count"], Int[Tensor, " count"]]:
+    found = [
+        _squared_distances(part, centres).min(dim=1) for part in points.split(_CHUNK // len(centres) or 1)
+    ]
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+
+
+def _squared_distances(
+    points: Float[Tensor, "count width"], others: Float[Tensor, "seeds width"]
+) -> Float[Tensor, "count seeds"]:
+    """In float64, from differences: a point's own distance is exactly 0, so that it is not drawn twice."""
+    exact = torch.cdist(points.double(), others.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    return exact.square()
+
+
+def _check(points: Float[Tensor, "count width"], wanted: int) -> None:
+    if wanted > len(points):
+        raise UserError(
+            f"codes: {wanted} codes cannot be placed at {len(points)} vectors; take a larger pool, or ask "
+            f"for fewer codes."
+        )
+    if not bool(points.isfinite().all()):
+        raise UserError("pool: a vector of the pool is not finite; check the tokenizer and its pictures.")
