@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vqd_scale.core.config import ConfigType, load_config, to_yaml
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.store import Location, parse_location
 
 USER_MISTAKE = 2
 
@@ -59,6 +60,18 @@ def config_from(
         sys.stdout.write(to_yaml(config))
         raise SystemExit(0)
     return config
+
+
+def location_from(text: str) -> Location:
+    """Where a typed path or address leads.
+
+    Raises:
+        UserError: It is neither a path nor one of S3.
+    """
+    try:
+        return parse_location(text)
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
 
 
 def run_tool(

@@ -6,10 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vqd_scale.commands.entry import add_override_arguments, config_from, run_tool, tool_parser
+from vqd_scale.commands.entry import (
+    add_override_arguments,
+    config_from,
+    location_from,
+    run_tool,
+    tool_parser,
+)
 from vqd_scale.core.config import Config
-from vqd_scale.core.errors import UserError
-from vqd_scale.core.store import Location, parse_location
+from vqd_scale.core.store import Location
 from vqd_scale.data.index import ShardSet, read_index
 from vqd_scale.data.indexing import build_index
 from vqd_scale.data.quarantine import DUPLICATES, QUARANTINE
@@ -110,7 +115,7 @@ def _pictures(
 
     def command(arguments: argparse.Namespace) -> None:
         config = config_from(kind, arguments)
-        _report(write(config, arguments.source, _location(arguments.out)))
+        _report(write(config, arguments.source, location_from(arguments.out)))
 
     return parser, command
 
@@ -126,8 +131,10 @@ def _img2dataset() -> Tool:
 
     def command(arguments: argparse.Namespace) -> None:
         config = config_from(Img2datasetConfig, arguments)
-        tars = _location(arguments.tars)
-        _report(index_img2dataset(config, tars, tars if arguments.out is None else _location(arguments.out)))
+        tars = location_from(arguments.tars)
+        _report(
+            index_img2dataset(config, tars, tars if arguments.out is None else location_from(arguments.out))
+        )
 
     return parser, command
 
@@ -140,8 +147,8 @@ def _index() -> Tool:
     _add_tars(parser)
 
     def command(arguments: argparse.Namespace) -> None:
-        out = None if arguments.out is None else _location(arguments.out)
-        _report(build_index(_location(arguments.tars), out))
+        out = None if arguments.out is None else location_from(arguments.out)
+        _report(build_index(location_from(arguments.tars), out))
 
     return parser, command
 
@@ -156,13 +163,6 @@ def _add_tars(parser: argparse.ArgumentParser) -> None:
 def _add_configuration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="YAML file: differences from the defaults")
     add_override_arguments(parser)
-
-
-def _location(text: str) -> Location:
-    try:
-        return parse_location(text)
-    except ValueError as error:
-        raise UserError(f"{error}.") from None
 
 
 def _report(shards: ShardSet) -> None:

@@ -3,7 +3,7 @@
 A large codebook has many codes that no picture of a data set needs, and a denoiser would learn them in vain.
 The published VQ-Diffusion models of COCO, CUB-200 and CC keep 2,886 of 8,192 codes, that of ImageNet 973 of
 16,384. A *map* says the reduced id of every full code: 0 for all unused ones together, then 1, 2, ... for the
-used ones in their order. Or, with no bucket, 0, 1, ... for the used ones, and that of the nearest of these for
+used ones in their order. Or, with no bucket, 0, 1, ... for the used ones, that of the nearest of these for
 an unused one: no token of the counted data changes then what it decodes as, and a new picture loses little.
 """
 
