@@ -94,7 +94,9 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> optim.AdamW:
         {"params": [p for p in trained if id(p) not in undecayed], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if id(p) in undecayed], "weight_decay": 0.0},
     ]
-    return optim.AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
+    groups = [group for group in groups if group["params"]]
+    # Fused: weights, gradients and moments are gone through once and not ten times.
+    return optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def peak_rate(config: OptimConfig, batch: int) -> float:
