@@ -162,7 +162,7 @@ def test_mixed_sets_are_each_in_their_slow_order(
     assume(min(weights) * lanes >= sum(weights))
     owner = owners(weights, lanes, 150)
     mixed = shares(weights, lanes)
-    orders = [LaneOrder(of, mixed[number], window, seed, number) for number, of in enumerate(counts)]
+    orders = [LaneOrder(of, mixed[number], window, seed, number << 48) for number, of in enumerate(counts)]
     found = Plan(mixed, orders).locate(np.arange(len(owner)))
     assert found.sets.tolist() == owner
     for number, of in enumerate(counts):

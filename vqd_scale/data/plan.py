@@ -25,7 +25,11 @@ from vqd_scale.data.mixture import Share
 Slots = Int64[NDArray[np.int64], " slots"]
 
 _NAMES = 1 << 48
-"""So many names each set has for its epochs and windows: no two sets share a random order."""
+
+
+def names_of(number: int) -> int:
+    """The first of the names that the set of this number has for its random orders: no two sets share one."""
+    return number * _NAMES
 
 
 @dataclass(frozen=True)
@@ -99,21 +103,21 @@ class LaneOrder:
         share: The set's slots.
         shuffle_window: Over how many neighbours of its lane a sample may be moved.
         seed: The run's seed.
-        number: The set's number among those that are mixed.
+        name: The first of the names of its random orders; see `names_of`.
 
     Raises:
         UserError: There is no sample.
     """
 
     def __init__(
-        self, counts: Sequence[int], share: Share, shuffle_window: int, seed: int, number: int = 0
+        self, counts: Sequence[int], share: Share, shuffle_window: int, seed: int, name: int = 0
     ) -> None:
         self._counts = np.asarray(counts, dtype=np.int64)
         self.samples = int(self._counts.sum())
         self._share = share
         self._window = shuffle_window
         self._seed = seed
-        self._name = number * _NAMES
+        self._name = name
         # Caches of what is a pure function anyway: two epochs, and the windows of the last call.
         self._epochs: dict[int, _Epoch] = {}
         self._windows: dict[int, NDArray[np.int64]] = {}

@@ -18,6 +18,7 @@ from vqd_scale.data.decode import (
     DecodeConfig,
     decode_arrays,
     decode_image,
+    decode_json,
     decode_text,
 )
 from vqd_scale.data.shards import ShardReader
@@ -27,10 +28,11 @@ BatchType_co = TypeVar("BatchType_co", covariant=True)
 
 
 class Place(NamedTuple):
-    """A sample: its shard and its number in it."""
+    """A sample: its shard, its number in it, and which of its captions is wanted."""
 
     reader: ShardReader
     member: int
+    caption: int = 0
 
 
 Slots = Int64[NDArray[np.int64], " batch"]
@@ -64,6 +66,8 @@ class SampleKind(Protocol[BatchType_co]):
 class TokenSamples:
     """Samples with the member ``tokens.npy``, and ``text.npy`` or ``cls`` if the model is told of them.
 
+    ``text.npy`` holds the ids of one caption, or a row of ids for each of several.
+
     Attributes:
         length: Codes per image.
         codes: Size of the codebook; a sample with a code beyond it is bad.
@@ -83,7 +87,7 @@ class TokenSamples:
         tokens = _integers(places, "tokens.npy", self.length, bad)
         columns: Columns = {"tokens": tokens, "text": np.zeros((len(places), 0), np.int64)}
         if self.text_length:
-            columns["text"] = _integers(places, "text.npy", self.text_length, bad)
+            columns["text"] = _integers(places, "text.npy", self.text_length, bad, by_caption=True)
         if self.classes:
             columns["labels"] = _labels(places, self.classes, bad)
         outside = (tokens.min(axis=1) < 0) | (tokens.max(axis=1) >= self.codes)
@@ -128,11 +132,11 @@ class ImageSamples:
         captions = [""] * len(places)
         bad: dict[int, str] = {}
         draws = uniforms(seed, Purpose.CROP, torch.from_numpy(slots), self.transform.draws).tolist()
-        for row, (reader, member) in enumerate(places):
+        for row, place in enumerate(places):
             try:
-                if self.captioned or "txt" in reader.extensions(member):
-                    captions[row] = decode_text(reader.read(member, "txt"))
-                images[row] = self._pixels(reader, member, draws[row])
+                if self.captioned or "txt" in place.reader.extensions(place.member):
+                    captions[row] = _caption(place)
+                images[row] = self._pixels(place, draws[row])
             except BadSample as error:
                 captions[row] = ""
                 bad[row] = str(error)
@@ -152,22 +156,23 @@ class ImageSamples:
             keys=columns["keys"].tolist(),
         )
 
-    def _pixels(
-        self, reader: ShardReader, member: int, draws: Sequence[float]
-    ) -> UInt8[NDArray[np.uint8], "3 height width"]:
-        present = set(reader.extensions(member))
+    def _pixels(self, place: Place, draws: Sequence[float]) -> UInt8[NDArray[np.uint8], "3 height width"]:
+        present = set(place.reader.extensions(place.member))
         extension = next((name for name in IMAGE_EXTENSIONS if name in present), None)
         if extension is None:
             raise BadSample("has no picture")
-        data = reader.read(member, extension)
+        data = place.reader.read(place.member, extension)
         pixels = decode_image(data, self.decode, smallest_side=self.transform.smallest_side)
         return self.transform(pixels, draws).transpose(2, 0, 1)
 
 
 def _integers(
-    places: Sequence[Place], extension: str, length: int, bad: dict[int, str]
+    places: Sequence[Place], extension: str, length: int, bad: dict[int, str], *, by_caption: bool = False
 ) -> Integer[NDArray[np.integer], "batch length"]:
-    """A row of integers of each sample, of the type they are stored in; what is wrong is added to ``bad``."""
+    """A row of integers of each sample, of the type they are stored in; what is wrong is added to ``bad``.
+
+    With ``by_caption``, a member may hold a row for each caption, of which the place names one.
+    """
     rows: list[int] = []
     contents: list[bytes] = []
     for row, place in enumerate(places):
@@ -178,20 +183,25 @@ def _integers(
             bad.setdefault(row, str(error))
     found: list[tuple[list[int], NDArray[np.integer]]] = []
     for numbers, arrays in decode_arrays(contents):
-        own = [rows[number] for number in numbers]
+        own, reason = [rows[number] for number in numbers], ""
         if isinstance(arrays, BadSample):
             reason = str(arrays)
-        elif arrays.shape[1:] == (length,) and arrays.dtype.kind in "iu":
-            found.append((own, arrays))
-            continue
-        else:
+        elif arrays.shape[-1:] != (length,) or arrays.ndim > 2 + by_caption or arrays.dtype.kind not in "iu":
             kind = f"type {arrays.dtype} and shape {arrays.shape[1:]}"
             reason = f"has an array of {kind}, not {length} integers"
+        else:
+            several = arrays.reshape(len(own), -1, length)
+            wanted = [places[row].caption if by_caption else 0 for row in own]
+            there = [number for number, caption in enumerate(wanted) if caption < several.shape[1]]
+            found.append(([own[number] for number in there], several[there, [wanted[n] for n in there]]))
+            own = [row for number, row in enumerate(own) if wanted[number] >= several.shape[1]]
+            reason = f"has the ids of {several.shape[1]} captions, not of all; tokenize its pictures again"
         for row in own:
             bad.setdefault(row, reason)
     # What goes from process to process should be small, but 64 bits hold whatever is mixed.
-    types = {arrays.dtype for _, arrays in found if arrays.dtype.itemsize < np.dtype(np.int64).itemsize}
-    columns = np.zeros((len(places), length), types.pop() if len(types) == 1 == len(found) else np.int64)
+    types = {arrays.dtype for _, arrays in found}
+    is_small = len(types) == 1 and max(types).itemsize < np.dtype(np.int64).itemsize
+    columns = np.zeros((len(places), length), types.pop() if is_small else np.int64)
     for own, arrays in found:
         columns[own] = arrays
     return columns
@@ -210,6 +220,17 @@ def _labels(places: Sequence[Place], classes: int, bad: dict[int, str]) -> Int64
         else:
             bad.setdefault(row, f"has a class that is none of 0 to {classes - 1}")
     return labels
+
+
+def _caption(place: Place) -> str:
+    """The caption that a place names: the first is the sample's ``txt``, the others are in its ``json``."""
+    if place.caption == 0:
+        return decode_text(place.reader.read(place.member, "txt"))
+    listed = decode_json(place.reader.read(place.member, "json"))
+    try:
+        return decode_text(listed["captions"][place.caption].encode())
+    except (TypeError, KeyError, IndexError, AttributeError):
+        raise BadSample(f"has no caption {place.caption} in its 'json'") from None
 
 
 def _int64(column: Integer[NDArray[np.integer], "batch length"]) -> Int64[Tensor, "batch length"]:

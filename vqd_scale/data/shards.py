@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int64
+from numpy.typing import NDArray
 from tqdm import tqdm
 from webdataset.writer import ShardWriter
 
@@ -151,6 +153,15 @@ class ShardReader:
         """The key of a sample."""
         return decoded(self._table.keys[member])
 
+    def captions(self, member: int) -> int:
+        """How many captions a sample has, as the table counted them."""
+        return self._caption_ends.item(member) - self._captions_before(member)
+
+    def captioned(self, caption: int) -> tuple[int, int]:
+        """The sample that has the shard's so-manyth caption, and which of its own that is."""
+        member = int(np.searchsorted(self._caption_ends, caption, side="right"))
+        return member, caption - self._captions_before(member)
+
     def extensions(self, member: int) -> list[str]:
         """The members that a sample has."""
         return [name for name, column in self._columns.items() if self._table.sizes[member, column] != ABSENT]
@@ -173,6 +184,15 @@ class ShardReader:
             raise BadSample(f"has no '{extension}'")
         begin = self._table.offsets.item(member, column)
         return self._bytes.read(member, begin, begin + size)
+
+    @functools.cached_property
+    def _caption_ends(self) -> Int64[NDArray[np.int64], " count"]:
+        """How many captions the samples up to each have together."""
+        counted = self._table.columns.get("captions", np.full(self.shard.count, np.nan))
+        return np.cumsum(np.nan_to_num(counted, nan=1.0).astype(np.int64))
+
+    def _captions_before(self, member: int) -> int:
+        return self._caption_ends.item(member - 1) if member else 0
 
     def _extents(self) -> Extents:
         offsets, sizes = self._table.offsets, self._table.sizes

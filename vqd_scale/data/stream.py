@@ -1,44 +1,46 @@
 """The endless, exactly resumable stream of batches that a rank trains on."""
 
 import itertools
-import multiprocessing
-import queue
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Generic, TypeVar, cast
+from typing import Generic, Literal, TypeVar, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.core.s3 import S3Path
 from vqd_scale.core.store import Location
+from vqd_scale.data.ahead import in_processes, in_thread
+from vqd_scale.data.balance import BalancedOrder, classes_of
 from vqd_scale.data.batch import pinned
 from vqd_scale.data.index import ShardSet
-from vqd_scale.data.mixture import Share, shares
-from vqd_scale.data.plan import LaneOrder, Places, Plan, owned_lanes
+from vqd_scale.data.mixture import shares
+from vqd_scale.data.plan import LaneOrder, Order, Places, Plan, names_of, owned_lanes
 from vqd_scale.data.quarantine import Quarantine
 from vqd_scale.data.reading import Reading, ReadingConfig
 from vqd_scale.data.samples import Columns, Place, SampleKind, Slots
 from vqd_scale.data.shards import ShardReader
 
 BatchType = TypeVar("BatchType")
-Item = TypeVar("Item")
 _ShardNumber = tuple[int, int]
 """A set's number and that of a shard in it."""
 
 OPEN_SHARDS = 64
 """At least so many shards a reader keeps open, tables included; two per lane where there are more lanes."""
+
+OPEN_SHARDS_BALANCED = 512
+"""The same where classes are balanced, and samples are read from anywhere."""
 
 OPENED_AT_ONCE = 16
 """A distant shard takes two round trips to open, and a reader begins with one or more for each lane."""
@@ -68,6 +70,10 @@ class StreamConfig(Config):
         sources: In place of ``path``, several sets that are mixed.
         lanes: Global batch: every batch takes one sample from each lane. Part of the order, as the window is.
         shuffle_window: Over how many neighbours of its lane a sample may be moved.
+        captions: Of several captions the ``first``; a ``random`` one each time; or ``each``, which makes an
+            item of every caption, so that an epoch holds the picture with each of them once.
+        balanced: Whether classes are drawn equally often, in place of each sample once an epoch; reads here
+            and there, so that shards are better near.
         workers: Reading processes per rank; 0 reads in a thread of the rank's own. Not part of the order.
         prefetch: Batches read ahead.
         max_bad_share: Which share of an epoch may be unusable before the run stops.
@@ -78,6 +84,8 @@ class StreamConfig(Config):
     sources: tuple[SourceConfig, ...] | None = Field(default=None, min_length=1)
     lanes: int = Field(default=128, ge=1)
     shuffle_window: int = Field(default=256, ge=1)
+    captions: Literal["first", "random", "each"] = "first"
+    balanced: bool = False
     workers: int = Field(default=0, ge=0, le=64)
     prefetch: int = Field(default=4, ge=1)
     max_bad_share: float = Field(default=0.01, ge=0, le=1)
@@ -87,6 +95,12 @@ class StreamConfig(Config):
     def _either_one_or_several(self) -> Self:
         if (self.path is None) == (self.sources is None):
             raise ValueError("give either path, one set of shards, or sources, several that are mixed")
+        return self
+
+    @model_validator(mode="after")
+    def _no_captions_where_classes_count(self) -> Self:
+        if self.balanced and self.captions == "each":
+            raise ValueError("captions=each and balanced=true are two answers to what an epoch is; give one")
         return self
 
     @property
@@ -139,21 +153,23 @@ class Stream(Generic[BatchType]):
         self._kind = kind
         self._seed = seed
         self._lanes = owned_lanes(config.lanes, rank, ranks)
-        self._shares = shares([source.weight for source in config.mixed], config.lanes)
-        self._tolerated = [config.max_bad_share * shards.count / ranks for shards in self._sets]
+        self._tolerated = [
+            config.max_bad_share * sum(_counts(config, shards)) / ranks for shards in self._sets
+        ]
+        self._classes = [classes_of(shards) for shards in self._sets] if config.balanced else None
         self._cursor = cursor
         self._quarantine = Quarantine(quarantine)
         self._pinned = pinned
 
     @property
-    def samples(self) -> int:
-        """Samples in all sets together."""
-        return sum(shards.count for shards in self._sets)
+    def items(self) -> int:
+        """What all sets hold together: samples, or with ``captions=each`` captions."""
+        return sum(sum(_counts(self._config, shards)) for shards in self._sets)
 
     def __iter__(self) -> Generator[BatchType]:
         """Batches for ever; closing the iterator ends its thread and processes."""
         bad_by_epoch = Counter[tuple[int, int]]()
-        with closing(_in_thread(self._batches, self._config.prefetch)) as batches:
+        with closing(in_thread(self._batches, self._config.prefetch)) as batches:
             for batch, found in batches:
                 for bad in found:
                     bad_by_epoch[bad.set, bad.epoch] += 1
@@ -164,10 +180,10 @@ class Stream(Generic[BatchType]):
         workers = min(self._config.workers, len(self._lanes))
         lanes = np.array_split(np.asarray(self._lanes, dtype=np.int64), max(1, workers))
         readers = [
-            _PartReader(self._sets, self._shares, self._config, self._kind, self._seed, self._cursor + own)
+            _PartReader(self._sets, self._classes, self._config, self._kind, self._seed, self._cursor + own)
             for own in lanes
         ]
-        parts = _in_processes(readers, self._config.prefetch, is_closed) if workers else readers[0]()
+        parts = in_processes(readers, self._config.prefetch, is_closed) if workers else readers[0]()
         with closing(parts):
             while group := list(itertools.islice(parts, len(readers))):
                 batch = self._kind.batch(_joined([part.columns for part in group]))
@@ -205,31 +221,54 @@ class _PartReader:
     """One reader's part of every global batch, its ``slots`` being those of the first; picklable."""
 
     sets: Sequence[ShardSet]
-    shares: Sequence[Share]
+    classes: Sequence[NDArray[np.int32]] | None
     config: StreamConfig
     kind: SampleKind[object]
     seed: int
     slots: Slots
 
     def __call__(self) -> Generator[_Part]:
-        lanes, window = len(self.slots), self.config.shuffle_window
-        plan = Plan(
-            self.shares,
-            [
-                LaneOrder(shards.counts, share, window, self.seed, number)
-                for number, (shards, share) in enumerate(zip(self.sets, self.shares, strict=True))
-            ],
-        )
+        lanes = len(self.slots)
+        window = 1 if self.config.balanced else self.config.shuffle_window
         reading = Reading.in_lanes(self.sets, lanes, window, self.config.reading)
-        opened = _OpenShards(self.sets, reading, max(OPEN_SHARDS, 2 * lanes))
+        opened = _OpenShards(self.sets, reading, self._most_open())
         ahead = deque[_Planned]()
-        for planned in self._planned(plan):
-            planned.places.extend(opened.places(planned.found))
+        for planned in self._planned(self._plan()):
+            planned.places.extend(self._places(planned, opened))
             for place in planned.places:
                 place.reader.expect(place.member)
             ahead.append(planned)
             if len(ahead) > reading.tempo.turns:
                 yield self._read(ahead.popleft())
+
+    def _plan(self) -> Plan:
+        config, seed = self.config, self.seed
+        mixed = shares([source.weight for source in config.mixed], config.lanes)
+        orders: list[Order] = []
+        for number, (shards, share) in enumerate(zip(self.sets, mixed, strict=True)):
+            counts, name = _counts(config, shards), names_of(number)
+            if self.classes is None:
+                orders.append(LaneOrder(counts, share, config.shuffle_window, seed, name))
+            else:
+                orders.append(BalancedOrder(self.classes[number], counts, share, seed, name))
+        return Plan(mixed, orders)
+
+    def _most_open(self) -> int:
+        return max(OPEN_SHARDS_BALANCED if self.config.balanced else OPEN_SHARDS, 2 * len(self.slots))
+
+    def _places(self, planned: "_Planned", opened: "_OpenShards") -> list[Place]:
+        """The samples in their shards, and which of their captions are wanted."""
+        readers, members = opened.readers(planned.found), planned.found.members.tolist()
+        if self.config.captions == "each":
+            return [Place(reader, *reader.captioned(n)) for reader, n in zip(readers, members, strict=True)]
+        if self.config.captions == "first":
+            return list(map(Place, readers, members))
+        slots = torch.from_numpy(planned.slots)
+        drawn = uniforms(self.seed, Purpose.CAPTION_CHOICE, slots, 1)[:, 0].tolist()
+        return [
+            Place(reader, member, int(share * reader.captions(member)))
+            for reader, member, share in zip(readers, members, drawn, strict=True)
+        ]
 
     def _planned(self, plan: Plan) -> Iterator["_Planned"]:
         """One batch after the other, located many at a time."""
@@ -278,13 +317,9 @@ class _OpenShards:
         self._sets, self._reading, self._most = [shards.shards for shards in sets], reading, most
         self._open = OrderedDict[_ShardNumber, ShardReader]()
 
-    def places(self, found: Places) -> list[Place]:
-        """The samples in their shards, which are opened where they are not."""
+    def readers(self, found: Places) -> list[ShardReader]:
+        """The samples' shards, which are opened where they are not."""
         numbers = list(zip(found.sets.tolist(), found.shards.tolist(), strict=True))
-        readers = self._readers(numbers)
-        return [Place(*place) for place in zip(readers, found.members.tolist(), strict=True)]
-
-    def _readers(self, numbers: Sequence[_ShardNumber]) -> list[ShardReader]:
         absent = list({number: None for number in numbers if number not in self._open})
         if len(absent) > 1 and any(isinstance(shards[0].path, S3Path) for shards in self._sets):
             with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
@@ -303,104 +338,12 @@ class _OpenShards:
         return ShardReader(self._sets[of][shard], self._reading)
 
 
+def _counts(config: StreamConfig, shards: ShardSet) -> tuple[int, ...]:
+    """What each shard of a set holds: samples, or captions where each is an item."""
+    return shards.captions if config.captions == "each" else shards.counts
+
+
 def _joined(parts: Sequence[Columns]) -> Columns:
     if len(parts) == 1:
         return parts[0]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _in_thread(produce: Callable[[threading.Event], Generator[Item]], depth: int) -> Generator[Item]:
-    """What a generator yields, read ahead in a thread; what it raises is raised here.
-
-    Args:
-        produce: Makes the generator; the event tells it, where it waits, that nobody wants more.
-        depth: How many items are kept.
-    """
-    ready: queue.Queue[Item | _Raised] = queue.Queue(depth)
-    is_closed = threading.Event()
-
-    def offer(item: Item | _Raised) -> None:
-        while not is_closed.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return
-
-    def run() -> None:
-        # Whatever it is, it belongs to the consumer: dying here would leave the consumer waiting for ever.
-        try:
-            with closing(produce(is_closed)) as items:
-                for item in items:
-                    offer(item)
-                    if is_closed.is_set():
-                        return
-        except Exception as error:  # noqa: BLE001
-            offer(_Raised(error))
-
-    thread = threading.Thread(target=run, name="read-ahead", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item = ready.get()
-            if isinstance(item, _Raised):
-                raise item.error
-            yield item
-    finally:
-        is_closed.set()
-        thread.join()
-
-
-@dataclass(frozen=True)
-class _Raised:
-    error: Exception
-
-
-def _in_processes(readers: Sequence[_PartReader], depth: int, is_closed: threading.Event) -> Generator[_Part]:
-    """The readers' parts, each reader in a process: the first one's of a batch, then the second one's."""
-    # Spawned, since neither S3 clients nor the threads of torch survive a fork.
-    context = multiprocessing.get_context("spawn")
-    connections: list[Connection] = []
-    processes: list[BaseProcess] = []
-    try:
-        for reader in readers:
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_serve, args=(reader, depth, theirs), daemon=True)
-            process.start()
-            # With this end open in one process only, its death is an end of file and not an endless wait.
-            theirs.close()
-            connections.append(ours)
-            processes.append(process)
-        for connection in itertools.cycle(connections):
-            while not connection.poll(0.1):
-                if is_closed.is_set():
-                    return
-            yield _received(connection)
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
-        for connection in connections:
-            connection.close()
-
-
-def _serve(reader: _PartReader, depth: int, connection: Connection) -> None:
-    """A reading process: reads ahead in a thread, and sends."""
-    # There are as many such processes as cores can be spared.
-    torch.set_num_threads(1)
-    try:
-        for part in _in_thread(lambda _: reader(), depth):
-            connection.send(part)
-    except UserError as error:
-        connection.send(error)
-
-
-def _received(connection: Connection) -> _Part:
-    try:
-        item = connection.recv()
-    except EOFError:
-        raise RuntimeError("a reading process died; what it printed above says why") from None
-    if isinstance(item, UserError):
-        raise item
-    return item

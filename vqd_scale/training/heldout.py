@@ -57,7 +57,7 @@ class HeldOut(Generic[BatchType]):
             cursor=0,
             quarantine=quarantine,
         )
-        count = min(config.samples, stream.samples)
+        count = min(config.samples, stream.items)
         share = -(-count // world.size)
         mine = torch.arange(share) * world.size + world.rank
         with closing(iter(stream)) as batches:

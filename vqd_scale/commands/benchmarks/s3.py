@@ -186,7 +186,7 @@ class _RawSamples:
         del slots, seed
         sizes = [
             sum(len(reader.read(member, extension)) for extension in reader.extensions(member))
-            for reader, member in places
+            for reader, member, _ in places
         ]
         return {"sizes": np.array(sizes)}, {}
 

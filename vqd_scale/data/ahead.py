@@ -1,0 +1,127 @@
+"""Generators that run ahead of their consumer, in a thread or in processes."""
+
+import itertools
+import multiprocessing
+import queue
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+import torch
+
+from vqd_scale.core.errors import UserError
+
+Item = TypeVar("Item")
+
+
+def in_thread(produce: Callable[[threading.Event], Generator[Item]], depth: int) -> Generator[Item]:
+    """What a generator yields, read ahead in a thread; what it raises is raised here.
+
+    Args:
+        produce: Makes the generator; the event tells it, where it waits, that nobody wants more.
+        depth: How many items are kept.
+    """
+    ready: queue.Queue[Item | _Raised] = queue.Queue(depth)
+    is_closed = threading.Event()
+
+    def offer(item: Item | _Raised) -> None:
+        while not is_closed.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return
+
+    def run() -> None:
+        # Whatever it is, it belongs to the consumer: dying here would leave the consumer waiting for ever.
+        try:
+            with closing(produce(is_closed)) as items:
+                for item in items:
+                    offer(item)
+                    if is_closed.is_set():
+                        return
+        except Exception as error:  # noqa: BLE001
+            offer(_Raised(error))
+
+    thread = threading.Thread(target=run, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, _Raised):
+                raise item.error
+            yield item
+    finally:
+        is_closed.set()
+        thread.join()
+
+
+@dataclass(frozen=True)
+class _Raised:
+    error: Exception
+
+
+def in_processes(
+    producers: Sequence[Callable[[], Generator[Item]]], depth: int, is_closed: threading.Event
+) -> Generator[Item]:
+    """What generators yield, each running ahead in a process: one item of the first, one of the second, ….
+
+    Args:
+        producers: Make the generators; picklable, as what they yield is.
+        depth: How many items each keeps.
+        is_closed: Set when nobody wants more.
+
+    Raises:
+        UserError: Whichever one raises.
+        RuntimeError: A process died.
+    """
+    # Spawned, since neither S3 clients nor the threads of torch survive a fork.
+    context = multiprocessing.get_context("spawn")
+    connections: list[Connection] = []
+    processes: list[BaseProcess] = []
+    try:
+        for producer in producers:
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_serve, args=(producer, depth, theirs), daemon=True)
+            process.start()
+            # With this end open in one process only, its death is an end of file and not an endless wait.
+            theirs.close()
+            connections.append(ours)
+            processes.append(process)
+        for connection in itertools.cycle(connections):
+            while not connection.poll(0.1):
+                if is_closed.is_set():
+                    return
+            yield _received(connection)
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+        for connection in connections:
+            connection.close()
+
+
+def _serve(producer: Callable[[], Generator[object]], depth: int, connection: Connection) -> None:
+    """A process of its own: goes ahead in a thread, and sends."""
+    # There are as many such processes as cores can be spared.
+    torch.set_num_threads(1)
+    try:
+        for item in in_thread(lambda _: producer(), depth):
+            connection.send(item)
+    except UserError as error:
+        connection.send(error)
+
+
+def _received(connection: Connection) -> Any:  # noqa: ANN401 - what the producer yields
+    try:
+        item = connection.recv()
+    except EOFError:
+        raise RuntimeError("a reading process died; what it printed above says why") from None
+    if isinstance(item, UserError):
+        raise item
+    return item
