@@ -31,7 +31,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sque
 PACKAGES = "slurm-wlm munge"
 HOSTS = Path("/etc/hosts")
 MARK = "# a Slurm cluster of vqd-scale's tests"
-SECONDS_TO_START = 30
+SECONDS_TO_START = 60
 SECONDS_TO_NOTICE_A_LOST_NODE = 10
 NODES_ARE_CHECKED_EVERY = 30
 """Seconds between two looks of the controller at its nodes, and at the time limits of its jobs."""
@@ -173,7 +173,8 @@ class Cluster:
                 state = (
                     self.run("squeue", "--all", check=False).stdout + self.run("sinfo", check=False).stdout
                 )
-                raise TimeoutError(f"not within {seconds} s: {why}\n{state}")
+                told = (self.folder / "slurmctld.log").read_text().splitlines()[-20:]
+                raise TimeoutError("\n".join([f"not within {seconds} s: {why}", state, *told]))
             time.sleep(0.2)
 
     def finished(self, number: str, seconds: float = 300) -> Job:
@@ -209,7 +210,8 @@ class Cluster:
         # `unshare` is the parent of the namespace's first process; with it all of the namespace ends.
         command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "slurmd", "-D", "-N", name]
         self._nodes[name] = _started(command, self.folder / f"{name}.out", self.variables)
-        self.until(lambda: self.state(name) == "idle", SECONDS_TO_START, f"{name} is ready")
+        ready = ("idle", "mixed", "allocated")
+        self.until(lambda: self.state(name) in ready, SECONDS_TO_START, f"{name} is ready")
 
     def state(self, name: str) -> str:
         """What the controller thinks of a node."""
