@@ -13,6 +13,7 @@ from vqd_scale.commands.benchmarks.checkpoint import benchmark_checkpoint
 from vqd_scale.commands.benchmarks.construction import benchmark_construction
 from vqd_scale.commands.benchmarks.loader import benchmark_loader
 from vqd_scale.commands.benchmarks.loss import benchmark_loss
+from vqd_scale.commands.benchmarks.plan import benchmark_plan
 from vqd_scale.commands.benchmarks.s3 import benchmark_s3
 from vqd_scale.commands.benchmarks.sample import benchmark_sample
 from vqd_scale.commands.benchmarks.step import benchmark_step
@@ -25,6 +26,7 @@ BENCHMARKS: dict[str, Callable[[int], dict[str, Any]]] = {
     "construction": benchmark_construction,
     "loader": benchmark_loader,
     "loss": benchmark_loss,
+    "plan": benchmark_plan,
     "s3": benchmark_s3,
     "sample": benchmark_sample,
     "step": benchmark_step,
