@@ -27,6 +27,7 @@ from vqd_scale.training.metrics import read_metrics
 
 _POLL_SECONDS = 2.0
 _JOBS = "jobs"
+_LONGEST_HOURS = 10_000.0
 
 Tool = tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], None]]
 
@@ -115,7 +116,7 @@ def _tokenize() -> Tool:
         "launch.py tokenize configs/demo/tokenize.yaml --workers 16 --gpus-per-node 1 --hours 12",
     )
     add_config_arguments(parser, file_required=True)
-    parser.add_argument("--workers", type=_positive, default=1, help="jobs that share the shards out (1)")
+    parser.add_argument("--workers", type=_at_least(1), default=1, help="jobs that share the shards out (1)")
     _add_resources(parser)
 
     def run(arguments: argparse.Namespace) -> None:
@@ -193,16 +194,16 @@ def _add_resources(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--nodes", type=_nodes, default=defaults.nodes, help="a number, or the least and the most: 4-8 (1)"
     )
-    group.add_argument("--gpus-per-node", type=_count, default=0, help="a rank for each (0)")
-    group.add_argument("--ranks-per-node", type=_positive, help="where there are no GPUs (1)")
+    group.add_argument("--gpus-per-node", type=_at_least(0), default=0, help="a rank for each (0)")
+    group.add_argument("--ranks-per-node", type=_at_least(1), help="where there are no GPUs (1)")
     group.add_argument(
-        "--cpus-per-task", type=_positive, default=defaults.cpus_per_task, help="of a rank (1)"
+        "--cpus-per-task", type=_at_least(1), default=defaults.cpus_per_task, help="of a rank (1)"
     )
     group.add_argument("--hours", type=_hours, default=1.0, help="the time limit (1)")
     group.add_argument(
-        "--signal-seconds", type=_positive, default=300, help="before it, ranks are asked to save (300)"
+        "--signal-seconds", type=_at_least(1), default=300, help="before it, ranks are asked to save (300)"
     )
-    group.add_argument("--requeues", type=_count, default=20, help="restarts, whatever for (20)")
+    group.add_argument("--requeues", type=_at_least(0), default=20, help="restarts, whatever for (20)")
     for name in ("partition", "account", "qos", "constraint"):
         group.add_argument(f"--{name}", help="Slurm's")
     group.add_argument("--follow", action="store_true", help="show the first rank's log to the job's end")
@@ -299,29 +300,28 @@ def _beside(out: Location) -> Path:
     return Path("runs") / _JOBS / out.name
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"given {text!r}, expected a number, {least} or more")
+        return int(text)
 
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError(text)
-    return value
+    return number
 
 
 def _hours(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 10_000:
-        raise ValueError(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < _LONGEST_HOURS:
+        raise argparse.ArgumentTypeError(f"given {text!r}, expected hours, such as 24 or 0.5")
     return value
 
 
 def _nodes(text: str) -> str:
     least, dash, most = text.partition("-")
-    if _positive(least) > _positive(most if dash else least):
-        raise ValueError(text)
+    number = _at_least(1)
+    if number(least) > number(most if dash else least):
+        raise argparse.ArgumentTypeError(f"given {text!r}, expected a number, or the least and the most: 4-8")
     return text

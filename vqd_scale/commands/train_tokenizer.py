@@ -13,6 +13,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "python tools/train_tokenizer.py configs/demo/tokenizer.yaml optim.lr=1e-3",
     )
     add_config_arguments(parser, file_required=True)
+    # DeepSpeed's launcher adds it; every launcher sets LOCAL_RANK, which is what counts.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     run_tool(parser, _train, arguments)
 
 

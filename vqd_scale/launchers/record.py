@@ -138,6 +138,11 @@ def outcome_file(folder: Path, job: str) -> Path:
     return folder / "outcomes" / f"{job}.json"
 
 
+def goes_on(job: str) -> bool:
+    """Whether Slurm lets a job run; one that is cancelled or past its limit, a requeue would revive."""
+    return _slurm("squeue", "--noheader", "--format=%T", f"--jobs={job}").strip() == "RUNNING"
+
+
 def _states_of_slurm(jobs: Sequence[str]) -> dict[str, str]:
     """What the queue says; jobs that it has forgotten are left out."""
     numbers = ",".join(sorted({job.partition("_")[0] for job in jobs}))

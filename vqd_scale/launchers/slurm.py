@@ -31,7 +31,7 @@ from vqd_scale.launchers.base import (
     noted_ends,
     started,
 )
-from vqd_scale.launchers.record import CANCELLED, Cluster, Launch, last_line_of, outcome_file
+from vqd_scale.launchers.record import CANCELLED, Cluster, Launch, goes_on, last_line_of, outcome_file
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 60.0
@@ -144,7 +144,8 @@ class Rank:
             log = JobPaths(job.paths.folder, job.job_id, mistaken).stderr
             self._say(job, MISTAKE, _last_line(log))
             raise SystemExit(MISTAKE)
-        if (self.folder / CANCELLED).exists():
+        if (self.folder / CANCELLED).exists() or (job.cluster == "slurm" and not goes_on(job.job_id)):
+            self._say(job, code, "cancelled, or past its time limit")
             raise SystemExit(code)
         if start >= self.requeues or not callable(requeue):
             self._say(

@@ -1,0 +1,35 @@
+"""The same entry point under DeepSpeed's own launcher, with a hostfile."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.conftest import ROOT, losses
+from tests.slurm.recipe import write_recipe
+
+pytestmark = [pytest.mark.slurm, pytest.mark.long]
+
+
+@pytest.mark.parametrize("options", [[], ["--no_local_rank"]])
+def test_deepspeeds_launcher_starts_the_same_run(
+    options: list[str], embedded: Path, by_torchrun: Path, tmp_path: Path
+) -> None:
+    write_recipe(tmp_path, embedded, tmp_path / "runs")
+    (tmp_path / "hostfile").write_text("localhost slots=2\n")
+    launcher = Path(sys.executable).with_name("deepspeed")
+    done = subprocess.run(
+        [
+            *(sys.executable, str(launcher), "--hostfile", str(tmp_path / "hostfile"), "--no_ssh_check"),
+            *("--master_port", "29431", *options, "tools/train.py", str(tmp_path / "pretrain.yaml")),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "runs" / "pretrain") == losses(by_torchrun / "pretrain")
