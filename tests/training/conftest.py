@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from tests.training import forked
 from vqd_scale.data.shards import KEY, Sample, ShardRecipe, write_shard_set
 from vqd_scale.inference.bundle import save_tokenizer, tokenizer_fingerprint
 from vqd_scale.inference.tokenize import TokenSetMeta
@@ -121,8 +122,18 @@ def command(tool: str, arguments: Sequence[str], ranks: int) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def run_tool() -> RunTool:
-    """Run one of the project's tools on so many ranks."""
+def run_tool(tmp_path_factory: pytest.TempPathFactory) -> RunTool:
+    """Run one of the project's tools on so many ranks, forked from a process that has imported it."""
+
+    def run(tool: str, *arguments: str, ranks: int = 1) -> "subprocess.CompletedProcess[str]":
+        return forked.run(Path(tool).stem, *arguments, ranks=ranks, said=tmp_path_factory.mktemp("said"))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def launch_tool() -> RunTool:
+    """Run one of the project's tools on so many ranks as its users do."""
 
     def run(tool: str, *arguments: str, ranks: int = 1) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(

@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.training.forked import Ranks
 from vqd_scale.core.config import load_config
 from vqd_scale.core.stop import REQUEUE_EXIT_CODE
 from vqd_scale.core.world import World
@@ -62,12 +63,12 @@ def newest(run: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    token_world: Path, tmp_path_factory: pytest.TempPathFactory, run_tool: RunTool
+    token_world: Path, tmp_path_factory: pytest.TempPathFactory, launch_tool: RunTool
 ) -> dict[int, Path]:
     """The same run on one rank and on two, never stopped."""
     runs = {ranks: tmp_path_factory.mktemp("runs") / f"ranks-{ranks}" for ranks in (1, 2)}
     for ranks, run in runs.items():
-        done = run_tool("train.py", str(token_world / "train.yaml"), f"run={run}", ranks=ranks)
+        done = launch_tool("train.py", str(token_world / "train.yaml"), f"run={run}", ranks=ranks)
         assert done.returncode == 0, done.stderr
     return runs
 
@@ -118,39 +119,32 @@ def files_of(checkpoint: Path) -> list[dict[str, object]]:
     return json.loads((checkpoint / "manifest.json").read_text())["files"]
 
 
-def ranks_of(launcher: "subprocess.Popen[bytes]") -> list[int]:
-    """The processes that a launcher started."""
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
-    return [int(pid) for pid in children.read_text().split()] if children.exists() else []
-
-
 def is_writing(run: Path) -> bool:
     return any((run / "checkpoints").glob("*.partial"))
 
 
-def disturb(
-    start: Callable[..., "subprocess.Popen[bytes]"], arguments: list[str], run: Path, chance: random.Random
-) -> str:
+def disturb(arguments: list[str], run: Path, said: Path, chance: random.Random) -> str:
     """Start on two ranks and end them, or one of them, at a random moment; returns what was done."""
-    began = len(losses(run)) if (run / "metrics.jsonl").exists() else 0
+    began = len(read_metrics(run / "metrics.jsonl"))
     how = chance.choice(["kill one", "kill all", "terminate all"])
     rows, while_writing = chance.randrange(1, 12), chance.random() < 0.5
     delay = chance.random() * 0.02
-    process = start("train.py", *arguments, ranks=2)
+    started = Ranks("train", arguments, 2, said)
     deadline = time.monotonic() + 180
-    while process.poll() is None and time.monotonic() < deadline:
+    while started.poll() is None and time.monotonic() < deadline:
         has_moved = len(read_metrics(run / "metrics.jsonl")) >= began + rows
         if has_moved and (not while_writing or is_writing(run)):
             break
         time.sleep(0.001 if while_writing else 0.01)
     time.sleep(delay)
-    if process.poll() is None:
-        if how == "kill one":
-            os.kill(chance.choice(ranks_of(process)), signal.SIGKILL)
-        else:
-            os.killpg(process.pid, signal.SIGKILL if how == "kill all" else signal.SIGTERM)
-    code = process.wait(timeout=120)
-    return f"{how} after {rows} rows{' while writing' if while_writing else ''}: exit code {code}"
+    ended = [chance.choice(started.pids)] if how == "kill one" else started.pids
+    if started.poll() is None:
+        for pid in ended:
+            os.kill(pid, signal.SIGTERM if how == "terminate all" else signal.SIGKILL)
+    code = started.wait()
+    now = read_metrics(run / "metrics.jsonl")[-1:]
+    when = f"{rows} rows{' and while writing' if while_writing else ''}"
+    return f"{how} after {when}: exit code {code}, {now[0]['images'] if now else 0} images"
 
 
 @pytest.mark.parametrize(("kills", "images"), [(3, 240), pytest.param(20, 2400, marks=pytest.mark.long)])
@@ -160,7 +154,6 @@ def test_chaos_ends_as_the_undisturbed_run_does(
     token_world: Path,
     tmp_path: Path,
     run_tool: RunTool,
-    start_tool: Callable[..., "subprocess.Popen[bytes]"],
 ) -> None:
     """`make chaos` is the long form: ended at whatever moments, a run ends as if nobody had touched it."""
     calm, run = tmp_path / "calm", tmp_path / "run"
@@ -170,9 +163,9 @@ def test_chaos_ends_as_the_undisturbed_run_does(
     # Under this seed the first three are one of each kind, two of them during a write.
     chance = random.Random(6)
     for kill in range(kills):
-        print(f"{kill + 1}/{kills}", disturb(start_tool, [*common, f"run={run}"], run, chance))
-        if (run / "export").exists():
-            break
+        done = disturb([*common, f"run={run}"], run, tmp_path / f"said-{kill}", chance)
+        print(f"\n{kill + 1}/{kills} {done}", end="", flush=True)
+        assert not (run / "export").exists(), "it ended before it was disturbed often enough"
     done = run_tool("train.py", *common, f"run={run}", ranks=2)
     assert done.returncode == 0, done.stderr
     assert losses(run) == losses(calm)
