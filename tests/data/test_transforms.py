@@ -79,7 +79,7 @@ def released_crop(picture: Image.Image, size: int, numbers: list[float]) -> Imag
 
 
 @pytest.mark.parametrize("shape", [(100, 160), (150, 90), (64, 64), (70, 64), (20, 30)])
-def test_near_center_is_the_released_preprocessing(shape: tuple[int, int]) -> None:
+def test_trap_25_near_center_is_the_released_preprocessing(shape: tuple[int, int]) -> None:
     transform = NearCenterCrop(size=64)
     pixels = noise(*shape)
     for numbers in draws(transform, 20):
@@ -89,7 +89,7 @@ def test_near_center_is_the_released_preprocessing(shape: tuple[int, int]) -> No
         assert np.abs(ours.astype(int) - expected).max() <= 1
 
 
-def test_near_center_keeps_its_bounds_and_reaches_them() -> None:
+def test_trap_25_near_center_keeps_its_bounds_and_reaches_them() -> None:
     """256 pixels from 240 x 480 would be enlarged; 64 from 120 x 240 shows offsets and sizes by colours."""
     transform = NearCenterCrop(size=64)
     crops = [transform(places(120, 240), numbers).astype(float) for numbers in draws(transform, 600)]
@@ -110,7 +110,7 @@ def test_near_center_keeps_its_bounds_and_reaches_them() -> None:
     assert np.bincount(sides - 64, minlength=9).min() > 600 / 9 / 2
 
 
-def test_near_center_of_a_small_picture_enlarges() -> None:
+def test_trap_25_near_center_of_a_small_picture_enlarges() -> None:
     for numbers in draws(NearCenterCrop(size=64), 5):
         made = NearCenterCrop(size=64)(places(20, 20), numbers)
         assert np.array_equal(made, resized(places(20, 20), 64, 64))
