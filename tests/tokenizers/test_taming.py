@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.tokenizers import codebook as module
@@ -16,6 +16,7 @@ from vqd_scale.tokenizers.taming import (
     GumbelCodebook,
     TamingGumbel,
     TamingGumbelConfig,
+    TamingVQ,
     TamingVQConfig,
     taming_config,
 )
@@ -189,3 +190,60 @@ def test_a_classifier_of_many_codes_runs_in_bounded_memory(monkeypatch: pytest.M
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 4 * codebook.codes)
     assert torch.equal(codebook.nearest(vectors), whole[0])
     assert torch.equal(codebook.sample(vectors, drawn), whole[1])
+
+
+TINY: dict[str, Any] = {
+    "codes": 6,
+    "code_width": 4,
+    "channels": 32,
+    "multipliers": (1, 1),
+    "residual_blocks": 1,
+    "latent_width": 4,
+    "attention": (),
+}
+
+
+def test_learned_codes_are_moved_by_their_own_term_and_latents_by_the_commitment() -> None:
+    torch.manual_seed(0)
+    tokenizer = TamingVQ(TamingVQConfig(**TINY))
+    images = torch.rand(2, 3, 8, 12) * 2 - 1
+    output = tokenizer(images)
+    torch.testing.assert_close(output.images, tokenizer.decode(tokenizer.encode(images)))
+    assert output.codebook is not None
+    assert torch.equal(output.codebook, output.commitment)
+    codes, encoder = tokenizer.quantize.embedding.weight, tokenizer.quant_conv.weight
+    for term, moved in ((output.codebook, codes), (output.commitment, encoder), (output.images, encoder)):
+        found = torch.autograd.grad(term.sum(), [codes, encoder], retain_graph=True, allow_unused=True)
+        assert [gradient is not None for gradient in found] == [moved is codes, moved is encoder]
+
+
+def test_gumbel_codes_are_drawn_by_their_probabilities_and_pass_gradients() -> None:
+    torch.manual_seed(0)
+    tokenizer = TamingGumbel(TamingGumbelConfig(**TINY))
+    images = torch.rand(3, 3, 8, 8) * 2 - 1
+    one = torch.ones(())
+    output = tokenizer(images, Draws(5, torch.arange(3)), one)
+    assert output.divergence is not None
+    shown = tokenizer.decode(output.ids.view(3, 4, 4))
+    torch.testing.assert_close(output.images, shown, rtol=1e-4, atol=1e-5)
+    alone = tokenizer(images[1:2], Draws(5, torch.tensor([1])), one)
+    assert torch.equal(alone.ids, output.ids.view(3, -1)[1])
+    output.images.square().sum().backward()
+    assert tokenizer.quantize.proj.weight.grad is not None
+    assert tokenizer.quantize.embed.weight.grad is not None
+    probabilities = tokenizer.quantize.proj(tokenizer.latents(images[:1]))[0, :, 0, 0].softmax(0).detach()
+    with torch.no_grad():
+        many = tokenizer(images[:1].expand(400, -1, -1, -1), Draws(7, torch.arange(400)), one)
+    shares = torch.bincount(many.ids.view(400, -1)[:, 0], minlength=6) / 400
+    assert float((shares - probabilities).abs().max()) < 0.08
+
+
+def test_divergence_is_from_equal_probabilities_in_nats() -> None:
+    codebook = GumbelCodebook(6, 4)
+    vectors, half = torch.randn(5, 4), torch.full((5, 6), 0.5)
+    probabilities = codebook.proj(vectors[..., None, None])[..., 0, 0].softmax(1)
+    expected = (probabilities * (probabilities * 6).log()).sum(1)
+    torch.testing.assert_close(codebook.relaxed(vectors, half, torch.ones(()))[2], expected)
+    for parameter in codebook.proj.parameters():
+        nn.init.zeros_(parameter)
+    assert float(codebook.relaxed(vectors, half, torch.ones(()))[2].abs().max()) < 1e-6

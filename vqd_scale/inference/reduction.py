@@ -8,13 +8,13 @@ their fingerprints say what belongs to what; a map of another tokenizer is refus
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress_bar
@@ -117,7 +117,7 @@ def remap_shards(tokens: Location, out: Location, full: Path, reduced: Path) -> 
     meta = TokenSetMeta.of(source)
     meta.check(full, None, tokens)
     whole, fewer = _full(full), load_tokenizer(reduced, _CPU)
-    if not isinstance(fewer, Reduced) or not _is_same(fewer.full.state_dict(), whole.state_dict()):
+    if not isinstance(fewer, Reduced) or not _is_same(cast(nn.Module, fewer.full).state_dict(), whole.state_dict()):
         raise UserError(
             f"{reduced}: is no reduction of the tokenizer in {full}, so that its map does not fit; reduce "
             f"this tokenizer, or name the one that was reduced."

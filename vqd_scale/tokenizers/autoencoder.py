@@ -39,13 +39,17 @@ class Reconstruction(NamedTuple):
         images: [batch, 3, height, width] in about [-1, 1].
         latents: Encoder outputs [batch * rows * columns, code_width].
         ids: Their codes [batch * rows * columns]; all zero while not quantised.
-        commitment: Mean squared distance of each sample's latents to their codes, [batch].
+        commitment: Mean squared distance of each sample's latents to their codes, [batch]; moves the latents.
+        codebook: The same distance, where it moves the codes; none where no gradient does.
+        divergence: Of each sample's code probabilities from equal ones, in nats per token; none without any.
     """
 
     images: Tensor
     latents: Tensor
     ids: Tensor
     commitment: Tensor
+    codebook: Tensor | None = None
+    divergence: Tensor | None = None
 
 
 class Autoencoder(nn.Module, Generic[QuantizerType]):
@@ -155,8 +159,9 @@ class StraightThrough(Autoencoder[QuantizerType]):
         chosen = (
             self.quantize.lookup(ids).unflatten(0, (z.shape[0], z.shape[2], z.shape[3])).permute(0, 3, 1, 2)
         )
-        commitment = (z - chosen).square().flatten(1).mean(dim=1)
-        return Reconstruction(self.reconstruct(z + (chosen - z).detach()), flat, ids, commitment)
+        commitment = (z - chosen.detach()).square().flatten(1).mean(dim=1)
+        codebook = (chosen - z.detach()).square().flatten(1).mean(dim=1) if chosen.requires_grad else None
+        return Reconstruction(self.reconstruct(z + (chosen - z).detach()), flat, ids, commitment, codebook)
 
 
 class Pointwise(nn.Conv2d):

@@ -10,7 +10,7 @@ where n is much larger than m K / 2, and loses where it is not: at n = 20,000, K
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -127,10 +127,9 @@ def kmeans(
     with threadpool_limits(limits=1), warnings.catch_warnings():
         # That vectors repeat is seen below.
         warnings.simplefilter("ignore")
-        # The stub of `init` leaves out arrays.
-        means: Any = KMeans(
-            len(starts), init=starts.detach().float().cpu().numpy(), n_init=1, max_iter=iterations
-        )  # pyright: ignore
+        # The stub leaves out arrays and numbers.
+        build = cast(Any, KMeans)
+        means = build(len(starts), init=starts.detach().float().cpu().numpy(), n_init=1, max_iter=iterations)
         means.fit(values.numpy())
     centres = torch.from_numpy(means.cluster_centers_).float()
     return _without_empty(values, centres)

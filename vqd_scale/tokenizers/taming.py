@@ -1,10 +1,13 @@
 """The tokenizers that VQ-GAN's authors published, by their weights' names (Esser et al., arXiv 2012.09841).
 
+They can be trained here, too: learned vectors by gradients, the classifier by Gumbel softmax.
+
 Two codebooks: the nearest of learned vectors, and for the Gumbel models the most probable code of a
 classifier. Reading their files is not done here; what their YAML files say becomes a configuration by
 `taming_config`.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
@@ -17,10 +20,13 @@ from torch.nn import functional
 from vqd_scale.core.config import validated
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, drawn_codes, uniforms
-from vqd_scale.tokenizers.autoencoder import Autoencoder, Pointwise
+from vqd_scale.tokenizers.autoencoder import Autoencoder, Pointwise, Reconstruction, StraightThrough
 from vqd_scale.tokenizers.base import Draws
 from vqd_scale.tokenizers.codebook import chunks, nearest_codes
 from vqd_scale.tokenizers.convolutions import ConvolutionsConfig
+
+_SMALLEST = 1e-30
+"""Keeps the logarithms of Gumbel noise finite."""
 
 
 class _TamingConfig(ConvolutionsConfig):
@@ -62,6 +68,7 @@ class LearnedCodebook(nn.Module):
     def __init__(self, codes: int, width: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(codes, width)
+        nn.init.uniform_(self.embedding.weight, -1 / codes, 1 / codes)
 
     @property
     def codes(self) -> int:
@@ -119,6 +126,33 @@ class GumbelCodebook(nn.Module):
         """The vectors of codes."""
         return self.embed(ids)
 
+    def relaxed(
+        self,
+        vectors: Float[Tensor, "count width"],
+        drawn: Float[Tensor, "count codes"],
+        temperature: Float[Tensor, ""],
+    ) -> tuple[Float[Tensor, "count width"], Int[Tensor, " count"], Float[Tensor, " count"]]:
+        """Sampled codes, through which gradients pass as through mixtures (Jang et al., arXiv 1611.01144).
+
+        Args:
+            vectors: Latents.
+            drawn: Uniform numbers in [0, 1), one for each code.
+            temperature: Of the mixtures; the lower, the nearer to single codes.
+
+        Returns:
+            The vectors of the sampled codes, the codes, and the divergence of the probabilities from equal
+            ones in nats.
+        """
+        logits = self._logits(vectors)
+        exponential = -drawn.clamp(min=_SMALLEST).log()
+        noise = -exponential.clamp(min=_SMALLEST).log()
+        mixture = ((logits + noise) / temperature).softmax(dim=1)
+        ids = mixture.argmax(dim=1)
+        hard = functional.one_hot(ids, self.codes).to(mixture)
+        logs = logits.log_softmax(dim=1)
+        divergence = (logs.exp() * (logs + math.log(self.codes))).sum(dim=1)
+        return (hard - mixture.detach() + mixture) @ self.embed.weight.float(), ids, divergence
+
     def _logits(self, vectors: Float[Tensor, "count width"]) -> Float[Tensor, "count codes"]:
         weight = self.proj.weight.flatten(1).float()
         bias = None if self.proj.bias is None else self.proj.bias.float()
@@ -126,7 +160,7 @@ class GumbelCodebook(nn.Module):
             return functional.linear(vectors.float(), weight, bias)
 
 
-class TamingVQ(Autoencoder[LearnedCodebook]):
+class TamingVQ(StraightThrough[LearnedCodebook]):
     """A published VQ-GAN with the nearest of learned vectors.
 
     Args:
@@ -148,6 +182,27 @@ class TamingGumbel(Autoencoder[GumbelCodebook]):
     def __init__(self, config: TamingGumbelConfig) -> None:
         super().__init__(config, config.code_width, GumbelCodebook(config.codes, config.code_width))
         self.config = config
+
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"], draws: Draws, temperature: Float[Tensor, ""]
+    ) -> Reconstruction:
+        """Reconstruct images from sampled codes, as the published models were trained.
+
+        Args:
+            images: Float images in [-1, 1]; height and width multiples of `factor`.
+            draws: By which the codes are sampled.
+            temperature: See `GumbelCodebook.relaxed`.
+        """
+        z = self.latents(images)
+        shape = (z.shape[0], z.shape[2], z.shape[3])
+        flat = z.permute(0, 2, 3, 1).flatten(0, 2)
+        places = len(flat) // shape[0]
+        count = places * self.codes
+        drawn = uniforms(draws.seed, Purpose.GUMBEL, draws.slots, count).view(len(flat), self.codes)
+        chosen, ids, divergence = self.quantize.relaxed(flat, drawn, temperature)
+        made = self.reconstruct(chosen.unflatten(0, shape).permute(0, 3, 1, 2))
+        none = z.new_zeros(len(z))
+        return Reconstruction(made, flat, ids, none, divergence=divergence.view(shape[0], -1).mean(dim=1))
 
     def _sampled(self, vectors: Float[Tensor, "count width"], draws: Draws) -> Int[Tensor, " count"]:
         places = len(vectors) // len(draws.slots)

@@ -1,0 +1,86 @@
+"""PatchGAN's discriminator (Isola et al., arXiv 1611.07004), and what it and the tokenizer learn from it."""
+
+from itertools import pairwise
+
+from jaxtyping import Float
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from vqd_scale.core.config import Config
+
+_KERNEL = 4
+_SLOPE = 0.2
+_DEVIATION = 0.02
+"""Of the first weights, as published."""
+_GROUPS = 32
+_SMALLEST_NORM = 1e-8
+_LARGEST_WEIGHT = 1e4
+
+
+class DiscriminatorConfig(Config):
+    """Shape of the judge of patches."""
+
+    channels: PositiveInt = Field(default=64, multiple_of=_GROUPS)
+    layers: PositiveInt = 3
+    """Strided convolutions after the first; 3 judge patches of 70 pixels, 2 of 34."""
+
+
+class Discriminator(nn.Module):
+    """Convolutions from a picture to a judgement of every patch of it; high means real.
+
+    Groups of channels are normalised where the published one normalises over the batch, so that a picture is
+    judged alike whatever it lies in a batch with, and on any number of ranks.
+
+    Args:
+        config: Its shape.
+    """
+
+    def __init__(self, config: DiscriminatorConfig) -> None:
+        super().__init__()
+        widths = [config.channels * min(2**layer, 8) for layer in range(config.layers + 1)]
+        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], _KERNEL, 2, 1), nn.LeakyReLU(_SLOPE)]
+        for layer, (width, following) in enumerate(pairwise(widths), start=1):
+            stride = 2 if layer < config.layers else 1
+            layers += [
+                nn.Conv2d(width, following, _KERNEL, stride, 1),
+                nn.GroupNorm(_GROUPS, following),
+                nn.LeakyReLU(_SLOPE),
+            ]
+        layers.append(nn.Conv2d(widths[-1], 1, _KERNEL, 1, 1))
+        self.main = nn.Sequential(*layers)
+        for layer in layers:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=_DEVIATION)
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches"]:
+        """Judge pictures in [-1, 1], in the dtype of the weights."""
+        first = self.main[0]
+        return self.main(images.to(next(first.parameters()).dtype)).flatten(1).float()
+
+
+def hinge(
+    real: Float[Tensor, "batch patches"], made: Float[Tensor, "batch patches"]
+) -> Float[Tensor, " batch"]:
+    """What the discriminator lowers: half the mean hinge loss of its two kinds of pictures."""
+    return ((1 - real).relu().mean(dim=1) + (1 + made).relu().mean(dim=1)) / 2
+
+
+def adaptive_weight(reconstruction: Float[Tensor, ""], adversarial: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """How much the discriminator weighs: as much as the rest (Esser et al., arXiv 2012.09841, equation 7).
+
+    There the two are the norms of the losses' gradients at the decoder's last weight. Under ZeRO no rank has
+    that gradient, so here they are taken at the decoder's last activation, the picture.
+
+    Args:
+        reconstruction: Norm of the gradient of all other losses.
+        adversarial: Norm of the gradient of the discriminator's.
+    """
+    return (reconstruction / adversarial.clamp(min=_SMALLEST_NORM)).clamp(max=_LARGEST_WEIGHT).detach()
+
+
+def patch_size(config: DiscriminatorConfig) -> int:
+    """Side of the patches in pixels."""
+    side = 1
+    for stride in [1, 1, *[2] * config.layers]:
+        side = (side - 1) * stride + _KERNEL
+    return side

@@ -1,0 +1,156 @@
+"""How different two pictures look, as a loss: LPIPS with weights that somebody has, or none of it without."""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vqd_scale.core.config import Config
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.tensors import check_names, read_tensors
+
+Images = Float[Tensor, "batch 3 height width"]
+
+_SHIFT = (-0.030, -0.088, -0.188)
+_SCALE = (0.458, 0.448, 0.450)
+"""Of LPIPS' inputs: ImageNet's mean and deviation for values in [-1, 1]."""
+_VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+_EPSILON = 1e-10
+
+
+class LPIPSConfig(Config):
+    """The learned distance of Zhang et al. (arXiv 1801.03924) on VGG-16, as VQ-GAN was trained with."""
+
+    kind: Literal["lpips"] = "lpips"
+    vgg: Path
+    """torchvision's weights of VGG-16 (``vgg16-397923af.pth``), .pth or .safetensors."""
+    linear: Path | None = None
+    """The distance's own weights (``vgg.pth``, version 0.1); none: those that the package lpips brings."""
+
+
+class PyramidConfig(Config):
+    """For whoever has no weights: differences of edges at several scales. No LPIPS, and not called so."""
+
+    kind: Literal["pyramid"] = "pyramid"
+    levels: Annotated[int, Field(ge=1)] = 3
+
+
+PerceptualConfig = Annotated[LPIPSConfig | PyramidConfig, Field(discriminator="kind")]
+
+
+class LPIPS(nn.Module):
+    """Squared differences of VGG-16's normalised features after each of its five blocks, weighed by channel.
+
+    Modules are named as in the two published files.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        width = 3
+        for number, block in enumerate(_VGG16):
+            layers += [] if number == 0 else [nn.MaxPool2d(2)]
+            for following in block:
+                layers += [nn.Conv2d(width, following, 3, padding=1), nn.ReLU()]
+                width = following
+        self.features = nn.Sequential(*layers)
+        self.linear = nn.ParameterList(torch.zeros(block[-1]) for block in _VGG16)
+        self.register_buffer("shift", torch.tensor(_SHIFT).view(3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(_SCALE).view(3, 1, 1), persistent=False)
+        self.shift: Tensor
+        self.scale: Tensor
+
+    def forward(self, images: Images, others: Images) -> Float[Tensor, " batch"]:
+        """The distance of each picture in [-1, 1] to the one that it is to look like."""
+        x, y = ((given.float() - self.shift) / self.scale for given in (images, others))
+        total = x.new_zeros(len(x))
+        layers = iter(self.features)
+        for block, weight in zip(_VGG16, self.linear, strict=True):
+            # Two layers a convolution; every block but the first begins with a pool.
+            for _ in range(2 * len(block) + (block is not _VGG16[0])):
+                layer = next(layers)
+                x, y = layer(x), layer(y)
+            difference = (_normalised(x) - _normalised(y)).square()
+            total = total + (difference * weight[:, None, None]).sum(dim=1).mean(dim=(1, 2))
+        return total
+
+
+class Pyramid(nn.Module):
+    """Mean absolute difference of horizontal and vertical edges, at full size, half of it, and so on.
+
+    Args:
+        levels: How many sizes.
+    """
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        self.levels = levels
+
+    def forward(self, images: Images, others: Images) -> Float[Tensor, " batch"]:
+        """The distance of each picture in [-1, 1] to the one that it is to look like."""
+        error = (images - others).float()
+        total = error.new_zeros(len(error))
+        for level in range(self.levels):
+            if min(error.shape[-2:]) < 2:
+                break
+            error = error if level == 0 else functional.avg_pool2d(error, 2)
+            edges = (error.diff(dim=2), error.diff(dim=3))
+            total = total + sum(edge.abs().flatten(1).mean(dim=1) for edge in edges if edge.numel())
+        return total / self.levels
+
+
+def build_perceptual(config: PerceptualConfig) -> LPIPS | Pyramid:
+    """The distance with its weights, frozen.
+
+    Raises:
+        UserError: A file of weights is missing, damaged, or holds others.
+    """
+    if isinstance(config, PyramidConfig):
+        return Pyramid(config.levels)
+    return lpips_of(read_tensors(config.vgg), read_tensors(config.linear or _packaged()))
+
+
+def lpips_of(vgg: Mapping[str, Tensor], linear: Mapping[str, Tensor]) -> LPIPS:
+    """LPIPS of two published state dictionaries.
+
+    Args:
+        vgg: ``features.N.weight`` and ``.bias``; what classifies is left out.
+        linear: ``linN.model.1.weight`` [1, channels, 1, 1].
+
+    Raises:
+        UserError: Entries are unknown, missing or of another shape.
+    """
+    model = LPIPS()
+    features = {name: value for name, value in vgg.items() if name.startswith("features.")}
+    weights = {
+        f"linear.{number}": linear[name].flatten()
+        for number in range(len(_VGG16))
+        if (name := f"lin{number}.model.1.weight") in linear
+    }
+    given = features | weights
+    check_names(given, model.state_dict(), "LPIPS on VGG-16")
+    try:
+        model.load_state_dict(given)
+    except RuntimeError as error:
+        raise UserError(f"LPIPS: the weights have other shapes than VGG-16's ({str(error)[:200]}).") from None
+    return model.eval().requires_grad_(False)
+
+
+def _packaged() -> Path:
+    found = importlib.util.find_spec("lpips")
+    if found is None or not found.submodule_search_locations:
+        raise UserError(
+            "perceptual.linear: the package lpips, which brings these weights, is not installed; install it, "
+            "or name the file vgg.pth of its version 0.1."
+        )
+    return Path(found.submodule_search_locations[0]) / "weights" / "v0.1" / "vgg.pth"
+
+
+def _normalised(features: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch width h w"]:
+    return features / (features.square().sum(dim=1, keepdim=True).sqrt() + _EPSILON)
