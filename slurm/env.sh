@@ -23,10 +23,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 #   export NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5
 # and see what it chose with NCCL_DEBUG=INFO.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-# After an error of the network ranks end instead of waiting; `health.hang_seconds` ends what waits silently.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
-# Which collective each rank was in is kept for the stacks' reader, and costs nothing measurable.
-export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 
 # Compute nodes often cannot reach the internet.
 export WANDB_MODE=${WANDB_MODE:-offline} HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}

@@ -3,13 +3,15 @@
 #
 #   RUN=runs/f/finetune sbatch slurm/eval_coco.sh [argument of tools/eval_coco_fid.py ...]
 #   bash slurm/eval_coco.sh --dry-run
+#
+# Nodes rarely reach the internet: INCEPTION names the file of the feature extractor, whose digest is checked.
 #SBATCH --job-name=vqd-eval
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
-#SBATCH --gpus-per-node=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
 #SBATCH --time=12:00:00
-#SBATCH --signal=USR2@60
+#SBATCH --signal=USR2@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.log
@@ -17,7 +19,8 @@
 
 RUN=${RUN:-runs/f/finetune}
 DATA=${DATA:-data/coco/val}
+INCEPTION=${INCEPTION:-data/weights/inception.pth}
 MAX_REQUEUES=${MAX_REQUEUES:-20}
 
 source slurm/job.sh
-stage eval tools/eval_coco_fid.py "$RUN" --data "$DATA" "$@"
+stage eval tools/eval_coco_fid.py "$RUN" --data "$DATA" "extractor.weights=$INCEPTION" "$@"

@@ -5,7 +5,7 @@ all that runs on it. Everything listens on the loopback device, keeps its files 
 with the context. Names of nodes must have addresses, hence a few lines of /etc/hosts while it runs. To try
 something by hand, a command can be run beside a cluster:
 
-    python tests/slurm/cluster.py bash
+    python -m tests.slurm.cluster bash
 """
 
 import fcntl
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -190,20 +190,21 @@ class Cluster:
 
     def freeze(self, name: str) -> None:
         """A node does nothing any more and says nothing, as behind a cut network."""
-        for pid in self.processes(name, ""):
+        for pid in self.processes(name):
             os.kill(pid, signal.SIGSTOP)
 
     @contextmanager
-    def frozen(self, containing: str) -> Generator[None]:
-        """What has these words in its command line stands still; signals wait for the end of it."""
-        pids = [pid for name in self._nodes for pid in self.processes(name, containing)]
+    def frozen(self, words: str) -> Generator[None]:
+        """What has a command line that begins so stands still; signals wait for the end of it."""
+        pids = [pid for name in self._nodes for pid in self.processes(name, words)]
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         try:
             yield
         finally:
             for pid in pids:
-                os.kill(pid, signal.SIGCONT)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
 
     def start(self, name: str) -> None:
         """A node comes up, or back, and is waited for."""
@@ -219,8 +220,8 @@ class Cluster:
             "sinfo", "--noheader", "--nodes", name, "--format", "%T", "-p", "tests"
         ).stdout.strip()
 
-    def processes(self, name: str, containing: str) -> list[int]:
-        """Processes of a node whose command line contains these words."""
+    def processes(self, name: str, words: str = "") -> list[int]:
+        """Processes of a node whose command line begins with these words."""
         first = self._nodes[name].pid
         parents = {pid: _parent(pid) for pid in _all_processes()}
 
@@ -231,7 +232,7 @@ class Cluster:
                 pid = parents.get(pid, 0)
             return False
 
-        return [pid for pid in parents if pid != first and is_of_node(pid) and containing in _words(pid)]
+        return [pid for pid in parents if pid != first and is_of_node(pid) and _words(pid).startswith(words)]
 
     def close(self) -> None:
         """All nodes are gone."""

@@ -1,7 +1,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +31,9 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("embedded")
     done = subprocess.run(
-        [sys.executable, "tests/slurm/embedded.py", str(folder)],
+        [sys.executable, "-m", "tests.slurm.embedded", str(folder)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -112,6 +112,39 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(run / "metrics.jsonl")]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What ``tools/launch.py`` answered: its exit code, standard output and standard error."""
+
+    code: int
+    said: str
+    complained: str
+
+
+Launch = Callable[..., Answer]
+
+
+@pytest.fixture
+def launch(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Launch:
+    """``tools/launch.py``, in this process, which imports the package once."""
+    from vqd_scale.commands.launch import main
+
+    monkeypatch.chdir(ROOT)
+    for name, value in cluster.variables.items():
+        monkeypatch.setenv(name, value)
+
+    def call(*arguments: str) -> Answer:
+        code = 0
+        try:
+            main(arguments)
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        captured = capsys.readouterr()
+        return Answer(code, captured.out, captured.err)
+
+    return call
+
+
 @dataclass
 class Submit:
     """Submits the scripts in ``slurm/``, with the small configurations and a rank on each of two nodes.
@@ -146,5 +179,6 @@ def submit(
     """Submits from the project's top folder; what a test leaves behind does not disturb the next one."""
     monkeypatch.chdir(ROOT)
     write_recipe(tmp_path, embedded, tmp_path / "runs")
+    cluster.until(lambda: all(cluster.state(name) == "idle" for name in cluster.names), why="idle nodes")
     yield Submit(cluster, tmp_path)
     cluster.run("scancel", "--user=root")

@@ -2,7 +2,7 @@
 
 A program, since what it calls takes a while to import and is best not imported into the tests' own process:
 
-    python tests/slurm/embedded.py FOLDER
+    python -m tests.slurm.embedded FOLDER
 """
 
 import sys

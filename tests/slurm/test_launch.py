@@ -1,32 +1,18 @@
 """`tools/launch.py` on a real cluster: what Submitit submits, stops and starts again."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import ROOT, losses
+from tests.slurm.conftest import Launch, losses
 from tests.slurm.recipe import write_recipe
 from tests.slurm.test_training import digest
 from vqd_scale.core.stop import REQUEUE_EXIT_CODE
 
 pytestmark = pytest.mark.slurm
 TWO_NODES = ("--nodes", "2", "--hours", "0.15", "--signal-seconds", "60")
-
-
-def launch(cluster: Cluster, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "tools/launch.py", *arguments],
-        cwd=ROOT,
-        env=os.environ | cluster.variables,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @pytest.fixture
@@ -40,30 +26,30 @@ def jobs_of(said: str) -> list[str]:
 
 
 def test_training_is_stopped_started_again_and_ends_as_undisturbed(
-    cluster: Cluster, recipe: Path, by_torchrun: Path
+    cluster: Cluster, launch: Launch, recipe: Path, by_torchrun: Path
 ) -> None:
     run = recipe.parent / "runs" / "pretrain"
-    done = launch(cluster, str(recipe), *TWO_NODES)
-    assert done.returncode == 0, done.stderr
-    (job,) = jobs_of(done.stdout)
+    done = launch(str(recipe), *TWO_NODES)
+    assert done.code == 0, done.complained
+    (job,) = jobs_of(done.said)
     cluster.until(lambda: len(losses(run)) >= 30 or cluster.job(job).has_ended, why="30 steps")
     # What Slurm sends before a time limit; Submitit counts it as that by the time that has gone by.
     cluster.run("scancel", "--signal=USR2", job)
     cluster.until(lambda: cluster.job(job).restarts == 1, why="a requeue")
-    asked = launch(cluster, "status", str(run))
-    assert f"train {job}: " in asked.stdout
-    assert "images seen" in asked.stdout
+    asked = launch("status", str(run))
+    assert f"train {job}: " in asked.said
+    assert "images seen" in asked.said
     # What is edited now concerns later launches only.
     (code,) = run.glob("jobs/*/code")
     assert (code / "vqd_scale" / "training" / "loop.py").is_file()
     ended = cluster.finished(job)
-    log = Path(re.findall(r"its log is (\S+)", done.stdout)[0])
+    log = Path(re.findall(r"its log is (\S+)", done.said)[0])
     assert (ended.state, ended.exit_code) == ("COMPLETED", 0), log.read_text()
     assert f"ended with exit code {REQUEUE_EXIT_CODE}; the job is queued again" in log.read_text()
     assert "going on from the checkpoint at" in log.read_text()
     assert losses(run) == losses(by_torchrun / "pretrain")
     assert digest(run) == digest(by_torchrun / "pretrain")
-    assert f"train {job}: done, 1,280 images seen" in launch(cluster, "status", str(run)).stdout
+    assert f"train {job}: done, 1,280 images seen" in launch("status", str(run)).said
 
 
 @pytest.mark.parametrize(
@@ -75,27 +61,28 @@ def test_training_is_stopped_started_again_and_ends_as_undisturbed(
     ],
 )
 def test_mistakes_are_one_sentence_before_anything_is_queued(
-    cluster: Cluster, recipe: Path, arguments: tuple[str, ...], sentence: str
+    launch: Launch, recipe: Path, arguments: tuple[str, ...], sentence: str
 ) -> None:
-    done = launch(cluster, str(recipe), *arguments)
-    assert done.returncode == 2
-    assert sentence in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    done = launch(str(recipe), *arguments)
+    assert done.code == 2
+    assert sentence in done.complained
+    assert len(done.complained.strip().splitlines()) == 1
     assert not (recipe.parent / "runs").exists()
 
 
-def test_a_configuration_that_is_not_there(cluster: Cluster) -> None:
-    done = launch(cluster, "/nowhere.yaml")
-    assert done.returncode == 2
-    assert "/nowhere.yaml: the configuration file cannot be read" in done.stderr
+def test_a_configuration_that_is_not_there(launch: Launch) -> None:
+    done = launch("/nowhere.yaml")
+    assert done.code == 2
+    assert "/nowhere.yaml: the configuration file cannot be read" in done.complained
 
 
-def test_a_launch_that_is_cancelled_does_not_come_back(cluster: Cluster, recipe: Path) -> None:
+def test_a_launch_that_is_cancelled_does_not_come_back(
+    cluster: Cluster, launch: Launch, recipe: Path
+) -> None:
     run = recipe.parent / "runs" / "pretrain"
-    done = launch(cluster, str(recipe), *TWO_NODES)
-    (job,) = jobs_of(done.stdout)
-    cluster.until(lambda: len(losses(run)) >= 10 or cluster.job(job).has_ended, why="10 steps")
-    assert launch(cluster, "cancel", str(run)).stdout == f"cancelled: {job}\n"
+    done = launch(str(recipe), *TWO_NODES)
+    (job,) = jobs_of(done.said)
+    assert launch("cancel", str(run)).said == f"cancelled: {job}\n"
     ended = cluster.finished(job)
     assert (ended.state, ended.restarts) == ("CANCELLED", 0)
-    assert f"train {job}: cancelled" in launch(cluster, "status", str(run)).stdout
+    assert f"train {job}: cancelled" in launch("status", str(run)).said

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import ROOT, Submit
+from tests.slurm.conftest import ROOT, Submit, Submitted
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 JOBS = [path for path in SCRIPTS if "\n#SBATCH --" in path.read_text()]
@@ -51,12 +51,37 @@ def test_a_mistake_of_one_rank_is_said_and_not_made_again(submit: Submit) -> Non
     assert "queued again" not in submitted.log
 
 
+SAVES = """
+[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0
+trap "exit 75" TERM
+touch "$(dirname "$0")/ready-$SLURM_PROCID"
+while true; do sleep 0.1; done
+"""
+
+
+def waiting(submit: Submit) -> Submitted:
+    """A job of two ranks that save themselves when they are asked to stop."""
+    submitted = submit("train_b.sh", options=("--exclusive",), PYTHON=stand_in(submit.folder, SAVES))
+    ready = [submit.folder / f"ready-{rank}" for rank in (0, 1)]
+    submitted.cluster.until(lambda: all(path.exists() for path in ready), why="both ranks")
+    return submitted
+
+
+@pytest.mark.slurm
+def test_a_more_urgent_job_takes_the_nodes_and_gives_them_back(submit: Submit) -> None:
+    submitted = waiting(submit)
+    urgent = submitted.cluster.submit(
+        "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"
+    )
+    assert submitted.cluster.finished(urgent).state == "COMPLETED"
+    job = submitted.cluster.finished(submitted.number)
+    assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, 1)
+    assert "train: ended with exit code 75; the job is queued again" in submitted.log
+
+
 @pytest.mark.slurm
 def test_a_cancelled_job_does_not_come_back(submit: Submit) -> None:
-    body = 'trap "exit 75" TERM; while true; do sleep 0.1; done'
-    submitted = submit("train_b.sh", PYTHON=stand_in(submit.folder, body))
-    submitted.cluster.until(lambda: submitted.cluster.job(submitted.number).state == "RUNNING", why="a start")
-    submitted.cluster.until(lambda: "start 1" in submitted.log, why="a start")
+    submitted = waiting(submit)
     submitted.cluster.run("scancel", submitted.number)
     job = submitted.cluster.finished(submitted.number)
     assert (job.state, job.restarts) == ("CANCELLED", 0)

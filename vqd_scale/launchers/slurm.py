@@ -6,12 +6,13 @@ started again as well as one that saved itself. Submitit's own handler for signa
 for it acts on the first rank alone and leaves, and a save needs all ranks.
 """
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,8 @@ def submit(
         executor.update_parameters(**_parameters(what, resources))
         ranks = [Rank(tuple(command), code, Path.cwd(), folder, resources.requeues) for command in commands]
         # The launcher's own part on the nodes is imported from where it is submitted.
-        with _inside(code), executor.batch():
+        # Submitit repeats what sbatch says there, and so does this.
+        with _inside(code), contextlib.redirect_stderr(io.StringIO()), executor.batch():
             jobs = [executor.submit(rank) for rank in ranks]
     except (RuntimeError, ValueError, FailedJobError, FailedSubmissionError) as error:
         raise UserError(f"{_reason(error)}; nothing was submitted.") from None
@@ -256,7 +258,7 @@ def _parameters(what: str, resources: Resources) -> dict[str, Any]:
     }
 
 
-@contextmanager
+@contextlib.contextmanager
 def _inside(folder: Path) -> Generator[None]:
     before = Path.cwd()
     os.chdir(folder)
@@ -267,9 +269,10 @@ def _inside(folder: Path) -> Generator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What Slurm or Submitit said, in its last line that says anything."""
-    text = last_line_of(str(error)).removeprefix("sbatch: ").removeprefix("error: ").rstrip(".")
-    return "this machine knows no Slurm: launch with --cluster local" if "srun" in text else text
+    """What Slurm or Submitit said, in the first line that names an error."""
+    lines = [line.partition("error: ")[2] for line in str(error).splitlines() if "error: " in line]
+    text = next(iter(lines), last_line_of(str(error))).rstrip(".")
+    return "this machine knows no Slurm: launch with --cluster local" if '"srun"' in text else text
 
 
 def _last_line(log: Path) -> str:
