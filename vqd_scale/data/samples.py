@@ -1,6 +1,6 @@
 """The kinds of samples that a stream can read: how a batch's rows are read, and what batch they make."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -84,12 +84,19 @@ class TokenSamples:
         """Codes, and caption ids or classes; nothing about them is random."""
         del slots, seed
         bad: dict[int, str] = {}
-        tokens = _integers(places, "tokens.npy", self.length, bad)
+        wanted = (
+            "tokens.npy",
+            *(["text.npy"] if self.text_length else []),
+            *(["cls"] if self.classes else []),
+        )
+        contents = _read_together(places, wanted, bad)
+        tokens = _integers(contents["tokens.npy"], len(places), self.length, bad)
         columns: Columns = {"tokens": tokens, "text": np.zeros((len(places), 0), np.int64)}
         if self.text_length:
-            columns["text"] = _integers(places, "text.npy", self.text_length, bad, by_caption=True)
+            captions = [place.caption for place in places]
+            columns["text"] = _integers(contents["text.npy"], len(places), self.text_length, bad, captions)
         if self.classes:
-            columns["labels"] = _labels(places, self.classes, bad)
+            columns["labels"] = _labels(contents["cls"], len(places), self.classes, bad)
         outside = (tokens.min(axis=1) < 0) | (tokens.max(axis=1) >= self.codes)
         for row in np.flatnonzero(outside).tolist():
             bad.setdefault(row, f"has tokens outside 0 to {self.codes - 1}")
@@ -135,7 +142,7 @@ class ImageSamples:
         for row, place in enumerate(places):
             try:
                 if self.captioned or "txt" in place.reader.extensions(place.member):
-                    captions[row] = _caption(place)
+                    captions[row] = caption_of(place)
                 images[row] = self._pixels(place, draws[row])
             except BadSample as error:
                 captions[row] = ""
@@ -166,64 +173,63 @@ class ImageSamples:
         return self.transform(pixels, draws).transpose(2, 0, 1)
 
 
+def _read_together(
+    places: Sequence[Place], extensions: tuple[str, ...], bad: dict[int, str]
+) -> dict[str, dict[int, bytes]]:
+    """Contents by extension and row; rows that lack one have none, and are added to ``bad``."""
+    contents: dict[str, dict[int, bytes]] = {extension: {} for extension in extensions}
+    for row, place in enumerate(places):
+        try:
+            read = place.reader.read_together(place.member, extensions)
+        except BadSample as error:
+            bad[row] = str(error)
+            continue
+        for extension, content in zip(extensions, read, strict=True):
+            contents[extension][row] = content
+    return contents
+
+
 def _integers(
-    places: Sequence[Place], extension: str, length: int, bad: dict[int, str], *, by_caption: bool = False
+    contents: Mapping[int, bytes],
+    batch: int,
+    length: int,
+    bad: dict[int, str],
+    captions: Sequence[int] | None = None,
 ) -> Integer[NDArray[np.integer], "batch length"]:
     """A row of integers of each sample, of the type they are stored in; what is wrong is added to ``bad``.
 
-    With ``by_caption``, a member may hold a row for each caption, of which the place names one.
+    With ``captions``, a member may hold a row of integers for each caption, of which this is the wanted one.
     """
-    rows: list[int] = []
-    contents: list[bytes] = []
-    for row, place in enumerate(places):
-        try:
-            contents.append(place.reader.read(place.member, extension))
-            rows.append(row)
-        except BadSample as error:
-            bad.setdefault(row, str(error))
+    numbered = list(contents)
     found: list[tuple[list[int], NDArray[np.integer]]] = []
-    for numbers, arrays in decode_arrays(contents):
-        own, reason = [rows[number] for number in numbers], ""
+    for numbers, arrays in decode_arrays(list(contents.values())):
+        rows = [numbered[number] for number in numbers]
         if isinstance(arrays, BadSample):
-            reason = str(arrays)
-        elif arrays.shape[-1:] != (length,) or arrays.ndim > 2 + by_caption or arrays.dtype.kind not in "iu":
-            kind = f"type {arrays.dtype} and shape {arrays.shape[1:]}"
-            reason = f"has an array of {kind}, not {length} integers"
-        else:
-            several = arrays.reshape(len(own), -1, length)
-            wanted = [places[row].caption if by_caption else 0 for row in own]
-            there = [number for number, caption in enumerate(wanted) if caption < several.shape[1]]
-            found.append(([own[number] for number in there], several[there, [wanted[n] for n in there]]))
-            own = [row for number, row in enumerate(own) if wanted[number] >= several.shape[1]]
-            reason = f"has the ids of {several.shape[1]} captions, not of all; tokenize its pictures again"
-        for row in own:
-            bad.setdefault(row, reason)
+            bad |= {row: str(arrays) for row in rows if row not in bad}
+            continue
+        if captions is not None:
+            several = arrays if arrays.ndim == 3 else arrays[:, None]
+            arrays, rows = _of_captions(several, rows, captions, bad)
+        if arrays.shape[1:] == (length,) and arrays.dtype.kind in "iu":
+            found.append((rows, arrays))
+            continue
+        kind = f"type {arrays.dtype} and shape {arrays.shape[1:]}"
+        bad |= {row: f"has an array of {kind}, not {length} integers" for row in rows if row not in bad}
     # What goes from process to process should be small, but 64 bits hold whatever is mixed.
     types = {arrays.dtype for _, arrays in found}
     is_small = len(types) == 1 and max(types).itemsize < np.dtype(np.int64).itemsize
-    columns = np.zeros((len(places), length), types.pop() if is_small else np.int64)
-    for own, arrays in found:
-        columns[own] = arrays
-    return columns
+    column = np.zeros((batch, length), types.pop() if is_small else np.int64)
+    for rows, arrays in found:
+        column[rows] = arrays
+    return column
 
 
-def _labels(places: Sequence[Place], classes: int, bad: dict[int, str]) -> Int64[NDArray[np.int64], " batch"]:
-    labels = np.zeros(len(places), np.int64)
-    for row, place in enumerate(places):
-        try:
-            text = place.reader.read(place.member, "cls").strip()
-        except BadSample as error:
-            bad.setdefault(row, str(error))
-            continue
-        if text.isdigit() and int(text) < classes:
-            labels[row] = int(text)
-        else:
-            bad.setdefault(row, f"has a class that is none of 0 to {classes - 1}")
-    return labels
+def caption_of(place: Place) -> str:
+    """The caption that a place names: the first is the sample's ``txt``, the others are in its ``json``.
 
-
-def _caption(place: Place) -> str:
-    """The caption that a place names: the first is the sample's ``txt``, the others are in its ``json``."""
+    Raises:
+        BadSample: The sample has no such caption.
+    """
     if place.caption == 0:
         return decode_text(place.reader.read(place.member, "txt"))
     listed = decode_json(place.reader.read(place.member, "json"))
@@ -231,6 +237,34 @@ def _caption(place: Place) -> str:
         return decode_text(listed["captions"][place.caption].encode())
     except (TypeError, KeyError, IndexError, AttributeError):
         raise BadSample(f"has no caption {place.caption} in its 'json'") from None
+
+
+def _of_captions(
+    arrays: NDArray[np.integer], rows: Sequence[int], captions: Sequence[int], bad: dict[int, str]
+) -> tuple[NDArray[np.integer], list[int]]:
+    """Of each sample's rows of integers that of its caption, and the rows that have it."""
+    several = arrays.shape[1]
+    bad |= {
+        row: f"has the ids of {several} captions, not of all that it has; tokenize its pictures again"
+        for row in rows
+        if captions[row] >= several and row not in bad
+    }
+    there = [number for number, row in enumerate(rows) if captions[row] < several]
+    wanted = [captions[rows[number]] for number in there]
+    return arrays[there, wanted], [rows[number] for number in there]
+
+
+def _labels(
+    contents: Mapping[int, bytes], batch: int, classes: int, bad: dict[int, str]
+) -> Int64[NDArray[np.int64], " batch"]:
+    labels = np.zeros(batch, np.int64)
+    for row, content in contents.items():
+        text = content.strip()
+        if text.isdigit() and int(text) < classes:
+            labels[row] = int(text)
+        else:
+            bad.setdefault(row, f"has a class that is none of 0 to {classes - 1}")
+    return labels
 
 
 def _int64(column: Integer[NDArray[np.integer], "batch length"]) -> Int64[Tensor, "batch length"]:

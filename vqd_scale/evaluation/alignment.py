@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-from jaxtyping import Float64, Int64, UInt8
+from jaxtyping import Bool, Float64, Int64, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -63,16 +63,30 @@ def attribute_accuracy(
     Raises:
         ValueError: There is no picture, or not one for each scene.
     """
+    return alignment_score(attributes_right(images, scenes), scenes[0])
+
+
+def attributes_right(
+    images: UInt8[Tensor, "pictures 3 height width"], scenes: Sequence[Scene]
+) -> Bool[NDArray[np.bool_], "pictures attributes"]:
+    """Which attributes of each picture are what its scene says, in the order of `Scene.attributes`.
+
+    Raises:
+        ValueError: There is no picture, or not one for each scene.
+    """
     if not scenes or len(images) != len(scenes):
         raise ValueError(f"{len(images)} pictures cannot be compared with {len(scenes)} scenes")
     found = read_scenes(images, objects=len(scenes[0].figures))
-    names = list(scenes[0].attributes())
     wanted = [list(scene.attributes().values()) for scene in scenes]
-    right = np.array([list(scene.attributes().values()) for scene in found]) == np.array(wanted)
+    return np.array([list(scene.attributes().values()) for scene in found]) == np.array(wanted)
+
+
+def alignment_score(right: Bool[NDArray[np.bool_], "pictures attributes"], scene: Scene) -> AlignmentScore:
+    """What `attributes_right` found, summed up; ``scene`` is any of the scenes, for the attributes' names."""
     return AlignmentScore(
         mean=float(right.mean()),
         all=float(right.all(axis=1).mean()),
-        per_attribute=dict(zip(names, right.mean(axis=0).tolist(), strict=True)),
+        per_attribute=dict(zip(scene.attributes(), right.mean(axis=0).tolist(), strict=True)),
     )
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.world import World
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,14 @@ class FeatureStatistics:
         mean = self.mean + difference * (other.count / count)
         between = torch.outer(difference, difference) * (self.count * other.count / count)
         return FeatureStatistics(count, mean, self.scatter + other.scatter + between)
+
+    def over_ranks(self, world: World) -> "FeatureStatistics":
+        """The statistics of what all ranks hold together, on every rank; a rank may hold nothing."""
+        count = int(world.sum(torch.tensor(self.count, device=world.device)))
+        mean = world.sum((self.mean * self.count).to(world.device)).cpu() / count
+        difference = self.mean - mean
+        scatter = self.scatter + self.count * torch.outer(difference, difference)
+        return FeatureStatistics(count, mean, world.sum(scatter.to(world.device)).cpu())
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:

@@ -15,6 +15,7 @@ from vqd_scale.data.samples import IMAGE_EXTENSIONS
 from vqd_scale.data.shards import KEY, read_shard
 from vqd_scale.data.sources.shapes import Scene
 from vqd_scale.evaluation.alignment import attribute_accuracy, chance_accuracy
+from vqd_scale.evaluation.extractors import latent_moments
 from vqd_scale.evaluation.frechet import FeatureStatistics, frechet_distance
 from vqd_scale.evaluation.reconstruction import psnr, ssim
 from vqd_scale.inference.generate import read_generated
@@ -112,6 +113,4 @@ def _reconstruct(tokenizer: Tokenizer, images: Images) -> Images:
 
 @torch.no_grad()
 def _features(tokenizer: Tokenizer, images: Images) -> Float[Tensor, "count features"]:
-    """Mean and deviation over positions of every channel of the tokenizer's latents."""
-    latents = torch.cat([tokenizer.latents(to_signal(part)).flatten(2) for part in images.split(_BATCH)])
-    return torch.cat([latents.mean(dim=2), latents.std(dim=2)], dim=1)
+    return torch.cat([latent_moments(tokenizer, part) for part in images.split(_BATCH)])

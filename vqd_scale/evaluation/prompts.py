@@ -1,0 +1,166 @@
+"""What pictures are drawn for: which captions, of which pictures, in which order; and a digest of it."""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+
+from vqd_scale.core.config import Config
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.rng import Purpose, integers, permutation
+from vqd_scale.data.decode import BadSample, decode_json
+from vqd_scale.data.index import ShardSet
+from vqd_scale.data.samples import Place, caption_of
+from vqd_scale.data.shards import ShardReader
+from vqd_scale.data.sources.shapes import Scene
+
+
+class Captions(Config):
+    """Captions of a set of shards.
+
+    Attributes:
+        count: How many.
+        which: Of a picture's captions the ``first``, a ``random`` one, or ``each``, all of them being items.
+        shuffled: Whether items are taken in a random order; otherwise in the order of the shards.
+        seed: Of the order and of the choice.
+    """
+
+    kind: Literal["captions"] = "captions"
+    count: int = Field(default=30_000, ge=1)
+    which: Literal["first", "random", "each"] = "random"
+    shuffled: bool = True
+    seed: int = Field(default=0, ge=0, lt=1 << 32)
+
+
+class Classes(Config):
+    """Every class equally often, one after the other.
+
+    Attributes:
+        count: How many pictures.
+        classes: How many classes.
+    """
+
+    kind: Literal["classes"] = "classes"
+    count: int = Field(default=50_000, ge=1)
+    classes: int = Field(default=1000, ge=1)
+
+
+class Nothing(Config):
+    """No prompt at all, for a model that takes none.
+
+    Attributes:
+        count: How many pictures.
+    """
+
+    kind: Literal["nothing"] = "nothing"
+    count: int = Field(default=50_000, ge=1)
+
+
+PromptsConfig = Annotated[Captions | Classes | Nothing, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one picture is drawn for.
+
+    Attributes:
+        text: The caption, a class's number, or nothing.
+        member: Which sample of the set it belongs to, -1 for none.
+        key: That sample's key.
+        caption: Which of its captions it is.
+        scene: What the picture should show, where the sample describes a scene of the embedded set.
+    """
+
+    text: str
+    member: int = -1
+    key: str = ""
+    caption: int = 0
+    scene: Scene | None = None
+
+
+def choose_prompts(config: PromptsConfig, shards: ShardSet | None) -> list[Prompt]:
+    """The prompts in the order in which their pictures are numbered: a function of configuration and set.
+
+    Args:
+        config: Which ones.
+        shards: The set that captions come from.
+
+    Raises:
+        UserError: Captions are asked for and there is no set, or it has too few, or one cannot be read.
+    """
+    if isinstance(config, Classes):
+        return [Prompt(str(number * config.classes // config.count)) for number in range(config.count)]
+    if isinstance(config, Nothing):
+        return [Prompt("")] * config.count
+    if shards is None:
+        raise UserError("prompts: captions need the shards that they come from; give --data.")
+    members, captions = _chosen(config, shards)
+    firsts = np.cumsum([0, *shards.counts])
+    by_shard: dict[int, list[int]] = defaultdict(list)
+    for place, member in enumerate(members):
+        by_shard[int(np.searchsorted(firsts, member, side="right")) - 1].append(place)
+    found: dict[int, Prompt] = {}
+    for number, places in sorted(by_shard.items()):
+        reader = ShardReader(shards.shards[number])
+        for place in places:
+            member = members[place] - int(firsts[number])
+            found[place] = _prompt(reader, member, captions[place], members[place])
+    return [found[place] for place in range(len(members))]
+
+
+def digest_of(prompts: Sequence[Prompt]) -> str:
+    """Hex SHA-256 of what is drawn in which order: of each prompt the key, the caption's place, the text."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.key, prompt.caption, prompt.text]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _chosen(config: Captions, shards: ShardSet) -> tuple[list[int], list[int]]:
+    """Sample and caption of each item that is taken."""
+    if config.which == "each":
+        counts = _caption_counts(shards)
+        all_members = np.repeat(np.arange(len(counts)), counts)
+        all_captions = np.concatenate([np.arange(count) for count in counts])
+    else:
+        all_members = np.arange(shards.count)
+        all_captions = np.zeros(shards.count, np.int64)
+    items = len(all_members)
+    if items < config.count:
+        what = "captions" if config.which == "each" else "pictures with captions"
+        raise UserError(f"{shards.folder}: holds {items} {what}, fewer than prompts.count={config.count}.")
+    order = permutation(config.seed, Purpose.EVALUATION, 0, items) if config.shuffled else np.arange(items)
+    members, captions = all_members[order[: config.count]], all_captions[order[: config.count]]
+    if config.which == "random":
+        # A number for each sample of the set: it does not depend on how many are taken.
+        draws = integers(config.seed, Purpose.CAPTION_CHOICE, 0, shards.count)[members]
+        captions = draws * _caption_counts(shards)[members] >> 32
+    return members.tolist(), captions.tolist()
+
+
+def _caption_counts(shards: ShardSet) -> np.ndarray:
+    counts: list[int] = []
+    for shard in shards.shards:
+        reader = ShardReader(shard)
+        counts.extend(reader.captions(member) for member in range(shard.count))
+    return np.array(counts, np.int64)
+
+
+def _prompt(reader: ShardReader, member: int, caption: int, number: int) -> Prompt:
+    key = reader.key(member)
+    try:
+        text = caption_of(Place(reader, member, caption))
+        described: Mapping[str, object] = {}
+        if "json" in reader.extensions(member):
+            described = decode_json(reader.read(member, "json"))
+    except BadSample as error:
+        raise UserError(
+            f"{reader.shard.path}: sample '{key}' {error}; an evaluation needs every caption of its set."
+        ) from None
+    scene = Scene.from_json(dict(described)) if "figures" in described else None
+    return Prompt(text, number, key, caption, scene)

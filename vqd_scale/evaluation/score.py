@@ -1,0 +1,257 @@
+"""An evaluation from a model to its figures: drawn by all ranks, resumable, and the same at any number."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.report import publish_image
+from vqd_scale.core.world import World
+from vqd_scale.data.index import ShardSet
+from vqd_scale.diffusion.guidance import Constant
+from vqd_scale.evaluation import clip as clips
+from vqd_scale.evaluation.alignment import alignment_score, attributes_right
+from vqd_scale.evaluation.extractors import FEATURES, LOGITS, Extractor, build_extractor
+from vqd_scale.evaluation.frechet import FeatureStatistics, frechet_distance
+from vqd_scale.evaluation.parts import Parts
+from vqd_scale.evaluation.prompts import Prompt, choose_prompts, digest_of
+from vqd_scale.evaluation.protocol import DrawingConfig, EvaluationConfig
+from vqd_scale.evaluation.quality import Spread, inception_score, kernel_distance, neighbourhoods
+from vqd_scale.evaluation.references import Reference, reference_of
+from vqd_scale.inference.autoregression import AutoregressiveTextToImage
+from vqd_scale.inference.generate import Pipeline
+from vqd_scale.inference.pipeline import picture_slots
+
+_RIGHT = "right"
+
+Images = UInt8[Tensor, "batch 3 height width"]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Some of the pictures, drawn once more.
+
+    Attributes:
+        heading: Which they are.
+        images: uint8 [count, height, width, 3].
+        captions: What they were drawn for, and their merit.
+    """
+
+    heading: str
+    images: UInt8[np.ndarray, "count height width 3"]
+    captions: list[str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found.
+
+    Attributes:
+        report: Everything, as JSON holds it.
+        shown: The best, the worst and random pictures.
+    """
+
+    report: dict[str, Any]
+    shown: list[Shown]
+
+
+def evaluate(
+    config: EvaluationConfig,
+    pipe: Pipeline,
+    model: dict[str, Any],
+    out: Path,
+    world: World,
+    stop: Callable[[], bool] = lambda: False,
+) -> Result | None:
+    """Draw, extract, compare.
+
+    Args:
+        config: The protocol.
+        pipe: The model, on this rank's device.
+        model: What it is called, and what tells it from others.
+        out: Where parts and statistics lie; all ranks see it.
+        world: The ranks.
+        stop: Whether this rank was asked to leave.
+
+    Returns:
+        The result on the first rank, None on others.
+
+    Raises:
+        Stopped: A rank was asked to leave; the same call goes on from there.
+        UserError: Data, weights or statistics are missing or others than named, or pictures too few.
+    """
+    shards = _opened(config, world)
+    prompts = choose_prompts(config.prompts, shards)
+    extractor = build_extractor(config.extractor, pipe.bundle.tokenizer, world.device)
+    _check_count(len(prompts), extractor)
+    clip = None if config.clip is None else clips.load_clip(config.clip, world.device)
+    height, width = (side * pipe.bundle.tokenizer.factor for side in pipe.bundle.config.grid)
+    if height != width:
+        raise UserError(f"pictures of {width}x{height} are not square, as an evaluation's are.")
+    real = shards if config.reference.data is None else ShardSet.open(config.reference.data)
+    if real is None:
+        raise UserError("reference: real pictures need shards; give --data, or reference.data.")
+    reference = reference_of(
+        config.reference,
+        real,
+        prompts,
+        height,
+        extractor,
+        config.reference.file or out / "reference.safetensors",
+        world,
+        stop,
+    )
+    description = {
+        "model": model,
+        "prompts": digest_of(prompts),
+        "drawing": config.drawing.model_dump(mode="json", exclude={"save"}),
+        "dtype": str(pipe.bundle.dtype).removeprefix("torch."),
+        "extractor": extractor.description,
+        "clip": clip and clip.description,
+    }
+    parts = Parts(out / "parts", len(prompts), config.drawing.batch)
+    parts.begin(description, world)
+    slots = picture_slots(config.drawing.seed, len(prompts))
+
+    def make(numbers: range) -> dict[str, Tensor]:
+        own = [prompts[number] for number in numbers]
+        images = draw(pipe, own, slots[numbers.start : numbers.stop], config.drawing)
+        if config.drawing.save:
+            for number, image in zip(numbers, images.permute(0, 2, 3, 1).numpy(), strict=True):
+                publish_image(out / "images" / f"{number:06d}.png", Image.fromarray(image))
+        columns = extractor(images)
+        if clip is not None:
+            columns |= clip.columns(images, [prompt.text for prompt in own])
+        scenes = [prompt.scene for prompt in own if prompt.scene is not None]
+        if len(scenes) == len(own):
+            columns[_RIGHT] = torch.from_numpy(attributes_right(images, scenes))
+        return columns
+
+    parts.work(make, world, "draw", stop)
+    statistics = statistics_of(parts, extractor.dimension, world)
+    if not world.is_first:
+        return None
+    figures, merits, merit = _figures(config, parts, statistics, reference, prompts)
+    report = {
+        "figures": figures,
+        "count": statistics.count,
+        **description,
+        "reference": reference.provenance,
+        "protocol": config.model_dump(mode="json"),
+    }
+    shown = _shown(config, pipe, prompts, slots, merits, merit)
+    return Result(report, shown)
+
+
+def draw(
+    pipe: Pipeline, prompts: Sequence[Prompt], slots: Tensor, config: DrawingConfig
+) -> UInt8[Tensor, "batch 3 height width"]:
+    """One batch of pictures, on the CPU.
+
+    Raises:
+        UserError: The sampler does not fit the schedule, or the guidance not the model.
+    """
+    texts = [prompt.text for prompt in prompts]
+    if isinstance(pipe, AutoregressiveTextToImage):
+        if not isinstance(config.guidance, Constant):
+            raise UserError("drawing.guidance: a model that draws token by token takes kind 'constant' only.")
+        return pipe.draw(texts, slots, guidance=config.guidance, truncation=config.truncation)
+    return pipe.draw(texts, slots, config.sampler, guidance=config.guidance, truncation=config.truncation)
+
+
+def statistics_of(parts: Parts, dimension: int, world: World) -> FeatureStatistics:
+    """Statistics of all pictures' features, each rank reading its own parts one after the other."""
+    statistics = FeatureStatistics.empty(dimension)
+    for part in parts.numbers[world.rank :: world.size]:
+        statistics = statistics.update(parts.read(part)[FEATURES])
+    return statistics.over_ranks(world)
+
+
+def _opened(config: EvaluationConfig, world: World) -> ShardSet | None:
+    return None if config.data is None else ShardSet.open(config.data, look=world.is_first)
+
+
+def _check_count(count: int, extractor: Extractor) -> None:
+    """Before hours of drawing rather than after."""
+    if count <= extractor.dimension:
+        raise UserError(
+            f"prompts.count: {count} pictures are too few for the covariance of {extractor.dimension} "
+            f"features; draw at least {extractor.dimension + 1}."
+        )
+
+
+def _figures(
+    config: EvaluationConfig,
+    parts: Parts,
+    statistics: FeatureStatistics,
+    reference: Reference,
+    prompts: Sequence[Prompt],
+) -> tuple[dict[str, Any], Float[Tensor, " count"], str]:
+    """All figures, each picture's merit, and what that is called."""
+    distance = frechet_distance(statistics, reference.statistics)
+    features = parts.column(FEATURES)
+    kid = kernel_distance(features, reference.kept, subsets=config.kid.subsets, size=config.kid.size)
+    near = neighbourhoods(features, reference.kept, config.neighbours)
+    figures: dict[str, Any] = {
+        "fid" if config.extractor.kind == "inception" else "frechet_distance": distance,
+        "kid": _spread(kid),
+        "precision": near.precision,
+        "recall": near.recall,
+        "density": near.density,
+        "coverage": near.coverage,
+    }
+    merits, merit = -near.nearest, "distance to the nearest real picture"
+    names = parts.read(0).keys()
+    if LOGITS in names:
+        figures["inception_score"] = _spread(inception_score(parts.column(LOGITS), config.inception_splits))
+    if config.clip is not None:
+        pictures, captions = parts.column(clips.PICTURE), parts.column(clips.CAPTION)
+        merits, merit = clips.scores(pictures, captions), "CLIP score"
+        figures["clip_score"] = float(merits.mean())
+        figures["clip_r_precision"] = clips.r_precision(pictures, captions, config.clip.among)
+    scene = prompts[0].scene
+    if scene is not None and _RIGHT in names:
+        right = parts.column(_RIGHT).numpy()
+        score = alignment_score(right, scene)
+        figures["alignment"] = {"mean": score.mean, "all": score.all, "per_attribute": score.per_attribute}
+        # Of pictures with as many right attributes, the nearer to real ones is the better.
+        order = near.nearest.argsort(descending=True).argsort() / len(near.nearest)
+        merits, merit = torch.from_numpy(right.sum(axis=1)) + order, "attributes that are right"
+    return figures, merits, merit
+
+
+def _spread(spread: Spread) -> dict[str, float]:
+    return {"mean": spread.mean, "deviation": spread.deviation}
+
+
+def _shown(
+    config: EvaluationConfig,
+    pipe: Pipeline,
+    prompts: Sequence[Prompt],
+    slots: Tensor,
+    merits: Tensor,
+    merit: str,
+) -> list[Shown]:
+    """The extremes by merit, and those that come first, which is at random where prompts are shuffled."""
+    order = merits.argsort(descending=True, stable=True).tolist()
+    count = min(config.shown, len(order))
+    chosen = {"Best": order[:count], "Worst": order[::-1][:count], "Not chosen": list(range(count))}
+    shown: list[Shown] = []
+    for name, numbers in chosen.items():
+        images = draw(pipe, [prompts[number] for number in numbers], slots[numbers], config.drawing)
+        captions = [f"{prompts[number].text} ({_said(merits[number], merit)})" for number in numbers]
+        heading = f"{name} by {merit}" if name != "Not chosen" else "The first ones, not chosen"
+        shown.append(Shown(heading, images.permute(0, 2, 3, 1).numpy(), captions))
+    return shown
+
+
+def _said(value: Tensor, merit: str) -> str:
+    number = float(value)
+    return f"{int(number)} right" if merit.startswith("attributes") else f"{abs(number):.3g}"
