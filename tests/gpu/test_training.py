@@ -74,3 +74,12 @@ def test_one_run_repeats_itself() -> None:
     """On a GPU to this tolerance: sums of gradients are added in whatever order threads come."""
     config = EngineConfig(precision="bf16")
     assert engine_losses(config) == pytest.approx(engine_losses(config), rel=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_where_asked_for_a_run_repeats_itself_bit_for_bit(precision: str) -> None:
+    config = EngineConfig.model_validate({"precision": precision, "deterministic": True})
+    try:
+        assert engine_losses(config) == engine_losses(config)
+    finally:
+        torch.use_deterministic_algorithms(mode=False)

@@ -44,7 +44,7 @@ class _Narrow(torch.autograd.Function):
         query, key, value = (_by_head(tensor) for tensor in (query, key, value))
         scaled, wide_key = _in_powers_of_two(query), key.float()
         out, log_sum = torch.empty_like(query), scaled.new_empty(len(query), 1, length)
-        tiles = _Tiles(len(query), length, keys, value.dtype)
+        tiles = _Tiles(len(query), length, keys, value)
         for tile in tiles:
             scores = torch.bmm(scaled[tile].transpose(1, 2), wide_key[tile], out=tiles.wide(tile))
             highest = scores.amax(-1, keepdim=True)
@@ -74,7 +74,7 @@ class _Narrow(torch.autograd.Function):
         slopes_left = torch.cat([gradient, rounded, (shift - rounded).to(gradient.dtype)], 1)
         slopes_right = torch.cat([value, ones, ones], 1)
         of_query, of_key, of_value = (torch.empty_like(tensor) for tensor in (query, key, value))
-        tiles = _Tiles(len(query), query.shape[-1], key.shape[-1], value.dtype)
+        tiles = _Tiles(len(query), query.shape[-1], key.shape[-1], value)
         for tile in tiles:
             torch.bmm(scores_left[tile].transpose(1, 2), scores_right[tile], out=tiles.wide(tile)).exp2_()
             weights = tiles.rounded(tile)
@@ -115,15 +115,15 @@ class _Tiles:
         rows: Images times heads.
         queries: Positions of a head's queries.
         keys: Positions of its keys.
-        dtype: What the inputs are of.
+        like: Of the inputs' dtype and device.
     """
 
-    def __init__(self, rows: int, queries: int, keys: int, dtype: torch.dtype) -> None:
+    def __init__(self, rows: int, queries: int, keys: int, like: Tensor) -> None:
         self._rows = rows
         self._size = min(rows, max(torch.get_num_threads(), _TILE // (queries * keys)))
-        self._wide = torch.empty(self._size, queries, keys)
-        is_wide = dtype is torch.float32
-        self._rounded = self._wide if is_wide else torch.empty_like(self._wide, dtype=dtype)
+        self._wide = torch.empty(self._size, queries, keys, device=like.device)
+        is_wide = like.dtype is torch.float32
+        self._rounded = self._wide if is_wide else torch.empty_like(self._wide, dtype=like.dtype)
         self._more = torch.empty_like(self._rounded)
 
     def __iter__(self) -> Iterator[slice]:

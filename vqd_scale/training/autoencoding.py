@@ -16,6 +16,7 @@ from vqd_scale.data.decode import DecodeConfig
 from vqd_scale.data.samples import ImageSamples
 from vqd_scale.data.transforms import CenterCrop, Transform
 from vqd_scale.inference.bundle import save_tokenizer
+from vqd_scale.nn.cost import cost_of
 from vqd_scale.tokenizers.base import to_signal
 from vqd_scale.tokenizers.convolutions import ResidualBlock
 from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
@@ -111,6 +112,13 @@ class AutoencodingTask:
         self.module = AutoencodingStep(self.vqgan, config.reconstruction)
         self.pool: list[Tensor] = []
         self.latents: Tensor | None = None
+
+    @property
+    def forward_flops(self) -> int:
+        """Of the autoencoder."""
+        size = self.config.transform.size
+        with torch.device("meta"):
+            return 2 * cost_of(VQGAN(self.config.vqgan), torch.zeros(1, 3, size, size)).multiply_accumulates
 
     def begin(self, partition: Partition) -> None:
         """A tokenizer starts from its own first weights."""

@@ -14,7 +14,8 @@ from vqd_scale.core.world import World
 from vqd_scale.data.batch import TokenBatch
 from vqd_scale.data.samples import TokenSamples
 from vqd_scale.inference.bundle import AutoregressiveBundleConfig, AutoregressiveModel, save_bundle
-from vqd_scale.nn.autoregressive import AutoregressiveConfig
+from vqd_scale.nn.autoregressive import Autoregressive, AutoregressiveConfig
+from vqd_scale.nn.cost import forward_flops
 from vqd_scale.training.engine import placement
 from vqd_scale.training.partition import Partition
 from vqd_scale.training.task import Forward, Losses, mean_of
@@ -86,6 +87,19 @@ class AutoregressionTask:
         self.source.start(model.network.code_tables, where)
         self.units = model.network.units
         self.module = AutoregressionStep(model)
+
+    @property
+    def forward_flops(self) -> int:
+        """Of the transformer alone, whatever its text comes from."""
+        bundle = self.bundle
+        rows, columns = bundle.grid
+        return forward_flops(
+            lambda: Autoregressive(bundle.network, bundle.codes, bundle.grid),
+            rows * columns,
+            bundle.network.condition,
+            self.read.text_length,
+            timed=False,
+        )
 
     def begin(self, partition: Partition) -> None:
         """Take over a trained model's weights, if that is asked for."""

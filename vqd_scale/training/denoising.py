@@ -18,8 +18,9 @@ from vqd_scale.diffusion.schedule import Paper, Schedule
 from vqd_scale.diffusion.times import Times, TimeSampler, Uniform
 from vqd_scale.diffusion.transition import MaskAndReplace
 from vqd_scale.inference.bundle import BundleConfig, Model, save_bundle
+from vqd_scale.nn.cost import forward_flops
 from vqd_scale.nn.denoiser import DenoiserConfig
-from vqd_scale.nn.network import NetworkConfig
+from vqd_scale.nn.network import NetworkConfig, build_network
 from vqd_scale.training.engine import placement
 from vqd_scale.training.partition import Partition
 from vqd_scale.training.task import Forward, Losses, mean_of
@@ -111,6 +112,19 @@ class DenoisingTask:
         self.transition = MaskAndReplace(config.diffusion, meta.codes)
         self.module = DenoisingStep(model, Objective(self.transition, config.objective))
         self.times = TimeSampler(config.times, self.transition.steps, world.device)
+
+    @property
+    def forward_flops(self) -> int:
+        """Of the denoiser alone, whatever its text comes from."""
+        bundle = self.bundle
+        rows, columns = bundle.grid
+        return forward_flops(
+            lambda: build_network(bundle.denoiser, bundle.codes, bundle.grid, bundle.diffusion.steps),
+            rows * columns,
+            bundle.denoiser.condition,
+            self.read.text_length,
+            timed=True,
+        )
 
     def begin(self, partition: Partition) -> None:
         """Take over a trained model's weights, if that is asked for."""

@@ -68,6 +68,9 @@ class EngineConfig(Config):
     """Elements that are gathered or reduced in one message."""
     compile_units: bool = False
     """Compile each block with torch.compile: minutes at the start, faster steps afterwards."""
+    deterministic: bool = False
+    """On GPUs, add in one order only, so that a run repeats on as many of the same cards; slower. A warning
+    names an operation that cannot. On CPUs runs repeat in any case."""
 
 
 @contextlib.contextmanager
@@ -131,6 +134,13 @@ def _zero_json(config: EngineConfig) -> dict[str, Any]:
             "zero_hpz_partition_size": config.zero.secondary_shards,
         }
     return values
+
+
+def _add_in_one_order() -> None:
+    # Read when the first matrix product of the process is computed.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
 
 
 def imported_weights(folder: Path) -> dict[str, Tensor]:
@@ -209,6 +219,8 @@ class Engine:
         world: World,
         units: Sequence[type[nn.Module]],
     ) -> None:
+        if config.deterministic:
+            _add_in_one_order()
         if config.zero.stage == 3:
             set_z3_leaf_modules(module, list(units))
         if config.compile_units:

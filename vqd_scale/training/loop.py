@@ -20,6 +20,7 @@ from vqd_scale.core.stop import StopFlag
 from vqd_scale.core.store import publish_json, publish_text
 from vqd_scale.core.world import World
 from vqd_scale.data.stream import Stream
+from vqd_scale.nn.cost import peak_flops
 from vqd_scale.training.checkpoint import Checkpoints, Restored, consolidated
 from vqd_scale.training.config import RunConfig
 from vqd_scale.training.ema import EMA
@@ -52,6 +53,7 @@ _CHANGEABLE = (
     "engine.persistence_threshold.",
     "engine.bucket_elements.",
     "engine.compile_units.",
+    "engine.deterministic.",
     "data.workers.",
     "data.prefetch.",
     "data.max_bad_share.",
@@ -158,7 +160,13 @@ class _Trainer(Generic[BatchType]):
         self.stop = StopFlag()
         self.watchdog = Watchdog(config.health.hang_seconds, config.run / f"stacks-{world.rank:05d}.txt")
         self._resume()
-        self.report = Report(config, world, self.images)
+        self.report = Report(config, world, self.images, self._ideal_seconds())
+
+    def _ideal_seconds(self) -> float | None:
+        """What an image would take at the peak of all ranks' devices, known for half precision on GPUs."""
+        peak = peak_flops(self.world.device) if self.config.engine.precision == "bf16" else None
+        # Backward is twice forward; what is computed again to save memory is no use and does not count.
+        return 3 * self.task.forward_flops / (peak * self.world.size) if peak is not None else None
 
     def run(self, title: str) -> Outcome:
         if self.images >= self.config.images:

@@ -25,10 +25,14 @@ class Report:
         config: The run.
         world: This process's place among the ranks.
         images: Where the run starts or goes on from.
+        ideal_seconds: What an image would take all ranks together at their devices' peak, if that is known.
     """
 
-    def __init__(self, config: RunConfig, world: World, images: int) -> None:
+    def __init__(
+        self, config: RunConfig, world: World, images: int, ideal_seconds: float | None = None
+    ) -> None:
         self.world = world
+        self._ideal_seconds = ideal_seconds
         self.diary = (
             Diary(config.log, config.run, images, config.model_dump(mode="json")) if world.is_first else None
         )
@@ -124,6 +128,7 @@ class Report:
             "gradient_norm": self._norm,
             **self._noise(float(small)),
             "images_per_second": valid / seconds,
+            **self._utilisation(valid / seconds),
             "data_wait_share": self._waited / seconds,
             "longest_data_wait_share": float(waits.max()),
             "slowest_rank": int(alone.argmax()),
@@ -141,6 +146,11 @@ class Report:
         """Let all writers finish."""
         if self.diary is not None:
             self.diary.close()
+
+    def _utilisation(self, images_per_second: float) -> dict[str, float]:
+        if self._ideal_seconds is None:
+            return {}
+        return {"model_flops_utilisation": images_per_second * self._ideal_seconds}
 
     def _noise(self, small: float) -> dict[str, float]:
         if self._parts == 1 or not self._steps:

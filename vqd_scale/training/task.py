@@ -53,6 +53,11 @@ class Task(Protocol[BatchType]):
         """
         ...
 
+    @property
+    def forward_flops(self) -> int:
+        """Floating-point operations of one sample's forward through the network that is trained."""
+        ...
+
     def begin(self, partition: Partition) -> None:
         """Called on all ranks before the first step of a new run: its weights may still be replaced."""
         ...

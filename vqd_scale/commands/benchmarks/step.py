@@ -19,7 +19,7 @@ from vqd_scale.core.world import join_world
 from vqd_scale.diffusion.objective import Objective, ObjectiveConfig
 from vqd_scale.diffusion.schedule import Released
 from vqd_scale.diffusion.transition import MaskAndReplace
-from vqd_scale.nn.cost import cost_of
+from vqd_scale.nn.cost import forward_flops, peak_flops
 from vqd_scale.nn.denoiser import Denoiser, DenoiserConfig
 from vqd_scale.nn.sizes import SIZES, SizeName
 from vqd_scale.training.engine import Engine, EngineConfig
@@ -30,9 +30,6 @@ _RATE = 1e-4
 _SIDES = ("ours", "ours_bf16", "alternative")
 Side = Literal["ours", "ours_bf16", "alternative"]
 Take = Callable[[], float]
-
-_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12}
-"""Dense half-precision arithmetic a second, by what is in a GPU's name (its makers' figures)."""
 
 
 @dataclass(frozen=True)
@@ -190,10 +187,14 @@ def gpu_step(size: SizeName, rounds: int) -> dict[str, float]:
     published = SIZES[size]
     config = DenoiserConfig.model_validate(dict(published.shape) | {"feed_forward": {"kind": "fc"}})
     problem = StepProblem(config.width, config.layers, config.heads, published.grid[0], published.codes, 16)
-    with torch.device("meta"):
-        network = Denoiser(config, problem.codes, published.grid, problem.transition.steps)
-        inputs = (torch.zeros(1, problem.side**2).long(), torch.zeros(1).long(), torch.zeros(1, *_TEXT))
-        forward = 2 * cost_of(network, *inputs).multiply_accumulates
+    steps = problem.transition.steps
+    forward = forward_flops(
+        lambda: Denoiser(config, problem.codes, published.grid, steps),
+        problem.side**2,
+        config.condition,
+        _TEXT[0],
+        timed=True,
+    )
     torch.cuda.reset_peak_memory_stats()
     step = step_of("ours_bf16", problem)
     for _ in range(3):
@@ -210,7 +211,6 @@ def gpu_step(size: SizeName, rounds: int) -> dict[str, float]:
         "images_per_second": per_second,
         "peak_memory_gigabytes": torch.cuda.max_memory_allocated() / 1e9,
     }
-    name = torch.cuda.get_device_name()
-    peaks = [peak for model, peak in _PEAK_FLOPS.items() if model in name]
+    peak = peak_flops(torch.device("cuda"))
     # Backward is twice forward; what is computed again to save memory is no use and does not count.
-    return found | ({"model_flops_utilisation": 3 * forward * per_second / peaks[0]} if peaks else {})
+    return found | ({"model_flops_utilisation": 3 * forward * per_second / peak} if peak else {})
