@@ -1,0 +1,52 @@
+"""What a row of metrics says of the machine."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vqd_scale.core.config import load_config
+from vqd_scale.core.world import World
+from vqd_scale.nn.cost import cost_of
+from vqd_scale.nn.denoiser import Denoiser
+from vqd_scale.training.denoising import DenoisingTask, TrainConfig
+from vqd_scale.training.metrics import read_metrics
+from vqd_scale.training.report import Report
+
+
+class Alone(World):
+    """One process that talks to nobody."""
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+@pytest.fixture
+def config(token_world: Path, tmp_path: Path) -> TrainConfig:
+    return load_config(TrainConfig, token_world / "train.yaml", [f"run={tmp_path}"])
+
+
+@pytest.mark.parametrize("ideal_seconds", [None, 0.01])
+def test_the_share_of_the_peak_is_told_where_the_peak_is_known(
+    config: TrainConfig, ideal_seconds: float | None
+) -> None:
+    config.run.mkdir(exist_ok=True)
+    report = Report(config, Alone(0, 1, torch.device("cpu")), 0, ideal_seconds)
+    report.add(torch.tensor(16.0), {})
+    report.add_step(torch.tensor(8), 1e-3)
+    assert report.write(8, {}) == 2.0
+    report.close()
+    (row,) = read_metrics(config.run / "metrics.jsonl")
+    if ideal_seconds is None:
+        assert "model_flops_utilisation" not in row
+    else:
+        assert row["model_flops_utilisation"] == pytest.approx(row["images_per_second"] * ideal_seconds)
+    assert row["peak_memory_gigabytes"] > 0
+
+
+def test_a_task_knows_what_its_network_takes(config: TrainConfig) -> None:
+    task = DenoisingTask(config, Alone(0, 1, torch.device("cpu")))
+    network = task.module.model.denoiser
+    assert isinstance(network, Denoiser)
+    inputs = torch.zeros(1, 9).long(), torch.zeros(1).long(), torch.zeros(1, 8, 16)
+    assert task.forward_flops == 2 * cost_of(network, *inputs).multiply_accumulates
