@@ -1,3 +1,5 @@
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -78,6 +80,6 @@ def test_an_image_is_counted_without_a_network_in_memory() -> None:
 def test_the_peak_of_a_card_is_its_makers_or_unknown(
     name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_name", Mock(return_value=name))
     assert peak_flops(torch.device("cuda")) == peak
     assert peak_flops(torch.device("cpu")) is None

@@ -1,14 +1,17 @@
 """What a row of metrics says of the machine."""
 
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.training.ranks import on_ranks
 from vqd_scale.core.config import load_config
 from vqd_scale.core.world import World
 from vqd_scale.nn.cost import cost_of
 from vqd_scale.nn.denoiser import Denoiser
+from vqd_scale.training import report as module
 from vqd_scale.training.denoising import DenoisingTask, TrainConfig
 from vqd_scale.training.metrics import read_metrics
 from vqd_scale.training.report import Report
@@ -50,3 +53,24 @@ def test_a_task_knows_what_its_network_takes(config: TrainConfig) -> None:
     assert isinstance(network, Denoiser)
     inputs = torch.zeros(1, 9).long(), torch.zeros(1).long(), torch.zeros(1, 8, 16)
     assert task.forward_flops == 2 * cost_of(network, *inputs).multiply_accumulates
+
+
+def test_the_slowest_rank_is_named_though_steps_last_equally_long_on_all(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = threading.local()
+    monkeypatch.setattr(module, "_alone", lambda device: own.seconds)  # pyright: ignore[reportUnknownLambdaType]
+
+    def run(world: World) -> None:
+        own.seconds = 0.03 if world.rank == 1 else 0.01
+        report = Report(config, world, 0)
+        report.add(torch.tensor(4.0), {})
+        report.add_step(torch.tensor(6), 1e-3)
+        report.write(8, {})
+        report.close()
+
+    config.run.mkdir(exist_ok=True)
+    on_ranks(3, run)
+    (row,) = read_metrics(config.run / "metrics.jsonl")
+    assert (row["slowest_rank"], row["slowest_rank_slowness"]) == (1, pytest.approx(3.0))
+    assert row["loss"] == pytest.approx(2.0)

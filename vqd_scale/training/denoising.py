@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -119,7 +119,10 @@ class DenoisingTask:
         bundle = self.bundle
         rows, columns = bundle.grid
         return forward_flops(
-            lambda: build_network(bundle.denoiser, bundle.codes, bundle.grid, bundle.diffusion.steps),
+            lambda: cast(
+                nn.Module,
+                build_network(bundle.denoiser, bundle.codes, bundle.grid, bundle.diffusion.steps),
+            ),
             rows * columns,
             bundle.denoiser.condition,
             self.read.text_length,
