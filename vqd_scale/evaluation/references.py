@@ -97,8 +97,7 @@ def reference_of(
     """
     members, repeats = _members(config, shards, prompts)
     provenance = _provenance(config, shards, members, repeats, size, extractor)
-    if not file.exists():
-        world.barrier()
+    if world.any(not file.exists()):
         parts = Parts(file.with_name(f"{file.name}.parts"), len(members), _PART)
         parts.begin({"provenance": provenance}, world)
         pictures = _Pictures(shards, CenterCrop(size=size))
