@@ -14,6 +14,7 @@ from vqd_scale.data.decode import (
     BadSample,
     DecodeConfig,
     decode_array,
+    decode_arrays,
     decode_image,
     decode_json,
     decode_text,
@@ -207,6 +208,45 @@ def test_arrays_as_numpy_reads_them(array: NDArray[Any]) -> None:
     assert decode_array(data).dtype == array.dtype
     with pytest.raises(BadSample):
         decode_array(data[:-1])
+
+
+def saved(array: NDArray[Any]) -> bytes:
+    with io.BytesIO() as file:
+        np.save(file, array)
+        return file.getvalue()
+
+
+def counted(dtype: str, shape: tuple[int, ...], start: int, cut: int) -> bytes:
+    count = int(np.prod(shape))
+    content = saved(np.arange(start, start + count).astype(dtype).reshape(shape))
+    return content[: len(content) - cut]
+
+
+members = st.builds(
+    counted,
+    st.sampled_from(["<u2", "<i4", "<f4", ">u2"]),
+    st.sampled_from([(), (0,), (3,), (2, 3), (6,)]),
+    st.integers(0, 99),
+    st.sampled_from([0, 0, 0, 1]),
+) | st.binary(max_size=20)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(members, max_size=12))
+def test_arrays_decoded_at_once_are_those_decoded_one_by_one(contents: list[bytes]) -> None:
+    found: dict[int, Any] = {}
+    for numbers, decoded in decode_arrays(contents):
+        for row, number in enumerate(numbers):
+            found[number] = decoded if isinstance(decoded, BadSample) else decoded[row, ...]
+    assert sorted(found) == list(range(len(contents)))
+    for number, content in enumerate(contents):
+        try:
+            expected = decode_array(content)
+        except BadSample as error:
+            assert str(found[number]) == str(error)
+        else:
+            assert found[number].dtype == expected.dtype
+            np.testing.assert_array_equal(found[number], expected)
 
 
 def test_arrays_of_objects_are_refused() -> None:

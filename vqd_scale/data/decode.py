@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import compress
 from typing import Any, cast
 
 import numpy as np
@@ -24,6 +25,9 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 # No others: Pillow would start a PostScript interpreter for an EPS file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _ORIENTATION = 0x0112
+
+_HEADER_SIZE = slice(npy.MAGIC_LEN, npy.MAGIC_LEN + 2)
+"""Where a ``.npy`` file says how long its header is."""
 
 Pixels = UInt8[NDArray[np.uint8], "height width 3"]
 """A picture as RGB bytes."""
@@ -140,7 +144,7 @@ def decode_array(data: bytes) -> NDArray[Any]:
     Raises:
         BadSample: Not a version 1 ``.npy`` file of plain numbers, or cut.
     """
-    start = _array_start(data)
+    start = _HEADER_SIZE.stop + int.from_bytes(data[_HEADER_SIZE], "little")
     try:
         dtype, shape = _array_header(data[:start])
         return np.frombuffer(data, dtype, offset=start).reshape(shape)
@@ -153,22 +157,24 @@ def decode_arrays(contents: Sequence[bytes]) -> Iterator[tuple[list[int], NDArra
 
     Those with equal headers and lengths are alike, in a set nearly all, and are decoded at once.
     """
-    alike: defaultdict[tuple[bytes, int], list[int]] = defaultdict(list)
+    by_size: defaultdict[tuple[int, bytes], list[int]] = defaultdict(list)
     for number, content in enumerate(contents):
-        alike[content[: _array_start(content)], len(content)].append(number)
-    for numbers in alike.values():
-        try:
-            first = decode_array(contents[numbers[0]])
-        except BadSample as error:
-            yield numbers, error
-            continue
-        joined = np.frombuffer(b"".join(contents[number] for number in numbers), np.uint8)
-        bodies = joined.reshape(len(numbers), -1)[:, len(contents[numbers[0]]) - first.nbytes :]
-        yield numbers, bodies.view(first.dtype).reshape(len(numbers), *first.shape)
-
-
-def _array_start(data: bytes) -> int:
-    return npy.MAGIC_LEN + 2 + int.from_bytes(data[npy.MAGIC_LEN : npy.MAGIC_LEN + 2], "little")
+        by_size[len(content), content[_HEADER_SIZE]].append(number)
+    for numbers in by_size.values():
+        while numbers:
+            try:
+                first = decode_array(contents[numbers[0]])
+            except BadSample as error:
+                yield numbers[:1], error
+                numbers = numbers[1:]
+                continue
+            joined = np.frombuffer(b"".join(contents[number] for number in numbers), np.uint8)
+            stacked = joined.reshape(len(numbers), -1)
+            start = stacked.shape[1] - first.nbytes
+            alike = (stacked[:, :start] == stacked[0, :start]).all(axis=1)
+            arrays = stacked[alike, start:].view(first.dtype)
+            yield list(compress(numbers, alike)), arrays.reshape(len(arrays), *first.shape)
+            numbers = list(compress(numbers, ~alike))
 
 
 @functools.lru_cache(maxsize=64)

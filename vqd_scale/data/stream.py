@@ -235,7 +235,7 @@ class _PartReader:
         ahead = deque[_Planned]()
         for planned in self._planned(self._plan()):
             planned.places.extend(self._places(planned, opened))
-            for place in planned.places:
+            for place in planned.places if reading.tempo.turns else ():
                 place.reader.expect(place.member)
             ahead.append(planned)
             if len(ahead) > reading.tempo.turns:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Integer, UInt8
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize
@@ -17,6 +17,11 @@ from webdataset.compat import WebDataset
 
 PlainBatch = tuple[list[str], UInt8[NDArray[np.uint8], "batch height width 3"], list[str]]
 """Keys, pictures and captions."""
+
+PlainTokenBatch = tuple[
+    list[str], Integer[NDArray[np.integer], "batch length"], Integer[NDArray[np.integer], "batch text_length"]
+]
+"""Keys, codes and caption ids."""
 
 
 def plain_batches(tars: Sequence[Path], size: int, batch: int) -> Iterator[PlainBatch]:
@@ -37,3 +42,15 @@ def plain_batches(tars: Sequence[Path], size: int, batch: int) -> Iterator[Plain
     samples = WebDataset(files, shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", "txt")
     batches = samples.map_tuple(str, pixels, str).batched(batch)
     yield from cast("Iterable[PlainBatch]", batches)
+
+
+def plain_token_batches(tars: Sequence[Path], batch: int) -> Iterator[PlainTokenBatch]:
+    """Decode the arrays and put them together.
+
+    Args:
+        tars: Paths of tars whose samples have a ``tokens.npy`` and a ``text.npy``.
+        batch: How many samples are put together.
+    """
+    files = [str(path.absolute()) for path in tars]
+    samples = WebDataset(files, shardshuffle=False).decode().to_tuple("__key__", "tokens.npy", "text.npy")
+    yield from cast("Iterable[PlainTokenBatch]", samples.batched(batch))

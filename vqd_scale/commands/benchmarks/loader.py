@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vqd_scale.commands.benchmarks.measuring import extra_peak, in_fresh_process
+from vqd_scale.commands.benchmarks.tokens import TokenProblem, token_figures
 from vqd_scale.core.progress import progress
 from vqd_scale.core.rng import Purpose, integers
 from vqd_scale.data.batch import ImageBatch
@@ -111,20 +112,22 @@ def alternative(problem: PictureProblem) -> Side:
     return batches
 
 
-def benchmark_loader(rounds: int, problem: PictureProblem | None = None) -> dict[str, Any]:
+def benchmark_loader(rounds: int) -> dict[str, Any]:
     """One epoch of pictures on the same shards, one core for each side; seconds for a thousand pictures.
+
+    And token samples a second, put together with caption ids and keys; see `token_figures`.
 
     Before anything is measured both sides must give the same pictures, to `LARGEST_DIFFERENCE` levels.
     Unpacking JPEGs at a fraction of their size is a row of its own: it makes other pictures.
 
     Args:
         rounds: How often each side is timed, in turn; the median counts.
-        problem: The sizes.
 
     Raises:
-        ValueError: The pictures differ by more.
+        ValueError: The pictures differ by more, or a token sample is not what was written.
     """
-    return picture_figures(rounds, PictureProblem() if problem is None else problem)
+    tokens = token_figures(rounds, TokenProblem())
+    return picture_figures(rounds, PictureProblem()) | tokens
 
 
 def picture_figures(rounds: int, problem: PictureProblem) -> dict[str, Any]:

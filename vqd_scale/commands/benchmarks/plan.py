@@ -154,12 +154,11 @@ def check_complete(problem: PlanProblem, walked: int) -> None:
     line = np.empty(problem.shards, np.int64)
     line[epoch.shards] = epoch.starts
     walked = min(walked, problem.lanes)
-    for lane in progress(np.linspace(0, problem.lanes - 1, walked).astype(np.int64), "lanes", walked):
-        slots = np.arange(lane, problem.total, problem.lanes)
-        _, shards, members = order.locate(slots)
-        if not np.array_equal(
-            np.sort(line[shards] + members), np.arange(epoch.lane_starts[lane], ends[lane])
-        ):
+    chosen = np.linspace(0, problem.lanes - 1, walked).astype(np.int64).tolist()
+    for lane in progress(chosen, "lanes", walked):
+        _, shards, members = order.locate(np.arange(lane, problem.total, problem.lanes))
+        piece = np.arange(epoch.lane_starts.item(lane), ends.item(lane))
+        if not np.array_equal(np.sort(line[shards] + members), piece):
             raise ValueError(f"lane {lane} does not go through its piece of the epoch")
 
 
