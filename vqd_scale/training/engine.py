@@ -221,7 +221,7 @@ class Engine:
     ) -> None:
         if config.deterministic:
             _add_in_one_order()
-        if config.zero.stage == 3:
+        if config.zero.stage == 3 and units:
             set_z3_leaf_modules(module, list(units))
         if config.compile_units:
             for child in module.modules():
