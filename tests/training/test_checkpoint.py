@@ -2,7 +2,10 @@
 
 import errno
 import logging
+import os
 import shutil
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from vqd_scale.core.store import PARTIAL
 from vqd_scale.core.world import World
 from vqd_scale.training.checkpoint import CheckpointConfig, Checkpoints, consolidated, prune
 from vqd_scale.training.ema import EMA, EMAConfig
+from vqd_scale.training.slices import HostSlices
 
 RANKS = 2
 
@@ -338,3 +342,19 @@ def test_a_copy_that_cannot_be_made_is_a_warning(tmp_path: Path, caplog: pytest.
     saved(tmp_path / "here", 8, config=CheckpointConfig(mirror=tmp_path / "file"))
     assert "the checkpoint at 8 images was not copied" in caplog.text
     assert resumed(tmp_path / "here") == 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
+def test_what_writes_gives_way_to_what_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writers: list[int] = []
+    write = HostSlices.write
+
+    def watched(host: HostSlices, path: Path) -> dict[str, object]:
+        writers.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return write(host, path)
+
+    monkeypatch.setattr(HostSlices, "write", watched)
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    saved(tmp_path, 8)
+    assert writers == [19] * RANKS
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before

@@ -39,7 +39,7 @@ from vqd_scale.core.world import World
 from vqd_scale.training.ema import EMA
 from vqd_scale.training.mirror import fetch_newest, send
 from vqd_scale.training.partition import Partition, Piece
-from vqd_scale.training.slices import HostSlices, StoredSlices, write_described
+from vqd_scale.training.slices import HostSlices, StoredSlices, give_way, write_described
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class Checkpoints:
         self.ema = ema
         self.world = world
         self._host: HostSlices | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=give_way)
         self._save: _Save | None = None
         self._failures = 0
 
