@@ -7,7 +7,7 @@ pieces as there are ranks. Stages 1 and 2 lay the whole parameters one after the
 saves, loads or averages weights works on the pieces and need not know.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -112,10 +112,25 @@ class Partition:
         # torch's AdamW makes its state at the first step; made here alike, it can be loaded before.
         state: dict[str, Tensor] = self._optimizer.optimizer.state[master]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.zeros((), device=master.device)
             state["exp_avg"] = torch.zeros_like(master)
             state["exp_avg_sq"] = torch.zeros_like(master)
         return state
+
+
+@torch.no_grad()
+def fill(partition: Partition, flats: list[Tensor], whole: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into a rank's pieces of them; `Partition.masters_changed` is the caller's.
+
+    Args:
+        partition: The pieces.
+        flats: Which of its flat tensors are meant.
+        whole: Tensors by the parameters' names; what is not named stays.
+    """
+    for piece in partition.pieces:
+        if piece.length and piece.name in whole:
+            elements = whole[piece.name].flatten()[piece.start : piece.start + piece.length]
+            partition.view(flats, piece).copy_(elements)
 
 
 class _CutParameters:
