@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vqd_scale.commands.benchmarks.autoregression import benchmark_autoregression
 from vqd_scale.commands.benchmarks.checkpoint import benchmark_checkpoint
 from vqd_scale.commands.benchmarks.construction import benchmark_construction
 from vqd_scale.commands.benchmarks.loader import benchmark_loader
@@ -22,6 +23,7 @@ from vqd_scale.core.provenance import provenance
 from vqd_scale.core.store import publish_json
 
 BENCHMARKS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "autoregression": benchmark_autoregression,
     "checkpoint": benchmark_checkpoint,
     "construction": benchmark_construction,
     "loader": benchmark_loader,

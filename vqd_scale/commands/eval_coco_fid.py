@@ -100,10 +100,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         return
     out = out_folder(arguments, config.name)
     world, stop = join_world(), StopFlag()
-    if world.is_first:
-        publish_text(out / "config.yaml", to_yaml(config))
-    pipe = load_any_model(arguments)
-    evaluate_and_publish(config, pipe, model_identity(arguments.model), out, world, stop)
-    leave_world()
+    try:
+        if world.is_first:
+            publish_text(out / "config.yaml", to_yaml(config))
+        pipe = load_any_model(arguments)
+        evaluate_and_publish(config, pipe, model_identity(arguments.model), out, world, stop)
+    finally:
+        leave_world()
     if world.is_first:
         print(f"figures: {out / 'report.json'}; page: {out / 'report.html'}")

@@ -23,11 +23,12 @@ _WHITE = (255, 255, 255)
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: ``values`` over ``positions``, both of the same length."""
+    """One curve: ``values`` over ``positions``, of the same length, perhaps with what they lie between."""
 
     name: str
     positions: Sequence[float]
     values: Sequence[float]
+    between: tuple[Sequence[float], Sequence[float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,16 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Table:
+    """A section with a table of several columns; numbers as in `Figures`."""
+
+    heading: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[float | str]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Picture:
     """A section with one PNG file and what it shows."""
 
@@ -56,7 +67,7 @@ class Picture:
     note: str = ""
 
 
-Section = Text | Figures | Picture
+Section = Text | Figures | Table | Picture
 
 
 def plot_curves(path: Path, series: Sequence[Series], *, title: str, x_label: str, y_label: str) -> None:
@@ -73,6 +84,8 @@ def plot_curves(path: Path, series: Sequence[Series], *, title: str, x_label: st
     for number, curve in enumerate(series):
         colour = f"C{number}"
         values = np.asarray(curve.values, dtype=np.float64)
+        if curve.between is not None:
+            axes.fill_between(curve.positions, *curve.between, color=colour, alpha=0.15, linewidth=0)
         axes.plot(curve.positions, values, color=colour, alpha=0.25, linewidth=1)
         axes.plot(curve.positions, _running_mean(values), color=colour, linewidth=2, label=curve.name)
     axes.grid(alpha=0.3)
@@ -218,6 +231,10 @@ def _section_html(section: Section) -> str:
             for name, value in section.rows.items()
         ]
         parts.append(f"<table>{''.join(rows)}</table>")
+    elif isinstance(section, Table):
+        head = "".join(f"<th>{escape(name)}</th>" for name in section.columns)
+        rows = ["".join(f"<td>{_figure(value)}</td>" for value in row) for row in section.rows]
+        parts.append(f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>")
     else:
         data = base64.b64encode(section.path.read_bytes()).decode("ascii")
         parts.append(f'<img alt="{escape(section.heading)}" src="data:image/png;base64,{data}">')

@@ -1,0 +1,237 @@
+"""One model, many ways to draw: every combination is an evaluation of its own, all of them one table."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from vqd_scale.core.config import Config, validated
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.report import Picture, Section, Series, Table, Text, html_report, plot_curves
+from vqd_scale.core.store import publish_json
+from vqd_scale.evaluation.page import flattened
+from vqd_scale.evaluation.protocol import EvaluationConfig
+
+SEED = "drawing.seed"
+
+
+class SweepConfig(Config):
+    """What is tried.
+
+    Attributes:
+        evaluation: The protocol that all share.
+        axes: Values of each dotted key of the protocol; all combinations are evaluated. Those of
+            ``drawing.seed`` are the same thing again: their spread is shown.
+        figures: Which of the report's figures the table and the plot show, by dotted names.
+        x: Which key is the plot's horizontal axis.
+    """
+
+    evaluation: EvaluationConfig = EvaluationConfig()
+    axes: dict[str, tuple[Any, ...]] = Field(
+        default={
+            "drawing.sampler.steps": (10, 25, 50, 100),
+            "drawing.guidance.scale": (1.0, 2.0, 3.0, 5.0),
+            SEED: (0, 1, 2),
+        },
+        min_length=1,
+    )
+    figures: tuple[str, ...] = Field(default=("fid", "clip_score"), min_length=1)
+    x: str = "drawing.sampler.steps"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One evaluation.
+
+    Attributes:
+        settings: What was set, by name.
+        seed: The same settings again, with other random numbers.
+        figures: What was found, by dotted names.
+    """
+
+    settings: Mapping[str, float | str]
+    seed: int
+    figures: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of equal settings.
+
+    Attributes:
+        settings: These.
+        seeds: How many rows.
+        means: Of each figure.
+        ranges: Lowest and highest of each figure.
+    """
+
+    settings: Mapping[str, float | str]
+    seeds: int
+    means: Mapping[str, float]
+    ranges: Mapping[str, tuple[float, float]]
+
+
+def points(config: SweepConfig, out: Path) -> list[tuple[str, dict[str, Any], EvaluationConfig]]:
+    """Name, settings and protocol of every combination; seeds change last, so that one is whole first.
+
+    Raises:
+        UserError: A key or a value is wrong.
+    """
+    keys = [SEED, *(key for key in config.axes if key != SEED)]
+    values = [
+        config.axes.get(SEED, (config.evaluation.drawing.seed,)),
+        *(config.axes[key] for key in keys[1:]),
+    ]
+    found: list[tuple[str, dict[str, Any], EvaluationConfig]] = []
+    for combination in itertools.product(*values):
+        settings = dict(zip(keys, combination, strict=True))
+        plain = config.evaluation.model_dump(mode="json")
+        for key, value in settings.items():
+            _set(plain, key, value)
+        # All have the same real pictures.
+        plain["reference"]["file"] = plain["reference"]["file"] or str(out / "reference.safetensors")
+        name = ",".join(f"{key.removeprefix('drawing.')}={value}" for key, value in settings.items())
+        protocol = validated(EvaluationConfig, plain, source=f"axes: {name}")
+        found.append((name.replace("/", "_"), settings, protocol))
+    return found
+
+
+def grouped(rows: Sequence[Row]) -> list[Group]:
+    """Rows that differ by their seed only, together, in the order of the first of each."""
+    by_settings: dict[tuple[tuple[str, float | str], ...], list[Row]] = {}
+    for row in rows:
+        by_settings.setdefault(tuple(row.settings.items()), []).append(row)
+    groups: list[Group] = []
+    for settings, own in by_settings.items():
+        columns = {name: [row.figures[name] for row in own] for name in own[0].figures}
+        groups.append(
+            Group(
+                dict(settings),
+                len(own),
+                {name: math.fsum(values) / len(values) for name, values in columns.items()},
+                {name: (min(values), max(values)) for name, values in columns.items()},
+            )
+        )
+    return groups
+
+
+def separated(first: Group, second: Group, figure: str) -> bool:
+    """Whether every seed of the one lies on the same side of every seed of the other."""
+    (low, high), (other_low, other_high) = first.ranges[figure], second.ranges[figure]
+    return min(first.seeds, second.seeds) > 1 and (high < other_low or other_high < low)
+
+
+def publish_sweep(
+    title: str,
+    rows: Sequence[Row],
+    x: str,
+    figures: Sequence[str],
+    out: Path,
+    note: str,
+    more: dict[str, Any],
+) -> None:
+    """Write ``sweep.json`` and ``report.html``: a table with the spread over seeds, and a plot per figure.
+
+    Args:
+        title: Of the page.
+        rows: All evaluations.
+        x: The setting that is the plots' horizontal axis.
+        figures: Which figures are shown.
+        out: Where to.
+        note: What the page says of how it was made.
+        more: What else the JSON holds.
+
+    Raises:
+        UserError: A figure is none of those that were found, or the folder cannot be written.
+    """
+    missing = [name for name in figures if any(name not in row.figures for row in rows)]
+    if missing:
+        known = ", ".join(rows[0].figures)
+        raise UserError(f"figures: '{missing[0]}' was not found by these evaluations; there are {known}.")
+    groups = grouped(rows)
+    names = list(groups[0].settings)
+    sections: list[Section] = []
+    for number, figure in enumerate(figures):
+        path = out / f"plot-{number}.png"
+        plot_curves(path, _curves(groups, x, figure), title=figure, x_label=x, y_label=figure)
+        sections.append(Picture(figure, path, "Lines are means over seeds, bands go from lowest to highest."))
+    columns = [*names, "seeds", *(text for figure in figures for text in (figure, "lowest", "highest"))]
+    table = [
+        [
+            *group.settings.values(),
+            str(group.seeds),
+            *(value for name in figures for value in (group.means[name], *group.ranges[name])),
+        ]
+        for group in groups
+    ]
+    html_report(
+        out / "report.html",
+        title,
+        [Table("All", columns, table), *sections, Table(*_separations(groups, figures)), Text("Note", note)],
+    )
+    listed = [
+        {"settings": dict(row.settings), "seed": row.seed, "figures": dict(row.figures)} for row in rows
+    ]
+    publish_json(out / "sweep.json", {"rows": listed, **more})
+
+
+def figures_of(report: Mapping[str, Any]) -> dict[str, float]:
+    """A report's figures by dotted names."""
+    found = flattened(report["figures"])
+    return {name: value for name, value in found.items() if isinstance(value, float)}
+
+
+def _separations(
+    groups: Sequence[Group], figures: Sequence[str]
+) -> tuple[str, list[str], list[list[float | str]], str]:
+    """Every pair of settings that differ in one thing, and what may be said of it."""
+    rows: list[list[float | str]] = []
+    for first, second in itertools.combinations(groups, 2):
+        differing = [name for name in first.settings if first.settings[name] != second.settings[name]]
+        if len(differing) != 1:
+            continue
+        name = differing[0]
+        rest = ", ".join(f"{key} {value}" for key, value in first.settings.items() if key != name)
+        for figure in figures:
+            if not separated(first, second, figure):
+                continue
+            low, high = sorted((first, second), key=lambda group: group.means[figure])
+            rows.append([figure, rest, name, str(low.settings[name]), str(high.settings[name])])
+    note = "Of the pairs that are not here nothing is claimed: their seeds overlap, or there is one only."
+    return "Separated in every seed", ["figure", "at", "of", "lower", "higher"], rows, note
+
+
+def _curves(groups: Sequence[Group], x: str, figure: str) -> list[Series]:
+    by_rest: dict[str, list[Group]] = {}
+    for group in groups:
+        rest = ", ".join(
+            f"{name.rpartition('.')[2]} {value}" for name, value in group.settings.items() if name != x
+        )
+        by_rest.setdefault(rest or figure, []).append(group)
+    curves: list[Series] = []
+    for rest, own in by_rest.items():
+        own = sorted(own, key=lambda group: float(group.settings[x]))
+        ranges = [group.ranges[figure] for group in own]
+        curves.append(
+            Series(
+                rest,
+                [float(group.settings[x]) for group in own],
+                [group.means[figure] for group in own],
+                ([low for low, _ in ranges], [high for _, high in ranges]),
+            )
+        )
+    return curves
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401 - a configuration's value
+    *parents, last = key.split(".")
+    inner = values
+    for parent in parents:
+        if not isinstance(inner.get(parent), dict):
+            raise UserError(f"axes.{key}: '{parent}' is no group of keys in this protocol.")
+        inner = inner[parent]
+    inner[last] = value
