@@ -4,7 +4,7 @@
 #   RUN=runs/f/finetune sbatch slurm/eval_coco.sh [argument of tools/eval_coco_fid.py ...]
 #   bash slurm/eval_coco.sh --dry-run
 #
-# Nodes rarely reach the internet: INCEPTION names the file of the feature extractor, whose digest is checked.
+# Nodes rarely reach the internet: the feature extractor is a file, data/weights/… unless extractor.weights=FILE.
 #SBATCH --job-name=vqd-eval
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -19,8 +19,7 @@
 
 RUN=${RUN:-runs/f/finetune}
 DATA=${DATA:-data/coco/val}
-INCEPTION=${INCEPTION:-data/weights/inception.pth}
 MAX_REQUEUES=${MAX_REQUEUES:-20}
 
 source slurm/job.sh
-stage eval tools/eval_coco_fid.py "$RUN" --data "$DATA" "extractor.weights=$INCEPTION" "$@"
+stage eval tools/eval_coco_fid.py "$RUN" --data "$DATA" "$@"

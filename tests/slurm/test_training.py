@@ -60,18 +60,20 @@ def test_queued_again_by_hand_and_killed_in_turn(submit: Submit, by_torchrun: Pa
 
 
 def test_the_signal_before_the_time_limit_saves_and_queues_again(submit: Submit, by_torchrun: Path) -> None:
-    submitted = submit("train_b.sh", options=("--signal=USR2@120",))
+    submitted, cluster = submit("train_b.sh", options=("--signal=USR2@120",)), submit.cluster
+    update = ("scontrol", "update", f"JobId={submitted.number}")
     submitted.until_steps("pretrain", 30)
     # The run would be over before Slurm looks at the clock again.
-    with submitted.cluster.frozen(f"{sys.executable} tools/train.py"):
+    with cluster.frozen(f"{sys.executable} tools/train.py"):
         ends = (datetime.now() + timedelta(seconds=90)).strftime("%Y-%m-%dT%H:%M:%S")
-        submitted.cluster.run("scontrol", "update", f"JobId={submitted.number}", f"EndTime={ends}")
+        cluster.run(*update, f"EndTime={ends}")
         time.sleep(NODES_ARE_CHECKED_EVERY + 3)
-    submitted.cluster.until(lambda: submitted.cluster.job(submitted.number).restarts == 1, why="a requeue")
+    cluster.until(lambda: cluster.job(submitted.number).restarts >= 1, why="a requeue")
+    cluster.run(*update, "TimeLimit=10")
     assert f"train: ended with exit code {REQUEUE_EXIT_CODE}; the job is queued again" in submitted.log
     # All ranks saved where they were asked to, not where a period ended.
     saved = max(int(path.name) for path in (submitted.run("pretrain") / "checkpoints").iterdir())
-    assert saved % 160 == 0 or saved == 8 * len(submitted.losses("pretrain"))
+    assert saved == 8 * len(submitted.losses("pretrain"))
     assert_ended_as_undisturbed(submitted, by_torchrun, "pretrain")
     assert f"from the checkpoint at {saved} images" in submitted.rank_log("train", 0)
 
@@ -79,7 +81,7 @@ def test_the_signal_before_the_time_limit_saves_and_queues_again(submit: Submit,
 def test_a_node_behind_a_cut_network_ends_the_others_with_their_stacks(
     submit: Submit, by_torchrun: Path
 ) -> None:
-    submitted, cluster = submit("train_b.sh", "health.hang_seconds=8"), submit.cluster
+    submitted, cluster = submit("train_b.sh", "health.hang_seconds=15"), submit.cluster
     submitted.until_steps("pretrain", 30)
     cluster.freeze("vqd2")
     stacks = submitted.run("pretrain") / "stacks-00000.txt"
@@ -97,7 +99,9 @@ def test_a_node_behind_a_cut_network_ends_the_others_with_their_stacks(
 
 
 def test_fewer_nodes_come_back_and_the_run_goes_on(submit: Submit, by_torchrun: Path) -> None:
-    submitted, cluster = submit("train_b.sh", options=("--nodes=1-2",)), submit.cluster
+    cluster = submit.cluster
+    # With a single rank on each node Slurm would take the range for its lower end.
+    submitted = submit("train_b.sh", options=("--nodes=1-2", "--ntasks-per-node=2"))
     submitted.until_steps("pretrain", 30)
     assert cluster.job(submitted.number).nodes == "vqd[1-2]"
     cluster.lose("vqd2")
@@ -107,5 +111,5 @@ def test_fewer_nodes_come_back_and_the_run_goes_on(submit: Submit, by_torchrun: 
         cluster.start("vqd2")
     assert (job.state, job.exit_code, job.nodes) == ("COMPLETED", 0, "vqd1"), submitted.log
     assert job.restarts >= 1
-    # One rank adds up in another order than two.
+    # Four ranks, and then two, add up in other orders.
     assert submitted.losses("pretrain") == pytest.approx(losses(by_torchrun / "pretrain"), rel=1e-4)

@@ -1,0 +1,36 @@
+"""A trained model is scored by a job of two ranks, and by one that Submitit starts on one rank."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.slurm.conftest import Launch, Submit
+from tests.slurm.test_launch import jobs_of
+
+pytestmark = pytest.mark.slurm
+SMALL = (
+    *("--config", "configs/evaluation/embedded.yaml"),
+    *("prompts.count=32", "drawing.sampler.steps=2", "drawing.batch=8", "kid.size=16", "kid.subsets=4"),
+)
+
+
+def report(out: Path) -> dict[str, Any]:
+    return json.loads((out / "report.json").read_text())
+
+
+def test_scripts_and_submitit_score_alike(
+    submit: Submit, launch: Launch, embedded: Path, by_torchrun: Path
+) -> None:
+    outs = [submit.folder / name for name in ("by-script", "by-submitit")]
+    model, data = by_torchrun / "pretrain", embedded / "shards" / "held_out"
+    submitted = submit("eval_coco.sh", *SMALL, f"--out={outs[0]}", RUN=str(model), DATA=str(data))
+    job = submitted.cluster.finished(submitted.number)
+    assert (job.state, job.exit_code) == ("COMPLETED", 0), submitted.log
+    done = launch("eval", str(model), "--hours", "0.2", "--", "--data", str(data), *SMALL, f"--out={outs[1]}")
+    assert done.code == 0, done.complained
+    (number,) = jobs_of(done.said)
+    assert submit.cluster.finished(number).state == "COMPLETED"
+    script, submitit = (report(out) for out in outs)
+    assert script["figures"] == pytest.approx(submitit["figures"], rel=1e-4)

@@ -1,0 +1,64 @@
+"""An array of jobs that share the shards of one set out, one of them killed while it writes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.conftest import Launch, Submit
+from tests.slurm.test_launch import jobs_of
+from tests.slurm.test_scripts import stand_in
+from vqd_scale.data.index import ShardSet
+
+pytestmark = pytest.mark.slurm
+WORKERS = 4
+
+# A shard is flushed before it gets its name: then it is whole, but nobody may take it for that yet.
+KILLED_MID_SHARD = f"""
+if [ "$SLURM_ARRAY_TASK_ID" = 2 ] && [ "${{SLURM_RESTART_COUNT:-0}}" = 0 ]; then
+    exec {sys.executable} -c '
+import os, runpy, signal, sys
+flush = os.fsync
+def dying_flush(descriptor):
+    if os.readlink(f"/proc/self/fd/{{descriptor}}").endswith(".tar.partial"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    flush(descriptor)
+os.fsync = dying_flush
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+' "$@"
+fi
+exec {sys.executable} "$@"
+"""
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of the set's tars, as its index says; the set is whole."""
+    return {shard.path.name: shard.sha256 for shard in ShardSet.open(folder).shards}
+
+
+def test_an_array_of_four_with_one_killed_makes_the_same_set(submit: Submit, embedded: Path) -> None:
+    out, cluster = submit.folder / "tokens", submit.cluster
+    submitted = submit(
+        "tokenize_laion.sh",
+        f"out={out}",
+        options=("--nodes=1", f"--array=0-{WORKERS - 1}", f"--output={submit.folder / 'job-%a.log'}"),
+        CONFIG=str(embedded / "tokenize-train.yaml"),
+        PYTHON=stand_in(submit.folder, KILLED_MID_SHARD),
+    )
+    for worker in range(WORKERS):
+        job = cluster.finished(f"{submitted.number}_{worker}")
+        log = (submit.folder / f"job-{worker}.log").read_text()
+        assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, int(worker == 2)), log
+    assert digests(out) == digests(embedded / "tokens" / "train")
+    assert not list(out.glob("*.tar.partial"))
+
+
+def test_launched_through_submitit(submit: Submit, launch: Launch, embedded: Path) -> None:
+    out = submit.folder / "tokens"
+    config = str(embedded / "tokenize-train.yaml")
+    done = launch("tokenize", config, f"out={out}", "--workers", "2")
+    assert done.code == 0, done.complained
+    for job in jobs_of(done.said):
+        assert submit.cluster.finished(job).state == "COMPLETED"
+    assert digests(out) == digests(embedded / "tokens" / "train")
