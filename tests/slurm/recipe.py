@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 CAPTIONS = {"context_length": 16, "merges": 300}
-PRETRAINED, FINETUNED = 1280, 320
+PRETRAINED, FINETUNED = 960, 160
 """Images of each stage; the first is long enough to be disturbed."""
 
 TRAINING = {

@@ -12,6 +12,7 @@ import yaml
 
 from tests.slurm.cluster import NODES_ARE_CHECKED_EVERY
 from tests.slurm.conftest import Submit, Submitted, losses
+from tests.slurm.recipe import FINETUNED, PRETRAINED
 from vqd_scale.core.stop import HUNG_EXIT_CODE, REQUEUE_EXIT_CODE
 
 pytestmark = pytest.mark.slurm
@@ -35,14 +36,14 @@ def test_f_trains_to_its_end_over_two_nodes_as_torchrun_does(submit: Submit, by_
     submitted = submit("train_f.sh")
     assert_ended_as_undisturbed(submitted, by_torchrun, *STAGES)
     assert submitted.cluster.job(submitted.number).restarts == 0
-    assert len(losses(by_torchrun / "pretrain")) == 160
+    assert len(losses(by_torchrun / "pretrain")) == PRETRAINED // 8
     for stage in STAGES:
         config = yaml.safe_load((submitted.run(stage) / "config.yaml").read_text())
         assert config["engine"]["zero"]["stage"] == 3
         newest = max((submitted.run(stage) / "checkpoints").iterdir())
         assert json.loads((newest / "manifest.json").read_text())["ranks"] == 2
     # Every rank has a log of its own, and the job's says where.
-    assert "trained on 320 images" in submitted.rank_log("finetune", 0)
+    assert f"trained on {FINETUNED} images" in submitted.rank_log("finetune", 0)
     assert submitted.rank_log("finetune", 1).count("Traceback") == 0
     assert "on vqd[1-2], 2 ranks" in submitted.log
 
