@@ -5,10 +5,12 @@ from collections.abc import Callable
 
 from vqd_scale.core.stop import REQUEUE_EXIT_CODE
 from vqd_scale.core.world import World, join_world, leave_world
+from vqd_scale.training.autoencoding import AutoencodingTask, TokenizerTrainConfig
 from vqd_scale.training.autoregression import AutoregressionConfig, AutoregressionTask
 from vqd_scale.training.config import RunConfig
 from vqd_scale.training.denoising import DenoisingTask, TrainConfig
 from vqd_scale.training.loop import train
+from vqd_scale.training.refitting import RefitConfig, RefitTask
 from vqd_scale.training.task import BatchType, Task
 
 TOKEN_RUNS = (TrainConfig, AutoregressionConfig)
@@ -28,8 +30,26 @@ def token_task(
     return AutoregressionTask(config, world)
 
 
-def run_task(build: Callable[[World], Task[BatchType]], config: RunConfig, title: str) -> None:
+TOKENIZER_RUNS = (TokenizerTrainConfig, RefitConfig)
+"""What can be trained on pictures."""
+
+
+def tokenizer_task(config: TokenizerTrainConfig | RefitConfig, world: World) -> AutoencodingTask | RefitTask:
+    """The task of a run on pictures.
+
+    Raises:
+        UserError: Pictures and tokenizer do not fit.
+    """
+    if isinstance(config, RefitConfig):
+        return RefitTask(config, world)
+    return AutoencodingTask(config, world)
+
+
+def run_task(build: Callable[[World], Task[BatchType]], config: RunConfig, title: str) -> bool:
     """Train what ``build`` builds.
+
+    Returns:
+        Whether this process was the first rank, which says and writes what comes after.
 
     Raises:
         UserError: See `train`.
@@ -44,3 +64,4 @@ def run_task(build: Callable[[World], Task[BatchType]], config: RunConfig, title
         raise SystemExit(REQUEUE_EXIT_CODE)
     if world.is_first:
         print(f"trained on {outcome.images:,} images; the model is {config.run / 'export'}")
+    return world.is_first

@@ -1,23 +1,55 @@
 import argparse
+import time
 from collections.abc import Sequence
 
+import torch
+
 from vqd_scale.commands.entry import add_config_arguments, config_from, run_tool, tool_parser
-from vqd_scale.commands.run import run_task
-from vqd_scale.training.autoencoding import AutoencodingTask, TokenizerTrainConfig
+from vqd_scale.commands.evaluate_tokenizer import REPORT, Judges, in_a_line, report_tokenizers
+from vqd_scale.commands.run import TOKENIZER_RUNS, run_task, tokenizer_task
+from vqd_scale.tokenizers.perceptual import LPIPSConfig
+from vqd_scale.training.autoencoding import AutoencodingConfig
+from vqd_scale.training.refitting import RefitConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``tools/train_tokenizer.py``."""
     parser = tool_parser(
-        "Train a VQ tokenizer on image shards; started again, it goes on.",
+        "Train a VQ tokenizer on image shards, or rebuild a trained one's codebook (kind: refit), on one "
+        "process or as many as torchrun or srun start; started again, it goes on. With held_out.path the run "
+        "ends with report.json and report.html on these pictures.",
         "python tools/train_tokenizer.py configs/demo/tokenizer.yaml optim.lr=1e-3",
     )
     add_config_arguments(parser, file_required=True)
-    # DeepSpeed's launcher adds it; every launcher sets LOCAL_RANK, which is what counts.
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     run_tool(parser, _train, arguments)
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    config = config_from(TokenizerTrainConfig, arguments)
-    run_task(lambda world: AutoencodingTask(config, world), config, "train tokenizer")
+    config = config_from(TOKENIZER_RUNS, arguments)
+    title = "refit tokenizer" if isinstance(config, RefitConfig) else "train tokenizer"
+    began = time.monotonic()
+    if run_task(lambda world: tokenizer_task(config, world), config, title):
+        _report(config, time.monotonic() - began)
+
+
+def _report(config: AutoencodingConfig, seconds: float) -> None:
+    """What the run made of its held-out pictures; of a refit, what the one before it made, too."""
+    if config.held_out is None:
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizers = {"before": config.tokenizer} if isinstance(config, RefitConfig) else {}
+    tokenizers |= {"after" if tokenizers else "tokenizer": config.run / "export"}
+    perceptual = config.critics.perceptual
+    lpips = perceptual if isinstance(perceptual, LPIPSConfig) else None
+    found = report_tokenizers(
+        tokenizers,
+        config.held_out.path,
+        config.transform.size,
+        config.run,
+        Judges.of(lpips, config.validation.inception, device),
+        device,
+        more={"seconds": round(seconds, 1), "images": config.images},
+    )
+    for name, figures in found.items():
+        print(f"{name}: {in_a_line(figures)}")
+    print(f"report: {config.run / REPORT}")

@@ -89,9 +89,14 @@ class Codebook(nn.Module):
             # The stub knows only n_init's other form, a string.
             means: Any = KMeans(self.codes, n_init=1, max_iter=20, random_state=seed)  # pyright: ignore
             means.fit(vectors.cpu().numpy())
-        self.embedding.copy_(torch.from_numpy(means.cluster_centers_))
         counts = torch.bincount(torch.from_numpy(means.labels_).long(), minlength=self.codes)
-        self.cluster_size.copy_(counts)
+        self.place(torch.from_numpy(means.cluster_centers_), counts)
+
+    @torch.no_grad()
+    def place(self, centres: Float[Tensor, "codes width"], sizes: Tensor) -> None:
+        """Put the codes at centres, as if so many vectors of a batch had been assigned to each."""
+        self.embedding.copy_(centres)
+        self.cluster_size.copy_(sizes)
         self.embedding_avg.copy_(self.embedding * self.cluster_size[:, None])
 
     @torch.no_grad()

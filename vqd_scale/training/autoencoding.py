@@ -1,32 +1,50 @@
 """The task of training a tokenizer: reconstruct pictures through a codebook."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
-from jaxtyping import UInt8
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from jaxtyping import Float, Int, UInt8
+from pydantic import Discriminator, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Tag
 from torch import Tensor, nn
 
-from vqd_scale.core.config import Config
+from vqd_scale.core.config import Config, kind_or
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.world import World
 from vqd_scale.data.batch import ImageBatch
 from vqd_scale.data.decode import DecodeConfig
 from vqd_scale.data.samples import ImageSamples
 from vqd_scale.data.transforms import CenterCrop, Transform
+from vqd_scale.evaluation.extractors import Inception
 from vqd_scale.inference.bundle import save_tokenizer
 from vqd_scale.nn.cost import cost_of
-from vqd_scale.tokenizers.base import to_signal
+from vqd_scale.tokenizers.base import Draws, to_signal
+from vqd_scale.tokenizers.choice import FullTokenizer, build_tokenizer
+from vqd_scale.tokenizers.codebook import Codebook
 from vqd_scale.tokenizers.convolutions import ResidualBlock
-from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
+from vqd_scale.tokenizers.fsq import FSQConfig
+from vqd_scale.tokenizers.taming import TamingGumbel, TamingGumbelConfig, TamingVQConfig
+from vqd_scale.tokenizers.vqgan import VQGANConfig
 from vqd_scale.training.config import RunConfig
+from vqd_scale.training.critics import Critics, CriticsConfig
 from vqd_scale.training.partition import Partition
 from vqd_scale.training.task import Forward, Losses, mean_of
 
 _POOL = "pool"
+_CRITICS = "critics."
 _LATENTS_PER_CODE = 16
 """How many latents k-means sees for each code that it places."""
+
+TrainedConfig = Annotated[
+    Annotated[VQGANConfig, Tag("vqgan")]
+    | Annotated[TamingVQConfig, Tag("taming_vq")]
+    | Annotated[TamingGumbelConfig, Tag("taming_gumbel")]
+    | Annotated[FSQConfig, Tag("fsq")],
+    Discriminator(kind_or("vqgan")),
+]
+"""The autoencoder by its codebook: moving averages, vectors learned by gradients, Gumbel softmax, a grid."""
 
 
 class ReconstructionConfig(Config):
@@ -38,19 +56,65 @@ class ReconstructionConfig(Config):
     """Of the mean squared error."""
     commitment: NonNegativeFloat = 0.25
     """Of the latents' squared distance to their codes (beta of VQ-VAE)."""
+    codebook: NonNegativeFloat = 1.0
+    """Of the same distance where it moves the codes: only learned ones are moved by a loss."""
+    divergence: NonNegativeFloat = 5e-4
+    """Of a Gumbel tokenizer's code probabilities from equal ones."""
+
+    def pixels(
+        self, made: Float[Tensor, "batch 3 height width"], signal: Float[Tensor, "batch 3 height width"]
+    ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+        """Each sample's loss of pixels, and its mean squared error."""
+        error = (made - signal).flatten(1)
+        squared = error.square().mean(dim=1)
+        return self.absolute * error.abs().mean(dim=1) + self.squared * squared, squared
 
 
-class TokenizerTrainConfig(RunConfig):
-    """Train a VQ tokenizer on image shards."""
+class TemperatureConfig(Config):
+    """How a Gumbel tokenizer's samples come to be single codes: half a cosine from one temperature down."""
+
+    first: PositiveFloat = 1.0
+    last: PositiveFloat = 1 / 16
+    images: PositiveInt = 1_000_000
+    """Images after which the last one is reached."""
+
+    def at(self, images: int) -> float:
+        """The temperature after so many images."""
+        done = min(1.0, images / self.images)
+        return self.last + (self.first - self.last) * (1 + math.cos(math.pi * done)) / 2
+
+
+class ValidationConfig(Config):
+    """What the report at a run's end says beyond what needs no weights of others."""
+
+    inception: Inception | None = None
+    """For rFID: weights that published figures are taken with; none: no rFID is given."""
+
+
+class AutoencodingConfig(RunConfig):
+    """What all runs that train a tokenizer are told."""
 
     transform: Transform = CenterCrop()
     """From a picture to a square."""
     decode: DecodeConfig = DecodeConfig()
     """How pictures are unpacked."""
-    vqgan: VQGANConfig = VQGANConfig()
     reconstruction: ReconstructionConfig = ReconstructionConfig()
+    critics: CriticsConfig = CriticsConfig()
+    """Who looks at reconstructions beside the pixels."""
+    validation: ValidationConfig = ValidationConfig()
+    """What ``report.json`` says of the ``held_out`` pictures in the end."""
+
+
+class TokenizerTrainConfig(AutoencodingConfig):
+    """Train a VQ tokenizer on image shards."""
+
+    kind: Literal["tokenizer"] = "tokenizer"
+    vqgan: TrainedConfig = VQGANConfig()
+    temperature: TemperatureConfig = TemperatureConfig()
+    """Of a Gumbel codebook; no other has one."""
     codebook_start: NonNegativeInt = 10_000
-    """Images after which the codebook joins, placed by k-means; a plain autoencoder before."""
+    """Images after which a codebook of moving averages joins, placed by k-means; a plain autoencoder before.
+    Other codebooks are there from the start."""
     revival: PositiveInt = 5_000
     """Images between two looks for dead codes, which are replaced by latents of the current batch."""
 
@@ -61,26 +125,36 @@ class AutoencodingStep(nn.Module):
     Args:
         vqgan: The autoencoder.
         weights: Of the loss's terms.
+        seed: By which Gumbel codes are sampled.
     """
 
-    def __init__(self, vqgan: VQGAN, weights: ReconstructionConfig) -> None:
+    def __init__(self, vqgan: FullTokenizer, weights: ReconstructionConfig, seed: int) -> None:
         super().__init__()
         self.vqgan = vqgan
         self.weights = weights
-        self.quantised = False
+        self.seed = seed
+        self.quantised = True
 
-    def forward(self, images: UInt8[Tensor, "batch 3 height width"]) -> tuple[Tensor, ...]:
-        """Per-sample loss (differentiable), squared error, latents and codes."""
+    def forward(
+        self,
+        images: UInt8[Tensor, "batch 3 height width"],
+        slots: Int[Tensor, " batch"],
+        temperature: Float[Tensor, ""],
+    ) -> tuple[Tensor, ...]:
+        """Per-sample loss and reconstructions (differentiable), squared error, latents and codes."""
         signal = to_signal(images)
-        output = self.vqgan(signal, quantised=self.quantised)
-        error = (output.images - signal).flatten(1)
-        squared = error.square().mean(dim=1)
-        loss = (
-            self.weights.absolute * error.abs().mean(dim=1)
-            + self.weights.squared * squared
-            + self.weights.commitment * output.commitment
+        output = (
+            self.vqgan(signal, Draws(self.seed, slots), temperature)
+            if isinstance(self.vqgan, TamingGumbel)
+            else self.vqgan(signal, quantised=self.quantised)
         )
-        return loss, squared.detach(), output.latents.detach(), output.ids
+        loss, squared = self.weights.pixels(output.images, signal)
+        loss = loss + self.weights.commitment * output.commitment
+        if output.codebook is not None:
+            loss = loss + self.weights.codebook * output.codebook
+        if output.divergence is not None:
+            loss = loss + self.weights.divergence * output.divergence
+        return loss, output.images, squared.detach(), output.latents.detach(), output.ids
 
 
 class AutoencodingTask:
@@ -91,7 +165,8 @@ class AutoencodingTask:
         world: This process's place among the ranks.
 
     Raises:
-        UserError: Picture size and autoencoder do not fit, or a batch has too few latents for the codebook.
+        UserError: Picture size and autoencoder do not fit, a batch has too few latents for the codebook, or
+            the run would end before the codebook joins.
     """
 
     def __init__(self, config: TokenizerTrainConfig, world: World) -> None:
@@ -99,26 +174,25 @@ class AutoencodingTask:
         self.world = world
         self.units = (ResidualBlock,)
         torch.manual_seed(config.seed)
-        self.vqgan = VQGAN(config.vqgan)
+        self.vqgan: Any = build_tokenizer(config.vqgan)
         size = config.transform.size
-        if size % self.vqgan.factor:
-            raise UserError(f"transform.size: {size} is not a multiple of the factor {self.vqgan.factor}.")
-        self.pool_images = -(-_LATENTS_PER_CODE * config.vqgan.codes // (size // self.vqgan.factor) ** 2)
-        if self.pool_images > config.codebook_start:
-            raise UserError(
-                f"codebook_start: placing {config.vqgan.codes} codes takes the latents of {self.pool_images} "
-                f"images, more than come before image {config.codebook_start}; start the codebook later."
-            )
-        self.module = AutoencodingStep(self.vqgan, config.reconstruction)
+        check_size(size, self.vqgan.factor)
+        self.averaged: Codebook | None = (
+            self.vqgan.quantize if isinstance(self.vqgan.quantize, Codebook) else None
+        )
+        self.pool_images = 0
+        if self.averaged is not None:
+            self.pool_images = -(-_LATENTS_PER_CODE * self.vqgan.codes // (size // self.vqgan.factor) ** 2)
+            self._check_start()
+        self.module = AutoencodingStep(self.vqgan, config.reconstruction, config.seed)
+        self.critics = Critics(config.critics, config, world)
         self.pool: list[Tensor] = []
         self.latents: Tensor | None = None
 
     @property
     def forward_flops(self) -> int:
         """Of the autoencoder."""
-        size = self.config.transform.size
-        with torch.device("meta"):
-            return 2 * cost_of(VQGAN(self.config.vqgan), torch.zeros(1, 3, size, size)).multiply_accumulates
+        return autoencoder_flops(self.config.vqgan, self.config.transform.size)
 
     def begin(self, partition: Partition) -> None:
         """A tokenizer starts from its own first weights."""
@@ -129,52 +203,125 @@ class AutoencodingTask:
 
     def losses(self, forward: Forward, batch: ImageBatch, images: int) -> Losses:
         """Reconstruct, and move the codebook towards this batch's latents."""
-        codebook = self.vqgan.quantize
-        valid = batch.valid.to(self.world.device, non_blocking=True)
-        pictures = batch.images.to(self.world.device, non_blocking=True)
-        self.module.quantised = images >= self.config.codebook_start
-        if self.module.quantised and self.pool:
+        valid, pictures, slots = (
+            tensor.to(self.world.device, non_blocking=True)
+            for tensor in (batch.valid, batch.images, batch.slots)
+        )
+        codebook = self.averaged
+        self.module.quantised = codebook is None or images >= self.config.codebook_start
+        if codebook is not None and self.module.quantised and self.pool:
             codebook.initialise(torch.cat(self.pool), self.config.seed)
             self.pool = []
-        loss, squared, latents, ids = forward(pictures)
+        temperature = torch.tensor(self.config.temperature.at(images), device=self.world.device)
+        loss, made, squared, latents, ids = forward(pictures, slots, temperature)
         statistics = {"squared_error": mean_of(squared, valid)}
         if self.module.quantised:
-            per_picture = len(ids) // len(valid)
-            kept = valid.repeat_interleave(per_picture)
-            codebook.update(latents[kept], ids[kept], self.world.sum)
+            kept = valid.repeat_interleave(len(ids) // len(valid))
+            if codebook is not None:
+                codebook.update(latents[kept], ids[kept], self.world.sum)
+                self.latents = latents
             statistics["codes_used"] = torch.tensor([ids[kept].unique().numel(), 1.0])
-            self.latents = latents
         elif images >= self.config.codebook_start - self.pool_images:
             self.pool.append(self.world.concatenated(latents))
-        return Losses(loss, statistics)
+        added, more = judged_by(self.critics, self.config.reconstruction, made, pictures, valid, images)
+        return Losses(loss if added is None else loss + added, statistics | more)
 
     def judged(self, forward: Forward, batch: ImageBatch) -> dict[str, Tensor]:
-        """How far reconstructions are from the pictures."""
-        _, squared, _, _ = forward(batch.images.to(self.world.device))
+        """How far reconstructions are from the pictures; a Gumbel tokenizer's are from sampled codes."""
+        pictures, slots = (tensor.to(self.world.device) for tensor in (batch.images, batch.slots))
+        _, _, squared, _, _ = forward(pictures, slots, torch.ones((), device=self.world.device))
         return {"squared_error": mean_of(squared, batch.valid.to(self.world.device))}
 
     def stepped(self, images: int) -> None:
         """Look for dead codes when it is time."""
         batch = self.config.data.lanes
         turn = images // self.config.revival
-        if self.latents is None or turn == (images - batch) // self.config.revival:
+        if self.averaged is None or self.latents is None or turn == (images - batch) // self.config.revival:
             return
-        self.vqgan.quantize.revive(self.world.concatenated(self.latents), self.config.seed, turn)
+        self.averaged.revive(self.world.concatenated(self.latents), self.config.seed, turn)
 
     def state(self) -> dict[str, Tensor]:
-        """The codebook, and before it starts the latents that it will be placed at."""
+        """The codebook, before it starts the latents that it will be placed at, and the discriminator."""
         pool = {_POOL: torch.cat(self.pool)} if self.pool else {}
-        return dict(self.vqgan.quantize.state_dict()) | pool
+        averages = {} if self.averaged is None else self.averaged.state_dict()
+        return dict(averages) | pool | critics_state(self.critics)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take it back."""
         self.pool = [state[_POOL]] if _POOL in state else []
-        self.vqgan.quantize.load_state_dict({name: state[name] for name in state if name != _POOL})
+        averages = load_critics_state(self.critics, state)
+        if self.averaged is not None:
+            self.averaged.load_state_dict({name: averages[name] for name in averages if name != _POOL})
 
     def export(self, parameters: Mapping[str, Tensor], folder: Path) -> None:
         """Write the bundle that `vqd_scale.inference.bundle.load_tokenizer` loads."""
         weights = {name.removeprefix("vqgan."): value for name, value in parameters.items()}
-        codebook = {
-            f"quantize.{name}": value.cpu() for name, value in self.vqgan.quantize.state_dict().items()
-        }
-        save_tokenizer(folder, self.config.vqgan, weights | codebook)
+        buffers = {name: value.cpu() for name, value in buffers_of(self.vqgan).items()}
+        save_tokenizer(folder, self.config.vqgan, weights | buffers)
+
+    def _check_start(self) -> None:
+        config, codes = self.config, self.vqgan.codes
+        if self.pool_images > config.codebook_start:
+            raise UserError(
+                f"codebook_start: placing {codes} codes takes the latents of {self.pool_images} images, more "
+                f"than come before image {config.codebook_start}; start the codebook later."
+            )
+        if config.images <= config.codebook_start:
+            raise UserError(
+                f"images: the run ends at {config.images}, before its codebook joins at "
+                f"{config.codebook_start}; train longer, or set codebook_start."
+            )
+
+
+def judged_by(
+    critics: Critics,
+    weights: ReconstructionConfig,
+    made: Tensor,
+    pictures: UInt8[Tensor, "batch 3 height width"],
+    valid: Tensor,
+    images: int,
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """What `Critics.judged` says of reconstructions."""
+    signal = to_signal(pictures)
+    shown = made.detach().float().requires_grad_()
+    pixels, _ = weights.pixels(shown, signal)
+    return critics.judged(made, signal, pixels, shown, valid, images)
+
+
+def critics_state(critics: Critics) -> dict[str, Tensor]:
+    """The critics' part of a task's state."""
+    return {f"{_CRITICS}{name}": value for name, value in critics.state().items()}
+
+
+def load_critics_state(critics: Critics, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give the critics their part back; returns the rest of the state."""
+    critics.load_state(
+        {name.removeprefix(_CRITICS): value for name, value in state.items() if name.startswith(_CRITICS)}
+    )
+    return {name: value for name, value in state.items() if not name.startswith(_CRITICS)}
+
+
+def check_size(size: int, factor: int) -> None:
+    """See that pictures can be cut into whole tokens.
+
+    Raises:
+        UserError: They cannot.
+    """
+    if size % factor:
+        raise UserError(f"transform.size: {size} is not a multiple of the factor {factor}.")
+
+
+def autoencoder_flops(config: TrainedConfig, size: int) -> int:
+    """Floating-point operations of one picture's way through encoder and decoder."""
+    with torch.device("meta"):
+        tokenizer: Any = build_tokenizer(config)
+        there = nn.Sequential(
+            tokenizer.encoder, tokenizer.quant_conv, tokenizer.post_quant_conv, tokenizer.decoder
+        )
+        return 2 * cost_of(there, torch.zeros(1, 3, size, size)).multiply_accumulates
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor]:
+    """What a module's state holds beside its parameters."""
+    parameters = dict(module.named_parameters())
+    return {name: value for name, value in module.state_dict().items() if name not in parameters}

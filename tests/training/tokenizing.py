@@ -1,0 +1,147 @@
+"""Runs of tokenizers on small pictures, on one rank or several: ``tokenizing.py FOLDER OUT RUN...``.
+
+Each gives its rows of metrics and a digest of all that it left behind.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vqd_scale.commands.run import TOKENIZER_RUNS, tokenizer_task
+from vqd_scale.core.config import validated
+from vqd_scale.core.world import World, join_world, leave_world
+from vqd_scale.data.shards import KEY, ShardRecipe, write_shard_set
+from vqd_scale.training.loop import train
+from vqd_scale.training.metrics import read_metrics
+
+SIDE, LANES, PICTURES = 32, 4, 24
+COMPARED = ("loss", "squared_error", "codes_used", "perceptual", "discriminator", "adversarial_weight")
+
+VQGAN: dict[str, Any] = {
+    "codes": 8,
+    "code_width": 4,
+    "channels": 32,
+    "multipliers": [1, 2],
+    "residual_blocks": 1,
+    "latent_width": 6,
+}
+ADVERSARY = {
+    "start": 16,
+    "network": {"channels": 32, "layers": 1},
+    "optim": {"lr": 1e-3, "betas": [0.5, 0.9], "weight_decay": 0.0, "schedule": {"kind": "constant"}},
+}
+CRITICS = {"perceptual": {"kind": "pyramid"}, "adversary": ADVERSARY}
+KINDS: dict[str, dict[str, Any]] = {
+    "averaged": {"vqgan": VQGAN, "codebook_start": 12, "revival": 12},
+    "learned": {"vqgan": {**VQGAN, "kind": "taming_vq", "attention": [], "middle": False}},
+    "gumbel": {
+        "vqgan": {**VQGAN, "kind": "taming_gumbel", "attention": [], "middle": False},
+        "temperature": {"images": 48},
+    },
+    "grid": {
+        "vqgan": {key: VQGAN[key] for key in VQGAN if "code" not in key} | {"kind": "fsq", "levels": [3, 3]}
+    },
+}
+
+
+def write_pictures(folder: Path) -> None:
+    """Smooth patterns, the same for everybody."""
+
+    def samples() -> list[dict[str, object]]:
+        generator = np.random.default_rng(0)
+        found: list[dict[str, object]] = []
+        for number in range(PICTURES):
+            coarse = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            picture = Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+            found.append({KEY: f"{number:04d}", "png": np.asarray(picture), "txt": "a pattern"})
+        return found
+
+    write_shard_set(folder, {"kind": "images"}, [ShardRecipe("000000.tar", PICTURES, samples)], "pictures")
+
+
+def config_of(folder: Path, run: Path, images: int, **changed: Any) -> Any:
+    return validated(
+        TOKENIZER_RUNS,
+        {
+            "run": str(run),
+            "images": images,
+            "transform": {"size": SIDE},
+            "data": {"path": str(folder), "lanes": LANES, "shuffle_window": 4},
+            "engine": {"precision": "fp32", "persistence_threshold": 0},
+            "optim": {"lr": 1e-3, "betas": [0.5, 0.9], "schedule": {"kind": "constant"}},
+            "critics": CRITICS,
+            "ema": {"half_life": 16},
+            "checkpoint": {"every": 12},
+            "log": {"every": LANES},
+            **changed,
+        },
+        "test",
+    )
+
+
+class Runner:
+    """Runs one after the other, in folders of their own."""
+
+    def __init__(self, world: World, folder: Path, out: Path) -> None:
+        self.world, self.folder, self.out = world, folder, out
+
+    def run(self, name: str, images: int = 48, **changed: Any) -> dict[str, Any]:
+        config = config_of(self.folder, self.out / name, images, **changed)
+        train(tokenizer_task(config, self.world), config, self.world, name)
+        rows = read_metrics(config.run / "metrics.jsonl") if self.world.is_first else []
+        newest = max((config.run / "checkpoints").iterdir())
+        files = [newest / "state.safetensors", *sorted(newest.glob("slices-*.safetensors"))]
+        files.append(config.run / "export" / "model.safetensors")
+        return {
+            "rows": [{key: row[key] for key in COMPARED if key in row} for row in rows],
+            "digests": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
+        }
+
+
+def resumed(runner: Runner, name: str, **kind: Any) -> dict[str, Any]:
+    """The same run in one go, and in three that were ended: before a codebook joined, and in the middle."""
+    whole = runner.run(f"{name}-whole", **kind)
+    runner.run(f"{name}-parts", 16, **kind)
+    # As a kill would leave it that comes just before the newest checkpoint is published.
+    if runner.world.is_first:
+        shutil.rmtree(runner.out / f"{name}-parts" / "checkpoints" / f"{16:012d}")
+    for images in (28, 48):
+        parts = runner.run(f"{name}-parts", images, **kind)
+    return {"whole": whole, "parts": parts}
+
+
+def main() -> None:
+    world = join_world()
+    runner = Runner(world, Path(sys.argv[1]), Path(sys.argv[2]))
+    results: dict[str, Any] = {}
+    for name in sys.argv[3:]:
+        kind, _, how = name.partition(":")
+        options = dict(KINDS.get(kind, {}))
+        if kind == "refit":
+            options = {
+                "kind": "refit",
+                "tokenizer": str(runner.out / f"{how}-whole" / "export"),
+                "codes": 6,
+                "pool": {"size": 300, "images": 16, "chain": 20},
+            }
+            results[name] = resumed(runner, f"refit-{how}", **options)
+        elif how == "resumed":
+            results[name] = resumed(runner, kind, **options)
+        elif how:
+            options["engine"] = {"precision": "fp32", "persistence_threshold": 0, **json.loads(how)}
+            results[name] = runner.run(f"{kind}-{len(results)}", **options)
+        else:
+            results[name] = runner.run(f"{kind}-{len(results)}", **options)
+    if world.is_first:
+        (runner.out / "results.json").write_text(json.dumps(results))
+    leave_world()
+
+
+if __name__ == "__main__":
+    main()

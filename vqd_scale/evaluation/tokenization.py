@@ -1,0 +1,151 @@
+"""How good a tokenizer is: what becomes of pictures that it never saw, and how many of its codes they use."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.progress import progress_bar
+from vqd_scale.core.store import Location
+from vqd_scale.data.decode import BadSample, decode_image
+from vqd_scale.data.index import ShardSet
+from vqd_scale.data.samples import IMAGE_EXTENSIONS
+from vqd_scale.data.shards import read_shard
+from vqd_scale.data.transforms import fitted
+from vqd_scale.evaluation.extractors import FEATURES, Inception, build_extractor
+from vqd_scale.evaluation.frechet import FeatureStatistics, frechet_distance
+from vqd_scale.evaluation.reconstruction import psnr, ssim
+from vqd_scale.tokenizers.base import to_bytes, to_signal
+from vqd_scale.tokenizers.choice import Tokenizer
+from vqd_scale.tokenizers.perceptual import LPIPS
+from vqd_scale.tokenizers.usage import usage_of
+
+Images = UInt8[Tensor, "batch 3 height width"]
+
+_SHOWN = 16
+_SMALLEST_SSIM = 11
+_LARGEST_PSNR = 100.0
+"""Of pictures that are equal, so that one of them does not make the mean infinite."""
+
+
+@dataclass(frozen=True)
+class TokenizerEvaluation:
+    """What was found.
+
+    Attributes:
+        figures: Plain values, ready for JSON; what there are no weights for is left out.
+        originals: The first pictures.
+        reconstructions: What becomes of them.
+    """
+
+    figures: dict[str, Any]
+    originals: Images
+    reconstructions: Images
+
+
+@torch.no_grad()
+def evaluate_tokenizer(
+    tokenizer: Tokenizer,
+    pictures: Location,
+    size: int,
+    *,
+    device: torch.device,
+    batch: int = 32,
+    most: int | None = None,
+    lpips: LPIPS | None = None,
+    inception: Inception | None = None,
+) -> TokenizerEvaluation:
+    """Encode and decode all pictures of a set of shards.
+
+    Args:
+        tokenizer: On ``device``.
+        pictures: The set.
+        size: Pictures are fitted to a square of so many pixels.
+        device: Where to compute.
+        batch: How many at once.
+        most: Only the first so many.
+        lpips: The distance with its weights; none: no LPIPS is given.
+        inception: The network of rFID with its weights; none: no rFID is given.
+
+    Raises:
+        UserError: There are no pictures, the size does not fit, or weights cannot be read.
+    """
+    if size % tokenizer.factor:
+        raise UserError(f"size: {size} is not a multiple of the tokenizer's factor {tokenizer.factor}.")
+    extractor = build_extractor(inception, tokenizer, device) if inception is not None else None
+    statistics: list[FeatureStatistics | None] = [None, None]
+    sums: dict[str, float] = {}
+    counts = torch.zeros(tokenizer.codes, dtype=torch.int64)
+    shown: list[tuple[Tensor, Tensor]] = []
+    shards = ShardSet.open(pictures)
+    total = shards.count if most is None else min(most, shards.count)
+    stream = islice(_pictures(shards, size), total)
+    done = 0
+    with progress_bar("evaluate tokenizer", total, unit="img") as bar:
+        while found := list(islice(stream, batch)):
+            originals = torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous()
+            signal = to_signal(originals.to(device))
+            tokens = tokenizer.encode(signal)
+            decoded = tokenizer.decode(tokens)
+            made = to_bytes(decoded).cpu()
+            counts += torch.bincount(tokens.flatten().cpu(), minlength=tokenizer.codes)
+            for name, value in _figures(originals, made, signal, decoded, lpips).items():
+                sums[name] = sums.get(name, 0.0) + float(value.double().sum())
+            if extractor is not None:
+                for side, images in enumerate((originals, made)):
+                    features = extractor(images.to(device))[FEATURES]
+                    before = statistics[side]
+                    statistics[side] = (
+                        FeatureStatistics.of(features) if before is None else before.update(features)
+                    )
+            if done < _SHOWN:
+                shown.append((originals, made))
+            done += len(found)
+            bar.update(len(found))
+    if not done:
+        raise UserError(f"{pictures}: has no picture to judge a tokenizer by.")
+    usage = asdict(usage_of(counts))
+    figures: dict[str, Any] = {
+        "pictures": done,
+        "size": size,
+        "factor": tokenizer.factor,
+        **usage,
+        **{name: value / done for name, value in sums.items()},
+    }
+    real, reconstructed = statistics
+    if real is not None and reconstructed is not None and extractor is not None:
+        figures["rfid"] = frechet_distance(real, reconstructed)
+        figures["rfid_extractor"] = extractor.description
+    originals, made = (torch.cat(side)[:_SHOWN] for side in zip(*shown, strict=True))
+    return TokenizerEvaluation(figures, originals, made)
+
+
+def _pictures(shards: ShardSet, size: int) -> Iterator[NDArray[np.uint8]]:
+    for shard in shards.shards:
+        for sample in read_shard(shard):
+            extension = next((name for name in IMAGE_EXTENSIONS if name in sample), None)
+            if extension is None:
+                continue
+            try:
+                yield fitted(decode_image(sample[extension]), size)
+            except BadSample:
+                continue
+
+
+def _figures(
+    originals: Images, made: Images, signal: Tensor, decoded: Tensor, lpips: LPIPS | None
+) -> dict[str, Tensor]:
+    """Of each picture."""
+    found = {"psnr": psnr(originals, made).clamp(max=_LARGEST_PSNR)}
+    if min(originals.shape[-2:]) >= _SMALLEST_SSIM:
+        found["ssim"] = ssim(originals, made)
+    if lpips is not None:
+        found["lpips"] = lpips(decoded.clamp(-1, 1), signal)
+    return found
