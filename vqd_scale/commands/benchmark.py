@@ -17,6 +17,7 @@ from vqd_scale.commands.benchmarks.loss import benchmark_loss
 from vqd_scale.commands.benchmarks.plan import benchmark_plan
 from vqd_scale.commands.benchmarks.s3 import benchmark_s3
 from vqd_scale.commands.benchmarks.sample import benchmark_sample
+from vqd_scale.commands.benchmarks.seeding import benchmark_seeding
 from vqd_scale.commands.benchmarks.step import benchmark_step
 from vqd_scale.commands.entry import run_tool, tool_parser
 from vqd_scale.core.provenance import provenance
@@ -31,6 +32,7 @@ BENCHMARKS: dict[str, Callable[[int], dict[str, Any]]] = {
     "plan": benchmark_plan,
     "s3": benchmark_s3,
     "sample": benchmark_sample,
+    "seeding": benchmark_seeding,
     "step": benchmark_step,
 }
 """By name: rounds -> figures."""

@@ -25,6 +25,7 @@ from vqd_scale.data.sources.imagefolder import ImageFolderConfig, write_imagefol
 from vqd_scale.data.sources.imagenet import ImageNetConfig, write_imagenet
 from vqd_scale.data.sources.img2dataset import Img2datasetConfig, index_img2dataset
 from vqd_scale.data.sources.oxford102 import OxfordConfig, write_oxford102
+from vqd_scale.data.sources.photographs import PhotographsConfig, write_photographs
 from vqd_scale.data.sources.shapes import ShapesConfig, write_shapes
 
 Tool = tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], None]]
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     tools = {
         "shapes": _shapes(),
+        "photographs": _photographs(),
         "coco": _pictures(
             CocoConfig,
             write_coco,
@@ -96,6 +98,22 @@ def _shapes() -> Tool:
 
     def command(arguments: argparse.Namespace) -> None:
         for shards in write_shapes(config_from(ShapesConfig, arguments), arguments.out).values():
+            _report(shards)
+
+    return parser, command
+
+
+def _photographs() -> Tool:
+    parser = tool_parser(
+        "Cut the photographs that scikit-learn and scikit-image bring along: OUT/train and OUT/held_out.",
+        "make_shards.py photographs runs/photographs held_out=coffee",
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the two sets")
+    add_override_arguments(parser)
+
+    def command(arguments: argparse.Namespace) -> None:
+        config = config_from(PhotographsConfig, arguments)
+        for shards in write_photographs(config, arguments.out).values():
             _report(shards)
 
     return parser, command

@@ -1,0 +1,114 @@
+"""The photographs that scikit-learn and scikit-image bring along: real pictures without a download."""
+
+import functools
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+
+from vqd_scale.core.config import Config
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.rng import Purpose, integers
+from vqd_scale.data.decode import Pixels, decode_image
+from vqd_scale.data.index import ShardSet
+from vqd_scale.data.shards import KEY, Sample, ShardRecipe, shard_name, write_shard_set
+
+_FOLDERS = {"sklearn": Path("datasets") / "images", "skimage": Path("data")}
+_NAMES = {
+    "sklearn": ("china.jpg", "flower.jpg"),
+    "skimage": ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"),
+}
+_TEXT = "a photograph"
+
+
+class PhotographsConfig(Config):
+    """How a few photographs become many pictures.
+
+    Attributes:
+        held_out: The photograph of which no crop is trained on.
+        size: Side of the crops in pixels, at the photographs' own scale.
+        train_samples: Random crops of the others.
+        seed: Of their places.
+        shard_size: Pictures per shard.
+    """
+
+    held_out: str = "chelsea"
+    size: int = Field(default=64, ge=8)
+    train_samples: int = Field(default=8192, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    shard_size: int = Field(default=2048, ge=1)
+
+
+def photographs() -> dict[str, Path]:
+    """The photographs of the packages that are installed, by name; scikit-learn's two at least."""
+    found: dict[str, Path] = {}
+    for package, names in _NAMES.items():
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.submodule_search_locations:
+            folder = Path(spec.submodule_search_locations[0]) / _FOLDERS[package]
+            found |= {Path(name).stem: folder / name for name in names if (folder / name).is_file()}
+    return found
+
+
+def write_photographs(config: PhotographsConfig, folder: Path) -> dict[str, ShardSet]:
+    """Write ``folder/train`` with random crops and ``folder/held_out`` with all tiles of one photograph.
+
+    Raises:
+        UserError: There is no such photograph, or a folder holds another set or cannot be written.
+    """
+    known = photographs()
+    if config.held_out not in known or len(known) < 2:
+        raise UserError(
+            f"held_out: there is no photograph '{config.held_out}' among {', '.join(sorted(known))}; choose "
+            f"one of these, or install scikit-image, which brings five."
+        )
+    trained = [known[name] for name in sorted(known) if name != config.held_out]
+    meta = {"content": "images", "source": {"name": "photographs", **config.model_dump(mode="json")}}
+    listed = {"photographs": [path.stem for path in trained]}
+    train = [
+        ShardRecipe(
+            shard_name(number),
+            min(config.shard_size, config.train_samples - first),
+            functools.partial(_crops, config, trained, first),
+        )
+        for number, first in enumerate(range(0, config.train_samples, config.shard_size))
+    ]
+    tiles = list(_tiles(config, known[config.held_out]))
+    held_out = [ShardRecipe(shard_name(0), len(tiles), lambda: tiles)]
+    return {
+        "train": write_shard_set(folder / "train", {**meta, **listed}, train, "photographs"),
+        "held_out": write_shard_set(folder / "held_out", meta, held_out, "held-out photograph"),
+    }
+
+
+def _crops(config: PhotographsConfig, photographs: list[Path], first: int) -> Iterator[Sample]:
+    whole = [_read(path) for path in photographs]
+    areas = np.array([pixels.shape[0] * pixels.shape[1] for pixels in whole])
+    ends = areas.cumsum()
+    for number in range(first, min(first + config.shard_size, config.train_samples)):
+        chosen, *place = (
+            word * 2.0**-32 for word in integers(config.seed, Purpose.PHOTOGRAPH, number, 3).tolist()
+        )
+        # Every pixel of every photograph is as likely as any other.
+        pixels = whole[int(np.searchsorted(ends, chosen * ends[-1], side="right"))]
+        top, left = (
+            int(share * (side - config.size + 1)) for share, side in zip(place, pixels.shape[:2], strict=True)
+        )
+        yield _sample(f"{number:08d}", pixels[top : top + config.size, left : left + config.size])
+
+
+def _tiles(config: PhotographsConfig, photograph: Path) -> Iterator[Sample]:
+    pixels, size = _read(photograph), config.size
+    for top in range(0, pixels.shape[0] - size + 1, size):
+        for left in range(0, pixels.shape[1] - size + 1, size):
+            yield _sample(f"{top:05d}-{left:05d}", pixels[top : top + size, left : left + size])
+
+
+def _sample(key: str, pixels: Pixels) -> Sample:
+    return {KEY: key, "png": np.ascontiguousarray(pixels), "txt": _TEXT}
+
+
+def _read(path: Path) -> Pixels:
+    return decode_image(path.read_bytes())
