@@ -5,7 +5,7 @@ import multiprocessing
 import queue
 import threading
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -57,6 +57,10 @@ def in_thread(produce: Callable[[threading.Event], Generator[Item]], depth: int)
             yield item
     finally:
         is_closed.set()
+        # It may be waiting for room.
+        with suppress(queue.Empty):
+            while True:
+                ready.get_nowait()
         thread.join()
 
 

@@ -46,8 +46,8 @@ OPENED_AT_ONCE = 16
 """A distant shard takes two round trips to open, and a reader begins with one or more for each lane."""
 
 
-SLOTS_AT_ONCE = 4096
-"""For about so many slots the plan is made at a time."""
+SLOTS_AT_ONCE = 2048
+"""For at most about so many slots the plan is made at a time."""
 
 
 class SourceConfig(Config):
@@ -271,15 +271,17 @@ class _PartReader:
         ]
 
     def _planned(self, plan: Plan) -> Iterator["_Planned"]:
-        """One batch after the other, located many at a time."""
-        lanes, batches = len(self.slots), max(1, SLOTS_AT_ONCE // len(self.slots))
-        for first in itertools.count(0, batches):
+        """One batch after the other, located more and more at a time: the first should not wait."""
+        lanes, first, batches = len(self.slots), 0, 1
+        while True:
             turns = np.arange(first, first + batches, dtype=np.int64)
             slots = (turns[:, None] * self.config.lanes + self.slots).reshape(-1)
             found = plan.locate(slots)
             for start in range(0, len(slots), lanes):
                 rows = slice(start, start + lanes)
                 yield _Planned(slots[rows], found[rows], [])
+            first += batches
+            batches = max(1, min(2 * batches, SLOTS_AT_ONCE // lanes))
 
     def _read(self, planned: "_Planned") -> _Part:
         places, slots = planned.places, planned.slots
