@@ -10,8 +10,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 
 class _Blank(FeatureExtractorInceptionV3):
-    def load_state_dict(self, *arguments: Any, **options: Any) -> None:
-        del arguments, options
+    def load_state_dict(self, *_: Any, **__: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Keep what it was built with."""
 
 
 def write_random_inception(path: Path) -> None:

@@ -113,7 +113,11 @@ def test_features_are_pytorch_fids_where_neither_resizes(
     from pytorch_fid import inception
 
     state = torch.load(weights.weights, weights_only=True)
-    monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: state)
+
+    def from_the_file(*_: object, **__: object) -> object:
+        return state
+
+    monkeypatch.setattr(inception, "load_state_dict_from_url", from_the_file)
     monkeypatch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)
     network = inception.InceptionV3(resize_input=False, normalize_input=False).eval()
     pictures = torch.randint(0, 256, (3, 3, 75, 75), generator=torch.Generator().manual_seed(0)).byte()

@@ -233,8 +233,10 @@ def _section_html(section: Section) -> str:
         parts.append(f"<table>{''.join(rows)}</table>")
     elif isinstance(section, Table):
         head = "".join(f"<th>{escape(name)}</th>" for name in section.columns)
-        rows = ["".join(f"<td>{_figure(value)}</td>" for value in row) for row in section.rows]
-        parts.append(f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>")
+        body = "".join(
+            f"<tr>{''.join(f'<td>{_figure(value)}</td>' for value in row)}</tr>" for row in section.rows
+        )
+        parts.append(f'<table class="columns"><tr>{head}</tr>{body}</table>')
     else:
         data = base64.b64encode(section.path.read_bytes()).decode("ascii")
         parts.append(f'<img alt="{escape(section.heading)}" src="data:image/png;base64,{data}">')
@@ -257,6 +259,8 @@ img { max-width: 100%; height: auto; border: 1px solid #e5e5e5; border-radius: 6
 table { border-collapse: collapse; } tr { border-bottom: 1px solid #e5e5e5; }
 th, td { padding: .3rem 2.5rem .3rem 0; text-align: left; font-weight: normal; }
 td { text-align: right; padding-right: 0; font-variant-numeric: tabular-nums; }
+.columns :is(th, td) { text-align: right; padding: .3rem 0 .3rem 1.5rem; }
+.columns :is(th, td):first-child { text-align: left; padding-left: 0; }
 .note { color: #666; font-size: .9rem; }
 """
 

@@ -93,7 +93,7 @@ def load_clip(config: ClipConfig, device: torch.device) -> Clip:
         raise UserError(
             f"clip.model: open_clip knows no model '{config.model}'; see open_clip.list_models()."
         )
-    network = open_clip.create_model(config.model, pretrained=None)
+    network: Any = open_clip.create_model(config.model, pretrained=None)
     state = read_tensors(config.weights)
     state = {name: value for name, value in state.items() if name not in _PROGRAMS_REST}
     check_names(state, network.state_dict(), f"open_clip's {config.model}")

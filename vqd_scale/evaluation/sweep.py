@@ -157,21 +157,26 @@ def publish_sweep(
     sections: list[Section] = []
     for number, figure in enumerate(figures):
         path = out / f"plot-{number}.png"
-        plot_curves(path, _curves(groups, x, figure), title=figure, x_label=x, y_label=figure)
+        plot_curves(path, _curves(groups, x, figure), title="", x_label=_short(x), y_label=figure)
         sections.append(Picture(figure, path, "Lines are means over seeds, bands go from lowest to highest."))
-    columns = [*names, "seeds", *(text for figure in figures for text in (figure, "lowest", "highest"))]
+    columns = [*(_short(name) for name in names), "seeds", *figures]
     table = [
         [
-            *group.settings.values(),
+            *map(str, group.settings.values()),
             str(group.seeds),
-            *(value for name in figures for value in (group.means[name], *group.ranges[name])),
+            *(_with_range(group, name) for name in figures),
         ]
         for group in groups
     ]
     html_report(
         out / "report.html",
         title,
-        [Table("All", columns, table), *sections, Table(*_separations(groups, figures)), Text("Note", note)],
+        [
+            Table("All", columns, table, "Means over seeds; in brackets the lowest and the highest."),
+            *sections,
+            Table(*_separations(groups, figures)),
+            Text("How it was made", note),
+        ],
     )
     listed = [
         {"settings": dict(row.settings), "seed": row.seed, "figures": dict(row.figures)} for row in rows
@@ -195,22 +200,30 @@ def _separations(
         if len(differing) != 1:
             continue
         name = differing[0]
-        rest = ", ".join(f"{key} {value}" for key, value in first.settings.items() if key != name)
+        rest = ", ".join(f"{_short(key)} {value}" for key, value in first.settings.items() if key != name)
         for figure in figures:
             if not separated(first, second, figure):
                 continue
             low, high = sorted((first, second), key=lambda group: group.means[figure])
-            rows.append([figure, rest, name, str(low.settings[name]), str(high.settings[name])])
+            rows.append([figure, rest, _short(name), str(low.settings[name]), str(high.settings[name])])
     note = "Of the pairs that are not here nothing is claimed: their seeds overlap, or there is one only."
     return "Separated in every seed", ["figure", "at", "of", "lower", "higher"], rows, note
+
+
+def _short(name: str) -> str:
+    """The last two words of a dotted name."""
+    return " ".join(name.split(".")[-2:])
+
+
+def _with_range(group: Group, figure: str) -> str:
+    low, high = group.ranges[figure]
+    return f"{group.means[figure]:.4g} ({low:.4g} to {high:.4g})"
 
 
 def _curves(groups: Sequence[Group], x: str, figure: str) -> list[Series]:
     by_rest: dict[str, list[Group]] = {}
     for group in groups:
-        rest = ", ".join(
-            f"{name.rpartition('.')[2]} {value}" for name, value in group.settings.items() if name != x
-        )
+        rest = ", ".join(f"{_short(name)} {value}" for name, value in group.settings.items() if name != x)
         by_rest.setdefault(rest or figure, []).append(group)
     curves: list[Series] = []
     for rest, own in by_rest.items():

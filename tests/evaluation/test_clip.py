@@ -1,0 +1,80 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.store import sha256_of
+from vqd_scale.evaluation.clip import CAPTION, PICTURE, ClipConfig, load_clip, r_precision, scores
+
+CPU = torch.device("cpu")
+NAME = "vqd-scale-test-clip"
+SHAPE = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> ClipConfig:
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / f"{NAME}.json").write_text(json.dumps(SHAPE))
+    open_clip.add_model_config(folder / f"{NAME}.json")
+    torch.manual_seed(0)
+    network = open_clip.create_model(NAME, pretrained=None)
+    torch.save(network.state_dict(), folder / "clip.pt")
+    return ClipConfig(weights=folder / "clip.pt", model=NAME, among=3)
+
+
+def test_features_are_those_of_open_clip(config: ClipConfig) -> None:
+    clip = load_clip(config, CPU)
+    images = torch.randint(0, 256, (3, 3, 48, 48), generator=torch.Generator().manual_seed(1)).byte()
+    captions = ["a red circle", "a bus", "nothing"]
+    found = clip.columns(images, captions)
+    transform = open_clip.image_transform(
+        32, False, mean=clip.network.visual.image_mean, std=clip.network.visual.image_std
+    )
+    pictures = torch.stack([transform(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images])
+    with torch.no_grad():
+        theirs = clip.network.encode_image(pictures, normalize=True)
+        words = clip.network.encode_text(open_clip.get_tokenizer(NAME)(captions), normalize=True)
+    torch.testing.assert_close(found[PICTURE], theirs, rtol=0, atol=5e-3)
+    torch.testing.assert_close(found[CAPTION], words)
+    assert scores(found[PICTURE], found[CAPTION]).numpy() == pytest.approx(
+        (theirs * words).sum(dim=1).numpy(), abs=5e-3
+    )
+    assert clip.description["weights_sha256"] == sha256_of(config.weights)
+
+
+def test_weights_of_another_model_are_refused(config: ClipConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"weights of CLIP are missing; give clip.weights=FILE"):
+        load_clip(config.model_copy(update={"weights": tmp_path / "none.pt"}), CPU)
+    with pytest.raises(UserError, match="their SHA-256 is"):
+        load_clip(config.model_copy(update={"sha256": "0" * 64}), CPU)
+    with pytest.raises(UserError, match="open_clip knows no model 'nobody'"):
+        load_clip(config.model_copy(update={"model": "nobody"}), CPU)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="these are not the weights of open_clip's"):
+        load_clip(config.model_copy(update={"weights": tmp_path / "other.pt"}), CPU)
+
+
+def directions(seed: int, count: int, width: int) -> Tensor:
+    values = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(values, dim=1)
+
+
+def test_r_precision_is_one_for_own_captions_and_chance_for_strangers() -> None:
+    captions = directions(0, 400, 32)
+    assert r_precision(captions, captions, 100) == 1
+    assert r_precision(directions(1, 400, 32), captions, 10) == pytest.approx(0.1, abs=0.05)
+    # Captions of the same words are nobody's mistake.
+    assert r_precision(captions, captions[:1].expand(400, -1), 10) == 1
+    assert np.isclose(r_precision(-captions, captions, 10), 0)
+    with pytest.raises(UserError, match=r"400 captions are fewer than clip.among=401"):
+        r_precision(captions, captions, 401)

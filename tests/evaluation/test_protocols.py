@@ -1,0 +1,60 @@
+"""The published protocols are configurations that load, and every one is in the documentation."""
+
+from pathlib import Path
+
+import pytest
+
+from vqd_scale.commands.eval_ablation import AblationConfig
+from vqd_scale.core.config import load_config
+from vqd_scale.evaluation.extractors import PUBLISHED_INCEPTION, Inception
+from vqd_scale.evaluation.protocol import EvaluationConfig
+from vqd_scale.evaluation.sweep import SweepConfig, points
+from vqd_scale.training.denoising import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "configs" / "evaluation").glob("*.yaml"))
+OTHERS = {
+    "embedded-sweep": SweepConfig,
+    "paper_ablation": AblationConfig,
+    "paper_ablation-train": TrainConfig,
+}
+PROTOCOLS = [path for path in FILES if path.stem not in OTHERS]
+
+
+@pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.stem)
+def test_a_protocol_is_named_as_its_file(path: Path) -> None:
+    config = load_config(EvaluationConfig, path)
+    assert config.name == path.stem
+    if config.name != "embedded":
+        assert config.prompts.count in (30_000, 50_000)
+        assert config.extractor == Inception(sha256=PUBLISHED_INCEPTION, layer="2048")
+    assert f"`{path.stem}`" in (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+
+
+def test_the_other_files_load(tmp_path: Path) -> None:
+    for stem, kind in OTHERS.items():
+        config = load_config(kind, ROOT / "configs" / "evaluation" / f"{stem}.yaml")
+        if isinstance(config, SweepConfig):
+            every = points(config, tmp_path)
+            assert len(every) == len({name for name, _, _ in every}) == 4 * 3 * 3
+
+
+def test_what_was_published_is_what_the_files_say() -> None:
+    def of(stem: str) -> EvaluationConfig:
+        return load_config(EvaluationConfig, ROOT / "configs" / "evaluation" / f"{stem}.yaml")
+
+    assert of("coco30k").drawing == EvaluationConfig().drawing.model_copy(
+        update={"sampler": of("coco30k").drawing.sampler}
+    )
+    assert of("cub200-authors").reference.repeated_to == 30_000
+    assert of("cub200").reference.repeated_to is None
+    rates = {
+        "coco30k-vqdiffusion": 0.86,
+        "cub200": 0.86,
+        "imagenet50k-vqdiffusion": 0.869,
+        "imagenet50k": 0.94,
+    }
+    for stem, rate in rates.items():
+        truncation = of(stem).drawing.truncation
+        assert truncation is not None
+        assert truncation.model_dump() == {"kind": "top_p", "rate": rate}

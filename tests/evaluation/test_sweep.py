@@ -1,0 +1,108 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vqd_scale.commands import eval_sweep
+from vqd_scale.core.config import to_yaml
+from vqd_scale.core.errors import UserError
+from vqd_scale.evaluation.sweep import Row, SweepConfig, grouped, points, publish_sweep, separated
+
+SMALL: dict[str, Any] = {
+    "name": "test",
+    "prompts": {"kind": "captions", "count": 9},
+    "drawing": {"sampler": {"kind": "strided", "steps": 2}, "batch": 9},
+    "extractor": {"kind": "random", "features": 4},
+    "kid": {"subsets": 2, "size": 5},
+    "inception_splits": 1,
+    "neighbours": 2,
+    "shown": 1,
+}
+AXES: dict[str, Any] = {"drawing.sampler.steps": (1, 2), "drawing.seed": (0, 1)}
+
+
+def config_of(**changes: Any) -> SweepConfig:
+    values = {"evaluation": SMALL, "axes": AXES, "figures": ["alignment.mean"]} | changes
+    return SweepConfig.model_validate(values)
+
+
+def rows_of(values: dict[int, list[float]]) -> list[Row]:
+    return [
+        Row({"steps": steps, "scale": 1.0}, seed, {"fid": value})
+        for steps, own in values.items()
+        for seed, value in enumerate(own)
+    ]
+
+
+def test_all_combinations_are_evaluated_one_seed_after_the_other(tmp_path: Path) -> None:
+    every = points(config_of(), tmp_path)
+    assert [(settings["drawing.seed"], settings["drawing.sampler.steps"]) for _, settings, _ in every] == [
+        (0, 1),
+        (0, 2),
+        (1, 1),
+        (1, 2),
+    ]
+    assert [protocol.drawing.seed for _, _, protocol in every] == [0, 0, 1, 1]
+    assert {protocol.reference.file for _, _, protocol in every} == {tmp_path / "reference.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("axes", "sentence"),
+    [
+        ({"drawing.sampler.step": (1,)}, "drawing.sampler.step: unknown key"),
+        ({"drawing.sampler.steps": (0,)}, "drawing.sampler.steps: "),
+        ({"sampler.steps": (1,)}, "'sampler' is no group of keys"),
+    ],
+)
+def test_a_wrong_axis_is_one_sentence(tmp_path: Path, axes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        points(config_of(axes=axes), tmp_path)
+
+
+def test_seeds_are_one_group_and_only_what_never_overlaps_is_separated() -> None:
+    low, high, between, single = grouped(
+        rows_of({1: [1.0, 2.0, 3.0], 2: [4.0, 5.0, 6.0], 3: [2.5, 4.5, 5.0], 4: [9.0]})
+    )
+    assert (low.seeds, low.means["fid"], low.ranges["fid"]) == (3, 2.0, (1.0, 3.0))
+    assert separated(low, high, "fid")
+    assert separated(high, low, "fid")
+    assert not separated(low, between, "fid")
+    # One seed says nothing of the spread.
+    assert not separated(low, single, "fid")
+
+
+def test_the_page_claims_what_is_separated_and_nothing_else(tmp_path: Path) -> None:
+    rows = rows_of({1: [1.0, 2.0], 2: [4.0, 5.0], 3: [1.5, 4.5]})
+    publish_sweep("A sweep", rows, "steps", ["fid"], tmp_path, "a note", {"more": 1})
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    claims = page.partition("Separated in every seed")[2].partition("</table>")[0]
+    assert claims.count("<tr>") == 2
+    assert "<td>1</td><td>2</td>" in claims
+    written = json.loads((tmp_path / "sweep.json").read_text())
+    assert len(written["rows"]) == 6
+    assert written["more"] == 1
+    with pytest.raises(UserError, match="'kid' was not found by these evaluations; there are fid"):
+        publish_sweep("A sweep", rows, "steps", ["kid"], tmp_path, "", {})
+
+
+def test_a_sweep_that_is_started_again_does_nothing_twice(model: Path, shards: Path, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(to_yaml(config_of()))
+    arguments = [str(model), "--data", str(shards), "--config", str(path), "--out", str(tmp_path / "out")]
+    eval_sweep.main(arguments)
+    reports = sorted((tmp_path / "out" / "points").glob("*/report.json"))
+    assert len(reports) == 4
+    first = (tmp_path / "out" / "sweep.json").read_bytes()
+    made = [report.stat().st_mtime_ns for report in reports]
+    reports[2].unlink()
+    eval_sweep.main(arguments)
+    again = [report.stat().st_mtime_ns for report in reports]
+    assert [old == new for old, new in zip(made, again, strict=True)] == [True, True, False, True]
+    rows = [
+        json.loads(content)["rows"] for content in (first, (tmp_path / "out" / "sweep.json").read_bytes())
+    ]
+    assert rows[0] == rows[1]
+    with pytest.raises(SystemExit) as end:
+        eval_sweep.main([*arguments, "evaluation.prompts.seed=1"])
+    assert end.value.code == 2
