@@ -20,7 +20,7 @@ pytestmark = pytest.mark.s3
 
 def tokenize(images: Location, out: Location, folder: Path) -> None:
     file = folder / "tokenize.yaml"
-    file.write_text("size: 16\nbatch: 4\ncaptions: {context_length: 8, merges: 300}\n")
+    file.write_text("size: 16\nbatch: 4\nmax_bad_share: 0.2\ncaptions: {context_length: 8, merges: 300}\n")
     main([str(file), f"images={images}", f"out={out}", f"tokenizer={folder / 'tokenizer'}"])
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Generator, Iterator
@@ -49,8 +50,13 @@ Location = Annotated[Path | S3Path, PlainValidator(parse_location), PlainSeriali
 
 
 @contextmanager
-def published(path: Location) -> Generator[Path]:
+def published(path: Location, *, shared: bool = False) -> Generator[Path]:
     """Give a path to write to; on success the file appears at ``path`` at once, on failure not at all.
+
+    Args:
+        path: The file.
+        shared: Whether several processes may write it at the same time: the last one wins. What a kill leaves
+            behind then has a name of its own and is not replaced, hence for small files only.
 
     Raises:
         UserError: The disk is full, the folder is read-only or missing rights; the store cannot be reached or
@@ -63,7 +69,8 @@ def published(path: Location) -> Generator[Path]:
                 yield partial
             write_object(path, partial)
         return
-    partial = path.with_name(path.name + PARTIAL)
+    own = f".{secrets.token_hex(8)}" if shared else ""
+    partial = path.with_name(path.name + own + PARTIAL)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -127,23 +134,28 @@ def writing(path: Path) -> Generator[None]:
         raise UserError(f"{path}: cannot be written: {mendable[error.errno]}.") from None
 
 
-def publish_text(path: Location, text: str) -> None:
-    """Write a small text file at once.
+def publish_text(path: Location, text: str, *, shared: bool = False) -> None:
+    """Write a small text file at once; ``shared`` as for `published`.
 
     Raises:
         UserError: See `published`.
     """
-    with published(path) as partial:
+    with published(path, shared=shared) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
-def publish_json(path: Location, value: Any) -> None:  # noqa: ANN401 - whatever JSON can hold
-    """Write a JSON file at once.
+def publish_json(
+    path: Location,
+    value: Any,  # noqa: ANN401 - whatever JSON can hold
+    *,
+    shared: bool = False,
+) -> None:
+    """Write a JSON file at once; ``shared`` as for `published`.
 
     Raises:
         UserError: See `published`.
     """
-    publish_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    publish_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n", shared=shared)
 
 
 def read_json(path: Location, what: str) -> Any:  # noqa: ANN401 - whatever JSON can hold

@@ -75,9 +75,7 @@ def join_world() -> World:
         UserError: srun started several ranks and nobody said where they meet.
         ValueError: Another launcher did not say so; torch says which variable is missing.
     """
-    rank = _from_environment("RANK", "SLURM_PROCID", 0)
-    size = _from_environment("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
-    local_rank = _from_environment("LOCAL_RANK", "SLURM_LOCALID", 0)
+    rank, size, local_rank = place_among_ranks()
     if size > 1 and "MASTER_ADDR" not in os.environ and _is_srun_task():
         raise UserError(
             "MASTER_ADDR is not set, so that the ranks cannot meet: `source slurm/env.sh` in the shell that "
@@ -97,6 +95,15 @@ def join_world() -> World:
         else:
             distributed.init_process_group(backend, rank=rank, world_size=size, timeout=_PATIENCE)
     return World(rank, size, device)
+
+
+def place_among_ranks() -> tuple[int, int, int]:
+    """This process's rank, the number of ranks, and its rank on this machine, as its launcher says them."""
+    return (
+        _from_environment("RANK", "SLURM_PROCID", 0),
+        _from_environment("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1),
+        _from_environment("LOCAL_RANK", "SLURM_LOCALID", 0),
+    )
 
 
 def leave_world() -> None:

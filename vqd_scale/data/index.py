@@ -385,7 +385,8 @@ def _publish_index(
         "filtered": sum(shard.filtered for shard in shards),
     }
     index = {"complete": complete, "tars": tars, "meta": meta, "shards": columns, "left_out": counts}
-    publish_json(folder / INDEX, index)
+    # Several processes may begin or finish one set at the same time.
+    publish_json(folder / INDEX, index, shared=True)
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> str:

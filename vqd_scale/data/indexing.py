@@ -149,14 +149,18 @@ def report(shards: Sequence[IndexedShard], folder: Location) -> None:
         UserError: The folder cannot be written.
     """
     for name, is_bad in ((QUARANTINE, True), (DUPLICATES, False)):
-        lines = [
-            (shard.name, left.key, left.reason)
-            for shard in shards
-            for left in shard.left_out
-            if left.is_bad == is_bad
-        ]
-        if lines:
+        if lines := left_out_of(shards, is_bad=is_bad):
             Quarantine(folder / name).extend(lines)
+
+
+def left_out_of(shards: Sequence[IndexedShard], *, is_bad: bool) -> list[tuple[str, str, str]]:
+    """What was left out of shards as (shard, key, reason), for being bad or for its likeness to others."""
+    return [
+        (shard.name, left.key, left.reason)
+        for shard in shards
+        for left in shard.left_out
+        if left.is_bad == is_bad
+    ]
 
 
 def check_share(shards: Sequence[IndexedShard], total: int, max_bad_share: float, folder: Location) -> None:

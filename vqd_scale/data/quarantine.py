@@ -46,7 +46,7 @@ class Quarantine:
         Raises:
             UserError: The report cannot be written.
         """
-        lines = [json.dumps({"shard": shard, "key": key, "reason": reason}) for shard, key, reason in found]
+        lines = _lines(found)
         new = [line for line in dict.fromkeys(lines) if line not in self._lines]
         self._lines |= dict.fromkeys(new)
         if not new:
@@ -59,3 +59,21 @@ class Quarantine:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(f"{line}\n" for line in new)
+
+
+def publish_report(path: Location, found: Iterable[tuple[str, str, str]]) -> None:
+    """Write a report at once, in the place of any before; several processes may do it at the same time.
+
+    Args:
+        path: The report; not written where there is nothing to report.
+        found: The samples, each as (shard, key, reason).
+
+    Raises:
+        UserError: The report cannot be written.
+    """
+    if lines := _lines(found):
+        publish_text(path, "".join(f"{line}\n" for line in lines), shared=True)
+
+
+def _lines(found: Iterable[tuple[str, str, str]]) -> list[str]:
+    return [json.dumps({"shard": shard, "key": key, "reason": reason}) for shard, key, reason in found]

@@ -1,29 +1,47 @@
 """Image shards to token shards: what the denoiser trains on."""
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.store import Location
-from vqd_scale.data.decode import BadSample, decode_image, decode_text
-from vqd_scale.data.index import Shard, ShardSet
-from vqd_scale.data.quarantine import Quarantine
-from vqd_scale.data.samples import IMAGE_EXTENSIONS
-from vqd_scale.data.shards import KEY, Sample, ShardRecipe, read_shard, write_shard_set
-from vqd_scale.data.transforms import fitted
+from vqd_scale.core.rng import Purpose, uniforms
+from vqd_scale.core.store import Location, publish_json
+from vqd_scale.data.decode import (
+    IMAGE_EXTENSIONS,
+    BadSample,
+    Pixels,
+    decode_arrays,
+    decode_image,
+    decode_json,
+    decode_text,
+)
+from vqd_scale.data.index import LeftOut, Shard, ShardSet, begin_set, finish_set
+from vqd_scale.data.shards import KEY, Sample, ShardRecipe, read_shard
+from vqd_scale.data.shares import Part, Share, forget_parts, write_share
+from vqd_scale.data.transforms import NearCenterCrop, RandomResizedCrop, fitted
 from vqd_scale.inference.bundle import load_tokenizer, tokenizer_fingerprint
 from vqd_scale.text.clip import CaptionTokenizer
 from vqd_scale.tokenizers.base import Draws, to_signal
 from vqd_scale.tokenizers.choice import Tokenizer
+from vqd_scale.tokenizers.usage import usage_of
+
+STATISTICS = "statistics.json"
+"""Name of what is known of a set of tokens as a whole."""
+
+CENTER = "center"
+"""What a set says whose pictures were encoded as they are evaluated, their centre alone."""
 
 _UINT16_CODES = 1 << 16
 
@@ -50,6 +68,19 @@ class EncodingConfig(Config):
         return f"{codes}, {self.precision}"
 
 
+class ViewsConfig(Config):
+    """Several random crops of each picture instead of its centre, each a sample of its own."""
+
+    count: PositiveInt
+    """How many; an epoch is so many times longer."""
+    crop: Literal["near_center", "random_resized"] = "near_center"
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+    def __str__(self) -> str:
+        """In a few words, as token shards say it."""
+        return f"{self.count} {self.crop} crops by seed {self.seed}"
+
+
 class TokenizeConfig(Config):
     """From which pictures to which tokens."""
 
@@ -61,8 +92,13 @@ class TokenizeConfig(Config):
     """The tokenizer's bundle."""
     size: PositiveInt = 256
     """Pictures are fitted to a square of so many pixels."""
-    captions: CaptionsConfig = CaptionsConfig()
+    views: ViewsConfig | None = None
+    """Random crops to be encoded; none: the centre alone."""
+    captions: CaptionsConfig | None = CaptionsConfig()
+    """How captions, without which a sample is a bad one, become ids; ``null`` for sets without captions."""
     encoding: EncodingConfig = EncodingConfig()
+    max_bad_share: float = Field(default=0.01, ge=0, le=1)
+    """More samples that cannot be used than this share end the work."""
     batch: PositiveInt = 64
 
 
@@ -73,10 +109,12 @@ class TokenSetMeta:
     Attributes:
         codes: K, the number of codes.
         grid: Rows and columns of tokens.
-        tokenizer: Fingerprint of the tokenizer's weights.
-        captions: Fingerprint of the caption vocabulary.
+        tokenizer: Fingerprint of the tokenizer's weights, the map of a reduced codebook among them.
+        captions: Fingerprint of the caption vocabulary; empty where captions have no ids.
         source: Digests of the image shards' tars.
         encoding: How the tokenizer was used.
+        device: The kind of device that it ran on: another kind rounds otherwise, and a few codes differ.
+        views: Which squares of the pictures were encoded.
     """
 
     codes: int
@@ -85,6 +123,8 @@ class TokenSetMeta:
     captions: str
     source: dict[str, str]
     encoding: str = str(EncodingConfig())
+    device: str = "cpu"
+    views: str = CENTER
 
     @classmethod
     def of(cls, shards: ShardSet) -> "TokenSetMeta":
@@ -104,6 +144,8 @@ class TokenSetMeta:
             meta["captions"],
             meta["source"],
             meta.get("encoding", str(EncodingConfig())),
+            meta.get("device", "cpu"),
+            meta.get("views", CENTER),
         )
 
     def check(self, tokenizer: Path, captions: CaptionTokenizer | None, folder: Location) -> None:
@@ -117,6 +159,11 @@ class TokenSetMeta:
                 f"{folder}: these tokens were made by another tokenizer than {tokenizer}; tokenize the "
                 f"pictures again, or name the tokenizer they were made with."
             )
+        if captions is not None and not self.captions:
+            raise UserError(
+                f"{folder}: these tokens have no captions' ids; tokenize the pictures with captions, or "
+                f"train a network whose condition is no text."
+            )
         if captions is not None and captions.fingerprint != self.captions:
             raise UserError(
                 f"{folder}: the captions were tokenized otherwise than text.context_length="
@@ -124,12 +171,25 @@ class TokenSetMeta:
             )
 
 
-def tokenize_shards(config: TokenizeConfig, device: torch.device) -> ShardSet:
-    """Write a token shard for every image shard, in order; resumable shard by shard.
+def tokenize_shards(
+    config: TokenizeConfig, device: torch.device, share: Share | None = None
+) -> ShardSet | None:
+    """Write a token shard for every image shard of a worker; resumable shard by shard.
+
+    Any number of workers make the same bytes. Whichever finds that all are done publishes the set's index,
+    quarantine report and statistics.
+
+    Args:
+        config: From what to what.
+        device: Where the tokenizer runs.
+        share: Which worker this is; the only one if not given.
+
+    Returns:
+        The set, or None while other workers are not done.
 
     Raises:
-        UserError: The pictures or the tokenizer are missing, sizes do not fit, the disk is full, or the
-            folder holds tokens of other pictures, another tokenizer or another vocabulary.
+        UserError: The pictures or the tokenizer are missing, sizes do not fit, the disk is full, too many
+            samples are bad, or the folder holds tokens of other pictures, another tokenizer or vocabulary.
     """
     source = ShardSet.open(config.images)
     tokenizer = load_tokenizer(config.tokenizer, device)
@@ -139,33 +199,96 @@ def tokenize_shards(config: TokenizeConfig, device: torch.device) -> ShardSet:
         raise UserError(
             f"size: {config.size} is not a multiple of the tokenizer's factor {tokenizer.factor}."
         )
-    captions = CaptionTokenizer(config.captions.context_length, config.captions.merges)
+    vocabulary = config.captions
+    captions = None if vocabulary is None else CaptionTokenizer(vocabulary.context_length, vocabulary.merges)
     side = config.size // tokenizer.factor
-    meta = TokenSetMeta(
+    described = TokenSetMeta(
         codes=tokenizer.codes,
         grid=(side, side),
         tokenizer=tokenizer_fingerprint(config.tokenizer),
-        captions=captions.fingerprint,
+        captions="" if captions is None else captions.fingerprint,
         source={shard.path.name: shard.sha256 for shard in source.shards},
         encoding=str(config.encoding),
+        device=device.type,
+        views=CENTER if config.views is None else str(config.views),
     )
-    quarantine = Quarantine(config.out / "quarantine.jsonl")
-    encode = _ShardEncoder(config, tokenizer, captions, quarantine, device)
+    meta = {"kind": "tokens", **asdict(described)}
+    encode = _ShardEncoder(config, tokenizer, captions, device)
+    views = 1 if config.views is None else config.views.count
     first_slots = accumulate((shard.count for shard in source.shards), initial=0)
     recipes = [
-        ShardRecipe(shard.path.name, shard.count, lambda shard=shard, slot=slot: encode(shard, slot))
+        ShardRecipe(shard.path.name, views * shard.count, lambda shard=shard, slot=slot: encode(shard, slot))
         for shard, slot in zip(source.shards, first_slots, strict=False)
     ]
-    return write_shard_set(config.out, {"kind": "tokens", **asdict(meta)}, recipes, "tokenize")
+    share = Share() if share is None else share
+    begin_set(config.out, meta)
+    whole = write_share(
+        config.out,
+        recipes,
+        share,
+        lambda shard: code_counts(shard, tokenizer.codes),
+        "tokenize",
+        max_bad_share=config.max_bad_share,
+    )
+    if whole is None:
+        return None
+    publish_json(config.out / STATISTICS, statistics_of(whole), shared=True)
+    shards = finish_set(config.out, meta, whole.shards)
+    forget_parts(config.out)
+    return shards
+
+
+def code_counts(shard: Shard, codes: int) -> Int64[NDArray[np.int64], " codes"]:
+    """How often each code occurs in a token shard.
+
+    Raises:
+        UserError: The shard cannot be read, or is no token shard of so many codes.
+    """
+    counts = np.zeros(codes, np.int64)
+    rows = decode_arrays([sample["tokens.npy"] for sample in read_shard(shard)])
+    for _, tokens in rows:
+        if isinstance(tokens, BadSample) or tokens.max(initial=0) >= codes:
+            raise UserError(f"{shard.path}: its tokens are damaged; delete the shard and make it again.")
+        counts += np.bincount(tokens.reshape(-1), minlength=codes)
+    return counts
+
+
+def statistics_of(whole: Part) -> dict[str, Any]:
+    """What is known of a set of tokens: samples, failures by reason, use of the codes, as JSON holds it."""
+    failures = Counter(
+        # What differs in numbers only is one reason.
+        re.sub(r"\d+", "N", left.reason)
+        for shard in whole.shards
+        for left in shard.left_out
+    )
+    return {
+        "samples": sum(shard.count for shard in whole.shards),
+        "captions": sum(shard.captions for shard in whole.shards),
+        "failures": dict(sorted(failures.items())),
+        "usage": asdict(usage_of(torch.from_numpy(whole.totals))),
+        "counts": whole.totals.tolist(),
+    }
 
 
 @dataclass(frozen=True)
-class _Picture:
-    slot: int
+class _View:
+    """A square of a picture, to be a sample.
+
+    Attributes:
+        number: Which it is of all views of all pictures.
+        key: The sample's key.
+        pixels: uint8 [size, size, 3].
+        captions: The picture's captions, the first that in its ``txt``; empty where they get no ids.
+        is_list: Whether its ``json`` lists them.
+        rest: What is kept as it is, by extension.
+    """
+
+    number: int
     key: str
-    pixels: NDArray[np.uint8]
-    caption: str
-    rest: dict[str, bytes]
+    pixels: Pixels
+    captions: list[str]
+    is_list: bool
+    rest: dict[str, bytes | str]
 
 
 class _ShardEncoder:
@@ -175,53 +298,93 @@ class _ShardEncoder:
         self,
         config: TokenizeConfig,
         tokenizer: Tokenizer,
-        captions: CaptionTokenizer,
-        quarantine: Quarantine,
+        captions: CaptionTokenizer | None,
         device: torch.device,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.captions = captions
-        self.quarantine = quarantine
         self.device = device
 
-    def __call__(self, shard: Shard, first_slot: int) -> Iterator[Sample]:
-        pictures = self._pictures(shard, first_slot)
-        while batch := list(islice(pictures, self.config.batch)):
-            tokens = self._encode(batch)
-            text = self.captions([picture.caption for picture in batch])
-            for picture, codes, ids in zip(batch, tokens, text, strict=True):
-                yield {
-                    KEY: picture.key,
-                    "tokens.npy": codes,
-                    "text.npy": ids.astype(np.int32),
-                    "txt": picture.caption,
-                    **picture.rest,
-                }
+    def __call__(self, shard: Shard, first_slot: int) -> Iterator[Sample | LeftOut]:
+        left_out: list[LeftOut] = []
+        views = self._views(shard, first_slot, left_out)
+        while batch := list(islice(views, self.config.batch)):
+            for view, codes, ids in zip(batch, self._encode(batch), self._ids(batch), strict=True):
+                yield {KEY: view.key, "tokens.npy": codes, **ids, **view.rest}
+        yield from left_out
 
-    def _pictures(self, shard: Shard, first_slot: int) -> Iterator[_Picture]:
+    def _views(self, shard: Shard, first_slot: int, left_out: list[LeftOut]) -> Iterator[_View]:
         for slot, sample in enumerate(read_shard(shard), first_slot):
             try:
-                yield self._picture(sample, slot)
+                captions, is_list = _captions(sample) if self.captions is not None else ([], False)
+                squares = self._squares(sample, slot)
             except BadSample as error:
-                self.quarantine.add(shard.path.name, sample[KEY], str(error))
+                left_out.append(LeftOut(sample[KEY], str(error)))
+                continue
+            rest = {name: sample[name] for name in ("txt", "json", "cls") if name in sample}
+            if captions:
+                rest["txt"] = captions[0]
+            for number, pixels in enumerate(squares):
+                key = sample[KEY] if self.config.views is None else f"{sample[KEY]}_{number}"
+                yield _View(slot * len(squares) + number, key, pixels, captions, is_list, rest)
 
-    def _picture(self, sample: dict[str, Any], slot: int) -> _Picture:
+    def _squares(self, sample: dict[str, Any], slot: int) -> list[Pixels]:
+        """The squares of a picture that are to be encoded."""
         extension = next((name for name in IMAGE_EXTENSIONS if name in sample), None)
-        if extension is None or "txt" not in sample:
-            raise BadSample("has no picture" if extension is None else "has no 'txt'")
-        pixels = fitted(decode_image(sample[extension]), self.config.size)
-        rest = {name: sample[name] for name in ("json", "cls") if name in sample}
-        return _Picture(slot, sample[KEY], pixels, decode_text(sample["txt"]), rest)
+        if extension is None:
+            raise BadSample("has no picture")
+        pixels = decode_image(sample[extension])
+        size, views = self.config.size, self.config.views
+        if views is None:
+            return [fitted(pixels, size)]
+        crop = NearCenterCrop(size=size) if views.crop == "near_center" else RandomResizedCrop(size=size)
+        return [
+            crop(
+                pixels,
+                uniforms(views.seed, Purpose.CROP, torch.tensor([slot]), crop.draws, draw=view)[0].tolist(),
+            )
+            for view in range(views.count)
+        ]
+
+    def _ids(self, views: list[_View]) -> Iterator[dict[str, NDArray[np.int32]]]:
+        """Each sample's caption ids: of its one caption, or a row for each that its ``json`` lists."""
+        if self.captions is None:
+            yield from ({} for _ in views)
+            return
+        ids = self.captions([caption for view in views for caption in view.captions]).astype(np.int32)
+        end = 0
+        for view in views:
+            begin, end = end, end + len(view.captions)
+            yield {"text.npy": ids[begin:end] if view.is_list else ids[begin]}
 
     @torch.no_grad()
-    def _encode(self, pictures: list[_Picture]) -> NDArray[np.unsignedinteger[Any]]:
+    def _encode(self, views: list[_View]) -> NDArray[np.unsignedinteger[Any]]:
         # Always a whole batch, the last one padded: a picture's codes do not depend on its neighbours then.
-        padded = pictures + [pictures[-1]] * (self.config.batch - len(pictures))
-        pixels = np.stack([picture.pixels for picture in padded])
+        padded = views + [views[-1]] * (self.config.batch - len(views))
+        pixels = np.stack([view.pixels for view in padded])
         signal = to_signal(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device))
-        slots = torch.tensor([picture.slot for picture in padded], device=self.device)
+        slots = torch.tensor([view.number for view in padded], device=self.device)
         seed = self.config.encoding.sampled
         draws = None if seed is None else Draws(seed, slots)
-        codes = self.tokenizer.encode(signal, draws).flatten(1)[: len(pictures)].cpu().numpy()
+        codes = self.tokenizer.encode(signal, draws).flatten(1)[: len(views)].cpu().numpy()
         return codes.astype(np.uint16 if self.tokenizer.codes <= _UINT16_CODES else np.uint32)
+
+
+def _captions(sample: dict[str, Any]) -> tuple[list[str], bool]:
+    """A sample's captions, the first that in its ``txt``, and whether its ``json`` lists them.
+
+    Raises:
+        BadSample: One is missing or empty.
+    """
+    if "txt" not in sample:
+        raise BadSample("has no 'txt'")
+    first = decode_text(sample["txt"])
+    content = decode_json(sample["json"]) if "json" in sample else None
+    listed = cast("dict[str, Any]", content).get("captions") if isinstance(content, dict) else None
+    if not isinstance(listed, list) or not listed:
+        return [first], False
+    others = [caption for caption in cast("list[Any]", listed)[1:] if isinstance(caption, str)]
+    if len(others) < len(cast("list[Any]", listed)) - 1:
+        raise BadSample("has captions in its 'json' that are no text")
+    return [first, *(decode_text(caption.encode()) for caption in others)], True
