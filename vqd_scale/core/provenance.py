@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "deepspeed", "xformers", "webdataset", "open-clip-torch", "numpy")
+_PACKAGES = ("torch", "deepspeed", "xformers", "webdataset", "open-clip-torch", "torch-fidelity", "numpy")
 
 
 def provenance() -> dict[str, Any]:
@@ -51,6 +51,7 @@ def _git(*arguments: str) -> str:
     git = shutil.which("git")
     if git is None:
         return ""
-    command = [git, "-C", str(Path(__file__).parent), *arguments]
+    # Reading takes no lock: a run that is killed in the middle must not leave one in a user's checkout.
+    command = [git, "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
     found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - fixed words
     return found.stdout.strip("\n")
