@@ -217,7 +217,7 @@ def test_each_caption_once_in_each_epoch(folders: tuple[Path, Path]) -> None:
         for start in range(0, len(own) - expected.total() + 1, expected.total()):
             epoch = own[start : start + expected.total()]
             assert Counter(int(key) for key, _, _, _ in epoch) == expected
-            texts = Counter(text for key, text, valid, _ in epoch if valid)
+            texts = Counter(text for _, text, valid, _ in epoch if valid)
             assert texts == Counter(
                 (number, which, 1)
                 for number in numbers

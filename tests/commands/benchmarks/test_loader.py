@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from vqd_scale.commands.benchmarks import tokens
 from vqd_scale.commands.benchmarks.loader import (
     PictureProblem,
     alternative,
@@ -12,6 +13,10 @@ from vqd_scale.commands.benchmarks.loader import (
     ours,
     picture_figures,
 )
+from vqd_scale.commands.benchmarks.tokens import TokenProblem, check_tokens, token_figures
+from vqd_scale.data.unindexed import plain_token_batches
+
+FEW = TokenProblem(shards=3, samples=10, length=6, codes=20, text_length=4, batch=4)
 
 SMALL = PictureProblem(pictures=6, side=128, size=32, batch=3)
 
@@ -48,3 +53,30 @@ def test_the_figures(tmp_path: Path) -> None:
     wanted = {"ours", "alternative", "ratio", "memory_ratio", "image_ratio", "dct_scaled_ratio"}
     assert wanted <= set(figures)
     assert figures["ratio"] == figures["alternative"] / figures["ours"] == figures["image_ratio"]
+
+
+def test_token_samples_are_what_was_written_and_what_webdataset_reads(tmp_path: Path) -> None:
+    FEW.write(tmp_path)
+    check_tokens(FEW, tmp_path, workers=0)
+    for keys, codes, ids in plain_token_batches(sorted(tmp_path.glob("*.tar")), 4):
+        for key, tokens_of, text in zip(keys, codes, ids, strict=True):
+            expected = FEW.arrays(int(key))
+            assert np.array_equal(tokens_of, expected[0])
+            assert np.array_equal(text, expected[1])
+
+
+def test_nothing_is_measured_where_a_token_differs(tmp_path: Path) -> None:
+    FEW.write(tmp_path)
+    with pytest.raises(ValueError, match="is not what was written"):
+        check_tokens(TokenProblem(3, 10, 6, 21, 4, 4), tmp_path, workers=0)
+
+
+def test_the_token_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    def speed(problem: TokenProblem, folder: Path, workers: int) -> tuple[float, float]:
+        return 7.0, 9.0
+
+    monkeypatch.setattr(tokens, "_speed", speed)
+    figures = token_figures(1, FEW, workers=(0,))
+    assert figures["token_samples_per_second"] == 7
+    assert figures["token_samples_per_processor_second"] == 9
+    assert figures["token_ratio"] > 0

@@ -86,11 +86,13 @@ def token_figures(rounds: int, problem: TokenProblem, workers: tuple[int, ...] =
     """Token samples a second, for each number of reading processes, and by webdataset's ordinary pipeline.
 
     One core works where nobody reads beside this process, and webdataset has one; two where somebody does.
+    Samples for each second that this process computes, its reader in a thread, are told beside them: a
+    machine that does other work as well changes them little.
 
     Args:
         rounds: How often each is timed over as many samples as an epoch has, in turn; the median counts.
         problem: The sizes.
-        workers: Numbers of reading processes; 0 is a thread.
+        workers: Numbers of reading processes, the first of them 0, a thread.
 
     Raises:
         ValueError: A sample is not what was written.
@@ -99,11 +101,15 @@ def token_figures(rounds: int, problem: TokenProblem, workers: tuple[int, ...] =
         folder = Path(temporary)
         shards = problem.write(folder)
         speeds: dict[str, list[float]] = {str(number): [] for number in workers} | {"alternative": []}
+        per_processor_second: list[float] = []
         for number in workers:
             check_tokens(problem, folder, number)
         for _ in progress(range(rounds), "tokens", rounds):
             for number in workers:
-                speeds[str(number)].append(_speed(problem, folder, number))
+                speed, by_processor = _speed(problem, folder, number)
+                speeds[str(number)].append(speed)
+                if number == 0:
+                    per_processor_second.append(by_processor)
             started = time.perf_counter()
             tars = [shard.path for shard in shards.shards if isinstance(shard.path, Path)]
             count = sum(len(keys) for keys, _, _ in plain_token_batches(tars, problem.batch))
@@ -113,6 +119,7 @@ def token_figures(rounds: int, problem: TokenProblem, workers: tuple[int, ...] =
         "token_samples_per_second": round(max(medians[str(number)] for number in workers)),
         "token_samples_per_second_by_workers": {str(n): round(medians[str(n)]) for n in workers},
         "token_samples_per_second_of_webdataset": round(medians["alternative"]),
+        "token_samples_per_processor_second": round(median(per_processor_second)),
         "token_ratio": round(medians[str(workers[0])] / medians["alternative"], 2),
         "token_shape": [problem.shards, problem.samples, problem.length, problem.text_length, problem.batch],
         "token_rounds": {name: [round(value) for value in values] for name, values in speeds.items()},
@@ -138,14 +145,15 @@ def check_tokens(problem: TokenProblem, folder: Path, workers: int) -> None:
         raise ValueError("an epoch does not hold every sample once")
 
 
-def _speed(problem: TokenProblem, folder: Path, workers: int) -> float:
-    """Samples a second over an epoch, once the readers are there."""
+def _speed(problem: TokenProblem, folder: Path, workers: int) -> tuple[float, float]:
+    """Samples a second over an epoch once the readers are there, and for each that this process computes."""
     count = problem.shards * problem.samples // problem.batch
     with closing(token_batches(problem, folder, workers)) as batches:
         # What was read ahead while nobody asked must not count.
         for _ in itertools.islice(batches, 32):
             pass
-        started = time.perf_counter()
+        started, computed = time.perf_counter(), time.process_time()
         for _ in itertools.islice(batches, count):
             pass
-        return count * problem.batch / (time.perf_counter() - started)
+        samples = count * problem.batch
+        return samples / (time.perf_counter() - started), samples / (time.process_time() - computed)
