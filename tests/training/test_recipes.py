@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2] / "configs"
 RECIPES = [
     path
     for path in sorted(ROOT.rglob("*.yaml"))
+    if path.parent.name != "tokenizer"
     if "tokenizer" in yaml.safe_load(path.read_text()) and "images" in yaml.safe_load(path.read_text())
     if isinstance(yaml.safe_load(path.read_text())["images"], int)
 ]
