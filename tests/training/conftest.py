@@ -126,7 +126,12 @@ def run_tool(tmp_path_factory: pytest.TempPathFactory) -> RunTool:
     """Run one of the project's tools on so many ranks, forked from a process that has imported it."""
 
     def run(tool: str, *arguments: str, ranks: int = 1) -> "subprocess.CompletedProcess[str]":
-        return forked.run(Path(tool).stem, *arguments, ranks=ranks, said=tmp_path_factory.mktemp("said"))
+        return forked.run(
+            f"vqd_scale.commands.{Path(tool).stem}",
+            *arguments,
+            ranks=ranks,
+            said=tmp_path_factory.mktemp("said"),
+        )
 
     return run
 

@@ -21,17 +21,19 @@ _POLL_SECONDS = 0.02
 _GRACE_SECONDS = 10.0
 
 _SERVER = multiprocessing.get_context("forkserver")
+TRAIN = "vqd_scale.commands.train"
+
 _SERVER.set_forkserver_preload(
     # The last two are what a run imports only when it builds a text tower and DeepSpeed's optimizer.
-    [__name__, "vqd_scale.commands.train", "open_clip", "deepspeed.runtime.zero.muon.original_muon"]
+    [__name__, TRAIN, "open_clip", "deepspeed.runtime.zero.muon.original_muon"]
 )
 
 
 class Ranks:
-    """A tool that has been started, such as ``train``.
+    """A tool that has been started.
 
     Args:
-        tool: A module of `vqd_scale.commands`.
+        tool: A module with a `main` that takes what was typed.
         arguments: What would be typed.
         ranks: How many processes.
         said: A folder for what they say.
@@ -99,6 +101,6 @@ def _run(tool: str, arguments: Sequence[str], environment: Mapping[str, str], sa
     with said.open("w", buffering=1) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-        importlib.import_module(f"vqd_scale.commands.{tool}").main(list(arguments))
+        importlib.import_module(tool).main(list(arguments))
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,13 +1,12 @@
 """Short runs, one after the other in the same ranks: starting these costs more than training.
 
-Started by `tests/training/test_scenarios.py` as a tool would be: ``scenarios.py WORLD OUT`` writes what each
-run did to ``OUT/results.json``.
+Started by `tests/training/test_scenarios.py` as a tool would be: with ``WORLD OUT`` it writes what each run
+did to ``OUT/results.json``.
 """
 
 import json
 import logging
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,16 +209,12 @@ SCENARIOS: dict[str, Callable[[Runner], Result]] = {
 }
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     world = join_world()
-    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
-    names = sys.argv[3:] or [name for name in SCENARIOS if name != "compiled"]
+    folder, out = Path(arguments[0]), Path(arguments[1])
+    names = arguments[2:] or [name for name in SCENARIOS if name != "compiled"]
     runner = Runner(world, folder, out)
     results = {name: SCENARIOS[name](runner) for name in names}
     if world.is_first:
         (out / "results.json").write_text(json.dumps(results))
     leave_world()
-
-
-if __name__ == "__main__":
-    main()

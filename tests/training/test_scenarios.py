@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.training import forked
 from vqd_scale.core.errors import UserError
 from vqd_scale.training.checkpoint import consolidated
 from vqd_scale.training.engine import imported_weights
 
 pytestmark = pytest.mark.ranks
-ROOT = Path(__file__).parents[2]
 Results = dict[str, Any]
 
 
@@ -28,17 +26,8 @@ def results(token_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
     def get(ranks: int, *names: str) -> Results:
         if (ranks, names) not in known:
             out = tmp_path_factory.mktemp(f"ranks-{ranks}")
-            launch = (
-                "import sys; from pathlib import Path; "
-                "from vqd_scale.launchers.local import run_on_this_machine; "
-                f"sys.exit(run_on_this_machine(Path('tests/training/scenarios.py'), sys.argv[1:], {ranks}))"
-            )
-            done = subprocess.run(
-                [sys.executable, "-c", launch, str(token_world), str(out), *names],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                check=False,
+            done = forked.run(
+                "tests.training.scenarios", str(token_world), str(out), *names, ranks=ranks, said=out
             )
             assert done.returncode == 0, done.stderr[-4000:]
             known[ranks, names] = json.loads((out / "results.json").read_text())

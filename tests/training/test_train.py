@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.training.forked import Ranks
+from tests.training.forked import TRAIN, Ranks
 from vqd_scale.core.config import load_config
 from vqd_scale.core.stop import REQUEUE_EXIT_CODE
 from vqd_scale.core.world import World
@@ -135,7 +135,7 @@ def disturb(arguments: list[str], run: Path, said: Path, chance: random.Random) 
     how = chance.choice(["kill one", "kill all", "terminate all"])
     rows, while_writing = chance.randrange(1, 12), chance.random() < 0.5
     delay = chance.random() * 0.02
-    started = Ranks("train", arguments, 2, said)
+    started = Ranks(TRAIN, arguments, 2, said)
     deadline = time.monotonic() + 180
     while started.poll() is None and time.monotonic() < deadline:
         has_moved = len(read_metrics(run / "metrics.jsonl")) >= began + rows
