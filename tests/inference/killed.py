@@ -9,6 +9,7 @@ Each makes numbered sets in the folder, every one of which is to be what it is w
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -73,9 +74,12 @@ def killed_before(point: int) -> Callable[[], None]:
 
 def points(config: TokenizeConfig, folder: Path, count: int) -> None:
     """For each set kill the last worker at another moment, and start it again."""
-    for point in range(count):
+    one = config.model_copy(update={"out": folder / "0"})
+    run(one, 1)
+    for point in reversed(range(count)):
         out = config.model_copy(update={"out": folder / str(point)})
-        run(out, 1)
+        if point:
+            shutil.copytree(folder / "0", folder / str(point))
         print(ended(started(out, 0, killed_before(point))))
         run(out, 0)
 
@@ -86,7 +90,7 @@ def moments(config: TokenizeConfig, folder: Path, kills: int) -> None:
     began = time.monotonic()
     run(config.model_copy(update={"out": folder / "alone"}), 0)
     longest = time.monotonic() - began
-    done, number = 0, 0
+    done, number, out = 0, 0, config
     while done < kills:
         out = config.model_copy(update={"out": folder / str(number)})
         for pid in [started(out, worker) for worker in range(WORKERS)]:

@@ -225,6 +225,16 @@ def read_index(folder: Location) -> dict[str, Any] | None:
     return cast("dict[str, Any]", index)
 
 
+def is_complete(folder: Location) -> bool:
+    """Whether a set is there whose shards are all written.
+
+    Raises:
+        UserError: What is there is no index.
+    """
+    index = read_index(folder)
+    return index is not None and index["complete"]
+
+
 def begin_set(folder: Location, meta: Mapping[str, Any], tars: Location | None = None) -> None:
     """Say in the folder what is being made there, before its first shard.
 

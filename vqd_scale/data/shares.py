@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress_bar
-from vqd_scale.core.store import Location, file_sizes, publish_json, writing
+from vqd_scale.core.store import Location, file_sizes, publish_json
 from vqd_scale.data.index import IndexedShard, LeftOut, Shard, table_name
 from vqd_scale.data.indexing import check_share, left_out_of
 from vqd_scale.data.quarantine import QUARANTINE, publish_report
@@ -113,11 +113,11 @@ def forget_parts(folder: Location) -> None:
     """Delete what workers, of however many, said of their shards; the set's index says it by now.
 
     Raises:
-        UserError: The folder cannot be written.
+        UserError: The store cannot be reached or refuses.
     """
     for name in file_sizes(folder):
         if _PART.fullmatch(name):
-            with writing(folder / name), suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):
                 (folder / name).unlink()
 
 
@@ -139,11 +139,11 @@ def _merged(folder: Location, workers: int) -> Part | None:
 
 def _part(text: str) -> Part:
     content: dict[str, Any] = json.loads(text)
-    shards = tuple(
-        IndexedShard(**{**shard, "left_out": tuple(LeftOut(**left) for left in shard["left_out"])})
-        for shard in content["shards"]
-    )
-    return Part(shards, np.array(content["totals"], np.int64))
+    shards: list[IndexedShard] = []
+    for shard in content["shards"]:
+        left_out = tuple(LeftOut(**left) for left in shard.pop("left_out"))
+        shards.append(IndexedShard(**shard, left_out=left_out))
+    return Part(tuple(shards), np.array(content["totals"], np.int64))
 
 
 def _check(shards: Sequence[IndexedShard], total: int, max_bad_share: float, folder: Location) -> None:

@@ -27,7 +27,7 @@ from vqd_scale.data.decode import (
     decode_json,
     decode_text,
 )
-from vqd_scale.data.index import LeftOut, Shard, ShardSet, begin_set, finish_set
+from vqd_scale.data.index import LeftOut, Shard, ShardSet, begin_set, finish_set, is_complete
 from vqd_scale.data.shards import KEY, Sample, ShardRecipe, read_shard
 from vqd_scale.data.shares import Part, Share, forget_parts, write_share
 from vqd_scale.data.transforms import NearCenterCrop, RandomResizedCrop, fitted
@@ -230,12 +230,13 @@ def tokenize_shards(
         "tokenize",
         max_bad_share=config.max_bad_share,
     )
-    if whole is None:
+    if whole is not None:
+        publish_json(config.out / STATISTICS, statistics_of(whole), shared=True)
+        finish_set(config.out, meta, whole.shards)
+    elif not is_complete(config.out):
         return None
-    publish_json(config.out / STATISTICS, statistics_of(whole), shared=True)
-    shards = finish_set(config.out, meta, whole.shards)
     forget_parts(config.out)
-    return shards
+    return ShardSet.open(config.out)
 
 
 def code_counts(shard: Shard, codes: int) -> Int64[NDArray[np.int64], " codes"]:
