@@ -1,0 +1,51 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vqd_scale.commands import eval_ablation
+from vqd_scale.data.sources.shapes import ShapesConfig, write_shapes
+
+
+@pytest.mark.long
+def test_an_ablation_trains_scores_and_does_nothing_twice(token_world: Path, tmp_path: Path) -> None:
+    write_shapes(ShapesConfig(image_size=16, train_samples=1, held_out_samples=20), tmp_path / "shards")
+    evaluation = {
+        "name": "test",
+        "data": str(tmp_path / "shards" / "held_out"),
+        "prompts": {"kind": "captions", "count": 12},
+        "drawing": {"guidance": {"kind": "constant", "scale": 1.0}, "batch": 12},
+        "extractor": {"kind": "random", "features": 4},
+        "kid": {"subsets": 2, "size": 5},
+        "inception_splits": 1,
+        "neighbours": 2,
+        "shown": 1,
+    }
+    config = {
+        "out": str(tmp_path / "out"),
+        "train": str(token_world / "train.yaml"),
+        "overrides": ["images=16", "checkpoint.every=16"],
+        "mask_rates": {"mask only": 1.0, "both": 0.9},
+        "trained_steps": [3, 6],
+        "inference_steps": [2, 5],
+        "seeds": [0, 1],
+        "evaluation": evaluation,
+        "figures": ["alignment.mean"],
+    }
+    path = tmp_path / "ablation.yaml"
+    path.write_text(yaml.safe_dump(config))
+    eval_ablation.main([str(path)])
+    written = tmp_path / "out" / "sweep.json"
+    rows = json.loads(written.read_text())["rows"]
+    # A chain of three steps cannot be undone in five.
+    assert [row["settings"]["steps of inference"] for row in rows[:4]] == [2, 3, 2, 5]
+    assert len(rows) == 2 * 2 * 2 * 2
+    assert {row["seed"] for row in rows} == {0, 1}
+    models = sorted((tmp_path / "out" / "models").iterdir())
+    assert [model.name for model in models][:2] == ["both,T=3,seed=0", "both,T=3,seed=1"]
+    made = [(model / "export" / "model.safetensors").stat().st_mtime_ns for model in models]
+    (models[0] / "evaluation" / "steps=2" / "report.json").unlink()
+    eval_ablation.main([str(path)])
+    assert json.loads(written.read_text())["rows"] == rows
+    assert made == [(model / "export" / "model.safetensors").stat().st_mtime_ns for model in models]
