@@ -1,8 +1,10 @@
 from pathlib import Path
 
+import pytest
 import torch
 
 from vqd_scale.core.config import load_config
+from vqd_scale.core.errors import UserError
 from vqd_scale.core.world import World
 from vqd_scale.data.batch import TokenBatch
 from vqd_scale.text.clip import CaptionTokenizer
@@ -54,3 +56,10 @@ def test_trap_34_the_null_embedding_learns_from_dropped_and_empty_captions_only(
     for loss, expected in zip(losses, sees_null, strict=True):
         (gradient,) = torch.autograd.grad(loss, [null], retain_graph=True)
         assert bool(gradient.any()) == bool(expected)
+
+
+def test_nothing_starts_from_a_codebook_that_was_never_placed(token_world: Path, tmp_path: Path) -> None:
+    """The zeros that a tokenizer begins with would be divided by their deviation, and the loss be blamed."""
+    overrides = [f"run={tmp_path}", "codebook_start=0.2"]
+    with pytest.raises(UserError, match="do not differ, so that nothing can start from them"):
+        DenoisingTask(load_config(TrainConfig, token_world / "train.yaml", overrides), ALONE)

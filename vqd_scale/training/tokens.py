@@ -96,11 +96,20 @@ class TokenSource:
         )
 
     def start(self, code_tables: Sequence[Tensor], where: Placement) -> None:
-        """Let a network's codes start from the codebook, if that is asked for."""
+        """Let a network's codes start from the codebook, if that is asked for.
+
+        Raises:
+            UserError: All codes have the same number somewhere, as those of a tokenizer that never used them.
+        """
         deviation = self.config.codebook_start
         if deviation:
-            tokenizer = load_tokenizer(self.config.tokenizer, torch.device("cpu"))
-            start_from_codebook(code_tables, tokenizer.code_vectors(), deviation, where)
+            vectors = load_tokenizer(self.config.tokenizer, torch.device("cpu")).code_vectors()
+            if not bool((vectors.std(dim=0) > 0).all()):
+                raise UserError(
+                    f"codebook_start: the codes of {self.config.tokenizer} do not differ, so that nothing "
+                    f"can start from them; train that tokenizer until its codebook joins, or set this to 0."
+                )
+            start_from_codebook(code_tables, vectors, deviation, where)
 
     def begin(self, partition: Partition) -> None:
         """Take over a trained model's weights, if that is asked for.
