@@ -170,6 +170,10 @@ def test_a_run_starts_from_what_another_exported(
         for name, value in began.items():
             assert torch.equal(value, exported[name.removeprefix("model.")])
 
+    done = run_tool("train.py", config, *wanted, f"run={tmp_path / 'other-times'}", "diffusion.steps=5")
+    assert done.returncode == 2
+    assert "this model knows 10 timesteps, and diffusion.steps is 5" in done.stderr
+
     weights = tmp_path / "first" / "export" / "tokenizer" / "model.safetensors"
     save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
     done = run_tool("train.py", config, *wanted, f"run={tmp_path / 'third'}")

@@ -343,6 +343,15 @@ def weights_file(folder: Path) -> Path:
     return _exported(folder) / WEIGHTS
 
 
+def schedule_of(folder: Path) -> Schedule:
+    """The schedule that a denoiser's bundle, or that of a finished run, was trained under.
+
+    Raises:
+        UserError: There is none.
+    """
+    return _load_config(BundleConfig, _exported(folder), "model bundle").diffusion
+
+
 def tokenizer_folder(folder: Path) -> Path:
     """The tokenizer's bundle in that of a model, or of a finished run."""
     return _exported(folder) / _TOKENIZER

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose
 from vqd_scale.core.world import World
 from vqd_scale.data.batch import TokenBatch
@@ -17,7 +18,7 @@ from vqd_scale.diffusion.objective import Objective, ObjectiveConfig
 from vqd_scale.diffusion.schedule import Paper, Schedule
 from vqd_scale.diffusion.times import Times, TimeSampler, Uniform
 from vqd_scale.diffusion.transition import MaskAndReplace
-from vqd_scale.inference.bundle import BundleConfig, Model, save_bundle
+from vqd_scale.inference.bundle import BundleConfig, Model, save_bundle, schedule_of
 from vqd_scale.nn.cost import forward_flops
 from vqd_scale.nn.denoiser import DenoiserConfig
 from vqd_scale.nn.network import NetworkConfig, build_network
@@ -130,7 +131,17 @@ class DenoisingTask:
         )
 
     def begin(self, partition: Partition) -> None:
-        """Take over a trained model's weights, if that is asked for."""
+        """Take over a trained model's weights, if that is asked for.
+
+        Raises:
+            UserError: See `TokenSource.begin`; or it was trained with another number of timesteps.
+        """
+        start, steps = self.config.start, self.transition.steps
+        if start is not None and (theirs := schedule_of(start.bundle).steps) != steps:
+            raise UserError(
+                f"{start.bundle}: this model knows {theirs} timesteps, and diffusion.steps is {steps}; give "
+                "the run the model's number."
+            )
         self.source.begin(partition)
 
     def samples(self) -> TokenSamples:

@@ -60,6 +60,7 @@ _CHANGEABLE = (
     "data.workers.",
     "data.prefetch.",
     "data.max_bad_share.",
+    "data.reading.",
 )
 """Keys, or beginnings of keys, that may differ when a run goes on: where it ends, how it is spread."""
 
@@ -207,7 +208,10 @@ class _Trainer(Generic[BatchType]):
             judged = self._judged()
             if judged or self._is_due(self.config.log.every):
                 loss = self.report.write(self.images, judged)
-                bar.set_postfix(loss=f"{loss:.4f}", wait=f"{self.report.wait_share:.0%}", refresh=False)
+                shown = {"loss": f"{loss:.4f}", "wait": f"{self.report.wait_share:.0%}"}
+                if self.report.utilisation is not None:
+                    shown["mfu"] = f"{self.report.utilisation:.0%}"
+                bar.set_postfix(shown, refresh=False)
             self._draw()
             if self.config.engine.zero.stage < 3 and self._is_due(self.config.health.checksum_every):
                 check_weights(self.config.run, self.images, self.engine.module, self.world)

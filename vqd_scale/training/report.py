@@ -41,6 +41,7 @@ class Report:
         self._parts = world.size * config.engine.accumulation
         self.skipped = 0
         self._last_wait_share = 0.0
+        self._last_rate = 0.0
         self.start()
 
     def start(self) -> None:
@@ -90,6 +91,11 @@ class Report:
         """The share of time between the last two rows that this rank waited for data."""
         return self._last_wait_share
 
+    @property
+    def utilisation(self) -> float | None:
+        """The share of all devices' peak between the last two rows, where the peak is known."""
+        return None if self._ideal_seconds is None else self._last_rate * self._ideal_seconds
+
     def add_skipped(self) -> None:
         """Count a batch that was not learned from."""
         self.skipped += 1
@@ -120,6 +126,8 @@ class Report:
             if name == "loss" or count > 0
         }
         waits, alone = ranks.unflatten(0, (-1, 2)).unbind(dim=1)
+        self._last_rate = valid / seconds
+        utilisation = {} if self.utilisation is None else {"model_flops_utilisation": self.utilisation}
         row = {
             "images": images,
             **means,
@@ -127,8 +135,8 @@ class Report:
             "learning_rate": self._rate,
             "gradient_norm": self._norm,
             **self._noise(float(small)),
-            "images_per_second": valid / seconds,
-            **self._utilisation(valid / seconds),
+            "images_per_second": self._last_rate,
+            **utilisation,
             "data_wait_share": self._waited / seconds,
             "longest_data_wait_share": float(waits.max()),
             "slowest_rank": int(alone.argmax()),
@@ -146,11 +154,6 @@ class Report:
         """Let all writers finish."""
         if self.diary is not None:
             self.diary.close()
-
-    def _utilisation(self, images_per_second: float) -> dict[str, float]:
-        if self._ideal_seconds is None:
-            return {}
-        return {"model_flops_utilisation": images_per_second * self._ideal_seconds}
 
     def _noise(self, small: float) -> dict[str, float]:
         if self._parts == 1 or not self._steps:
