@@ -14,8 +14,8 @@ if [ -n "${SLURM_JOB_ID:-}" ]; then
     export MASTER_ADDR MASTER_PORT
 fi
 
-# A rank's threads: the cores that Slurm gave it, where --cpus-per-task says so.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+# A rank's threads: its share of the cores that Slurm gave, where --cpus-per-gpu or --cpus-per-task says so.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_GPU:-${SLURM_CPUS_PER_TASK:-1}}}
 # srun of Slurm 22.05 and later does not take it over from sbatch.
 [ -n "${SLURM_CPUS_PER_TASK:-}" ] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 

@@ -7,9 +7,8 @@
 # Nodes rarely reach the internet: the feature extractor is a file, data/weights/… unless extractor.weights=FILE.
 #SBATCH --job-name=vqd-eval
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=12
+#SBATCH --cpus-per-gpu=12
 #SBATCH --time=12:00:00
 #SBATCH --signal=USR2@300
 #SBATCH --requeue

@@ -7,6 +7,7 @@ set -euo pipefail
 DRY_RUN=
 if [ "${1:-}" = --dry-run ]; then
     DRY_RUN=yes
+    RANKS_PER_NODE=${RANKS_PER_NODE:-GPUS}
     shift
 elif [ -z "${SLURM_JOB_ID:-}" ]; then
     echo "this is a job: sbatch $0, or bash $0 --dry-run to see what would run" >&2
@@ -22,6 +23,9 @@ source slurm/env.sh
 # How often the job may be started again, whatever for: a time limit, a hang, a lost node.
 MAX_REQUEUES=${MAX_REQUEUES:-20}
 LOGS=${LOGS:-slurm/logs}
+# A rank for each GPU. srun is told, not sbatch: a job that names its tasks needs, when it is queued again, as many
+# nodes as it had, whatever range --nodes gives.
+RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 
 # stage NAME TOOL ARGUMENT...
 # A stage that was finished by an earlier start of this job is not started again.
@@ -34,8 +38,8 @@ stage() {
     fi
     local logs=$LOGS/$job starts=${SLURM_RESTART_COUNT:-0}
     local ends=$logs/$name-ends-$starts
-    local command=(srun --kill-on-bad-exit=1 --open-mode=append "--output=$logs/$name-rank-%t.log"
-        bash slurm/rank.sh "$ends" "$PYTHON" "$@")
+    local command=(srun "--ntasks-per-node=$RANKS_PER_NODE" --cpu-bind=none --kill-on-bad-exit=1
+        --open-mode=append "--output=$logs/$name-rank-%t.log" bash slurm/rank.sh "$ends" "$PYTHON" "$@")
     if [ -n "$DRY_RUN" ]; then
         printf '%q ' "${command[@]}"
         echo
@@ -47,7 +51,7 @@ stage() {
     fi
     mkdir -p "$ends"
     echo "$(date +%FT%T) $name: start $((starts + 1)) of at most $((MAX_REQUEUES + 1)) on $SLURM_JOB_NODELIST," \
-        "$SLURM_NTASKS ranks; their logs are $logs/$name-rank-*.log"
+        "$((SLURM_JOB_NUM_NODES * RANKS_PER_NODE)) ranks; their logs are $logs/$name-rank-*.log"
     local status=0
     "${command[@]}" || status=$?
     if [ "$status" -eq 0 ]; then

@@ -6,9 +6,8 @@
 #SBATCH --job-name=vqd-tokenize
 #SBATCH --array=0-63
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=1
-#SBATCH --cpus-per-task=12
+#SBATCH --cpus-per-gpu=12
 #SBATCH --time=12:00:00
 #SBATCH --signal=USR2@60
 #SBATCH --requeue

@@ -2,9 +2,8 @@
 # B on COCO:  sbatch slurm/train_b.sh [a.b=value ...]      bash slurm/train_b.sh --dry-run
 #SBATCH --job-name=vqd-b
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=12
+#SBATCH --cpus-per-gpu=12
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR2@300
 #SBATCH --requeue

@@ -4,9 +4,8 @@
 #   sbatch slurm/train_f.sh [a.b=value ...]      bash slurm/train_f.sh --dry-run
 #SBATCH --job-name=vqd-f
 #SBATCH --nodes=8
-#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=12
+#SBATCH --cpus-per-gpu=12
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR2@300
 #SBATCH --requeue

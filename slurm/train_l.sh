@@ -2,9 +2,8 @@
 # L on a large set:  sbatch slurm/train_l.sh [a.b=value ...]      bash slurm/train_l.sh --dry-run
 #SBATCH --job-name=vqd-l
 #SBATCH --nodes=16
-#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=12
+#SBATCH --cpus-per-gpu=12
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR2@300
 #SBATCH --requeue

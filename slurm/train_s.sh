@@ -2,9 +2,8 @@
 # S on CUB-200:  sbatch slurm/train_s.sh [a.b=value ...]      bash slurm/train_s.sh --dry-run
 #SBATCH --job-name=vqd-s
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=12
+#SBATCH --cpus-per-gpu=12
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR2@300
 #SBATCH --requeue

@@ -30,7 +30,7 @@ from tests.s3.ceph import free_ports
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "unshare")
 PACKAGES = "slurm-wlm munge"
 HOSTS = Path("/etc/hosts")
-MARK = "# a Slurm cluster of vqd-scale's tests"
+MARK = "# a Slurm cluster of vqd-scale's tests:"
 SECONDS_TO_START = 60
 SECONDS_TO_NOTICE_A_LOST_NODE = 10
 NODES_ARE_CHECKED_EVERY = 30
@@ -251,7 +251,7 @@ def slurm_cluster(nodes: int = 2) -> Generator[Cluster]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slurm-")))
         names = [f"vqd{number}" for number in range(1, nodes + 1)]
         addresses = {name: f"127.0.10.{number}" for number, name in enumerate(names, start=1)}
-        stack.enter_context(_named(addresses))
+        stack.enter_context(_named(addresses, f"{MARK} {folder.name}"))
         port, *ports = free_ports(1 + nodes)
         machine = os.uname().nodename
         described = [
@@ -301,17 +301,15 @@ def slurm_cluster(nodes: int = 2) -> Generator[Cluster]:
 
 
 @contextmanager
-def _named(addresses: dict[str, str]) -> Generator[None]:
-    """Give names their addresses in /etc/hosts for a while."""
-    lines = [f"{address} {name} {MARK}\n" for name, address in addresses.items()]
+def _named(addresses: dict[str, str], mark: str) -> Generator[None]:
+    """Give names their addresses in /etc/hosts for a while, in lines that end with a mark of one's own."""
     with _hosts() as file:
-        kept = [line for line in file if MARK not in line]
-        _rewrite(file, kept + lines)
+        _rewrite(file, [*file, *(f"{address} {name} {mark}\n" for name, address in addresses.items())])
     try:
         yield
     finally:
         with _hosts() as file:
-            _rewrite(file, [line for line in file if MARK not in line])
+            _rewrite(file, [line for line in file if mark not in line])
 
 
 @contextmanager

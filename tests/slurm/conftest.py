@@ -12,7 +12,7 @@ from tests.slurm.recipe import write_recipe
 from vqd_scale.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
-ONE_RANK_PER_NODE = ("--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=1", "--time=10")
+ONE_RANK_PER_NODE = ("--gpus-per-node=1", "--cpus-per-gpu=1", "--time=10")
 
 
 @pytest.fixture(scope="session")
