@@ -29,6 +29,7 @@ def claim(run: Path, *overrides: str) -> None:
         "denoiser.attention=sdpa",
         "denoiser.checkpoint_blocks=true",
         "data.workers=3",
+        "data.reading.buffer_megabytes=9",
         "checkpoint.keep=9",
         "log.tensorboard=true",
         "health.bad_gradient=skip",

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,9 @@ from vqd_scale.core.config import load_config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.world import World
 from vqd_scale.data.batch import TokenBatch
+from vqd_scale.data.index import ShardSet
+from vqd_scale.data.stream import StreamConfig
+from vqd_scale.inference.tokenize import TokenSetMeta
 from vqd_scale.text.clip import CaptionTokenizer
 from vqd_scale.training.denoising import DenoisingTask, TrainConfig
 
@@ -56,6 +60,26 @@ def test_trap_34_the_null_embedding_learns_from_dropped_and_empty_captions_only(
     for loss, expected in zip(losses, sees_null, strict=True):
         (gradient,) = torch.autograd.grad(loss, [null], retain_graph=True)
         assert bool(gradient.any()) == bool(expected)
+
+
+def test_sets_that_are_mixed_must_be_alike(
+    token_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many grids and vocabularies as there are sets: each is looked at, not the first one alone."""
+    config = load_config(TrainConfig, token_world / "train.yaml", [f"run={tmp_path}"])
+    both = {"path": None, "sources": [{"path": config.data.path}, {"path": config.data.path, "weight": 3}]}
+    mixed = config.model_copy(update={"data": StreamConfig.model_validate(config.data.model_dump() | both)})
+    task = DenoisingTask(mixed, ALONE)
+    assert task.read == DenoisingTask(config, ALONE).read
+    metas = iter([task.source.meta, replace(task.source.meta, grid=(9, 9))])
+
+    def of(shards: ShardSet) -> TokenSetMeta:
+        del shards
+        return next(metas)
+
+    monkeypatch.setattr(TokenSetMeta, "of", of)
+    with pytest.raises(UserError, match=r"holds grids of \(9, 9\)"):
+        DenoisingTask(mixed, ALONE)
 
 
 def test_nothing_starts_from_a_codebook_that_was_never_placed(token_world: Path, tmp_path: Path) -> None:
