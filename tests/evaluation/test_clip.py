@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -37,7 +38,7 @@ def test_features_are_those_of_open_clip(config: ClipConfig) -> None:
     images = torch.randint(0, 256, (3, 3, 48, 48), generator=torch.Generator().manual_seed(1)).byte()
     captions = ["a red circle", "a bus", "nothing"]
     found = clip.columns(images, captions)
-    transform = open_clip.image_transform(
+    transform: Any = open_clip.image_transform(
         32, False, mean=clip.network.visual.image_mean, std=clip.network.visual.image_std
     )
     pictures = torch.stack([transform(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images])

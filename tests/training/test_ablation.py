@@ -9,7 +9,9 @@ from vqd_scale.data.sources.shapes import ShapesConfig, write_shapes
 
 
 @pytest.mark.long
-def test_an_ablation_trains_scores_and_does_nothing_twice(token_world: Path, tmp_path: Path) -> None:
+def test_an_ablation_trains_scores_and_does_nothing_twice(
+    token_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_shapes(ShapesConfig(image_size=16, train_samples=1, held_out_samples=20), tmp_path / "shards")
     evaluation = {
         "name": "test",
@@ -43,9 +45,14 @@ def test_an_ablation_trains_scores_and_does_nothing_twice(token_world: Path, tmp
     assert len(rows) == 2 * 2 * 2 * 2
     assert {row["seed"] for row in rows} == {0, 1}
     models = sorted((tmp_path / "out" / "models").iterdir())
-    assert [model.name for model in models][:2] == ["both,T=3,seed=0", "both,T=3,seed=1"]
+    assert [model.name for model in models][:2] == ["mask=0.9,T=3,seed=0", "mask=0.9,T=3,seed=1"]
     made = [(model / "export" / "model.safetensors").stat().st_mtime_ns for model in models]
     (models[0] / "evaluation" / "steps=2" / "report.json").unlink()
     eval_ablation.main([str(path)])
     assert json.loads(written.read_text())["rows"] == rows
     assert made == [(model / "export" / "model.safetensors").stat().st_mtime_ns for model in models]
+    # Models of another training are not taken for these.
+    with pytest.raises(SystemExit) as end:
+        eval_ablation.main([str(path), "overrides=[images=24,checkpoint.every=16]"])
+    assert end.value.code == 2
+    assert "was begun with train.images 16, not 24" in capsys.readouterr().err

@@ -9,11 +9,13 @@ from pydantic import Field
 from vqd_scale.commands.entry import add_config_arguments, config_from, run_tool, tool_parser
 from vqd_scale.commands.eval_coco_fid import evaluate_and_publish, model_identity
 from vqd_scale.core.config import Config, load_config
+from vqd_scale.core.errors import UserError
 from vqd_scale.core.provenance import provenance
 from vqd_scale.core.stop import REQUEUE_EXIT_CODE, StopFlag
-from vqd_scale.core.store import read_json
+from vqd_scale.core.store import publish_json, read_json
 from vqd_scale.core.world import World, join_world, leave_world
 from vqd_scale.diffusion.sampler import Strided
+from vqd_scale.evaluation.parts import first_difference
 from vqd_scale.evaluation.protocol import EvaluationConfig
 from vqd_scale.evaluation.sweep import Row, figures_of, publish_sweep
 from vqd_scale.inference.pipeline import TextToImage
@@ -72,6 +74,7 @@ def _ablate(arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     world = join_world()
     try:
+        _begin(config, world)
         rows = list(_rows(config, world))
         if world.is_first:
             more = {"config": config.model_dump(mode="json"), **provenance()}
@@ -81,12 +84,32 @@ def _ablate(arguments: argparse.Namespace) -> None:
         leave_world()
 
 
+def _begin(config: AblationConfig, world: World) -> None:
+    """Say what all models share, or see that the folder holds models of the same; more of them may be added.
+
+    Raises:
+        UserError: It holds models that were trained or scored otherwise.
+    """
+    path = config.out / "shared.json"
+    train = load_config(TrainConfig, config.train, config.overrides)
+    shared = {
+        "train": train.model_dump(mode="json", exclude={"diffusion", "seed", "run"}),
+        "evaluation": config.evaluation.model_dump(mode="json"),
+    }
+    if world.is_first and not path.exists():
+        publish_json(path, shared)
+    world.barrier()
+    differing = first_difference(read_json(path, "description of these models"), shared)
+    if differing is not None:
+        raise UserError(f"{config.out}: was begun with {differing}; give another out, or delete this folder.")
+
+
 def _rows(config: AblationConfig, world: World) -> Iterator[Row]:
     """Every evaluation, models of the first seed first."""
     for seed, (noise, mask_rate), trained in product(
         config.seeds, config.mask_rates.items(), config.trained_steps
     ):
-        folder = config.out / "models" / f"{noise.replace(' ', '-')},T={trained},seed={seed}"
+        folder = config.out / "models" / f"mask={mask_rate},T={trained},seed={seed}"
         if world.any(not (folder / "export").is_dir()):
             _train(config, folder, mask_rate, trained, seed, world)
         for steps in sorted({min(steps, trained) for steps in config.inference_steps}):
