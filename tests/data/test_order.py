@@ -315,6 +315,10 @@ def rows_of_four(config: StreamConfig) -> list[TokenBatch]:
         (["path=a", "sources=[{path: b}]"], "give either path"),
         (["sources=[]"], "sources"),
         (["sources=[{path: a, weight: 0}]"], r"sources\.0\.weight"),
+        (
+            ["sources=[{path: a, weight: 0.01}, {path: b}]", "lanes=24"],
+            "a weight of 0.01 is less than one sample in a batch of 24; raise it, or lanes",
+        ),
         (["path=a", "captions=each", "balanced=true"], "two answers to what an epoch is"),
     ],
 )

@@ -95,6 +95,8 @@ class StreamConfig(Config):
     def _either_one_or_several(self) -> Self:
         if (self.path is None) == (self.sources is None):
             raise ValueError("give either path, one set of shards, or sources, several that are mixed")
+        # Weights that cannot be kept exactly stop here, and not where they are needed.
+        shares([source.weight for source in self.mixed], self.lanes)
         return self
 
     @model_validator(mode="after")
