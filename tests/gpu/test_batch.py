@@ -1,0 +1,25 @@
+import pytest
+import torch
+
+from vqd_scale.data.batch import TokenBatch, pinned
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+def test_a_pinned_batch_is_the_same_batch() -> None:
+    batch = TokenBatch(
+        tokens=torch.arange(12).view(3, 4),
+        text=torch.zeros(3, 0, dtype=torch.int64),
+        slots=torch.arange(3),
+        valid=torch.tensor([True, False, True]),
+        keys=["a", "b", "c"],
+    )
+    found = pinned(batch)
+    assert (found.keys, found.labels) == (batch.keys, None)
+    for name in ("tokens", "text", "slots", "valid"):
+        tensor = getattr(found, name)
+        assert tensor.is_pinned() or tensor.numel() == 0
+        assert torch.equal(tensor.to("cuda", non_blocking=True).cpu(), getattr(batch, name))
