@@ -16,6 +16,7 @@ from torch import Tensor
 from tests.training.ranks import on_ranks
 from vqd_scale.commands import eval_coco_fid
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.store import sha256_of
 from vqd_scale.core.world import World
 from vqd_scale.data.index import ShardSet
 from vqd_scale.data.shards import ShardRecipe, write_shard_set
@@ -141,6 +142,27 @@ def test_what_is_stopped_anywhere_goes_on_to_the_same_report(
     assert resumed.report == alone[0].report
 
 
+def test_what_is_left_is_dealt_out_anew(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, 24, 4)
+    made: dict[int, list[int]] = {0: [], 1: []}
+
+    def run(world: World) -> None:
+        def make(numbers: range) -> dict[str, Tensor]:
+            made[world.rank].append(numbers.start // 4)
+            return {FEATURES: torch.arange(numbers.start, numbers.stop)}
+
+        parts.work(make, world, "", lambda: False)
+
+    on_ranks(2, run)
+    assert made == {0: [0, 2, 4], 1: [1, 3, 5]}
+    # The second of two ranks had done nothing yet, and now both share what it left.
+    for part in (1, 3, 5):
+        parts.path(part).unlink()
+    on_ranks(2, run)
+    assert made == {0: [0, 2, 4, 1, 5], 1: [1, 3, 5, 3]}
+    assert parts.column(FEATURES).tolist() == list(range(24))
+
+
 def test_parts_of_another_drawing_are_refused(alone: tuple[Result, Path], model: Path, shards: Path) -> None:
     drawing = protocol(shards).drawing.model_copy(update={"seed": 1})
     with pytest.raises(UserError, match=r"begun with drawing.seed 0, not 1; give another --out"):
@@ -220,6 +242,10 @@ def test_the_frechet_distance_is_the_closed_form() -> None:
         ),
         ({"prompts": Captions(count=61)}, "holds 60 pictures with captions, fewer than prompts.count=61"),
         ({"prompts": Nothing(count=9)}, "no picture is a prompt's own; set it to all"),
+        (
+            {"prompts": Classes(count=9, classes=3)},
+            "3 classes are asked for, but this model knows no classes",
+        ),
         ({"data": None}, "captions need the shards that they come from; give --data"),
         ({"kid": KernelConfig(size=100)}, "set kid.size to 23"),
     ],
@@ -288,11 +314,18 @@ def test_the_tool_writes_figures_and_a_page(model: Path, shards: Path, tmp_path:
     eval_coco_fid.main([*arguments_for(model, shards, tmp_path), "drawing.save=true"])
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["count"] == 23
-    assert report["model"]["weights_sha256"]
+    assert report["model"] == {
+        "name": str(model),
+        "weights_sha256": sha256_of(model / "model.safetensors"),
+        "tokenizer_sha256": sha256_of(model / "tokenizer" / "model.safetensors"),
+    }
     assert report["reference"]["extractor"]["kind"] == "random convolutions"
     page = (tmp_path / "report.html").read_text()
     assert report["prompts"] in page
-    assert page.count("data:image/png;base64,") == 3
+    # Best, worst, not chosen; the distance by the number of pictures, and all pictures.
+    assert page.count("data:image/png;base64,") == 5
+    assert list(report["distance_by_count"]) == ["11", "23"]
+    assert report["distance_by_count"]["23"] == report["figures"]["frechet_distance"]
     assert len(list((tmp_path / "images").glob("*.png"))) == 23
 
 

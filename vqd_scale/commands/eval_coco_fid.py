@@ -16,7 +16,8 @@ from vqd_scale.evaluation.page import publish_result
 from vqd_scale.evaluation.parts import Stopped
 from vqd_scale.evaluation.protocol import EvaluationConfig
 from vqd_scale.evaluation.score import evaluate
-from vqd_scale.inference.bundle import CONFIG, weights_file
+from vqd_scale.inference.bundle import tokenizer_folder, weights_file
+from vqd_scale.inference.exchange.diffusers import COMPONENTS, INDEX
 from vqd_scale.inference.generate import Pipeline
 
 
@@ -66,12 +67,20 @@ def out_folder(arguments: argparse.Namespace, name: str) -> Path:
 
 
 def model_identity(name: str) -> dict[str, Any]:
-    """What a model is called, and its weights' digest where it is a bundle on this machine."""
+    """What a model is called, and digests of its and its tokenizer's weights where it is on this machine."""
     folder = Path(name)
-    weights = weights_file(folder)
-    if name.startswith(SCHEME) or not (weights.with_name(CONFIG)).is_file() or not weights.is_file():
+    if name.startswith(SCHEME):
         return {"name": name}
-    return {"name": name, "weights_sha256": sha256_of(weights)}
+    if (folder / INDEX).is_file():
+        files = {
+            f"{part}_sha256": file for part in COMPONENTS for file in (folder / part).glob("*.safetensors")
+        }
+    else:
+        files = {
+            "weights_sha256": weights_file(folder),
+            "tokenizer_sha256": weights_file(tokenizer_folder(folder)),
+        }
+    return {"name": name} | {what: sha256_of(file) for what, file in files.items() if file.is_file()}
 
 
 def evaluate_and_publish(
@@ -101,10 +110,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     out = out_folder(arguments, config.name)
     world, stop = join_world(), StopFlag()
     try:
-        if world.is_first:
-            publish_text(out / "config.yaml", to_yaml(config))
         pipe = load_any_model(arguments)
         evaluate_and_publish(config, pipe, model_identity(arguments.model), out, world, stop)
+        if world.is_first:
+            publish_text(out / "config.yaml", to_yaml(config))
     finally:
         leave_world()
     if world.is_first:

@@ -3,7 +3,17 @@
 from pathlib import Path
 from typing import Any, cast
 
-from vqd_scale.core.report import Figures, Picture, Section, Text, html_report, image_grid, publish_image
+from vqd_scale.core.report import (
+    Figures,
+    Picture,
+    Section,
+    Series,
+    Text,
+    html_report,
+    image_grid,
+    plot_curves,
+    publish_image,
+)
 from vqd_scale.core.store import publish_json
 from vqd_scale.evaluation.score import Result
 
@@ -22,6 +32,11 @@ def publish_result(result: Result, out: Path) -> None:
         path = out / f"shown-{number}.png"
         publish_image(path, image_grid(shown.images, shown.captions, columns=_COLUMNS, scale=scale))
         pictures.append(Picture(shown.heading, path))
+    for number, curve in enumerate(result.curves):
+        path = out / f"curve-{number}.png"
+        series = Series(curve.y, curve.positions, curve.values)
+        plot_curves(path, [series], title=curve.heading, x_label=curve.x, y_label=curve.y)
+        pictures.append(Picture(curve.heading, path, curve.note))
     report = result.report
     figures = flattened(report["figures"])
     html_report(

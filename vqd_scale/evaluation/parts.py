@@ -77,7 +77,7 @@ class Parts:
     def work(
         self, make: Callable[[range], Columns], world: World, title: str, stop: Callable[[], bool]
     ) -> None:
-        """Make those of this rank's parts that are not there yet; afterwards all ranks' are.
+        """Make this rank's share of the parts that are not there yet; afterwards all are.
 
         Args:
             make: From pictures' numbers to their columns.
@@ -90,16 +90,19 @@ class Parts:
             UserError: The disk is full.
         """
         stopped = False
-        mine = self.numbers[world.rank :: world.size]
+        # What is left is dealt out anew: other ranks may have left one rank's parts only. All take the first
+        # rank's word for it, which they wait for, so that nobody counts what is being made.
+        missing = [part for part in self.numbers if not self.path(part).exists()]
+        missing = world.gathered({"missing": missing})[0]["missing"]
+        mine = missing[world.rank :: world.size]
         total = sum(len(self.pictures(part)) for part in mine)
         with progress_bar(title, total, unit="img", quiet=not world.is_first) as bar:
             for part in mine:
-                if not self.path(part).exists():
-                    if stopped := stop():
-                        break
-                    columns = make(self.pictures(part))
-                    with published(self.path(part)) as partial:
-                        write_tensors(partial, columns)
+                if stopped := stop():
+                    break
+                columns = make(self.pictures(part))
+                with published(self.path(part)) as partial:
+                    write_tensors(partial, columns)
                 bar.update(len(self.pictures(part)))
         if world.any(stopped):
             raise Stopped

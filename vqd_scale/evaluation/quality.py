@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
 from vqd_scale.core.errors import UserError
@@ -11,7 +11,7 @@ from vqd_scale.core.errors import UserError
 _SEED = 2020
 """torch-fidelity's own, so that its figures are reached."""
 
-_CHUNK = 4096
+_CHUNK = 1024
 """Rows of distances that live at once."""
 
 
@@ -116,10 +116,10 @@ def neighbourhoods(
             f"precision and recall: {min(len(drawn), len(real))} pictures are too few for {neighbours} "
             f"neighbours; lower neighbours or take more pictures."
         )
-    drawn, real = drawn.float(), real.float()
+    drawn, real = drawn.double(), real.double()
     real_reach, drawn_reach = _reach(real, neighbours), _reach(drawn, neighbours)
     reached = torch.zeros(len(drawn), dtype=torch.int64, device=drawn.device)
-    nearest = torch.full((len(drawn),), torch.inf, device=drawn.device)
+    nearest = torch.full((len(drawn),), torch.inf, dtype=torch.float32, device=drawn.device)
     recalled: list[Bool[Tensor, " part"]] = []
     covered: list[Bool[Tensor, " part"]] = []
     for part, reach in zip(real.split(_CHUNK), real_reach.split(_CHUNK), strict=True):
@@ -138,7 +138,7 @@ def neighbourhoods(
     )
 
 
-def _reach(features: Float32[Tensor, "count features"], neighbours: int) -> Float32[Tensor, " count"]:
+def _reach(features: Float64[Tensor, "count features"], neighbours: int) -> Float32[Tensor, " count"]:
     """The distance of each to its k-th neighbour; itself is the first of the k + 1 nearest."""
     return torch.cat(
         [_distances(part, features).kthvalue(neighbours + 1).values for part in features.split(_CHUNK)]
@@ -146,7 +146,8 @@ def _reach(features: Float32[Tensor, "count features"], neighbours: int) -> Floa
 
 
 def _distances(
-    rows: Float32[Tensor, "rows features"], columns: Float32[Tensor, "columns features"]
+    rows: Float64[Tensor, "rows features"], columns: Float64[Tensor, "columns features"]
 ) -> Float32[Tensor, "rows columns"]:
-    # Not by products of matrices: a distance to itself must be 0, not the rounding of a difference.
-    return torch.cdist(rows, columns, compute_mode="donot_use_mm_for_euclid_dist")
+    # By products of matrices, which are many times faster than differences; in float64, so that the
+    # distance of equal features is their rounding's and no neighbour's.
+    return torch.cdist(rows, columns, compute_mode="use_mm_for_euclid_dist").float()

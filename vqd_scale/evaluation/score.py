@@ -21,15 +21,19 @@ from vqd_scale.evaluation.alignment import alignment_score, attributes_right
 from vqd_scale.evaluation.extractors import FEATURES, LOGITS, Extractor, build_extractor
 from vqd_scale.evaluation.frechet import FeatureStatistics, frechet_distance
 from vqd_scale.evaluation.parts import Parts
-from vqd_scale.evaluation.prompts import Prompt, choose_prompts, digest_of
+from vqd_scale.evaluation.prompts import Classes, Prompt, PromptsConfig, choose_prompts, digest_of
 from vqd_scale.evaluation.protocol import DrawingConfig, EvaluationConfig
 from vqd_scale.evaluation.quality import Spread, inception_score, kernel_distance, neighbourhoods
 from vqd_scale.evaluation.references import Reference, reference_of
 from vqd_scale.inference.autoregression import AutoregressiveTextToImage
 from vqd_scale.inference.generate import Pipeline
 from vqd_scale.inference.pipeline import picture_slots
+from vqd_scale.nn.denoiser import ClassCondition
 
 _RIGHT = "right"
+
+_POINTS = 200
+"""Of a curve over all pictures."""
 
 Images = UInt8[Tensor, "batch 3 height width"]
 
@@ -50,16 +54,54 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """One number over another.
+
+    Attributes:
+        heading: What is seen.
+        positions: Of the values, on the axis ``x``.
+        values: On the axis ``y``.
+        x: What positions are.
+        y: What values are.
+        note: How to read it.
+    """
+
+    heading: str
+    positions: list[float]
+    values: list[float]
+    x: str
+    y: str
+    note: str
+
+
+@dataclass(frozen=True)
 class Result:
     """What was found.
 
     Attributes:
         report: Everything, as JSON holds it.
         shown: The best, the worst and random pictures.
+        curves: The distance by the number of pictures, and how good all the pictures are.
     """
 
     report: dict[str, Any]
     shown: list[Shown]
+    curves: list[Curve]
+
+
+@dataclass(frozen=True)
+class _Merits:
+    """How good each picture is: what the best and the worst are chosen by.
+
+    Attributes:
+        name: What is measured.
+        values: float [count], of each picture.
+        order: float [count], higher is better.
+    """
+
+    name: str
+    values: Float[Tensor, " count"]
+    order: Float[Tensor, " count"]
 
 
 def evaluate(
@@ -89,6 +131,7 @@ def evaluate(
     """
     shards = _opened(config, world)
     prompts = choose_prompts(config.prompts, shards)
+    _check_prompts(config.prompts, pipe)
     extractor = build_extractor(config.extractor, pipe.bundle.tokenizer, world.device)
     _check_count(len(prompts), extractor)
     clip = None if config.clip is None else clips.load_clip(config.clip, world.device)
@@ -138,16 +181,19 @@ def evaluate(
     statistics = statistics_of(parts, extractor.dimension, world)
     if not world.is_first:
         return None
-    figures, merits, merit = _figures(config, parts, statistics, reference, prompts)
+    features = parts.column(FEATURES)
+    figures, merits = _figures(config, parts, features, statistics, reference, prompts, world.device)
+    by_count = _distances_by_count(features, reference, figures[_distance_name(config)])
     report = {
         "figures": figures,
         "count": statistics.count,
+        "distance_by_count": by_count,
         **description,
         "reference": reference.provenance,
         "protocol": config.model_dump(mode="json"),
     }
-    shown = _shown(config, pipe, prompts, slots, merits, merit)
-    return Result(report, shown)
+    shown = _shown(config, pipe, prompts, slots, merits)
+    return Result(report, shown, _curves(_distance_name(config), by_count, merits))
 
 
 def draw(
@@ -178,6 +224,19 @@ def _opened(config: EvaluationConfig, world: World) -> ShardSet | None:
     return None if config.data is None else ShardSet.open(config.data, look=world.is_first)
 
 
+def _check_prompts(config: PromptsConfig, pipe: Pipeline) -> None:
+    """A model of captions would take a class's number for one, and one of other classes draw others."""
+    condition = pipe.bundle.model.condition
+    if isinstance(config, Classes) and not (
+        isinstance(condition, ClassCondition) and condition.classes == config.classes
+    ):
+        knows = f"{condition.classes} classes" if isinstance(condition, ClassCondition) else "no classes"
+        raise UserError(
+            f"prompts: pictures of {config.classes} classes are asked for, but this model knows {knows}; "
+            "choose the protocol of the set that it was trained on."
+        )
+
+
 def _check_count(count: int, extractor: Extractor) -> None:
     """Before hours of drawing rather than after."""
     if count <= extractor.dimension:
@@ -190,31 +249,33 @@ def _check_count(count: int, extractor: Extractor) -> None:
 def _figures(
     config: EvaluationConfig,
     parts: Parts,
+    features: Tensor,
     statistics: FeatureStatistics,
     reference: Reference,
     prompts: Sequence[Prompt],
-) -> tuple[dict[str, Any], Float[Tensor, " count"], str]:
-    """All figures, each picture's merit, and what that is called."""
+    device: torch.device,
+) -> tuple[dict[str, Any], _Merits]:
+    """All figures, and each picture's merit."""
     distance = frechet_distance(statistics, reference.statistics)
-    features = parts.column(FEATURES)
     kid = kernel_distance(features, reference.kept, subsets=config.kid.subsets, size=config.kid.size)
-    near = neighbourhoods(features, reference.kept, config.neighbours)
+    near = neighbourhoods(features.to(device), reference.kept.to(device), config.neighbours)
     figures: dict[str, Any] = {
-        "fid" if config.extractor.kind == "inception" else "frechet_distance": distance,
+        _distance_name(config): distance,
         "kid": _spread(kid),
         "precision": near.precision,
         "recall": near.recall,
         "density": near.density,
         "coverage": near.coverage,
     }
-    merits, merit = -near.nearest, "distance to the nearest real picture"
+    merits = _Merits("distance to the nearest real picture", near.nearest, -near.nearest)
     names = parts.read(0).keys()
     if LOGITS in names:
         figures["inception_score"] = _spread(inception_score(parts.column(LOGITS), config.inception_splits))
     if config.clip is not None:
         pictures, captions = parts.column(clips.PICTURE), parts.column(clips.CAPTION)
-        merits, merit = clips.scores(pictures, captions), "CLIP score"
-        figures["clip_score"] = float(merits.mean())
+        scores = clips.scores(pictures, captions)
+        merits = _Merits("CLIP score", scores, scores)
+        figures["clip_score"] = float(scores.mean())
         figures["clip_r_precision"] = clips.r_precision(pictures, captions, config.clip.among)
     scene = prompts[0].scene
     if scene is not None and _RIGHT in names:
@@ -222,9 +283,50 @@ def _figures(
         score = alignment_score(right, scene)
         figures["alignment"] = {"mean": score.mean, "all": score.all, "per_attribute": score.per_attribute}
         # Of pictures with as many right attributes, the nearer to real ones is the better.
-        order = near.nearest.argsort(descending=True).argsort() / len(near.nearest)
-        merits, merit = torch.from_numpy(right.sum(axis=1)) + order, "attributes that are right"
-    return figures, merits, merit
+        count = torch.from_numpy(right.sum(axis=1)).float()
+        nearness = near.nearest.argsort(descending=True).argsort() / len(near.nearest)
+        merits = _Merits("attributes that are right", count, count + nearness)
+    return figures, merits
+
+
+def _distance_name(config: EvaluationConfig) -> str:
+    """Of features that are not Inception's a distance is no FID."""
+    return "fid" if config.extractor.kind == "inception" else "frechet_distance"
+
+
+def _distances_by_count(features: Tensor, reference: Reference, whole: float) -> dict[str, float]:
+    """The distance of fewer pictures, evenly taken: how much of it is for want of more."""
+    total = len(features)
+    found: dict[str, float] = {}
+    for count in (total // 8, total // 4, total // 2):
+        if count > features.shape[1]:
+            some = features[torch.arange(count) * total // count]
+            found[str(count)] = frechet_distance(FeatureStatistics.of(some), reference.statistics)
+    return found | {str(total): whole}
+
+
+def _curves(distance: str, by_count: dict[str, float], merits: _Merits) -> list[Curve]:
+    count = len(merits.values)
+    places = torch.linspace(0, count - 1, min(count, _POINTS)).long()
+    sort = merits.values.sort().values[places]
+    return [
+        Curve(
+            "Distance by the number of pictures",
+            [float(count) for count in by_count],
+            list(by_count.values()),
+            "pictures",
+            distance,
+            "It falls with the number, which is why distances of different numbers are not compared.",
+        ),
+        Curve(
+            f"All pictures by {merits.name}",
+            (places / max(count - 1, 1)).tolist(),
+            sort.tolist(),
+            "share of the pictures that have less",
+            merits.name,
+            "From the lowest to the highest.",
+        ),
+    ]
 
 
 def _spread(spread: Spread) -> dict[str, float]:
@@ -236,22 +338,16 @@ def _shown(
     pipe: Pipeline,
     prompts: Sequence[Prompt],
     slots: Tensor,
-    merits: Tensor,
-    merit: str,
+    merits: _Merits,
 ) -> list[Shown]:
     """The extremes by merit, and those that come first, which is at random where prompts are shuffled."""
-    order = merits.argsort(descending=True, stable=True).tolist()
+    order = merits.order.argsort(descending=True, stable=True).tolist()
     count = min(config.shown, len(order))
     chosen = {"Best": order[:count], "Worst": order[::-1][:count], "Not chosen": list(range(count))}
     shown: list[Shown] = []
     for name, numbers in chosen.items():
         images = draw(pipe, [prompts[number] for number in numbers], slots[numbers], config.drawing)
-        captions = [f"{prompts[number].text} ({_said(merits[number], merit)})" for number in numbers]
-        heading = f"{name} by {merit}" if name != "Not chosen" else "The first ones, not chosen"
+        captions = [f"{prompts[number].text} ({float(merits.values[number]):.3g})" for number in numbers]
+        heading = f"{name} by {merits.name}" if name != "Not chosen" else "The first ones, not chosen"
         shown.append(Shown(heading, images.permute(0, 2, 3, 1).numpy(), captions))
     return shown
-
-
-def _said(value: Tensor, merit: str) -> str:
-    number = float(value)
-    return f"{int(number)} right" if merit.startswith("attributes") else f"{abs(number):.3g}"
