@@ -316,7 +316,8 @@ def _curves(distance: str, by_count: dict[str, float], merits: _Merits) -> list[
             list(by_count.values()),
             "pictures",
             distance,
-            "It falls with the number, which is why distances of different numbers are not compared.",
+            "Drawn pictures, evenly taken, beside all real ones. Fewer give more, which is why distances of "
+            "different numbers are not compared.",
         ),
         Curve(
             f"All pictures by {merits.name}",
