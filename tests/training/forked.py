@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vqd_scale.launchers import base
 from vqd_scale.launchers.local import rank_environment
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +94,8 @@ def run(tool: str, *arguments: str, ranks: int, said: Path) -> "subprocess.Compl
 def _run(tool: str, arguments: Sequence[str], environment: Mapping[str, str], said: Path) -> None:
     import torch
 
+    # Which ends with the tests, however they end.
+    base._die_with_parent()  # pyright: ignore[reportPrivateUsage]
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
