@@ -121,45 +121,34 @@ def test_a_map_of_others_is_taken_or_refused(world: Path) -> None:
         reduce_by_map(world / "full", world / "c", map[:-1])
 
 
-Refusal = Callable[[Path], object]
+def remap(world: Path, full: str, reduced: str) -> None:
+    remap_shards(world / "tokens", world / "out", world / full, world / reduced)
+
+
+def reduce(world: Path, full: str, counted: int) -> None:
+    reduce_tokenizer(world / full, world / "x", torch.ones(counted, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(
-    ("refused", "message"),
+    ("refused", "arguments", "message"),
     [
-        (
-            lambda world: remap_shards(world / "tokens", world / "out", world / "other", world / "fewer"),
-            "made by another tokenizer",
-        ),
-        (
-            lambda world: remap_shards(world / "tokens", world / "out", world / "full", world / "strange"),
-            "is no reduction of the tokenizer",
-        ),
-        (
-            lambda world: remap_shards(world / "tokens", world / "out", world / "full", world / "full"),
-            "is no reduction of the tokenizer",
-        ),
-        (
-            lambda world: reduce_tokenizer(world / "fewer", world / "x", torch.ones(5).long()),
-            "reduced already",
-        ),
-        (
-            lambda world: reduce_tokenizer(world / "full", world / "x", torch.ones(9).long()),
-            "has 10 codes, but those of 9 were counted",
-        ),
-        (
-            lambda world: reduce_tokenizer(world / "full", world / "x", torch.ones(10).long()),
-            "nothing to reduce",
-        ),
+        (remap, ("other", "fewer"), "made by another tokenizer"),
+        (remap, ("full", "strange"), "is no reduction of the tokenizer"),
+        (remap, ("full", "full"), "is no reduction of the tokenizer"),
+        (reduce, ("fewer", 5), "reduced already"),
+        (reduce, ("full", 9), "has 10 codes, but those of 9 were counted"),
+        (reduce, ("full", 10), "nothing to reduce"),
     ],
 )
-def test_a_map_that_does_not_fit_is_refused(world: Path, refused: Refusal, message: str) -> None:
+def test_a_map_that_does_not_fit_is_refused(
+    world: Path, refused: Callable[..., None], arguments: tuple[str | int, ...], message: str
+) -> None:
     counts = count_codes(world / "tokens")
     reduce_tokenizer(world / "full", world / "fewer", counts)
     tokenizer_at(world / "other", seed=1)
     reduce_tokenizer(world / "other", world / "strange", counts)
     with pytest.raises(UserError, match=message):
-        refused(world)
+        refused(world, *arguments)
     assert not (world / "out").exists()
 
 

@@ -89,7 +89,7 @@ def test_without_weights_the_package_is_looked_for_and_its_absence_said(
     weights: tuple[dict[str, Tensor], dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save(weights[0], tmp_path / "vgg16.pth")
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", _finds_nothing)
     with pytest.raises(UserError, match="package lpips, which brings these weights, is not installed"):
         build_perceptual(LPIPSConfig(vgg=tmp_path / "vgg16.pth"))
 
@@ -121,3 +121,8 @@ def test_the_pyramid_sees_edges_at_all_its_scales_and_no_constant() -> None:
     pyramid(found, torch.zeros_like(found)).sum().backward()
     assert found.grad is not None
     assert pyramid(torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1)).tolist() == [0.0]
+
+
+def _finds_nothing(name: str) -> None:
+    """As where no package is installed."""
+    del name

@@ -211,7 +211,8 @@ def test_learned_codes_are_moved_by_their_own_term_and_latents_by_the_commitment
     torch.testing.assert_close(output.images, tokenizer.decode(tokenizer.encode(images)))
     assert output.codebook is not None
     assert torch.equal(output.codebook, output.commitment)
-    codes, encoder = tokenizer.quantize.embedding.weight, tokenizer.quant_conv.weight
+    codes = tokenizer.quantize.get_parameter("embedding.weight")
+    encoder = tokenizer.quant_conv.get_parameter("weight")
     for term, moved in ((output.codebook, codes), (output.commitment, encoder), (output.images, encoder)):
         found = torch.autograd.grad(term.sum(), [codes, encoder], retain_graph=True, allow_unused=True)
         assert [gradient is not None for gradient in found] == [moved is codes, moved is encoder]

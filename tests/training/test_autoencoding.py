@@ -158,6 +158,16 @@ def test_temperature_goes_down_half_a_cosine() -> None:
     assert temperature.at(100) == temperature.at(500) == pytest.approx(0.0625)
 
 
+class _Nowhere:
+    """A partition without DeepSpeed."""
+
+    def __init__(self) -> None:
+        self.masters: list[Tensor] = []
+
+    def masters_changed(self) -> None:
+        """There is no network to tell."""
+
+
 def collapsed(folder: Path, codes: int = 16) -> TamingVQ:
     """A tokenizer whose codes lie so far off that hardly one is ever the nearest."""
     torch.manual_seed(0)
@@ -196,8 +206,13 @@ def test_trap_40_refit_fills_the_codebook_and_leaves_the_encoder_as_it_is(
     (tmp_path / "run").mkdir()
     task = refit(pictures, tmp_path)
     placed: dict[str, Tensor] = {}
-    monkeypatch.setattr("vqd_scale.training.refitting.fill", lambda _, __, whole: placed.update(whole))
-    partition: Any = type("Partition", (), {"masters": [], "masters_changed": lambda _: None})()
+
+    def place(partition: object, flats: object, whole: dict[str, Tensor]) -> None:
+        del partition, flats
+        placed.update(whole)
+
+    monkeypatch.setattr("vqd_scale.training.refitting.fill", place)
+    partition: Any = _Nowhere()
     task.begin(partition)
     (centres,) = placed.values()
     assert list(placed) == ["quantize.embedding.weight"]

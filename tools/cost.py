@@ -1,0 +1,4 @@
+from vqd_scale.commands.cost import main
+
+if __name__ == "__main__":
+    main()
