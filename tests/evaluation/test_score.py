@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -16,17 +17,19 @@ from torch import Tensor
 from tests.training.ranks import on_ranks
 from vqd_scale.commands import eval_coco_fid
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.stop import STOP_SIGNALS
 from vqd_scale.core.store import sha256_of
 from vqd_scale.core.world import World
 from vqd_scale.data.index import ShardSet
 from vqd_scale.data.shards import ShardRecipe, write_shard_set
+from vqd_scale.evaluation import score
 from vqd_scale.evaluation.extractors import FEATURES, RandomNetwork
 from vqd_scale.evaluation.frechet import FeatureStatistics, frechet_distance
 from vqd_scale.evaluation.parts import Parts, Stopped
 from vqd_scale.evaluation.prompts import Captions, Classes, Nothing, choose_prompts, digest_of
 from vqd_scale.evaluation.protocol import DrawingConfig, EvaluationConfig, KernelConfig
 from vqd_scale.evaluation.references import ReferenceConfig
-from vqd_scale.evaluation.score import Result, evaluate, statistics_of
+from vqd_scale.evaluation.score import Result, draw, evaluate, statistics_of
 from vqd_scale.inference.pipeline import TextToImage
 
 FEATURE_COUNT = 6
@@ -336,6 +339,32 @@ def test_the_tool_says_a_mistake_in_one_sentence(
         eval_coco_fid.main([*arguments_for(model, shards, tmp_path)[:-2], "extractor.kind=inception"])
     assert end.value.code == 2
     assert "the weights of Inception are missing" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_signal_ends_the_tool_so_that_it_is_started_again(
+    model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = 0
+
+    def interrupted(*arguments: Any) -> Tensor:
+        nonlocal drawn
+        drawn += 1
+        if drawn == 2:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return draw(*arguments)
+
+    monkeypatch.setattr(score, "draw", interrupted)
+    before = [(number, signal.getsignal(number)) for number in STOP_SIGNALS]
+    try:
+        with pytest.raises(SystemExit) as end:
+            eval_coco_fid.main(arguments_for(model, shards, tmp_path))
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+    assert end.value.code == 75
+    assert not (tmp_path / "report.json").exists()
+    # What was being drawn is kept.
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) == 2
 
 
 @pytest.mark.long

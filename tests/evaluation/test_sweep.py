@@ -47,6 +47,26 @@ def test_all_combinations_are_evaluated_one_seed_after_the_other(tmp_path: Path)
     assert {protocol.reference.file for _, _, protocol in every} == {tmp_path / "reference.safetensors"}
 
 
+def test_samplers_are_an_axis_as_well(tmp_path: Path) -> None:
+    samplers = ({"kind": "ancestral"}, {"kind": "strided", "steps": 4}, {"kind": "legacy_fast", "speed": 2})
+    axes = {"drawing.sampler": samplers, "drawing.guidance.scale": (1.0, 2.0)}
+    every = points(config_of(axes=axes, x="drawing.guidance.scale"), tmp_path)
+    assert [name for name, _, _ in every][::2] == [
+        "seed=0,sampler=ancestral,guidance.scale=1.0",
+        "seed=0,sampler=strided 4,guidance.scale=1.0",
+        "seed=0,sampler=legacy_fast 2,guidance.scale=1.0",
+    ]
+    assert [protocol.drawing.sampler.kind for _, _, protocol in every][::2] == [
+        "ancestral",
+        "strided",
+        "legacy_fast",
+    ]
+    rows = [Row({key: settings[key] for key in axes}, 0, {"fid": 1.0}) for _, settings, _ in every]
+    assert len(grouped(rows)) == 6
+    with pytest.raises(UserError, match=r"the values of 'drawing.sampler' are no numbers"):
+        points(config_of(axes=axes, x="drawing.sampler"), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("axes", "sentence"),
     [

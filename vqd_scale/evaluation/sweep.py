@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import Field
 
@@ -24,10 +24,11 @@ class SweepConfig(Config):
 
     Attributes:
         evaluation: The protocol that all share.
-        axes: Values of each dotted key of the protocol; all combinations are evaluated. Those of
-            ``drawing.seed`` are the same thing again: their spread is shown.
+        axes: Values of each dotted key of the protocol, single ones or whole groups of keys such as
+            ``{kind: ancestral}``; all combinations are evaluated. Those of ``drawing.seed`` are the same
+            thing again: their spread is shown.
         figures: Which of the report's figures the table and the plot show, by dotted names.
-        x: Which key is the plot's horizontal axis.
+        x: Which key is the plot's horizontal axis; its values are numbers.
     """
 
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -81,6 +82,8 @@ def points(config: SweepConfig, out: Path) -> list[tuple[str, dict[str, Any], Ev
     Raises:
         UserError: A key or a value is wrong.
     """
+    if any(isinstance(value, str | dict) for value in config.axes.get(config.x, ())):
+        raise UserError(f"x: the values of '{config.x}' are no numbers, as a horizontal axis needs them.")
     keys = [SEED, *(key for key in config.axes if key != SEED)]
     values = [
         config.axes.get(SEED, (config.evaluation.drawing.seed,)),
@@ -94,6 +97,7 @@ def points(config: SweepConfig, out: Path) -> list[tuple[str, dict[str, Any], Ev
             _set(plain, key, value)
         # All have the same real pictures.
         plain["reference"]["file"] = plain["reference"]["file"] or str(out / "reference.safetensors")
+        settings = {key: _named(value) for key, value in settings.items()}
         name = ",".join(f"{key.removeprefix('drawing.')}={value}" for key, value in settings.items())
         protocol = validated(EvaluationConfig, plain, source=f"axes: {name}")
         found.append((name.replace("/", "_"), settings, protocol))
@@ -238,6 +242,11 @@ def _curves(groups: Sequence[Group], x: str, figure: str) -> list[Series]:
             )
         )
     return curves
+
+
+def _named(value: Any) -> Any:  # noqa: ANN401 - a configuration's value
+    """A group of keys in one word, as tables and folders name it."""
+    return " ".join(map(str, cast(dict[str, Any], value).values())) if isinstance(value, dict) else value
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401 - a configuration's value
