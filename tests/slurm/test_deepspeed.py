@@ -23,7 +23,15 @@ def test_deepspeeds_launcher_starts_the_same_run(
     done = subprocess.run(
         [
             *(sys.executable, str(launcher), "--hostfile", str(tmp_path / "hostfile"), "--no_ssh_check"),
-            *("--master_port", "29431", *options, "tools/train.py", str(tmp_path / "pretrain.yaml")),
+            *(
+                "--master_addr",
+                "127.0.0.1",
+                "--master_port",
+                "29431",
+                *options,
+                "tools/train.py",
+                str(tmp_path / "pretrain.yaml"),
+            ),
         ],
         cwd=ROOT,
         env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
