@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import cast, get_args
 
 from vqd_scale.commands.entry import add_config_arguments, config_from, run_tool, tool_parser
-from vqd_scale.commands.run import TOKEN_RUNS
+from vqd_scale.commands.run import TOKEN_RUNS, TOKENIZER_RUNS
 from vqd_scale.core.config import Config, to_yaml
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.provenance import modified_files, provenance
@@ -22,7 +22,6 @@ from vqd_scale.inference.tokenize import TokenizeConfig
 from vqd_scale.launchers.base import copy_of_the_code
 from vqd_scale.launchers.record import Cluster, Launch, newest_launch
 from vqd_scale.launchers.slurm import Resources, submit
-from vqd_scale.training.autoencoding import TokenizerTrainConfig
 from vqd_scale.training.metrics import read_metrics
 
 _POLL_SECONDS = 2.0
@@ -102,7 +101,7 @@ def _tokenizer() -> Tool:
     _add_resources(parser)
 
     def run(arguments: argparse.Namespace) -> None:
-        config = config_from(TokenizerTrainConfig, arguments)
+        config = config_from(TOKENIZER_RUNS, arguments)
         _check_data(config.data)
         work = _Work("tokenizer", config.run / _JOBS, str(config.run), config, [["train_tokenizer.py"]])
         _launch(work, arguments)

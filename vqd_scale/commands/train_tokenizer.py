@@ -7,9 +7,14 @@ import torch
 from vqd_scale.commands.entry import add_config_arguments, config_from, run_tool, tool_parser
 from vqd_scale.commands.evaluate_tokenizer import REPORT, Judges, in_a_line, report_tokenizers
 from vqd_scale.commands.run import TOKENIZER_RUNS, run_task, tokenizer_task
+from vqd_scale.evaluation.tokenization import evaluate_tokenizer
+from vqd_scale.inference.bundle import load_tokenizer
 from vqd_scale.tokenizers.perceptual import LPIPSConfig
 from vqd_scale.training.autoencoding import AutoencodingConfig
 from vqd_scale.training.refitting import RefitConfig
+
+_COUNTED = 1024
+"""Training pictures over which the use of codes is counted."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,8 +53,21 @@ def _report(config: AutoencodingConfig, seconds: float) -> None:
         config.run,
         Judges.of(lpips, config.validation.inception, device),
         device,
-        more={"seconds": round(seconds, 1), "images": config.images},
+        more={
+            "seconds": round(seconds, 1),
+            "images": config.images,
+            "usage_in_training": _usage(config, device),
+        },
     )
     for name, figures in found.items():
         print(f"{name}: {in_a_line(figures)}")
     print(f"report: {config.run / REPORT}")
+
+
+def _usage(config: AutoencodingConfig, device: torch.device) -> dict[str, float]:
+    """How many codes pictures of the training set use: a few held-out ones may need only some of them."""
+    pictures = config.data.mixed[0].path
+    size = config.transform.size
+    tokenizer = load_tokenizer(config.run / "export", device)
+    figures = evaluate_tokenizer(tokenizer, pictures, size, device=device, most=_COUNTED).figures
+    return {name: figures[name] for name in ("tokens", "used", "used_often", "perplexity")}
