@@ -1,3 +1,6 @@
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -5,7 +8,7 @@ from hypothesis import strategies as st
 from vqd_scale.core.config import Config, load_config
 from vqd_scale.core.endpoint import S3Endpoint
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.s3 import Blocks, S3Path
+from vqd_scale.core.s3 import Arriving, S3Path
 from vqd_scale.core.store import Location, parse_location
 
 
@@ -67,7 +70,10 @@ def test_other_places_are_refused(text: str, allowed: str) -> None:
 
 @given(st.lists(st.binary(min_size=1, max_size=9), max_size=6), st.data())
 def test_blocks_are_their_bytes_joined(parts: list[bytes], data: st.DataObject) -> None:
-    blocks, joined = Blocks(), b"".join(parts)
+    blocks, joined = Arriving(), b"".join(parts)
+    ended: Future[None] = Future()
+    ended.set_result(None)
+    blocks.follow(ended)
     for part in parts:
         blocks.append(part)
     assert len(blocks) == len(joined)
@@ -75,3 +81,33 @@ def test_blocks_are_their_bytes_joined(parts: list[bytes], data: st.DataObject) 
     begin = data.draw(st.integers(0, len(joined)))
     end = data.draw(st.integers(begin, len(joined)))
     assert blocks.read(begin, end) == joined[begin:end]
+
+
+def test_bytes_are_given_out_while_others_are_on_their_way() -> None:
+    arriving, end = Arriving(), Future[None]()
+    arriving.follow(end)
+    arriving.append(b"abc")
+    assert arriving.read(1, 3) == b"bc"
+    with ThreadPoolExecutor() as pool:
+        later, whole, beyond = (
+            pool.submit(arriving.read, 2, 5),
+            pool.submit(lambda: list(arriving)),
+            pool.submit(arriving.read, 4, 9),
+        )
+        arriving.append(b"def")
+        assert later.result() == b"cde"
+        arriving.append(b"g")
+        end.set_exception(UserError("gone"))
+        for waiting in (whole, beyond):
+            with pytest.raises(UserError, match="gone"):
+                waiting.result()
+    # What came is still there.
+    assert arriving.read(0, 7) == b"abcdefg"
+
+
+def test_bytes_go_with_the_last_who_holds_them() -> None:
+    arriving, end = Arriving(), Future[None]()
+    arriving.follow(end)
+    held = weakref.ref(arriving)
+    del arriving
+    assert held() is None

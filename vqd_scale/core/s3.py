@@ -5,7 +5,10 @@ which goes on at the byte after the last one received when the connection breaks
 """
 
 import base64
+import functools
 import hashlib
+import itertools
+import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -162,25 +165,25 @@ class S3Object:
             UserError: The store cannot be reached or refuses; the object has another size than it must have,
                 or was replaced since it was met.
         """
-        return self.fetch(begin, end).result().read(0, end - begin)
+        return self.fetch(begin, end).read(0, end - begin)
 
-    def fetch(self, begin: int, end: int) -> "Future[Blocks]":
-        """Start to `read`; the future gives or raises what it would."""
-        return self.path.endpoint.started(self._fetched(begin, end))
+    def fetch(self, begin: int, end: int) -> "Arriving":
+        """Start to `read`; what has arrived can be had at once, waiting for more raises what `read` would."""
+        received = Arriving()
+        received.follow(self.path.endpoint.started(self._receive(begin, end, received)))
+        return received
 
     def blocks(self) -> Iterator[bytes]:
         """All bytes in order, read ahead; raises what `read` raises."""
-        ahead: list[Future[Blocks]] = []
+        ahead: list[Arriving] = []
         for begin in range(0, self.size, PIECE_BYTES):
             ahead.append(self.fetch(begin, min(begin + PIECE_BYTES, self.size)))
             if len(ahead) > PIECES_AHEAD:
-                yield from ahead.pop(0).result()
+                yield from ahead.pop(0)
         while ahead:
-            yield from ahead.pop(0).result()
+            yield from ahead.pop(0)
 
-    async def _fetched(self, begin: int, end: int) -> "Blocks":
-        received = Blocks()
-
+    async def _receive(self, begin: int, end: int, received: "Arriving") -> None:
         async def receive() -> None:
             first = begin + len(received)
             answer = await self._asked(first, end)
@@ -193,7 +196,6 @@ class S3Object:
 
         if end > begin:
             await persistently(self.path, "read", receive, received.__len__)
-        return received
 
     async def _asked(self, begin: int, end: int) -> Answer:
         condition = {} if self._version is None else {"IfMatch": self._version}
@@ -215,33 +217,70 @@ class S3Object:
             raise UserError(f"{self.path}: was replaced while it was read; start again.")
 
 
-class Blocks:
-    """Bytes in the blocks in which they were received: joining them would touch all of them once more."""
+class Arriving:
+    """A range of bytes while it is received, in the blocks in which it comes.
+
+    One thread appends, others read. The blocks are not joined, which would touch all of them once more.
+    """
 
     def __init__(self) -> None:
         self._blocks: list[bytes] = []
         self._starts: list[int] = []
         self._length = 0
+        self._changed = threading.Condition()
+        self._end: Future[None] = Future()
 
     def __len__(self) -> int:
+        """How many bytes there are by now."""
         return self._length
 
     def __iter__(self) -> Iterator[bytes]:
-        return iter(self._blocks)
+        """The blocks, as they come; raises what ended them too early."""
+        position = 0
+        for number in itertools.count():
+            self._await(position + 1)
+            if number == len(self._blocks):
+                return
+            yield self._blocks[number]
+            position += len(self._blocks[number])
+
+    def follow(self, end: "Future[None]") -> None:
+        """Say what ends when all was received; if it fails, so does waiting for what did not come."""
+        self._end = end
+        # Not a method of this object: in a circle with it, the bytes would stay until they are looked for.
+        end.add_done_callback(functools.partial(_tell, self._changed))
 
     def append(self, block: bytes) -> None:
         """Add what was received next."""
         self._starts.append(self._length)
         self._blocks.append(block)
+        # Last: who sees it sees the block.
         self._length += len(block)
+        _tell(self._changed)
 
     def read(self, begin: int, end: int) -> bytes:
-        """Bytes ``begin`` to ``end - 1`` of them all."""
+        """Bytes ``begin`` to ``end - 1`` of the range; waits for them, raises what ended them too early."""
+        self._await(end)
         first, last = max(0, bisect_right(self._starts, begin) - 1), bisect_left(self._starts, end)
         return b"".join(
-            block[max(0, begin - start) : end - start]
+            # A view: the bytes are copied once, be they in one block or in several.
+            memoryview(block)[max(0, begin - start) : end - start]
             for block, start in zip(self._blocks[first:last], self._starts[first:last], strict=True)
         )
+
+    def _await(self, length: int) -> None:
+        """Wait for so many bytes, or for the end."""
+        if self._length < length:
+            with self._changed:
+                self._changed.wait_for(lambda: self._length >= length or self._end.done())
+            if self._length < length:
+                self._end.result()
+
+
+def _tell(changed: threading.Condition, end: object = None) -> None:
+    del end
+    with changed:
+        changed.notify_all()
 
 
 def write_object(path: S3Path, file: Path) -> None:

@@ -19,12 +19,12 @@ from pydantic import Field
 
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.s3 import PIECE_BYTES, PIECES_AHEAD, Blocks, S3Object, S3Path
+from vqd_scale.core.s3 import PIECE_BYTES, PIECES_AHEAD, Arriving, S3Object, S3Path
 from vqd_scale.data.cache import CacheConfig, ShardCache
 from vqd_scale.data.index import Shard, ShardSet
 
 TURNS_AHEAD = 8
-"""So many batches before a sample is due its piece is asked for, if memory allows."""
+"""So many batches before it is due a single sample is asked for, if memory allows."""
 
 _KEPT_AT_ONCE = 2
 
@@ -110,7 +110,10 @@ class Reading:
         samples = max(1, min(window, PIECE_BYTES // mean, (each - 2 * window) // 2))
         if config.cache is not None:
             return cls(Tempo(samples, window), config)
-        return cls(Tempo(samples, TURNS_AHEAD if samples > 1 else max(1, min(TURNS_AHEAD, each - 1))), config)
+        # A window ahead but one batch: the next one is asked for when the first batch of this one
+        # has come, which does not wait for it.
+        turns = window - 1 if samples > 1 else max(1, min(TURNS_AHEAD, each - 1))
+        return cls(Tempo(samples, turns), config)
 
     def open(self, shard: Shard, extents: Callable[[], Extents]) -> SampleBytes:
         """Open a shard.
@@ -186,13 +189,13 @@ class _InPieces:
         number = sample // self._samples
         start = self._begins[number]
         try:
-            return self._piece(number).result().read(begin - start, end - start)
+            return self._piece(number).read(begin - start, end - start)
         except FileNotFoundError:
             raise UserError(
                 f"{self._content.path}: missing, although the set's index lists it; make the set again."
             ) from None
 
-    def _piece(self, number: int) -> "Future[Blocks]":
+    def _piece(self, number: int) -> Arriving:
         begin, end = self._begins[number], self._ends[number]
         key = self._content.path, number
         return self._pieces.get(key, end - begin, lambda: self._content.fetch(begin, end))
@@ -203,11 +206,9 @@ class _Pieces:
 
     def __init__(self, capacity: int) -> None:
         self._free = capacity
-        self._kept: OrderedDict[tuple[S3Path, int], tuple[int, Future[Blocks]]] = OrderedDict()
+        self._kept: OrderedDict[tuple[S3Path, int], tuple[int, Arriving]] = OrderedDict()
 
-    def get(
-        self, key: tuple[S3Path, int], size: int, fetch: "Callable[[], Future[Blocks]]"
-    ) -> "Future[Blocks]":
+    def get(self, key: tuple[S3Path, int], size: int, fetch: Callable[[], Arriving]) -> Arriving:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key][1]
