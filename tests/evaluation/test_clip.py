@@ -9,9 +9,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tests.evaluation.test_score import protocol, scored
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.store import sha256_of
+from vqd_scale.data.index import ShardSet
 from vqd_scale.evaluation.clip import CAPTION, PICTURE, ClipConfig, load_clip, r_precision, scores
+from vqd_scale.evaluation.parts import Parts
+from vqd_scale.evaluation.prompts import choose_prompts
 
 CPU = torch.device("cpu")
 NAME = "vqd-scale-test-clip"
@@ -51,6 +55,23 @@ def test_features_are_those_of_open_clip(config: ClipConfig) -> None:
         (theirs * words).sum(dim=1).numpy(), abs=5e-3
     )
     assert clip.description["weights_sha256"] == sha256_of(config.weights)
+
+
+def test_an_evaluation_is_judged_by_it_as_well(
+    config: ClipConfig, model: Path, shards: Path, tmp_path: Path
+) -> None:
+    result = scored(protocol(shards, clip=config), model, tmp_path)
+    parts = Parts(tmp_path / "parts", 23, 4)
+    pictures, captions = parts.column(PICTURE), parts.column(CAPTION)
+    figures = result.report["figures"]
+    assert figures["clip_score"] == pytest.approx(float(scores(pictures, captions).mean()))
+    assert figures["clip_r_precision"] == r_precision(pictures, captions, config.among)
+    assert result.report["clip"]["weights_sha256"] == sha256_of(config.weights)
+    # Every picture's caption is its own prompt's.
+    chosen = [prompt.text for prompt in choose_prompts(protocol(shards).prompts, ShardSet.open(shards))]
+    network, tokenize = load_clip(config, CPU).network, open_clip.get_tokenizer(NAME)
+    with torch.no_grad():
+        torch.testing.assert_close(captions, network.encode_text(tokenize(chosen), normalize=True))
 
 
 def test_weights_of_another_model_are_refused(config: ClipConfig, tmp_path: Path) -> None:
