@@ -158,3 +158,14 @@ def test_a_folder_may_be_renamed_as_soon_as_its_file_appears(
     monkeypatch.setattr(Path, "replace", and_rename_the_folder)
     publish_text(tmp_path / "partial" / "file", "whole")
     assert (tmp_path / "final" / "file").read_text() == "whole"
+
+
+def test_two_who_publish_one_file_at_the_same_time(tmp_path: Path) -> None:
+    path = tmp_path / "index.json"
+    with published(path, shared=True) as first:
+        first.write_text("first")
+        with published(path, shared=True) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
