@@ -18,10 +18,12 @@ from vqd_scale.tokenizers.vqgan import VQGAN
 pytestmark = pytest.mark.s3
 
 
-def tokenize(images: Location, out: Location, folder: Path) -> None:
+def tokenize(images: Location, out: Location, folder: Path, workers: int = 1) -> None:
     file = folder / "tokenize.yaml"
     file.write_text("size: 16\nbatch: 4\nmax_bad_share: 0.2\ncaptions: {context_length: 8, merges: 300}\n")
-    main([str(file), f"images={images}", f"out={out}", f"tokenizer={folder / 'tokenizer'}"])
+    paths = [f"images={images}", f"out={out}", f"tokenizer={folder / 'tokenizer'}"]
+    for worker in range(workers):
+        main([str(file), *paths, "--worker", str(worker), "--workers", str(workers)])
 
 
 def test_from_there_to_there_as_from_here_to_here(
@@ -39,11 +41,11 @@ def test_from_there_to_there_as_from_here_to_here(
         write_shard_set(place / "images", {"kind": "images"}, recipes, "images")
     tokenize(tmp_path / "images", tmp_path / "tokens", tmp_path)
     proxy.follow(in_turn([Fault("500"), Fault("reset", 900), Fault("truncate", 100)], ending=".tar"))
-    tokenize(proxy.to(folder / "images"), folder / "tokens", tmp_path)
+    tokenize(proxy.to(folder / "images"), folder / "tokens", tmp_path, workers=2)
     assert {"500", "reset", "truncate"} <= set(proxy.faults)
     here, there = tmp_path / "tokens", folder / "tokens"
     names = file_sizes(here).keys()
-    assert {"000000.tar", "000000.npz", "index.json", "quarantine.jsonl"} <= names
+    assert {"000000.tar", "000000.npz", "index.json", "quarantine.jsonl", "statistics.json"} <= names
     assert names == file_sizes(there).keys()
     for name in names:
         assert (there / name).read_bytes() == (here / name).read_bytes()
