@@ -117,7 +117,9 @@ def remap_shards(tokens: Location, out: Location, full: Path, reduced: Path) -> 
     meta = TokenSetMeta.of(source)
     meta.check(full, None, tokens)
     whole, fewer = _full(full), load_tokenizer(reduced, _CPU)
-    if not isinstance(fewer, Reduced) or not _is_same(cast(nn.Module, fewer.full).state_dict(), whole.state_dict()):
+    if not isinstance(fewer, Reduced) or not _is_same(
+        cast(nn.Module, fewer.full).state_dict(), whole.state_dict()
+    ):
         raise UserError(
             f"{reduced}: is no reduction of the tokenizer in {full}, so that its map does not fit; reduce "
             f"this tokenizer, or name the one that was reduced."
