@@ -70,7 +70,8 @@ def test_other_places_are_refused(text: str, allowed: str) -> None:
 
 @given(st.lists(st.binary(min_size=1, max_size=9), max_size=6), st.data())
 def test_blocks_are_their_bytes_joined(parts: list[bytes], data: st.DataObject) -> None:
-    blocks, joined = Arriving(), b"".join(parts)
+    joined = b"".join(parts)
+    blocks = Arriving(len(joined))
     ended: Future[None] = Future()
     ended.set_result(None)
     blocks.follow(ended)
@@ -84,7 +85,7 @@ def test_blocks_are_their_bytes_joined(parts: list[bytes], data: st.DataObject) 
 
 
 def test_bytes_are_given_out_while_others_are_on_their_way() -> None:
-    arriving, end = Arriving(), Future[None]()
+    arriving, end = Arriving(9, step=2), Future[None]()
     arriving.follow(end)
     arriving.append(b"abc")
     assert arriving.read(1, 3) == b"bc"
@@ -106,7 +107,7 @@ def test_bytes_are_given_out_while_others_are_on_their_way() -> None:
 
 
 def test_bytes_go_with_the_last_who_holds_them() -> None:
-    arriving, end = Arriving(), Future[None]()
+    arriving, end = Arriving(9), Future[None]()
     arriving.follow(end)
     held = weakref.ref(arriving)
     del arriving

@@ -26,6 +26,7 @@ PIECE_BYTES = 32 << 20
 PIECES_AHEAD = 2
 
 _RECEIVED_AT_ONCE = 1 << 18
+_GIVEN_OUT_AT_ONCE = 1 << 22
 _PART_BYTES = 64 << 20
 _MOST_PARTS = 10_000
 _LISTED_AT_ONCE = 1000
@@ -169,7 +170,7 @@ class S3Object:
 
     def fetch(self, begin: int, end: int) -> "Arriving":
         """Start to `read`; what has arrived can be had at once, waiting for more raises what `read` would."""
-        received = Arriving()
+        received = Arriving(end - begin)
         received.follow(self.path.endpoint.started(self._receive(begin, end, received)))
         return received
 
@@ -221,12 +222,18 @@ class Arriving:
     """A range of bytes while it is received, in the blocks in which it comes.
 
     One thread appends, others read. The blocks are not joined, which would touch all of them once more.
+
+    Args:
+        size: How many bytes the range has.
+        step: Who waits is woken whenever so many more have come; to wake keeps the other from receiving.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, size: int, step: int = _GIVEN_OUT_AT_ONCE) -> None:
+        self._size, self._step = size, step
         self._blocks: list[bytes] = []
         self._starts: list[int] = []
         self._length = 0
+        self._awaited = size
         self._changed = threading.Condition()
         self._end: Future[None] = Future()
 
@@ -254,9 +261,11 @@ class Arriving:
         """Add what was received next."""
         self._starts.append(self._length)
         self._blocks.append(block)
-        # Last: who sees it sees the block.
-        self._length += len(block)
-        _tell(self._changed)
+        with self._changed:
+            self._length += len(block)
+            if self._length >= self._awaited:
+                self._awaited = self._size
+                self._changed.notify_all()
 
     def read(self, begin: int, end: int) -> bytes:
         """Bytes ``begin`` to ``end - 1`` of the range; waits for them, raises what ended them too early."""
@@ -270,11 +279,15 @@ class Arriving:
 
     def _await(self, length: int) -> None:
         """Wait for so many bytes, or for the end."""
+        if self._length >= length:
+            return
+        enough = min(self._size, -(-length // self._step) * self._step)
+        with self._changed:
+            while self._length < enough and not self._end.done():
+                self._awaited = min(self._awaited, enough)
+                self._changed.wait()
         if self._length < length:
-            with self._changed:
-                self._changed.wait_for(lambda: self._length >= length or self._end.done())
-            if self._length < length:
-                self._end.result()
+            self._end.result()
 
 
 def _tell(changed: threading.Condition, end: object = None) -> None:

@@ -179,6 +179,8 @@ class _InPieces:
     def __init__(self, content: S3Object, extents: Extents, samples: int, pieces: "_Pieces") -> None:
         firsts = np.arange(0, len(extents), samples)
         self._content, self._samples, self._pieces = content, samples, pieces
+        # A string, which knows its hash: every read of every sample looks its piece up.
+        self._name = str(content.path)
         self._begins: list[int] = np.minimum.reduceat(extents[:, 0], firsts).tolist()
         self._ends: list[int] = np.maximum.reduceat(extents[:, 1], firsts).tolist()
 
@@ -197,7 +199,7 @@ class _InPieces:
 
     def _piece(self, number: int) -> Arriving:
         begin, end = self._begins[number], self._ends[number]
-        key = self._content.path, number
+        key = self._name, number
         return self._pieces.get(key, end - begin, lambda: self._content.fetch(begin, end))
 
 
@@ -206,9 +208,9 @@ class _Pieces:
 
     def __init__(self, capacity: int) -> None:
         self._free = capacity
-        self._kept: OrderedDict[tuple[S3Path, int], tuple[int, Arriving]] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, int], tuple[int, Arriving]] = OrderedDict()
 
-    def get(self, key: tuple[S3Path, int], size: int, fetch: Callable[[], Arriving]) -> Arriving:
+    def get(self, key: tuple[str, int], size: int, fetch: Callable[[], Arriving]) -> Arriving:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key][1]
