@@ -177,7 +177,9 @@ class Checkpoints:
         if self.world.any(mistake is not None):
             save.abandoned.set()
         if save.published is not None:
-            mistake = mistake or _mistake(save.published)
+            # Waited for in any case: it clears away what was written, and must not do so during the next save.
+            unpublished = _mistake(save.published)
+            mistake = mistake or unpublished
         if self.world.any(mistake is not None):
             raise mistake or UserError(
                 f"{save.folder}: another rank could not write its part of the checkpoint."
