@@ -177,7 +177,7 @@ class Checkpoints:
         if self.world.any(mistake is not None):
             save.abandoned.set()
         if save.published is not None:
-            # Waited for in any case: it clears away what was written, and must not do so during the next save.
+            # Waited for in any case: it clears away what was written, and must not do so in the next save.
             unpublished = _mistake(save.published)
             mistake = mistake or unpublished
         if self.world.any(mistake is not None):

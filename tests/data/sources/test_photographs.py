@@ -31,7 +31,7 @@ def test_the_same_crops_come_again_and_an_unknown_photograph_is_named(tmp_path: 
     config = PhotographsConfig(held_out="china", size=32, train_samples=8)
     digests = [write_photographs(config, tmp_path / name)["train"].digests for name in ("a", "b")]
     assert digests[0] == digests[1]
-    with pytest.raises(UserError, match="no photograph 'mona-lisa' among .*china"):
+    with pytest.raises(UserError, match=r"no photograph 'mona-lisa' among .*china"):
         write_photographs(PhotographsConfig(held_out="mona-lisa"), tmp_path / "c")
 
 
