@@ -1,4 +1,4 @@
-"""One attention function, four backends of equal meaning."""
+"""One attention function, three backends of equal meaning."""
 
 import functools
 import importlib
@@ -10,13 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from vqd_scale.nn.narrow import narrow_attention
-
 logger = logging.getLogger(__name__)
 
-AttentionBackend = Literal["auto", "xformers", "sdpa", "narrow", "reference"]
-"""``auto`` takes xformers on CUDA where its kernels load. On a CPU it takes sdpa, but in half precision over
-512 keys and fewer the plain formula, and otherwise for heads of under 16 features `vqd_scale.nn.narrow`."""
+AttentionBackend = Literal["auto", "xformers", "sdpa", "reference"]
+"""``auto`` takes xformers on CUDA where its kernels load. On a CPU it takes sdpa, except in half precision
+over 512 keys and fewer: there it takes the plain formula."""
 
 _KERNEL_ALIGNMENT = 8
 _REFERENCE_KEYS = 512
@@ -24,11 +22,6 @@ _REFERENCE_KEYS = 512
 10 times as long as the plain formula over 64 keys, 2 to 4 times over 256, twice over 512, and about as long
 over 1,024, where the formula would also keep heads x 1,024 x 1,024 weights of every image for backward. In
 float32 sdpa takes between half and the same time."""
-_NARROW = 16
-"""Forward and backward of heads of 12 over 1,024 keys take `vqd_scale.nn.narrow` 0.85 of sdpa's time in
-either dtype, over 77 in float32 0.8; heads of 16 take it longer."""
-_NARROW_WEIGHTS = 1 << 22
-"""It holds all weights of a head at once; here 16 MB of them, a sequence of 2,048 attending to itself."""
 
 
 def attention(
@@ -60,9 +53,7 @@ def attention(
     chosen = _chosen(backend, query, key)
     if chosen == "xformers":
         return _xformers_attention(query, key, value, causal)
-    if chosen == "narrow" and not causal:
-        return narrow_attention(query, key, value)
-    if chosen in ("sdpa", "narrow"):
+    if chosen == "sdpa":
         return functional.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=causal
         ).transpose(1, 2)
@@ -112,11 +103,7 @@ def _chosen(backend: AttentionBackend, query: Tensor, key: Tensor) -> AttentionB
     if backend == "xformers" or (backend == "auto" and query.is_cuda):
         return "xformers" if _xformers_serves(query.dtype, query.device) else "sdpa"
     if backend == "auto":
-        if query.dtype in (torch.bfloat16, torch.float16) and key.shape[1] <= _REFERENCE_KEYS:
-            return "reference"
-        is_narrow = query.shape[-1] < _NARROW and query.dtype is not torch.float64
-        is_small = query.shape[1] * key.shape[1] <= _NARROW_WEIGHTS
-        return "narrow" if is_narrow and is_small else "sdpa"
+        return "sdpa" if query.dtype is torch.float32 or key.shape[1] > _REFERENCE_KEYS else "reference"
     return backend
 
 
