@@ -21,6 +21,7 @@ from vqd_scale.diffusion.schedule import Released
 from vqd_scale.diffusion.transition import MaskAndReplace
 from vqd_scale.nn.cost import forward_flops, peak_flops
 from vqd_scale.nn.denoiser import Denoiser, DenoiserConfig
+from vqd_scale.nn.layers import GELU2
 from vqd_scale.nn.sizes import SIZES, SizeName
 from vqd_scale.training.engine import Engine, EngineConfig
 from vqd_scale.training.optim import OptimConfig
@@ -79,11 +80,23 @@ class FusedStep(nn.Module):
         return self.denoiser(noisy, t, text, consume).mean()
 
 
+class NaiveGELU2(nn.Module):
+    """The activation as its formula is written, each operation keeping what its backward wants."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it elementwise."""
+        return x * torch.sigmoid(1.702 * x)
+
+
 class NaiveStep(nn.Module):
     """Logits of the whole batch, attention weights that are kept, the log-one-hot objective."""
 
     def __init__(self, denoiser: Denoiser, problem: StepProblem) -> None:
         super().__init__()
+        for module in list(denoiser.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, GELU2):
+                    setattr(module, name, NaiveGELU2())
         self.denoiser = denoiser
         self.objective = NaiveObjective(problem.transition, ObjectiveConfig())
 
