@@ -6,22 +6,22 @@ import pytest
 import torch
 
 from vqd_scale.commands import tokenize_shards as command
-from vqd_scale.data.shares import Share
+from vqd_scale.data.workers import Worker
 from vqd_scale.inference.tokenize import TokenizeConfig
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "tokenize" / "coco.yaml")
 
 
 @pytest.fixture
-def shares(monkeypatch: pytest.MonkeyPatch) -> list[Share]:
-    """The shares of the calls."""
+def workers(monkeypatch: pytest.MonkeyPatch) -> list[Worker]:
+    """Who each call was."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(name, raising=False)
-    found: list[Share] = []
+    found: list[Worker] = []
 
-    def note(config: TokenizeConfig, device: torch.device, share: Share) -> None:
+    def note(config: TokenizeConfig, device: torch.device, worker: Worker) -> None:
         del config, device
-        found.append(share)
+        found.append(worker)
 
     monkeypatch.setattr(command, "tokenize_shards", note)
     return found
@@ -33,25 +33,25 @@ def array(monkeypatch: pytest.MonkeyPatch, task: int, first: int, last: int, cou
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
 
 
-def test_alone_and_as_typed(shares: list[Share], capsys: pytest.CaptureFixture[str]) -> None:
+def test_alone_and_as_typed(workers: list[Worker], capsys: pytest.CaptureFixture[str]) -> None:
     command.main([CONFIG])
     command.main([CONFIG, "--worker", "2", "--workers", "5"])
-    assert shares == [Share(0, 1), Share(2, 5)]
+    assert workers == [Worker(0, 1), Worker(2, 5)]
     assert "worker 2 of 5 is done, others are not" in capsys.readouterr().out
 
 
-def test_a_job_of_an_array_and_its_ranks(shares: list[Share], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_of_an_array_and_its_ranks(workers: list[Worker], monkeypatch: pytest.MonkeyPatch) -> None:
     array(monkeypatch, task=12, first=10, last=13, count=4)
     command.main([CONFIG])
     command.main([CONFIG, "--worker", "0", "--workers", "1"])
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "8")
     command.main([CONFIG])
-    assert shares == [Share(2, 4), Share(0, 1), Share(17, 32)]
+    assert workers == [Worker(2, 4), Worker(0, 1), Worker(17, 32)]
 
 
 def test_what_leaves_it_open_is_one_sentence(
-    shares: list[Share], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workers: list[Worker], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     array(monkeypatch, task=17, first=3, last=17, count=2)
     for arguments, sentence in (
@@ -65,4 +65,4 @@ def test_what_leaves_it_open_is_one_sentence(
         error = capsys.readouterr().err
         assert sentence in error
         assert error.count("\n") == 1
-    assert not shares
+    assert not workers

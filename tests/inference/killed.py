@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from vqd_scale.core.config import load_config
-from vqd_scale.data.shares import Share
+from vqd_scale.data.workers import Worker
 from vqd_scale.inference.tokenize import TokenizeConfig, tokenize_shards
 from vqd_scale.text.clip import CaptionTokenizer
 
@@ -34,7 +34,7 @@ def started(config: TokenizeConfig, worker: int, prepare: Callable[[], None] = l
         return pid
     try:
         prepare()
-        tokenize_shards(config, torch.device("cpu"), Share(worker, WORKERS))
+        tokenize_shards(config, torch.device("cpu"), Worker(worker, WORKERS))
         os._exit(0)
     finally:
         traceback.print_exc()

@@ -18,8 +18,8 @@ from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.core.store import Location
 from vqd_scale.data.index import Shard, ShardSet
 from vqd_scale.data.shards import KEY, Sample, ShardRecipe, read_shard, write_shard_set
-from vqd_scale.data.shares import Share
 from vqd_scale.data.transforms import NearCenterCrop
+from vqd_scale.data.workers import Worker
 from vqd_scale.inference import tokenize
 from vqd_scale.inference.bundle import load_tokenizer, save_tokenizer
 from vqd_scale.inference.reduction import reduce_by_map, remap_shards
@@ -197,13 +197,13 @@ def test_any_number_of_workers_makes_the_same_bytes(
     tokenized(config)
     many = config.model_copy(update={"out": tmp_path / "many"})
     for worker in range(1, workers):
-        assert tokenize_shards(many, CPU, Share(worker, workers)) is None
+        assert tokenize_shards(many, CPU, Worker(worker, workers)) is None
         with pytest.raises(UserError, match="half-made"):
             ShardSet.open(many.out)
-    assert tokenize_shards(many, CPU, Share(0, workers)) is not None
+    assert tokenize_shards(many, CPU, Worker(0, workers)) is not None
     assert content(many.out) == content(config.out)
     # Once more, by one of others: the set is whole and stays what it is.
-    assert tokenize_shards(many, CPU, Share(1, 2)) == ShardSet.open(many.out)
+    assert tokenize_shards(many, CPU, Worker(1, 2)) == ShardSet.open(many.out)
     assert content(many.out) == content(config.out)
 
 
@@ -213,23 +213,23 @@ def test_two_workers_that_are_done_at_the_same_time(
 ) -> None:
     tokenized(config)
     both = config.model_copy(update={"out": tmp_path / "both"})
-    assert tokenize_shards(both, CPU, Share(0, 2)) is None
+    assert tokenize_shards(both, CPU, Worker(0, 2)) is None
     usual = getattr(tokenize, moment)
     others: list[ShardSet | None] = []
 
     def meanwhile(*arguments: object) -> object:
         monkeypatch.setattr(tokenize, moment, usual)
-        others.append(tokenize_shards(both, CPU, Share(0, 2)))
+        others.append(tokenize_shards(both, CPU, Worker(0, 2)))
         return usual(*arguments)
 
     monkeypatch.setattr(tokenize, moment, meanwhile)
-    assert tokenize_shards(both, CPU, Share(1, 2)) == others[0] is not None
+    assert tokenize_shards(both, CPU, Worker(1, 2)) == others[0] is not None
     assert content(both.out) == content(config.out)
 
 
 def test_workers_that_do_not_exist() -> None:
     with pytest.raises(UserError, match="from 0 to 3"):
-        Share(4, 4)
+        Worker(4, 4)
 
 
 @pytest.mark.ranks

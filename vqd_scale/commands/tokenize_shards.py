@@ -7,7 +7,7 @@ import torch
 from vqd_scale.commands.entry import add_config_arguments, config_from, run_tool, tool_parser
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.world import place_among_ranks
-from vqd_scale.data.shares import Share
+from vqd_scale.data.workers import Worker
 from vqd_scale.inference.tokenize import TokenizeConfig, tokenize_shards
 
 
@@ -28,13 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _tokenize(arguments: argparse.Namespace) -> None:
     config = config_from(TokenizeConfig, arguments)
-    worker, workers = _worker(arguments)
+    number, workers = _worker(arguments)
     rank, ranks, local_rank = place_among_ranks()
-    share = Share(worker * ranks + rank, workers * ranks)
+    worker = Worker(number * ranks + rank, workers * ranks)
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    shards = tokenize_shards(config, device, share)
+    shards = tokenize_shards(config, device, worker)
     if shards is None:
-        print(f"worker {share.worker} of {share.workers} is done, others are not: {config.out}")
+        print(f"worker {worker.number} of {worker.workers} is done, others are not: {config.out}")
     else:
         print(f"{shards.count:,} samples of tokens in {len(shards.shards)} shards: {config.out}")
 

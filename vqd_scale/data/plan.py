@@ -15,14 +15,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Int64
 from numpy.typing import NDArray
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, permutation
-from vqd_scale.data.mixture import Share
-
-Slots = Int64[NDArray[np.int64], " slots"]
+from vqd_scale.data.mixture import Share, Slots
 
 _NAMES = 1 << 48
 

@@ -23,7 +23,7 @@ from vqd_scale.data.decode import BadSample, decode_array
 from vqd_scale.data.index import Shard, ShardSet
 from vqd_scale.data.shards import KEY, Sample, ShardRecipe, read_shard, write_shard_set
 from vqd_scale.inference.bundle import load_tokenizer, save_tokenizer, tokenizer_fingerprint
-from vqd_scale.inference.tokenize import TokenSetMeta
+from vqd_scale.inference.tokenize import TokenSetMeta, code_counts
 from vqd_scale.tokenizers.choice import FullTokenizer, ReducedConfig
 from vqd_scale.tokenizers.reduction import (
     Reduced,
@@ -49,14 +49,7 @@ def count_codes(tokens: Location) -> Int[Tensor, " codes"]:
     counts = np.zeros(codes, np.int64)
     with progress_bar("count codes", shards.count, unit="sample") as bar:
         for shard in shards.shards:
-            for sample in read_shard(shard):
-                found = np.bincount(_tokens(sample, shard).astype(np.int64), minlength=codes)
-                if len(found) > codes:
-                    raise UserError(
-                        f"{shard.path}: sample '{sample[KEY]}' has the token {len(found) - 1}, but its "
-                        f"tokenizer has {codes} codes; the shard is damaged, make it again."
-                    )
-                counts += found
+            counts += code_counts(shard, codes)
             bar.update(shard.count)
     return torch.from_numpy(counts)
 

@@ -29,8 +29,8 @@ from vqd_scale.data.decode import (
 )
 from vqd_scale.data.index import LeftOut, Shard, ShardSet, begin_set, finish_set, is_complete
 from vqd_scale.data.shards import KEY, Sample, ShardRecipe, read_shard
-from vqd_scale.data.shares import Part, Share, forget_parts, write_share
 from vqd_scale.data.transforms import NearCenterCrop, RandomResizedCrop, fitted
+from vqd_scale.data.workers import Part, Worker, forget_parts, write_own_shards
 from vqd_scale.inference.bundle import load_tokenizer, tokenizer_fingerprint
 from vqd_scale.text.clip import CaptionTokenizer
 from vqd_scale.tokenizers.base import Draws, to_signal
@@ -172,7 +172,7 @@ class TokenSetMeta:
 
 
 def tokenize_shards(
-    config: TokenizeConfig, device: torch.device, share: Share | None = None
+    config: TokenizeConfig, device: torch.device, worker: Worker | None = None
 ) -> ShardSet | None:
     """Write a token shard for every image shard of a worker; resumable shard by shard.
 
@@ -182,7 +182,7 @@ def tokenize_shards(
     Args:
         config: From what to what.
         device: Where the tokenizer runs.
-        share: Which worker this is; the only one if not given.
+        worker: Which one this is; the only one if not given.
 
     Returns:
         The set, or None while other workers are not done.
@@ -220,12 +220,11 @@ def tokenize_shards(
         ShardRecipe(shard.path.name, views * shard.count, lambda shard=shard, slot=slot: encode(shard, slot))
         for shard, slot in zip(source.shards, first_slots, strict=False)
     ]
-    share = Share() if share is None else share
     begin_set(config.out, meta)
-    whole = write_share(
+    whole = write_own_shards(
         config.out,
         recipes,
-        share,
+        Worker() if worker is None else worker,
         lambda shard: code_counts(shard, tokenizer.codes),
         "tokenize",
         max_bad_share=config.max_bad_share,
@@ -246,11 +245,21 @@ def code_counts(shard: Shard, codes: int) -> Int64[NDArray[np.int64], " codes"]:
         UserError: The shard cannot be read, or is no token shard of so many codes.
     """
     counts = np.zeros(codes, np.int64)
-    rows = decode_arrays([sample["tokens.npy"] for sample in read_shard(shard)])
-    for _, tokens in rows:
-        if isinstance(tokens, BadSample) or tokens.max(initial=0) >= codes:
-            raise UserError(f"{shard.path}: its tokens are damaged; delete the shard and make it again.")
-        counts += np.bincount(tokens.reshape(-1), minlength=codes)
+    samples = list(read_shard(shard))
+    for rows, tokens in decode_arrays([sample["tokens.npy"] for sample in samples]):
+        if isinstance(tokens, BadSample):
+            raise UserError(
+                f"{shard.path}: the tokens of sample '{samples[rows[0]][KEY]}' cannot be read ({tokens}); "
+                f"delete the shard and make it again."
+            )
+        found = np.bincount(tokens.reshape(-1), minlength=codes)
+        if len(found) > codes:
+            row = rows[int(tokens.reshape(len(rows), -1).max(axis=1).argmax())]
+            raise UserError(
+                f"{shard.path}: sample '{samples[row][KEY]}' has the token {len(found) - 1}, but its "
+                f"tokenizer has {codes} codes; delete the shard and make it again."
+            )
+        counts += found
     return counts
 
 

@@ -31,25 +31,29 @@ Totals = Int64[NDArray[np.int64], " numbers"]
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which worker of how many.
+class Worker:
+    """One of several workers.
+
+    Attributes:
+        number: Which one, from 0.
+        workers: How many there are.
 
     Raises:
         UserError: There is no such worker.
     """
 
-    worker: int = 0
+    number: int = 0
     workers: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.worker < self.workers:
+        if not 0 <= self.number < self.workers:
             raise UserError(
-                f"worker {self.worker} of {self.workers}: workers are numbered from 0 to {self.workers - 1}."
+                f"worker {self.number} of {self.workers}: workers are numbered from 0 to {self.workers - 1}."
             )
 
     def of(self, items: Sequence[Item]) -> Sequence[Item]:
         """This worker's items: every so-manyth."""
-        return items[self.worker :: self.workers]
+        return items[self.number :: self.workers]
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,10 @@ class Part:
     totals: Totals
 
 
-def write_share(
+def write_own_shards(
     folder: Location,
     recipes: Sequence[ShardRecipe],
-    share: Share,
+    worker: Worker,
     count: Callable[[Shard], Totals],
     title: str,
     *,
@@ -79,7 +83,7 @@ def write_share(
     Args:
         folder: Where the set is.
         recipes: All its shards, in order.
-        share: Whose shards are to be written.
+        worker: Whose shards are to be written.
         count: What is counted in a shard once it is there, whoever wrote it and when.
         title: What the progress bar says.
         max_bad_share: Which share of the set's samples may be left out for being bad.
@@ -91,7 +95,7 @@ def write_share(
         UserError: The folder cannot be written, or too many samples are bad; they are reported.
     """
     total = sum(recipe.count for recipe in recipes)
-    own = share.of(recipes)
+    own = worker.of(recipes)
     shards: list[IndexedShard] = []
     totals: Totals = np.zeros(1, np.int64)
     with progress_bar(title, sum(recipe.count for recipe in own), unit="sample") as bar:
@@ -101,8 +105,8 @@ def write_share(
             totals = totals + count(_placed(shards[-1], folder))
             bar.update(recipe.count)
     part = {"shards": [asdict(shard) for shard in shards], "totals": totals.tolist()}
-    publish_json(_path(folder, share), part)
-    whole = _merged(folder, share.workers)
+    publish_json(_path(folder, worker), part)
+    whole = _merged(folder, worker.workers)
     if whole is not None:
         _check(whole.shards, total, max_bad_share, folder)
         publish_report(folder / QUARANTINE, left_out_of(whole.shards, is_bad=True))
@@ -124,8 +128,8 @@ def forget_parts(folder: Location) -> None:
 def _merged(folder: Location, workers: int) -> Part | None:
     """The parts of all workers as one; None while some are missing, or if another has just merged them."""
     parts: list[Part] = []
-    for worker in range(workers):
-        path = _path(folder, Share(worker, workers))
+    for number in range(workers):
+        path = _path(folder, Worker(number, workers))
         if not path.exists():
             return None
         try:
@@ -158,5 +162,5 @@ def _placed(shard: IndexedShard, folder: Location) -> Shard:
     return Shard(folder / shard.name, folder / table_name(shard.name), shard.count, shard.size, shard.sha256)
 
 
-def _path(folder: Location, share: Share) -> Location:
-    return folder / f"worker-{share.worker}-of-{share.workers}.json"
+def _path(folder: Location, worker: Worker) -> Location:
+    return folder / f"worker-{worker.number}-of-{worker.workers}.json"
