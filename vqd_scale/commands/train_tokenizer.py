@@ -5,9 +5,14 @@ from collections.abc import Sequence
 import torch
 
 from vqd_scale.commands.entry import add_config_arguments, config_from, run_tool, tool_parser
-from vqd_scale.commands.evaluate_tokenizer import REPORT, Judges, in_a_line, report_tokenizers
 from vqd_scale.commands.run import TOKENIZER_RUNS, run_task, tokenizer_task
-from vqd_scale.evaluation.tokenization import evaluate_tokenizer
+from vqd_scale.evaluation.tokenization import (
+    REPORT,
+    Judges,
+    evaluate_tokenizer,
+    in_a_line,
+    report_tokenizers,
+)
 from vqd_scale.inference.bundle import load_tokenizer
 from vqd_scale.tokenizers.perceptual import LPIPSConfig
 from vqd_scale.training.autoencoding import AutoencodingConfig
@@ -54,7 +59,7 @@ def _report(config: AutoencodingConfig, seconds: float) -> None:
         Judges.of(lpips, config.validation.inception, device),
         device,
         more={
-            "seconds": round(seconds, 1),
+            "seconds_of_last_start": round(seconds, 1),
             "images": config.images,
             "usage_in_training": _usage(config, device),
         },

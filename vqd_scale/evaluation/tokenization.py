@@ -1,8 +1,9 @@
 """How good a tokenizer is: what becomes of pictures that it never saw, and how many of its codes they use."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress_bar
-from vqd_scale.core.store import Location
+from vqd_scale.core.report import Figures, Picture, Section, comparison_grid, html_report, publish_image
+from vqd_scale.core.store import Location, publish_json
 from vqd_scale.data.decode import BadSample, decode_image
 from vqd_scale.data.index import ShardSet
 from vqd_scale.data.samples import IMAGE_EXTENSIONS
@@ -22,13 +24,18 @@ from vqd_scale.data.transforms import fitted
 from vqd_scale.evaluation.extractors import FEATURES, Inception, build_extractor
 from vqd_scale.evaluation.frechet import FeatureStatistics, frechet_distance
 from vqd_scale.evaluation.reconstruction import psnr, ssim
+from vqd_scale.inference.bundle import load_tokenizer
 from vqd_scale.tokenizers.base import to_bytes, to_signal
 from vqd_scale.tokenizers.choice import Tokenizer
-from vqd_scale.tokenizers.perceptual import LPIPS
+from vqd_scale.tokenizers.perceptual import LPIPS, LPIPSConfig, build_perceptual
 from vqd_scale.tokenizers.usage import usage_of
 
 Images = UInt8[Tensor, "batch 3 height width"]
 
+REPORT = "report.json"
+_COLUMNS = 8
+_SHOWN_SIDE = 128
+_WITHOUT = "not given: no weights were named"
 _SHOWN = 16
 _SMALLEST_SSIM = 11
 _LARGEST_PSNR = 100.0
@@ -48,6 +55,29 @@ class TokenizerEvaluation:
     figures: dict[str, Any]
     originals: Images
     reconstructions: Images
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Networks that figures are taken with, where there are weights of them.
+
+    Attributes:
+        lpips: The learned distance.
+        inception: rFID's network.
+    """
+
+    lpips: LPIPS | None = None
+    inception: Inception | None = None
+
+    @classmethod
+    def of(cls, lpips: LPIPSConfig | None, inception: Inception | None, device: torch.device) -> "Judges":
+        """Those of which weights are named.
+
+        Raises:
+            UserError: The weights cannot be read.
+        """
+        network = None if lpips is None else build_perceptual(lpips)
+        return cls(network.to(device) if isinstance(network, LPIPS) else None, inception)
 
 
 @torch.no_grad()
@@ -127,6 +157,73 @@ def evaluate_tokenizer(
     return TokenizerEvaluation(figures, originals, made)
 
 
+def report_tokenizers(
+    tokenizers: Mapping[str, Path],
+    pictures: Location,
+    size: int,
+    out: Path,
+    judges: Judges,
+    device: torch.device,
+    *,
+    more: Mapping[str, Any] | None = None,
+    most: int | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Judge tokenizers and write report.json, report.html and a sheet of reconstructions for each.
+
+    Args:
+        tokenizers: Bundles by the names that the report has for them.
+        pictures: Image shards.
+        size: Side of the squares.
+        out: Folder of the report.
+        judges: Networks that figures are taken with.
+        device: Where to compute.
+        more: What else report.json says.
+        most: Only the first so many pictures.
+
+    Returns:
+        The figures of each tokenizer.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    sections: list[Section] = []
+    for number, (name, folder) in enumerate(tokenizers.items()):
+        evaluation = evaluate_tokenizer(
+            load_tokenizer(folder, device),
+            pictures,
+            size,
+            device=device,
+            most=most,
+            lpips=judges.lpips,
+            inception=judges.inception,
+        )
+        found[name] = evaluation.figures
+        path = out / ("reconstructions.png" if number == 0 else f"reconstructions-{number}.png")
+        _draw(evaluation, path)
+        rows = {
+            key: value for key, value in evaluation.figures.items() if isinstance(value, int | float | str)
+        }
+        missing = {key: _WITHOUT for key in ("lpips", "rfid") if key not in rows}
+        sections += [
+            Figures(name, rows | missing),
+            Picture(
+                f"{name}: reconstructions", path, "Pictures above, what the tokenizer makes of them below."
+            ),
+        ]
+    publish_json(out / REPORT, {**found, **(more or {})})
+    html_report(out / "report.html", "Tokenizers", sections)
+    return found
+
+
+def in_a_line(figures: Mapping[str, Any]) -> str:
+    """The figures that matter most."""
+    parts = [
+        f"{figures['psnr']:.2f} dB",
+        *(f"{name} {figures[name]:.3f}" for name in ("ssim", "lpips", "rfid") if name in figures),
+        f"{figures['used']:.1%} of {figures['codes']:,} codes used ({figures['used_often']:.1%} ten times)",
+        f"perplexity {figures['perplexity']:.0f}",
+    ]
+    return ", ".join(parts)
+
+
 def _pictures(shards: ShardSet, size: int) -> Iterator[NDArray[np.uint8]]:
     for shard in shards.shards:
         for sample in read_shard(shard):
@@ -149,3 +246,11 @@ def _figures(
     if lpips is not None:
         found["lpips"] = lpips(decoded.clamp(-1, 1), signal)
     return found
+
+
+def _draw(evaluation: TokenizerEvaluation, path: Path) -> None:
+    originals, made = (
+        images.permute(0, 2, 3, 1).numpy() for images in (evaluation.originals, evaluation.reconstructions)
+    )
+    scale = max(1, _SHOWN_SIDE // originals.shape[1])
+    publish_image(path, comparison_grid(originals, made, columns=_COLUMNS, scale=scale))
