@@ -6,14 +6,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.models import SHAPE
 from vqd_scale.core.errors import UserError
 from vqd_scale.diffusion.schedule import Paper
 from vqd_scale.inference.bundle import BundleConfig, Model, load_bundle, save_bundle, save_tokenizer
 from vqd_scale.nn.denoiser import DenoiserConfig, TextCondition
 from vqd_scale.text.clip import Pretrained, TextEncoder
-from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
-
-SHAPE = VQGANConfig(codes=9, code_width=4, channels=8, multipliers=(1, 2), residual_blocks=1, norm="none")
+from vqd_scale.tokenizers.vqgan import VQGAN
 
 
 def published_tower(folder: Path) -> Pretrained:

@@ -8,43 +8,27 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.models import CONFIG, SHAPE, write_model
 from vqd_scale.core.errors import UserError
 from vqd_scale.diffusion.guidance import Constant, Linear, TopK, TopP
 from vqd_scale.diffusion.reveal import Confidence, Halton, Purity
 from vqd_scale.diffusion.sampler import Ancestral, Strided
-from vqd_scale.diffusion.schedule import Paper
 from vqd_scale.inference import bundle as bundle_module
 from vqd_scale.inference import pipeline as pipeline_module
 from vqd_scale.inference.bundle import BundleConfig, Model, load_bundle, save_bundle, save_tokenizer
 from vqd_scale.inference.generate import Prompt, Settings, generate, read_generated
 from vqd_scale.inference.pipeline import TextToImage, picture_slots
-from vqd_scale.nn.denoiser import ClassCondition, DenoiserConfig, NoCondition, TextCondition
+from vqd_scale.nn.denoiser import ClassCondition, NoCondition
 from vqd_scale.nn.unet import UNetConfig
-from vqd_scale.text.clip import Tower
 from vqd_scale.tokenizers.base import to_signal
-from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
+from vqd_scale.tokenizers.vqgan import VQGAN
 
-CONFIG = BundleConfig(
-    codes=9,
-    grid=(4, 4),
-    denoiser=DenoiserConfig(
-        width=16, layers=1, heads=2, initial_deviation=0.5, condition=TextCondition(width=16)
-    ),
-    text=Tower(context_length=8, width=16, heads=2, layers=1, merges=300),
-    diffusion=Paper(steps=10),
-)
-SHAPE = VQGANConfig(codes=9, code_width=4, channels=8, multipliers=(1, 2), residual_blocks=1, norm="none")
 PROMPTS = ["a red circle", "a blue star", "nothing at all"]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    vqgan = VQGAN(SHAPE)
-    vqgan.quantize.embedding.copy_(torch.randn(9, 4))
-    save_tokenizer(tmp_path / "tokenizer", SHAPE, vqgan.state_dict())
-    save_bundle(tmp_path / "bundle", CONFIG, Model(CONFIG).state_dict(), tmp_path / "tokenizer")
-    return tmp_path / "bundle"
+    return write_model(tmp_path)
 
 
 @pytest.fixture

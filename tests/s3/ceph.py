@@ -3,12 +3,11 @@
 All of them listen on 127.0.0.1 and keep their files in a temporary folder; they end with the context. To try
 something by hand, a command can be run beside a server, with the variables set that AWS's tools read:
 
-    python tests/s3/ceph.py COMMAND [ARGUMENT ...]
+    python -m tests.s3.ceph COMMAND [ARGUMENT ...]
 """
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,8 @@ import uuid
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from tests.daemons import ended_afterwards, free_ports
 
 PROGRAMS = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
 PACKAGES = "ceph-common ceph-mon ceph-osd radosgw"
@@ -115,24 +116,8 @@ def s3_server(capacity: int = 4 << 30) -> Generator[dict[str, str]]:
 def daemon(*command: str) -> Generator[None]:
     """Run a program in the background, and end it."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
+    with ended_afterwards(process):
         yield
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def wait_for(url: str) -> None:

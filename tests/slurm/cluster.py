@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from tests.s3.ceph import free_ports
+from tests.daemons import ended_afterwards, free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "unshare")
 PACKAGES = "slurm-wlm munge"
@@ -327,16 +327,8 @@ def _rewrite(file: IO[str], lines: list[str]) -> None:
 
 @contextmanager
 def _daemon(command: list[str], output: Path, variables: dict[str, str]) -> Generator[None]:
-    process = _started(command, output, variables)
-    try:
+    with ended_afterwards(_started(command, output, variables)):
         yield
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def _started(command: list[str], output: Path, variables: dict[str, str]) -> "subprocess.Popen[bytes]":

@@ -7,13 +7,13 @@ starts: a process of its own, that is told its rank by its environment and may b
 import importlib
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tests.daemons import free_ports
 from vqd_scale.launchers import base
 from vqd_scale.launchers.local import rank_environment
 
@@ -23,10 +23,11 @@ _GRACE_SECONDS = 10.0
 
 _SERVER = multiprocessing.get_context("forkserver")
 TRAIN = "vqd_scale.commands.train"
+TRAIN_TOKENIZER = "vqd_scale.commands.train_tokenizer"
 
 _SERVER.set_forkserver_preload(
     # The last two are what a run imports only when it builds a text tower and DeepSpeed's optimizer.
-    [__name__, TRAIN, "open_clip", "deepspeed.runtime.zero.muon.original_muon"]
+    [__name__, TRAIN, TRAIN_TOKENIZER, "open_clip", "deepspeed.runtime.zero.muon.original_muon"]
 )
 
 
@@ -41,9 +42,7 @@ class Ranks:
     """
 
     def __init__(self, tool: str, arguments: Sequence[str], ranks: int, said: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
+        (port,) = free_ports(1)
         said.mkdir(parents=True, exist_ok=True)
         self._said = [said / f"rank-{rank}.txt" for rank in range(ranks)]
         self.processes = [

@@ -1,8 +1,11 @@
 """Training a tokenizer: what the critics' gradients are, four kinds of codebook, ReFiT, exact resume."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.training.tokenizing import KINDS, SIDE, VQGAN, config_of, write_pictures
+from tests.training import forked
+from tests.training.tokenizing import COMPARED, KINDS, SIDE, VQGAN, config_of, write_pictures
 from vqd_scale.commands.evaluate_tokenizer import main as evaluate_tokenizer
 from vqd_scale.commands.run import TOKENIZER_RUNS, tokenizer_task
-from vqd_scale.core.config import load_config
+from vqd_scale.core.config import load_config, to_yaml
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.store import read_json
+from vqd_scale.core.store import read_json, sha256_of
 from vqd_scale.core.world import World
 from vqd_scale.data.batch import ImageBatch
 from vqd_scale.inference.bundle import load_tokenizer, save_tokenizer
@@ -27,6 +31,7 @@ from vqd_scale.tokenizers.perceptual import Pyramid
 from vqd_scale.tokenizers.taming import TamingVQ, TamingVQConfig
 from vqd_scale.training.autoencoding import AutoencodingTask, ReconstructionConfig, TemperatureConfig
 from vqd_scale.training.critics import Critics, CriticsConfig
+from vqd_scale.training.metrics import read_metrics
 from vqd_scale.training.refitting import RefitTask
 
 ROOT = Path(__file__).parents[2]
@@ -275,6 +280,42 @@ def test_recipes_span_what_is_asked_for() -> None:
 
 
 Starter = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.mark.ranks
+def test_killed_at_any_moment_it_goes_on_exactly(pictures: Path, tmp_path: Path) -> None:
+    """By SIGKILL, before and after the codebook and the discriminator join: the same rows and files."""
+    images, calm, run = 48, tmp_path / "calm", tmp_path / "run"
+    for each in (calm, run):
+        config = config_of(pictures, each, images, **KINDS["averaged"])
+        (tmp_path / f"{each.name}.yaml").write_text(to_yaml(config))
+    done = forked.run(
+        forked.TRAIN_TOKENIZER, str(tmp_path / "calm.yaml"), ranks=1, said=tmp_path / "calm-says"
+    )
+    assert done.returncode == 0, done.stderr
+    for kill, rows in enumerate((2, 5, 9)):
+        started = forked.Ranks(
+            forked.TRAIN_TOKENIZER, [str(tmp_path / "run.yaml")], 1, tmp_path / f"said-{kill}"
+        )
+        while len(read_metrics(run / "metrics.jsonl")) < rows and started.poll() is None:
+            time.sleep(0.002)
+        os.kill(started.pids[0], signal.SIGKILL)
+        assert started.wait() == -signal.SIGKILL, started.said()
+    done = forked.run(forked.TRAIN_TOKENIZER, str(tmp_path / "run.yaml"), ranks=1, said=tmp_path / "run-says")
+    assert done.returncode == 0, done.stderr
+    assert "going on from the checkpoint" in done.stderr
+    assert remains(run) == remains(calm)
+
+
+def remains(run: Path) -> dict[str, Any]:
+    """Rows of metrics, and digests of all that a run leaves behind."""
+    rows = [{key: row[key] for key in COMPARED if key in row} for row in read_metrics(run / "metrics.jsonl")]
+    newest = max(path for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+    return {
+        "rows": rows,
+        "checkpoint": (newest.name, read_json(newest / "manifest.json", "manifest")["files"]),
+        "export": sha256_of(run / "export" / "model.safetensors"),
+    }
 
 
 @pytest.mark.long

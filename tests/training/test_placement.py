@@ -1,7 +1,6 @@
 """Networks that real ranks cut while they are built: the same weights, and never the whole of them."""
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
+from tests.daemons import free_ports
 from vqd_scale.core.world import World, join_world, leave_world
 from vqd_scale.launchers.local import rank_environment
 from vqd_scale.nn.denoiser import Block, Denoiser, DenoiserConfig, TextCondition
@@ -126,9 +126,7 @@ def on_rank(rank: int, port: int, folder: Path) -> None:
 
 @pytest.mark.ranks
 def test_a_network_cut_while_it_is_built_starts_and_trains_as_a_whole_one(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    (port,) = free_ports(1)
     spawn(on_rank, (port, tmp_path), nprocs=RANKS)
 
 

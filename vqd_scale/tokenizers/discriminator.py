@@ -76,11 +76,3 @@ def adaptive_weight(reconstruction: Float[Tensor, ""], adversarial: Float[Tensor
         adversarial: Norm of the gradient of the discriminator's.
     """
     return (reconstruction / adversarial.clamp(min=_SMALLEST_NORM)).clamp(max=_LARGEST_WEIGHT).detach()
-
-
-def patch_size(config: DiscriminatorConfig) -> int:
-    """Side of the patches in pixels."""
-    side = 1
-    for stride in [1, 1, *[2] * config.layers]:
-        side = (side - 1) * stride + _KERNEL
-    return side

@@ -62,7 +62,7 @@ def benchmark_s3(rounds: int, problem: S3Problem | None = None) -> dict[str, Any
     if "AWS_ENDPOINT_URL" not in os.environ:
         raise UserError(
             "s3: set AWS_ENDPOINT_URL and keys for a store in which a bucket may be made; for one on this "
-            "machine: python tests/s3/ceph.py python tools/benchmark.py s3"
+            "machine: python -m tests.s3.ceph python tools/benchmark.py s3"
         )
     folder = S3Path(f"vqd-scale-benchmark-{uuid.uuid4()}", "set")
     _call(folder, "create_bucket", Bucket=folder.bucket)
