@@ -65,15 +65,20 @@ def test_the_signal_before_the_time_limit_saves_and_queues_again(submit: Submit,
     # Only the signal saves, after the save before the first step: no period ends.
     submitted = submit("train_b.sh", "checkpoint.every=1000000", options=("--signal=USR2@120",))
     cluster = submit.cluster
-    update = ("scontrol", "update", f"JobId={submitted.number}")
+
+    def limit(key: str, value: str) -> bool:
+        update = ("scontrol", "update", f"JobId={submitted.number}", f"{key}={value}")
+        return cluster.run(*update, check=False).returncode == 0
+
     submitted.until_steps("pretrain", 30)
     # The run would be over before Slurm looks at the clock again.
     with cluster.frozen(f"{sys.executable} tools/train.py"):
         ends = (datetime.now() + timedelta(seconds=90)).strftime("%Y-%m-%dT%H:%M:%S")
-        cluster.run(*update, f"EndTime={ends}")
+        assert limit("EndTime", ends)
         time.sleep(NODES_ARE_CHECKED_EVERY + 3)
     cluster.until(lambda: cluster.job(submitted.number).restarts >= 1, why="a requeue")
-    cluster.run(*update, "TimeLimit=10")
+    # Its restart is counted before it is queued: until then its limit is that of a job which has ended.
+    cluster.until(lambda: limit("TimeLimit", "10"), 60, "another time limit")
     assert f"train: ended with exit code {REQUEUE_EXIT_CODE}; the job is queued again" in submitted.log
     assert_ended_as_undisturbed(submitted, by_torchrun, "pretrain")
     saved = re.search(r"going on from the checkpoint at (\d+) images", submitted.rank_log("train", 0))
