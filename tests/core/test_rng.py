@@ -3,8 +3,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from vqd_scale.core.rng import Purpose, integers, permutation, philox4x32, uniforms
+from vqd_scale.core.rng import Purpose, drawn_codes, integers, permutation, philox4x32, uniforms
 
 # Random123's kat_vectors for philox4x32, 10 rounds: counter, key, result.
 KNOWN_ANSWERS = [
@@ -94,3 +95,33 @@ def test_low_precision_uniforms_are_refused() -> None:
 def test_permutation_is_one(length: int, slot: int) -> None:
     order = permutation(5, Purpose.SHARD_ORDER, slot, length)
     assert sorted(order.tolist()) == list(range(length))
+
+
+def drawn_by_one_running_sum(chances: Tensor, drawn: Tensor) -> Tensor:
+    cumulative = chances.double().cumsum(-1)
+    return (cumulative <= drawn.double().unsqueeze(-1) * cumulative[..., -1:]).sum(-1)
+
+
+@given(states=st.integers(1, 200), share=st.floats(0, 1), seed=st.integers(0, 2**32 - 1))
+def test_codes_are_drawn_as_by_one_running_sum(states: int, share: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    chances = torch.rand(64, states, generator=generator) ** 8
+    chances[torch.rand(64, states, generator=generator) < share] = 0
+    chances[:, int(torch.randint(states, (), generator=generator))] = 0.5
+    drawn = torch.rand(64, generator=generator, dtype=torch.float64)
+    codes = drawn_codes(chances, drawn)
+    assert torch.equal(codes, drawn_by_one_running_sum(chances, drawn))
+
+
+@given(
+    states=st.integers(1, 200), seed=st.integers(0, 2**32 - 1), dtype=st.sampled_from(["float32", "float64"])
+)
+def test_no_state_without_a_chance_is_drawn(states: int, seed: int, dtype: str) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    chances = torch.rand(256, states, generator=generator, dtype=getattr(torch, dtype)) ** 40
+    chances[torch.rand(256, states, generator=generator) < 0.5] = 0
+    chances[:, states // 2] = 1e-30
+    ends = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64).repeat(128)
+    codes = drawn_codes(chances, ends)
+    assert int(codes.max()) < states
+    assert bool((chances.gather(1, codes[:, None]) > 0).all())

@@ -2,8 +2,9 @@ import os
 
 import pytest
 
+from tests.training.ranks import on_ranks
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.world import join_world, leave_world
+from vqd_scale.core.world import World, join_world, leave_world
 
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "2"}
 
@@ -34,3 +35,23 @@ def test_ranks_of_srun_that_cannot_meet_are_told_how(monkeypatch: pytest.MonkeyP
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"source slurm/env\.sh"):
         join_world()
+
+
+def test_what_the_first_rank_cannot_do_every_rank_learns_of() -> None:
+    def leave(world: World, failing: bool) -> str:
+        done: list[int] = []
+
+        def act() -> None:
+            done.append(world.rank)
+            if failing:
+                raise UserError("The disk is full.")
+
+        try:
+            world.first_does(act)
+        except UserError as error:
+            return f"{type(error).__name__}: {error}"
+        return str(done)
+
+    assert on_ranks(3, lambda world: leave(world, False)) == ["[0]", "[]", "[]"]
+    told = "FirstRankError: The disk is full."
+    assert on_ranks(3, lambda world: leave(world, True)) == ["UserError: The disk is full.", told, told]

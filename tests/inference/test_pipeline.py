@@ -13,6 +13,7 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.diffusion.guidance import Constant, Linear, TopK, TopP
 from vqd_scale.diffusion.reveal import Confidence, Halton, Purity
 from vqd_scale.diffusion.sampler import Ancestral, Strided
+from vqd_scale.diffusion.schedule import UniformCosine
 from vqd_scale.inference import bundle as bundle_module
 from vqd_scale.inference import pipeline as pipeline_module
 from vqd_scale.inference.bundle import BundleConfig, Model, load_bundle, save_bundle, save_tokenizer
@@ -360,6 +361,33 @@ def test_the_unet_draws_through_the_same_pipeline(folder: Path, tmp_path: Path) 
     )
     pipe = saved(tmp_path, config, folder / "tokenizer")
     assert pipe([0, 1, 2], steps=3).tensor.shape == (3, 3, 8, 8)
+
+
+def test_the_unet_of_a_uniform_chain_inpaints(folder: Path, tmp_path: Path, watched: list[Any]) -> None:
+    torch.manual_seed(0)
+    config = CONFIG.model_copy(
+        update={
+            "text": None,
+            "denoiser": UNetConfig(width=32, multipliers=(1, 2)),
+            "diffusion": UniformCosine(steps=10),
+        }
+    )
+    pipe = saved(tmp_path, config, folder / "tokenizer")
+    image = pipe("", steps=10, seed=1)[0]
+    covered = np.zeros((8, 8), dtype=np.uint8)
+    covered[2:6, 2:6] = 255
+    drawn = pipe.inpaint(image, Image.fromarray(covered), [""] * 16, steps=10).tensor
+    # No mask ever stood for what is to be drawn, and the known tokens are noised and found again.
+    named, tokens = watched[-1]
+    known = named["known"]
+    assert known.known.sum(1).tolist() == [12] * 16
+    assert torch.equal(tokens[known.known], known.tokens[known.known])
+    assert int(tokens.min()) >= 0
+    assert int(tokens.max()) < config.codes
+    assert len(tokens[~known.known].view(16, 4).unique(dim=0)) > 8
+    kept = torch.from_numpy(covered == 0)
+    original = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+    assert torch.equal(drawn[..., kept], original[:, kept].expand(16, 3, -1))
 
 
 def test_a_location_that_is_no_path_is_one_sentence() -> None:

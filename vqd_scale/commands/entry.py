@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vqd_scale.core.config import ConfigType, load_config, to_yaml
-from vqd_scale.core.errors import UserError
+from vqd_scale.core.errors import FirstRankError, UserError
 from vqd_scale.core.store import Location, parse_location
 
 USER_MISTAKE = 2
@@ -87,7 +87,7 @@ def run_tool(
     try:
         command(parser.parse_intermixed_args(arguments))
     except UserError as error:
-        if not _is_an_echo():
+        if not (isinstance(error, FirstRankError) or _is_an_echo()):
             print(f"{parser.prog}: {error}", file=sys.stderr)
         raise SystemExit(USER_MISTAKE) from None
     except KeyboardInterrupt:

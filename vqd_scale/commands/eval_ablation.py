@@ -96,9 +96,7 @@ def _begin(config: AblationConfig, world: World) -> None:
         "train": train.model_dump(mode="json", exclude={"diffusion", "seed", "run"}),
         "evaluation": config.evaluation.model_dump(mode="json"),
     }
-    if world.is_first and not path.exists():
-        publish_json(path, shared)
-    world.barrier()
+    world.first_does(lambda: path.exists() or publish_json(path, shared))
     differing = first_difference(read_json(path, "description of these models"), shared)
     if differing is not None:
         raise UserError(f"{config.out}: was begun with {differing}; give another out, or delete this folder.")

@@ -5,3 +5,7 @@ class UserError(Exception):
     exit code 2, without a traceback; anything else that is raised is a defect of this package and keeps its
     traceback.
     """
+
+
+class FirstRankError(UserError):
+    """What went wrong on the first rank, as the other ranks learn of it: that rank says it, once."""

@@ -1,6 +1,7 @@
 """Who this process is among the ranks of a run, and the few things that ranks say to each other."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -10,7 +11,7 @@ import torch.distributed as distributed
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from vqd_scale.core.errors import UserError
+from vqd_scale.core.errors import FirstRankError, UserError
 
 _PATIENCE = timedelta(hours=1)
 """How long a message between ranks may take before the library gives up: longer than any watchdog of ours,
@@ -63,9 +64,24 @@ class World:
         distributed.all_gather_object(values, value)
         return cast(list[dict[str, Any]], values)
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        distributed.barrier()
+    def first_does(self, act: Callable[[], object]) -> None:
+        """Let the first rank do something for all, such as write a file, while the others wait for it.
+
+        Raises:
+            UserError: It could not; every rank learns why and leaves.
+        """
+        mistake: UserError | None = None
+        if self.is_first:
+            try:
+                act()
+            except UserError as error:
+                mistake = error
+        if mistake is not None:
+            self.gathered({"mistake": str(mistake)})
+            raise mistake
+        told = self.gathered({"mistake": None})[0]["mistake"]
+        if told is not None:
+            raise FirstRankError(told)
 
 
 def join_world() -> World:

@@ -65,9 +65,7 @@ class Parts:
         """
         wanted = json.loads(json.dumps({"count": self.count, "size": self.size, **description}))
         path = self.folder / _DESCRIPTION
-        if world.is_first and not path.exists():
-            publish_json(path, wanted)
-        world.barrier()
+        world.first_does(lambda: path.exists() or publish_json(path, wanted))
         differing = first_difference(read_json(path, "description of these parts"), wanted)
         if differing is not None:
             raise UserError(

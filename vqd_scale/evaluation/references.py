@@ -108,10 +108,12 @@ def reference_of(
 
         parts.work(make, world, "reference", stop)
         statistics = _statistics(parts, repeats, extractor.dimension, world)
-        if world.is_first:
+
+        def store() -> None:
             _store(file, statistics, _kept(parts, config.kept), provenance)
             shutil.rmtree(parts.folder)
-        world.barrier()
+
+        world.first_does(store)
     return _load(file, provenance)
 
 

@@ -204,8 +204,10 @@ class Checkpoints:
         Raises:
             UserError: There are checkpoints, but none is whole; or they belong to another model.
         """
-        if self.config.mirror is not None:
-            self._fetch(self.config.mirror)
+        mirror = self.config.mirror
+        if mirror is not None:
+            # Where the folder has no checkpoint, a copy is brought back.
+            self.world.first_does(lambda: _named(self.folder) or fetch_newest(mirror, self.folder, _MANIFEST))
         candidates = sorted(_named(self.folder), reverse=True)
         if before is not None:
             candidates = [path for path in candidates if int(path.name) < before]
@@ -221,17 +223,6 @@ class Checkpoints:
                 f"{self.folder}: no checkpoint in it is whole; restore one, or start in a new folder."
             )
         return None
-
-    def _fetch(self, mirror: Location) -> None:
-        """Let the first rank bring a copy back where the folder has no checkpoint."""
-        mistake: UserError | None = None
-        if self.world.is_first and not _named(self.folder):
-            try:
-                fetch_newest(mirror, self.folder, _MANIFEST)
-            except UserError as error:
-                mistake = error
-        if self.world.any(mistake is not None):
-            raise mistake or UserError(f"{self.folder}: the first rank could not fetch a checkpoint.")
 
     def _wait_and_tolerate(self) -> None:
         try:

@@ -97,18 +97,15 @@ def train(task: Task[BatchType], config: RunConfig, world: World, title: str) ->
             f"data.lanes: a global batch of {batch} cannot be cut into {world.size} ranks times "
             f"{config.engine.accumulation} parts; choose a multiple of {parts}."
         )
-    if world.is_first:
-        _claim(config.run, config)
-    world.barrier()
+    world.first_does(lambda: _claim(config.run, config))
     trainer = _Trainer(task, config, world)
     try:
         outcome = trainer.run(title)
     finally:
         trainer.close()
-    if not outcome.stopped and world.is_first:
+    if not outcome.stopped:
         newest = config.run / "checkpoints" / f"{outcome.images:012d}"
-        task.export(consolidated(newest, "ema"), config.run / "export")
-    world.barrier()
+        world.first_does(lambda: task.export(consolidated(newest, "ema"), config.run / "export"))
     return outcome
 
 
@@ -333,10 +330,8 @@ class _Trainer(Generic[BatchType]):
         if config is None or not (self._is_due(config.every) or self.images >= self.config.images):
             return
         parameters = whole_parameters(self.engine.partition, self.ema.flats, self.world)
-        if self.world.is_first:
-            path = self.config.run / "pictures" / f"{self.images:012d}.png"
-            draw_pictures(self.task, parameters, config, path, self.world)
-        self.world.barrier()
+        path = self.config.run / "pictures" / f"{self.images:012d}.png"
+        self.world.first_does(lambda: draw_pictures(self.task, parameters, config, path, self.world))
         self.watchdog.beat()
 
     def _state(self) -> dict[str, Tensor]:
