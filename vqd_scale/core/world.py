@@ -64,6 +64,10 @@ class World:
         distributed.all_gather_object(values, value)
         return cast(list[dict[str, Any]], values)
 
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        distributed.barrier()
+
     def first_does(self, act: Callable[[], object]) -> None:
         """Let the first rank do something for all, such as write a file, while the others wait for it.
 
