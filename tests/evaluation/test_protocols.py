@@ -6,6 +6,7 @@ import pytest
 
 from vqd_scale.commands.eval_ablation import AblationConfig
 from vqd_scale.core.config import load_config
+from vqd_scale.core.errors import UserError
 from vqd_scale.evaluation.extractors import PUBLISHED_INCEPTION, Inception
 from vqd_scale.evaluation.protocol import EvaluationConfig
 from vqd_scale.evaluation.sweep import SweepConfig, points
@@ -37,6 +38,14 @@ def test_the_other_files_load(tmp_path: Path) -> None:
         if isinstance(config, SweepConfig):
             every = points(config, tmp_path)
             assert len(every) == len({name for name, _, _ in every}) == 4 * 3 * 3
+
+
+def test_pictures_without_captions_are_compared_with_the_whole_set() -> None:
+    steps = ROOT / "configs" / "vq-ddm" / "steps.yaml"
+    assert load_config(SweepConfig, steps.with_name("shapes-steps.yaml")).evaluation.name == "shapes-steps"
+    assert load_config(SweepConfig, steps).evaluation.reference.pictures == "all"
+    with pytest.raises(UserError, match=r"no picture is a prompt's own; set reference\.pictures to all"):
+        load_config(SweepConfig, steps, ["evaluation.reference.pictures=prompted"])
 
 
 def test_what_was_published_is_what_the_files_say() -> None:

@@ -26,7 +26,7 @@ from vqd_scale.evaluation import score
 from vqd_scale.evaluation.extractors import FEATURES, RandomNetwork
 from vqd_scale.evaluation.frechet import FeatureStatistics, frechet_distance
 from vqd_scale.evaluation.parts import Parts, Stopped
-from vqd_scale.evaluation.prompts import Captions, Classes, Nothing, choose_prompts, digest_of
+from vqd_scale.evaluation.prompts import Captions, Classes, choose_prompts, digest_of
 from vqd_scale.evaluation.protocol import DrawingConfig, EvaluationConfig, KernelConfig
 from vqd_scale.evaluation.references import ReferenceConfig
 from vqd_scale.evaluation.score import Result, draw, evaluate, statistics_of
@@ -244,9 +244,8 @@ def test_the_frechet_distance_is_the_closed_form() -> None:
             "6 pictures are too few for the covariance of 6 features; draw at least 7",
         ),
         ({"prompts": Captions(count=61)}, "holds 60 pictures with captions, fewer than prompts.count=61"),
-        ({"prompts": Nothing(count=9)}, "no picture is a prompt's own; set it to all"),
         (
-            {"prompts": Classes(count=9, classes=3)},
+            {"prompts": Classes(count=9, classes=3), "reference": ReferenceConfig(pictures="all")},
             "3 classes are asked for, but this model knows no classes",
         ),
         ({"data": None}, "captions need the shards that they come from; give --data"),

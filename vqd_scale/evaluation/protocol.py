@@ -1,6 +1,7 @@
 """All that moves the figures of an evaluation, as one configuration."""
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from vqd_scale.core.config import Config
 from vqd_scale.core.store import Location
@@ -72,3 +73,9 @@ class EvaluationConfig(Config):
     inception_splits: int = Field(default=10, ge=1)
     neighbours: int = Field(default=5, ge=1)
     shown: int = Field(default=8, ge=1)
+
+    @model_validator(mode="after")
+    def _reference_fits_prompts(self) -> Self:
+        if self.reference.pictures == "prompted" and not isinstance(self.prompts, Captions):
+            raise ValueError("without captions no picture is a prompt's own; set reference.pictures to all")
+        return self

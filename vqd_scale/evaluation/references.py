@@ -124,10 +124,6 @@ def _members(
     if config.pictures == "all":
         members, counts = list(range(shards.count)), [1] * shards.count
     else:
-        if any(prompt.member < 0 for prompt in prompts):
-            raise UserError(
-                "reference.pictures: without captions no picture is a prompt's own; set it to all."
-            )
         chosen = Counter(prompt.member for prompt in prompts)
         members = sorted(chosen)
         counts = [chosen[member] for member in members]
