@@ -19,6 +19,7 @@ _LINE_HEIGHT = 18
 _CAPTION_LINES = 5
 _CAPTION_COLOUR = (60, 60, 60)
 _WHITE = (255, 255, 255)
+_FEW = 20
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,14 @@ def plot_curves(path: Path, series: Sequence[Series], *, title: str, x_label: st
         values = np.asarray(curve.values, dtype=np.float64)
         if curve.between is not None:
             axes.fill_between(curve.positions, *curve.between, color=colour, alpha=0.15, linewidth=0)
+            axes.vlines(curve.positions, *curve.between, color=colour, alpha=0.3)
         axes.plot(curve.positions, values, color=colour, alpha=0.25, linewidth=1)
-        axes.plot(curve.positions, _running_mean(values), color=colour, linewidth=2, label=curve.name)
+        marker = "o" if len(values) <= _FEW else None
+        strong = _running_mean(values)
+        axes.plot(curve.positions, strong, color=colour, linewidth=2, marker=marker, label=curve.name)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     with published(path) as partial:
         figure.savefig(partial, format="png")
 
