@@ -78,12 +78,14 @@ def plot_curves(path: Path, series: Sequence[Series], *, title: str, x_label: st
         UserError: The file cannot be written.
     """
     # Imported here because it takes half a second that a tool without curves need not wait for.
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
+    colours = colormaps["tab10" if len(series) <= 10 else "tab20"]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot(title=title, xlabel=x_label, ylabel=y_label)
     for number, curve in enumerate(series):
-        colour = f"C{number}"
+        colour = colours(number % colours.N)
         values = np.asarray(curve.values, dtype=np.float64)
         if curve.between is not None:
             axes.fill_between(curve.positions, *curve.between, color=colour, alpha=0.15, linewidth=0)
