@@ -80,12 +80,9 @@ class World:
                 act()
             except UserError as error:
                 mistake = error
-        if mistake is not None:
-            self.gathered({"mistake": str(mistake)})
-            raise mistake
-        told = self.gathered({"mistake": None})[0]["mistake"]
+        told = self.gathered({"mistake": None if mistake is None else str(mistake)})[0]["mistake"]
         if told is not None:
-            raise FirstRankError(told)
+            raise mistake or FirstRankError(told)
 
 
 def join_world() -> World:
