@@ -263,7 +263,7 @@ class Checkpoints:
         abandoned: threading.Event,
     ) -> None:
         """The first rank's last act in a save: wait for all files, write the manifest, give the name."""
-        state = write_described(partial / _STATE, [rest])
+        state = write_described(partial / _STATE, rest)
         descriptions = [
             partial / f"slices-{rank:05d}-of-{self.world.size:05d}{_DESCRIPTION}"
             for rank in range(self.world.size)

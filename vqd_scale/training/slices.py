@@ -4,12 +4,14 @@ A slice is flat and named ``{kind}/{parameter}/{start}``. Reading copies the ove
 are with whatever pieces are asked for, so any number of ranks reads what any other number wrote.
 """
 
+import errno
 import hashlib
 import json
 import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,21 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.store import sync_to_disk, writing
 from vqd_scale.training.partition import Partition, Piece
 
+if sys.platform == "linux":
+    import fcntl
+
+_PAGE = 4096
+"""What lies at multiples of so many bytes, in memory and in the file, can go to any disk without a copy."""
+_BLOCK = 1 << 24
+_LENGTH = 8
+"""A file of safetensors begins with the length of its header, in so many bytes."""
 _ALIGNMENT = 8
 _LAST_IN_LINE = 19
 _ELEMENT = 4
 
 
 class HostSlices:
-    """A rank's slices in one buffer of the host's memory, as they lie in the file.
+    """A rank's slices in the host's memory, as they lie in the file, its header before them.
 
     The buffer is made once and kept: filling it is all that training waits for while a checkpoint is written.
 
@@ -39,8 +49,6 @@ class HostSlices:
     def __init__(self, partition: Partition, kinds: Iterable[str]) -> None:
         self._partition = partition
         self._places = [(kind, piece) for kind in kinds for piece in partition.pieces if piece.length]
-        total = sum(piece.length for _, piece in self._places)
-        self._buffer = torch.empty(total, dtype=torch.float32, pin_memory=torch.cuda.is_available())
         header: dict[str, Any] = {}
         begin = 0
         for kind, piece in self._places:
@@ -53,8 +61,11 @@ class HostSlices:
             }
             begin = end
         text = json.dumps(header).encode()
-        text += b" " * (-len(text) % _ALIGNMENT)
-        self._header = len(text).to_bytes(8, "little") + text
+        text += b" " * (-(_LENGTH + len(text)) % _ALIGNMENT)
+        text = len(text).to_bytes(_LENGTH, "little") + text
+        self._image = _at_a_page(len(text) + begin * _ELEMENT)
+        self._image[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        self._numbers = self._image[len(text) :].view(torch.float32)
 
     @torch.no_grad()
     def fill(self, flats: Mapping[str, list[Tensor]]) -> None:
@@ -66,7 +77,7 @@ class HostSlices:
         begin = 0
         for kind, piece in self._places:
             source = self._partition.view(flats[kind], piece)
-            self._buffer[begin : begin + piece.length].copy_(source, non_blocking=True)
+            self._numbers[begin : begin + piece.length].copy_(source, non_blocking=True)
             begin += piece.length
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -80,31 +91,81 @@ class HostSlices:
         Raises:
             UserError: The file cannot be written; nothing of it is left.
         """
-        return write_described(path, [self._header, self._buffer.view(torch.uint8).numpy().data])
+        return write_described(path, self._image.numpy().data, at_a_page=True)
 
 
-def write_described(path: Path, blocks: Iterable[bytes | memoryview]) -> dict[str, Any]:
+def _at_a_page(size: int) -> Tensor:
+    """So many bytes of memory that begin with a page; in a GPU's reach, if there is one."""
+    room = torch.empty(size + _PAGE, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    begin = -room.data_ptr() % _PAGE
+    return room[begin : begin + size]
+
+
+def write_described(path: Path, content: bytes | memoryview, *, at_a_page: bool = False) -> dict[str, Any]:
     """Write a file, down to the disk.
 
+    Args:
+        path: The file.
+        content: What it is to hold.
+        at_a_page: Whether that begins with a page of memory. It then goes past the system's cache where the
+            file system lets it: a copy there costs as much of a core as the training beside it can spare, and
+            pushes out what will be read again, as a checkpoint will not.
+
     Returns:
-        Its name, size and SHA-256, for a manifest.
+        The file's name, size and SHA-256, for a manifest.
 
     Raises:
         UserError: It cannot be written; nothing of it is left.
     """
-    digest, size = hashlib.sha256(), 0
+    content = memoryview(content)
+    digest = hashlib.sha256()
+    whole_pages = len(content) // _PAGE * _PAGE if at_a_page else 0
     with writing(path):
         try:
-            with path.open("wb") as file:
-                for block in blocks:
-                    file.write(block)
-                    digest.update(block)
-                    size += len(block)
+            with path.open("wb", buffering=0) as file:
+                _past_the_cache(file, at_a_page)
+                for piece in _written(file, content[:whole_pages]):
+                    digest.update(piece)
+                _past_the_cache(file, False)
+                for piece in _written(file, content[whole_pages:]):
+                    digest.update(piece)
             sync_to_disk(path)
         except OSError:
             path.unlink(missing_ok=True)
             raise
-    return {"name": path.name, "bytes": size, "sha256": digest.hexdigest()}
+    return {"name": path.name, "bytes": len(content), "sha256": digest.hexdigest()}
+
+
+def _written(file: FileIO, content: memoryview) -> Iterator[memoryview]:
+    """The content again, in pieces that have been written."""
+    while content:
+        try:
+            # A disk that is nearly full takes less than it is given.
+            count = file.write(content[:_BLOCK])
+        except OSError as refused:
+            if refused.errno == errno.EINVAL and _past_the_cache(file, False):
+                continue
+            raise
+        yield content[:count]
+        content = content[count:]
+
+
+def _past_the_cache(file: FileIO, whether: bool) -> bool:
+    """Let what is written next go past the system's cache, or not; says whether that is a change.
+
+    Where system or file system cannot, it goes through the cache: nothing but its speed is different.
+    """
+    if sys.platform != "linux":
+        return False
+    flags = fcntl.fcntl(file, fcntl.F_GETFL)
+    wanted = flags | os.O_DIRECT if whether else flags & ~os.O_DIRECT
+    try:
+        fcntl.fcntl(file, fcntl.F_SETFL, wanted)
+    except OSError as refused:
+        if refused.errno != errno.EINVAL:
+            raise
+        return False
+    return wanted != flags
 
 
 def give_way() -> None:

@@ -21,7 +21,7 @@ _STEPS = 20
 _RATE = 1e-4
 Save = Literal["none", "ours", "alternative"]
 
-PROBLEM = StepProblem(width=512, layers=8, heads=8, side=16, codes=1024, batch=2)
+PROBLEM = StepProblem(width=512, layers=8, heads=8, side=16, codes=1024, batch=1)
 """Some 44 million parameters: a checkpoint of 0.7 GB, at steps of about half a second on two cores."""
 
 
@@ -70,7 +70,8 @@ def benchmark_checkpoint(rounds: int, problem: StepProblem = PROBLEM) -> dict[st
     """The time that a save adds to the twenty steps around it, by a thread and in the foreground.
 
     Args:
-        rounds: How often each is timed, in turn; medians count.
+        rounds: How often each is timed, in turn. What counts is the median of the differences within rounds,
+            since the speed of a shared machine drifts from round to round.
         problem: The sizes.
 
     Raises:
@@ -91,8 +92,10 @@ def benchmark_checkpoint(rounds: int, problem: StepProblem = PROBLEM) -> dict[st
         size = sum(path.stat().st_size for path in newest_whole(folder / "ours").iterdir())
         for checkpoints in run.checkpoints.values():
             checkpoints.close()
-    calm = median(seconds["none"])
-    stall = {kind: median(seconds[kind]) - calm for kind in ("ours", "alternative")}
+    stall = {
+        kind: median(with_save - calm for with_save, calm in zip(seconds[kind], seconds["none"], strict=True))
+        for kind in ("ours", "alternative")
+    }
     return {
         **stall,
         "ratio": stall["alternative"] / stall["ours"],
