@@ -342,10 +342,13 @@ def test_two_ranks_train_as_one_in_any_stage(pictures: Path, tmp_path: Path) -> 
     both = [_results(pictures, tmp_path / str(ranks), names, ranks) for ranks in (1, 2)]
     for name in names:
         alone, together = (found[name]["rows"] for found in both)
-        # Up to the first steps of the discriminator; from there on Adam makes much of the order of sums.
-        for row, other in zip(alone[:5], together[:5], strict=True):
+        # Up to the discriminator's first step; from there on Adam makes much of the order of sums. Of Gumbel
+        # codebooks it does so from its own second step: one rank that adds a batch in parts is as far off.
+        later = 1e-2 if name.startswith("gumbel") else 1e-4
+        for number, (row, other) in enumerate(zip(alone[:5], together[:5], strict=True)):
             for figure in row.keys() - {"codes_used"}:
-                assert row[figure] == pytest.approx(other[figure], rel=1e-4), (name, figure)
+                expected = pytest.approx(other[figure], rel=1e-6 if number < 2 else later)
+                assert row[figure] == expected, (name, number, figure)
 
 
 def _results(pictures: Path, out: Path, names: list[str], ranks: int) -> dict[str, Any]:
