@@ -25,11 +25,12 @@ setup: $(DONE)/project $(DONE)/bytecode ## install the locked versions into .ven
 demo: setup ## shards -> tokenizer -> tokens -> training -> pictures -> score; FAST=1 for the short form
 	$(BIN)/python tools/demo.py $(if $(FAST),--fast)
 
+# Files in their order: xdist's own, by number of tests, leaves the demo's few long ones to the end, alone on a core.
 test: setup ## every test that needs no GPU and no long run
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long and not gpu and not s3 and not slurm" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long and not gpu and not s3 and not slurm" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: setup ## the long tests as well
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not s3 and not slurm" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not s3 and not slurm" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-s3: setup ## everything that reads or writes S3, with a real server and a proxy that fails
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/s3 -m s3 -rs

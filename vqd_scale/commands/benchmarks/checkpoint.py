@@ -22,7 +22,7 @@ _RATE = 1e-4
 Save = Literal["none", "ours", "alternative"]
 
 PROBLEM = StepProblem(width=512, layers=8, heads=8, side=16, codes=1024, batch=1)
-"""Some 44 million parameters: a checkpoint of 0.7 GB, at steps of about half a second on two cores."""
+"""Some 44 million parameters: a checkpoint of 0.7 GB, at steps of about a second on two cores."""
 
 
 class _Run:
