@@ -74,7 +74,9 @@ class Watched(Placement):
 
 def check_weights(world: World, config: EngineConfig, dtype: torch.dtype, **changes: Any) -> None:
     where = Watched(placement(config, world))
+    torchs = nn.functional.linear
     cut, plain = build(where, **changes), build(HERE, **changes)
+    assert nn.functional.linear is torchs
     for (name, ours), (_, theirs) in zip(cut.named_parameters(), plain.named_parameters(), strict=True):
         assert ours.numel() == 0, name
         piece: Tensor = ours.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]

@@ -83,6 +83,22 @@ def _quiet() -> Generator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _linear_is(function: Callable[..., Tensor]) -> Generator[None]:
+    """Have torch's `linear` be another inside, and what it was afterwards.
+
+    Stage 3 puts one of its own in its place, which keeps no gathered weight for the backward pass, and leaves
+    it there for the rest of the process: networks that are none of the engine's would run through it, too,
+    and could not be traced.
+    """
+    before = nn.functional.linear
+    nn.functional.linear = function
+    try:
+        yield
+    finally:
+        nn.functional.linear = before
+
+
 def deepspeed_json(config: EngineConfig, optim: OptimConfig, batch: int, ranks: int) -> dict[str, Any]:
     """DeepSpeed's configuration, with every default of its own that would change the numbers."""
     return {
@@ -183,7 +199,7 @@ class _AmongRanks(Placement):
 
     def placed(self, part: Part) -> Part:
         weights: list[Any] = list(part.to(self._dtype).parameters())
-        with _quiet():
+        with _quiet(), _linear_is(nn.functional.linear):
             if self._cut is None:
                 deepspeed.zero.Init(module=part, config_dict_or_path=self._json, dtype=self._dtype)
                 # A second one would make its groups of ranks anew; a weight that is cut can cut others.
@@ -233,19 +249,21 @@ class Engine:
         for buffer in module.buffers():
             buffer.data = buffer.data.to(world.device)
         optimizer = build_optimizer(module, optim)
-        with _quiet():
+        with _quiet(), _linear_is(nn.functional.linear):
             engine, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=optimizer,
                 config=deepspeed_json(config, optim, batch, world.size),
             )
+            self._linear = nn.functional.linear
         self._engine: Any = engine
         self.module = module
         self.partition = Partition(engine.optimizer, module, world.rank)
 
     def __call__(self, *inputs: Tensor) -> Any:  # noqa: ANN401 - what the module's forward returns
         """The module's forward, parameters gathered as they are needed."""
-        return self._engine(*inputs)
+        with _linear_is(self._linear):
+            return self._engine(*inputs)
 
     def backward(self, loss: Tensor, *, spoiled: bool = False) -> None:
         """Accumulate a loss's gradient; its mean over ranks and parts of a batch is what is stepped on.
@@ -255,7 +273,9 @@ class Engine:
             spoiled: Make the gradient of the whole batch one that the next step drops, on all ranks alike.
         """
         # DeepSpeed drops, and forgets, what is not finite: its only way out of a batch that has begun.
-        self._engine.backward(loss * float("nan") if spoiled else loss)
+        # What was not kept is computed once more in here, by the same `linear`.
+        with _linear_is(self._linear):
+            self._engine.backward(loss * float("nan") if spoiled else loss)
 
     def step(self, learning_rate: float) -> bool:
         """Clip and apply the gradient, after the last part of a batch; before that, only count the part.
