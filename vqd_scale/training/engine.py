@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import set_z3_leaf_modules, zero_to_fp32
 
@@ -87,9 +88,9 @@ def _quiet() -> Generator[None]:
 def _linear_is(function: Callable[..., Tensor]) -> Generator[None]:
     """Have torch's `linear` be another inside, and what it was afterwards.
 
-    Stage 3 puts one of its own in its place, which keeps no gathered weight for the backward pass, and leaves
-    it there for the rest of the process: networks that are none of the engine's would run through it, too,
-    and could not be traced.
+    Stage 3 has one of its own, which keeps no gathered weight for the backward pass. DeepSpeed puts it in
+    torch's place when it first cuts a weight and leaves it there for the rest of the process: networks that
+    are none of the engine's would run through it, too, and could not be traced.
     """
     before = nn.functional.linear
     nn.functional.linear = function
@@ -255,7 +256,7 @@ class Engine:
                 optimizer=optimizer,
                 config=deepspeed_json(config, optim, batch, world.size),
             )
-            self._linear = nn.functional.linear
+        self._linear = zero3_linear_wrap if config.zero.stage == 3 else nn.functional.linear
         self._engine: Any = engine
         self.module = module
         self.partition = Partition(engine.optimizer, module, world.rank)

@@ -3,7 +3,7 @@
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import Any, Literal
 
 import torch
@@ -21,8 +21,9 @@ _STEPS = 20
 _RATE = 1e-4
 Save = Literal["none", "ours", "alternative"]
 
-PROBLEM = StepProblem(width=512, layers=8, heads=8, side=16, codes=1024, batch=1)
-"""Some 44 million parameters: a checkpoint of 0.7 GB, at steps of about a second on two cores."""
+PROBLEM = StepProblem(width=512, layers=8, heads=8, side=8, codes=1024, batch=1)
+"""Some 44 million parameters: a checkpoint of 0.7 GB, at steps so short (half a second on two cores) that
+what it costs twenty of them is not lost in how much a shared machine's speed drifts."""
 
 
 class _Run:
@@ -71,7 +72,8 @@ def benchmark_checkpoint(rounds: int, problem: StepProblem = PROBLEM) -> dict[st
 
     Args:
         rounds: How often each is timed, in turn. What counts is the median of the differences within rounds,
-            since the speed of a shared machine drifts from round to round.
+            since the speed of a shared machine drifts from round to round. Every other round goes backwards:
+            what drifts within a round falls on either.
         problem: The sizes.
 
     Raises:
@@ -86,20 +88,25 @@ def benchmark_checkpoint(rounds: int, problem: StepProblem = PROBLEM) -> dict[st
         kinds: tuple[Save, ...] = ("none", "ours", "alternative")
         seconds: dict[Save, list[float]] = {kind: [] for kind in kinds}
         afterwards: dict[Save, list[float]] = {kind: [] for kind in kinds}
-        for _ in progress(range(rounds), "checkpoint", rounds):
-            for kind in kinds:
+        for number in progress(range(rounds), "checkpoint", rounds):
+            for kind in kinds if number % 2 == 0 else reversed(kinds):
                 during, after = run.steps(kind)
                 seconds[kind].append(during)
                 afterwards[kind].append(after)
         size = sum(path.stat().st_size for path in newest_whole(folder / "ours").iterdir())
         for checkpoints in run.checkpoints.values():
             checkpoints.close()
-    stall = {
-        kind: median(with_save - calm for with_save, calm in zip(seconds[kind], seconds["none"], strict=True))
+    extra = {
+        kind: [with_save - calm for with_save, calm in zip(seconds[kind], seconds["none"], strict=True)]
         for kind in ("ours", "alternative")
     }
+    stall = {kind: median(values) for kind, values in extra.items()}
     return {
         **stall,
+        "standard_errors_of_the_means": {
+            kind: stdev(values) / rounds**0.5 if rounds > 1 else None for kind, values in extra.items()
+        },
+        "means": {kind: fmean(values) for kind, values in extra.items()},
         "ratio": stall["alternative"] / stall["ours"],
         "share_of_synchronous": stall["ours"] / stall["alternative"],
         "megabytes": round(size / 1e6, 1),
