@@ -3,10 +3,13 @@
 from typing import Any
 
 import pytest
+import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
+from torch import Tensor, nn
 
-from vqd_scale.training.engine import EngineConfig, ZeroConfig, deepspeed_json
+from vqd_scale.core.world import join_world, leave_world
+from vqd_scale.training.engine import Engine, EngineConfig, ZeroConfig, deepspeed_json
 from vqd_scale.training.optim import OptimConfig
 
 
@@ -71,3 +74,24 @@ def test_offload_and_second_copies_reach_deepspeed(monkeypatch: pytest.MonkeyPat
 def test_second_copies_are_of_spread_weights() -> None:
     with pytest.raises(ValidationError, match="needs stage 3"):
         ZeroConfig(stage=2, secondary_shards=8)
+
+
+class _Sums(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).sum(dim=1)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_process_can_leave_a_world_and_train_in_another(stage: Any) -> None:
+    config = EngineConfig(zero=ZeroConfig(stage=stage), precision="fp32")
+    for _ in range(2):
+        try:
+            engine = Engine(_Sums(), config, OptimConfig(), batch=2, world=join_world(), units=())
+            engine.backward(engine(torch.ones(2, 3)).mean())
+            assert engine.step(1e-3)
+        finally:
+            leave_world()

@@ -1,6 +1,7 @@
 """Who this process is among the ranks of a run, and the few things that ranks say to each other."""
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -124,8 +125,14 @@ def place_among_ranks() -> tuple[int, int, int]:
 
 
 def leave_world() -> None:
-    """Say goodbye to the other ranks."""
-    if distributed.is_initialized():
+    """Say goodbye to the other ranks; a world can be joined anew afterwards."""
+    if not distributed.is_initialized():
+        return
+    # DeepSpeed keeps groups of this world for the next one, where they are none, unless it is what ends them.
+    deepspeed = sys.modules.get("deepspeed.comm")
+    if deepspeed is not None and deepspeed.is_initialized():
+        deepspeed.destroy_process_group()
+    else:
         distributed.destroy_process_group()
 
 
