@@ -22,8 +22,8 @@ _RATE = 1e-4
 Save = Literal["none", "ours", "alternative"]
 
 PROBLEM = StepProblem(width=512, layers=8, heads=8, side=8, codes=1024, batch=1)
-"""Some 44 million parameters: a checkpoint of 0.7 GB, at steps so short (half a second on two cores) that
-what it costs twenty of them is not lost in how much a shared machine's speed drifts."""
+"""Some 44 million parameters: a checkpoint of 0.7 GB, at steps of about a second on two cores. Longer ones
+would hide what it costs twenty of them in how much a shared machine's speed drifts."""
 
 
 class _Run:
