@@ -107,14 +107,14 @@ def test_torch_knows_it_as_an_operation() -> None:
 
 
 def test_auto_takes_it_where_it_pays() -> None:
-    long, short = qkv(1, 256, 77, 1, 12), qkv(1, 64, 77, 1, 12)
+    long, short = qkv(1, 5, 512, 1, 12), qkv(1, 512, 77, 1, 12)
     assert pays(long[0], long[1])
     assert not pays(short[0], short[1])
     assert not pays(long[0].to("meta"), long[1].to("meta"))
     assert not pays(long[0].double(), long[1].double())
     assert torch.equal(attention(*long), small_heads_attention(*long))
     torch.testing.assert_close(attention(*long), attention(*long, backend="sdpa"))
-    causal = qkv(1, 256, 256, 1, 12)
+    causal = qkv(1, 512, 512, 1, 12)
     torch.testing.assert_close(
         attention(*causal, causal=True), attention(*causal, backend="reference", causal=True)
     )
@@ -140,7 +140,7 @@ def test_without_a_compiler_sdpa_serves_and_that_is_said(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("CC", compiler)
-    inputs = qkv(1, 256, 77, 1, 12)
+    inputs = qkv(1, 5, 512, 1, 12)
     with caplog.at_level(logging.WARNING):
         found = attention(*inputs)
     assert torch.equal(found, attention(*inputs, backend="sdpa"))

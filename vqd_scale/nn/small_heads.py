@@ -28,9 +28,10 @@ _FLAGS = (
     "-shared",
     "-fPIC",
 )
-_MOST_FEATURES = 16
-_FEWEST_SCORES = 2**14
-"""Queries x keys from which on it pays to start the threads."""
+_MOST_FEATURES = 12
+_FEWEST_KEYS = 512
+"""Measured on two cores with AVX2, forward and backward, beside sdpa: over 1,024 keys 3.4 times as fast with
+8 features, 1.6 times with 12, 0.9 times with 16; with 12 features over 256 keys and fewer about as fast."""
 
 
 def pays(query: Float[Tensor, "batch queries heads dim"], key: Float[Tensor, "batch keys heads dim"]) -> bool:
@@ -39,7 +40,7 @@ def pays(query: Float[Tensor, "batch queries heads dim"], key: Float[Tensor, "ba
         query.device.type == "cpu"
         and query.dtype in (torch.float32, torch.bfloat16)
         and query.shape[-1] <= _MOST_FEATURES
-        and query.shape[1] * key.shape[1] >= _FEWEST_SCORES
+        and key.shape[1] >= _FEWEST_KEYS
         and _kernel(query.shape[-1]) is not None
     )
 
