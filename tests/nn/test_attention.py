@@ -125,7 +125,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
 def test_auto_takes_what_is_fast_on_a_cpu(
     served: list[torch.dtype], dtype: torch.dtype, keys: int, *, by_sdpa: bool
 ) -> None:
-    query, context = torch.randn(1, 4, 1, 8, dtype=dtype), torch.randn(1, keys, 1, 8, dtype=dtype)
+    query, context = torch.randn(1, 4, 1, 16, dtype=dtype), torch.randn(1, keys, 1, 16, dtype=dtype)
     attention(query, context, context)
     assert served == [dtype] * by_sdpa
 

@@ -1,4 +1,4 @@
-"""One attention function, three backends of equal meaning."""
+"""One attention function, four backends of equal meaning."""
 
 import functools
 import importlib
@@ -10,11 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from vqd_scale.nn.small_heads import pays, small_heads_attention
+
 logger = logging.getLogger(__name__)
 
-AttentionBackend = Literal["auto", "xformers", "sdpa", "reference"]
-"""``auto`` takes xformers on CUDA where its kernels load. On a CPU it takes sdpa, except in half precision
-over 512 keys and fewer: there it takes the plain formula."""
+AttentionBackend = Literal["auto", "xformers", "sdpa", "small_heads", "reference"]
+"""``auto`` takes xformers on CUDA where its kernels load. On a CPU it takes `vqd_scale.nn.small_heads` where
+that pays, else sdpa, except in half precision over 512 keys and fewer: there it takes the plain formula."""
 
 _KERNEL_ALIGNMENT = 8
 _REFERENCE_KEYS = 512
@@ -46,10 +48,14 @@ def attention(
         A tensor like ``query``.
 
     Raises:
-        ValueError: ``causal``, but there are more keys than queries, or fewer.
+        ValueError: ``causal``, but there are more keys than queries, or fewer, or by the backend small_heads.
     """
     if causal and query.shape[1] != key.shape[1]:
         raise ValueError(f"causal attention of {query.shape[1]} queries over {key.shape[1]} keys")
+    if backend == "small_heads" or (backend == "auto" and not causal and pays(query, key)):
+        if causal:
+            raise ValueError("small_heads attends to all keys; causal attention is sdpa's")
+        return small_heads_attention(query, key, value)
     chosen = _chosen(backend, query, key)
     if chosen == "xformers":
         return _xformers_attention(query, key, value, causal)

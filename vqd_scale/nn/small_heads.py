@@ -1,0 +1,158 @@
+"""Attention over heads of few features on a CPU, by a kernel that is compiled when it is first wanted."""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_suffix(".c")
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+)
+_MOST_FEATURES = 12
+_FEWEST_KEYS = 512
+"""Measured on two cores with AVX2, forward and backward, beside sdpa: over 1,024 keys 3.4 times as fast with
+8 features, 1.6 times with 12, 0.9 times with 16; with 12 features over 256 keys and fewer about as fast."""
+
+
+def pays(query: Float[Tensor, "batch queries heads dim"], key: Float[Tensor, "batch keys heads dim"]) -> bool:
+    """Whether the kernel is faster than sdpa here, and can be had: it needs a C compiler."""
+    return (
+        query.device.type == "cpu"
+        and query.dtype in (torch.float32, torch.bfloat16)
+        and query.shape[-1] <= _MOST_FEATURES
+        and key.shape[1] >= _FEWEST_KEYS
+        and _kernel(query.shape[-1]) is not None
+    )
+
+
+def small_heads_attention(
+    query: Float[Tensor, "batch queries heads dim"],
+    key: Float[Tensor, "batch keys heads dim"],
+    value: Float[Tensor, "batch keys heads dim"],
+) -> Float[Tensor, "batch queries heads dim"]:
+    """softmax(q k^T / sqrt(dim)) v, computed in float32 whatever comes in; as many threads as torch has."""
+    attended, _ = _forward(query.float(), key.float(), value.float())
+    return attended.to(query.dtype)
+
+
+@torch.library.custom_op("vqd_scale::small_heads", mutates_args=())
+def _forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    batch, queries, heads, _ = query.shape
+    attended, normaliser = torch.empty_like(query), query.new_empty(batch, heads, queries)
+    _run("forward", query, key, (query, key, value, attended, normaliser))
+    return attended, normaliser
+
+
+@_forward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty(batch, heads, queries)
+
+
+@torch.library.custom_op("vqd_scale::small_heads_backward", mutates_args=())
+def _backward(
+    query: Tensor, key: Tensor, value: Tensor, attended: Tensor, normaliser: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    given = (query, key, value, attended, normaliser, gradient.contiguous())
+    _run("backward", query, key, (*given, *gradients))
+    return gradients
+
+
+@_backward.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, attended: Tensor, normaliser: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN401
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _differentiate(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
+    return _backward(*ctx.saved_tensors, gradient)
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _run(name: str, query: Tensor, key: Tensor, arrays: tuple[Tensor, ...]) -> None:
+    batch, queries, heads, dim = query.shape
+    kernel = _kernel(dim)
+    if kernel is None:
+        raise ValueError(f"no C compiler built the attention kernel for heads of {dim} features; use sdpa.")
+    function = getattr(kernel, name)
+    pointers = [ctypes.c_void_p(array.data_ptr()) for array in arrays]
+    sizes = [ctypes.c_long(size) for size in (heads, queries, key.shape[1])]
+    scale = ctypes.c_float(dim**-0.5)
+
+    def compute(first: int, last: int) -> int:
+        return function(*pointers, ctypes.c_long(first), ctypes.c_long(last), *sizes, scale)
+
+    count = min(torch.get_num_threads(), batch * heads)
+    cuts = [batch * heads * part // count for part in range(count + 1)]
+    failed = list(
+        _threads(os.getpid(), count).map(compute, cuts[:-1], cuts[1:])
+        if count > 1
+        else [compute(0, cuts[-1])]
+    )
+    if any(failed):
+        raise MemoryError(f"the attention of {batch * heads} heads over {key.shape[1]} keys")
+
+
+@functools.lru_cache(maxsize=1)
+def _threads(process: int, count: int) -> ThreadPoolExecutor:
+    # Of this process: threads do not survive a fork.
+    return ThreadPoolExecutor(count, f"attention-{process}")
+
+
+@functools.cache
+def _kernel(dim: int) -> ctypes.CDLL | None:
+    """The kernel for heads of ``dim`` features, compiled, from the user's cache; none without a compiler."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        logger.warning(
+            "no C compiler is installed; attention over heads of %d features is slower by half", dim
+        )
+        return None
+    command = [compiler, *_FLAGS, f"-DHEAD={dim}", str(_SOURCE)]
+    identity = repr((_SOURCE.read_bytes(), command, sorted(torch.cpu.get_capabilities().items())))
+    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vqd_scale"
+    built = folder / f"small-heads-{dim}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    if not built.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            fresh = Path(scratch) / built.name
+            done = subprocess.run(  # noqa: S603 - our own source, and the user's own compiler
+                [*command, "-o", str(fresh), "-lm"], capture_output=True, text=True, check=False
+            )
+            if done.returncode != 0:
+                logger.warning(
+                    "%s does not compile %s; sdpa serves: %s", compiler, _SOURCE, done.stderr.strip()
+                )
+                return None
+            fresh.replace(built)
+    return ctypes.CDLL(str(built))
