@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -33,13 +33,32 @@ def with_gradients(result: Tensor, inputs: QKV) -> tuple[Tensor, ...]:
     return result.detach(), *torch.autograd.grad(result, inputs, slope)
 
 
-@settings(max_examples=40)
+@pytest.fixture
+def nothing_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kernel = small_heads._kernel  # pyright: ignore[reportPrivateUsage]
+    kernel.cache_clear()
+    yield tmp_path
+    kernel.cache_clear()
+
+
+@pytest.fixture(params=[None, 4, 8, 16])
+def width(request: pytest.FixtureRequest, nothing_built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor's own width, then those of all processors: the compiler splits what is too wide here,
+    for a long time if it is to do it well."""
+    if request.param is not None:
+        flags = small_heads._FLAGS  # pyright: ignore[reportPrivateUsage]
+        monkeypatch.setattr(small_heads, "_FLAGS", (*flags, f"-DWIDTH={request.param}", "-O1"))
+
+
+@pytest.mark.usefixtures("width")
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 3),
     queries=st.integers(1, 40),
     keys=st.integers(1, 70),
     heads=st.integers(1, 3),
-    dim=st.sampled_from([1, 4, 12, 16]),
+    dim=st.sampled_from([1, 12, 13]),
     seed=st.integers(0, 99),
 )
 def test_it_is_the_plain_formula(
@@ -53,11 +72,17 @@ def test_it_is_the_plain_formula(
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_keys_that_fill_the_last_panel_do_not_count_even_where_all_scores_are_far_below_theirs() -> None:
-    query, key, value = qkv(1, 3, 17, 1, 4)
-    query, key = torch.full_like(query, 30.0), torch.full_like(key, -30.0)
-    found = small_heads_attention(query, key, value)
-    torch.testing.assert_close(found, value.mean(dim=1, keepdim=True).expand_as(found))
+@pytest.mark.parametrize("size", [5.0, 6.765, 30.0])  # e^(2 * 6.765^2) / 17 is just no float any more
+def test_keys_that_fill_the_last_panel_do_not_count_even_where_all_scores_are_far_below_theirs(
+    size: float,
+) -> None:
+    _, _, value = qkv(1, 3, 17, 1, 4)
+    query, key = torch.full((1, 3, 1, 4), size), torch.full((1, 17, 1, 4), -size)
+    inputs = query.requires_grad_(), key.requires_grad_(), value
+    ours = with_gradients(small_heads_attention(*inputs), inputs)
+    expected = with_gradients(attention(*inputs, "reference"), inputs)
+    torch.testing.assert_close(ours[0], value.mean(dim=1, keepdim=True).expand_as(ours[0]))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_not_finite_stays_so() -> None:
@@ -118,15 +143,6 @@ def test_auto_takes_it_where_it_pays() -> None:
     torch.testing.assert_close(
         attention(*causal, causal=True), attention(*causal, backend="reference", causal=True)
     )
-
-
-@pytest.fixture
-def nothing_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    kernel = small_heads._kernel  # pyright: ignore[reportPrivateUsage]
-    kernel.cache_clear()
-    yield tmp_path
-    kernel.cache_clear()
 
 
 @pytest.mark.parametrize(
