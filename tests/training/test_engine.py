@@ -1,5 +1,6 @@
 """What DeepSpeed is told, and what it makes of it."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -95,3 +96,19 @@ def test_a_process_can_leave_a_world_and_train_in_another(stage: Any) -> None:
             assert engine.step(1e-3)
         finally:
             leave_world()
+
+
+@pytest.mark.parametrize(
+    ("precision", "served", "said"), [("bf16", False, 1), ("bf16", True, 0), ("fp32", False, 0)]
+)
+def test_a_processor_without_half_precision_is_named(
+    precision: Any, served: bool, said: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: served)
+    config = EngineConfig(zero=ZeroConfig(stage=1), precision=precision)
+    try:
+        with caplog.at_level(logging.WARNING, "vqd_scale"):
+            Engine(_Sums(), config, OptimConfig(), batch=2, world=join_world(), units=())
+    finally:
+        leave_world()
+    assert len([text for text in caplog.messages if "engine.precision=fp32" in text]) == said
