@@ -104,7 +104,7 @@ def test_a_process_can_leave_a_world_and_train_in_another(stage: Any) -> None:
 def test_a_processor_without_half_precision_is_named(
     precision: Any, served: bool, said: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: served)
+    monkeypatch.setattr("vqd_scale.training.engine.computes_bfloat16", lambda: served)
     config = EngineConfig(zero=ZeroConfig(stage=1), precision=precision)
     try:
         with caplog.at_level(logging.WARNING, "vqd_scale"):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.world import World
+from vqd_scale.core.world import World, computes_bfloat16
 from vqd_scale.nn.placement import HERE, Part, Placement
 from vqd_scale.training.optim import OptimConfig, build_optimizer
 from vqd_scale.training.partition import Partition
@@ -104,12 +104,10 @@ def _linear_is(function: Callable[..., Tensor]) -> Generator[None]:
 
 
 def _say_where_half_precision_is_slow(config: EngineConfig, world: World) -> None:
-    # torch's own question before it leaves a product of such matrices to oneDNN: otherwise it converts number
-    # by number, on one core.
-    served = world.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if config.precision == "bf16" and not served and world.is_first:
+    on_cpu = world.device.type == "cpu"
+    if config.precision == "bf16" and on_cpu and world.is_first and not computes_bfloat16():
         logger.warning(
-            "this processor computes in bfloat16 many times slower than in float32; set engine.precision=fp32"
+            "this processor has no instructions for bfloat16 and is slower in it; set engine.precision=fp32"
         )
 
 
