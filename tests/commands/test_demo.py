@@ -1,4 +1,4 @@
-"""The whole road in its short form, once in peace and once killed at every stage."""
+"""The whole road in its short form, killed at every stage; the long tests have one in peace beside it."""
 
 import json
 import os
@@ -32,14 +32,37 @@ def start(out: Path) -> "subprocess.Popen[str]":
     )
 
 
+def checkpointed(run: Path) -> bool:
+    return any(int(path.name) > 0 for path in run.glob("checkpoints/*") if path.name.isdigit())
+
+
+KILLS: list[Callable[[Path], bool]] = [
+    lambda out: checkpointed(out / "tokenizer"),
+    lambda out: (out / "tokens" / "000000.tar").exists(),
+    lambda out: checkpointed(out / "model"),
+    lambda out: len(list((out / "samples").glob("0*.png"))) >= 32,
+]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The demo's folder after an undisturbed run, and what the run printed."""
-    out = tmp_path_factory.mktemp("demo") / "whole"
-    process = start(out)
+    """The demo's folder after a run that was killed in every stage, and what its last start printed."""
+    out = tmp_path_factory.mktemp("demo") / "killed"
+    for reached in KILLS:
+        process = start(out)
+        while process.poll() is None and not reached(out):
+            time.sleep(0.02)
+        assert process.poll() is None, "the stage was over before it could be killed"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    return out, ended(start(out))
+
+
+def ended(process: "subprocess.Popen[str]") -> str:
+    """What an undisturbed start printed."""
     printed, _ = process.communicate()
     assert process.returncode == 0, printed
-    return out, printed
+    return printed
 
 
 def report(out: Path) -> dict[str, Any]:
@@ -88,37 +111,13 @@ def test_losses_follow_the_golden_curve(finished: tuple[Path, str]) -> None:
 
 
 def test_a_second_run_finds_everything_done(finished: tuple[Path, str]) -> None:
-    process = start(finished[0])
-    printed, _ = process.communicate()
-    assert process.returncode == 0, printed
-    assert printed.count("done before") == 6
+    assert ended(start(finished[0])).count("done before") == 6
 
 
-def checkpointed(run: Path) -> bool:
-    return any(int(path.name) > 0 for path in run.glob("checkpoints/*") if path.name.isdigit())
-
-
-KILLS: list[Callable[[Path], bool]] = [
-    lambda out: checkpointed(out / "tokenizer"),
-    lambda out: (out / "tokens" / "000000.tar").exists(),
-    lambda out: checkpointed(out / "model"),
-    lambda out: len(list((out / "samples").glob("0*.png"))) >= 32,
-]
-
-
+@pytest.mark.long
 def test_killed_in_every_stage_it_comes_to_the_same_end(finished: tuple[Path, str], tmp_path: Path) -> None:
-    out = tmp_path / "killed"
-    for reached in KILLS:
-        process = start(out)
-        while process.poll() is None and not reached(out):
-            time.sleep(0.02)
-        assert process.poll() is None, "the stage was over before it could be killed"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    process = start(out)
-    printed, _ = process.communicate()
-    assert process.returncode == 0, printed
-    whole = finished[0]
+    out, whole = finished[0], tmp_path / "whole"
+    ended(start(whole))
     ours, theirs = report(out), report(whole)
     assert ours.pop("seconds").keys() == theirs.pop("seconds").keys()
     assert ours == theirs
