@@ -18,7 +18,7 @@ from vqd_scale.commands.benchmarks.plan import benchmark_plan
 from vqd_scale.commands.benchmarks.s3 import benchmark_s3
 from vqd_scale.commands.benchmarks.sample import benchmark_sample
 from vqd_scale.commands.benchmarks.seeding import benchmark_seeding
-from vqd_scale.commands.benchmarks.step import benchmark_step
+from vqd_scale.commands.benchmarks.step import benchmark_layer, benchmark_step
 from vqd_scale.commands.entry import run_tool, tool_parser
 from vqd_scale.core.provenance import provenance
 from vqd_scale.core.store import publish_json
@@ -27,6 +27,7 @@ BENCHMARKS: dict[str, Callable[[int], dict[str, Any]]] = {
     "autoregression": benchmark_autoregression,
     "checkpoint": benchmark_checkpoint,
     "construction": benchmark_construction,
+    "layer": benchmark_layer,
     "loader": benchmark_loader,
     "loss": benchmark_loss,
     "plan": benchmark_plan,

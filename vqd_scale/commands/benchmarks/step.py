@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vqd_scale.commands.benchmarks.loss import NaiveObjective
 from vqd_scale.commands.benchmarks.measuring import extra_peak, in_fresh_process
+from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress
 from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.core.world import join_world
@@ -60,6 +61,10 @@ class StepProblem:
         text = torch.sin(torch.arange(self.batch * _TEXT[0] * _TEXT[1], dtype=torch.float32))
         parts = (tokens, noisy, t, text.view(self.batch, *_TEXT))
         return tuple(part.to(device) for part in parts)  # pyright: ignore[reportReturnType]
+
+
+LAYER_OF_B = StepProblem(width=1024, layers=1, batch=1)
+"""What of size B a CPU takes in its stride."""
 
 
 class FusedStep(nn.Module):
@@ -186,6 +191,17 @@ def benchmark_step(rounds: int, problem: StepProblem | None = None) -> dict[str,
         "losses": losses,
         "problem": vars(problem),
     }
+
+
+def benchmark_layer(rounds: int) -> dict[str, Any]:
+    """`benchmark_step` of one layer of size B, with embedding and head, on a CPU.
+
+    Raises:
+        UserError: There is a GPU, where `benchmark_step` measures whole networks.
+    """
+    if torch.cuda.is_available():
+        raise UserError("benchmark layer: it is for CPUs; on a GPU `step` measures all sizes.")
+    return benchmark_step(rounds, LAYER_OF_B)
 
 
 def extra_peak_bytes(side: Side, problem: StepProblem) -> int:
