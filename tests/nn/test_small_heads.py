@@ -166,6 +166,18 @@ def test_without_a_compiler_sdpa_serves_and_that_is_said(
         small_heads_attention(*inputs)
 
 
+def test_where_nothing_can_be_kept_sdpa_serves_and_that_is_said(
+    nothing_built: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (nothing_built / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(nothing_built / "file"))
+    inputs = qkv(1, 5, 512, 1, 12)
+    with caplog.at_level(logging.WARNING):
+        found = attention(*inputs)
+    assert torch.equal(found, attention(*inputs, backend="sdpa"))
+    assert ["sdpa serves" in text for text in caplog.messages] == [True]
+
+
 def test_it_is_built_once_and_kept(nothing_built: Path) -> None:
     inputs = qkv(1, 3, 3, 1, 12)
     small_heads_attention(*inputs)

@@ -138,6 +138,15 @@ def _kernel(dim: int) -> ctypes.CDLL | None:
             "no C compiler is installed; attention over heads of %d features is slower by half", dim
         )
         return None
+    try:
+        return ctypes.CDLL(str(_built(compiler, dim)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
+        logger.warning("%s cannot be built by %s or kept; sdpa serves: %s", _SOURCE, compiler, reason)
+        return None
+
+
+def _built(compiler: str, dim: int) -> Path:
     command = [compiler, *_FLAGS, f"-DHEAD={dim}", str(_SOURCE)]
     identity = repr((_SOURCE.read_bytes(), command, sorted(torch.cpu.get_capabilities().items())))
     folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vqd_scale"
@@ -146,13 +155,8 @@ def _kernel(dim: int) -> ctypes.CDLL | None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             fresh = Path(scratch) / built.name
-            done = subprocess.run(  # noqa: S603 - our own source, and the user's own compiler
-                [*command, "-o", str(fresh), "-lm"], capture_output=True, text=True, check=False
+            subprocess.run(  # noqa: S603 - our own source, and the user's own compiler
+                [*command, "-o", str(fresh), "-lm"], capture_output=True, text=True, check=True
             )
-            if done.returncode != 0:
-                logger.warning(
-                    "%s does not compile %s; sdpa serves: %s", compiler, _SOURCE, done.stderr.strip()
-                )
-                return None
             fresh.replace(built)
-    return ctypes.CDLL(str(built))
+    return built

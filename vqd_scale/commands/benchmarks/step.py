@@ -64,7 +64,7 @@ class StepProblem:
 
 
 LAYER_OF_B = StepProblem(width=1024, layers=1, batch=1)
-"""What of size B a CPU takes in its stride."""
+"""As much of size B as a CPU steps through in seconds."""
 
 
 class FusedStep(nn.Module):
