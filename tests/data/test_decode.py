@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from numpy.typing import NDArray
 from PIL import Image
 
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.data.decode import (
     BadSample,
     DecodeConfig,

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from tests.models import CONFIG, SHAPE, write_model
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.errors import UserError
 from vqd_scale.diffusion.guidance import Constant, Linear, TopK, TopP
 from vqd_scale.diffusion.reveal import Confidence, Halton, Purity
@@ -58,7 +59,7 @@ def test_a_picture_is_the_same_in_any_batch(folder: Path) -> None:
 def test_the_prompt_and_the_guidance_matter(folder: Path) -> None:
     pipe = TextToImage.load(folder, device="cpu")
 
-    def drawn(prompt: str, guidance: float) -> np.ndarray:
+    def drawn(prompt: str, guidance: float) -> NDArray[np.uint8]:
         return np.stack([np.asarray(image) for image in pipe([prompt] * 8, steps=4, guidance=guidance)])
 
     assert not np.array_equal(drawn("a red circle", 1.0), drawn("a blue star", 1.0))

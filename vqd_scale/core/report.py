@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.store import publish_text, published
 
 _MARGIN = 16
@@ -102,7 +102,7 @@ def plot_curves(path: Path, series: Sequence[Series], *, title: str, x_label: st
 
 
 def image_grid(
-    images: UInt8[np.ndarray, "count height width 3"],
+    images: UInt8[NDArray[np.uint8], "count height width 3"],
     captions: Sequence[str] | None = None,
     *,
     columns: int,
@@ -149,8 +149,8 @@ def image_grid(
 
 
 def comparison_grid(
-    originals: UInt8[np.ndarray, "count height width 3"],
-    reconstructions: UInt8[np.ndarray, "count height width 3"],
+    originals: UInt8[NDArray[np.uint8], "count height width 3"],
+    reconstructions: UInt8[NDArray[np.uint8], "count height width 3"],
     *,
     columns: int,
     scale: int = 1,
@@ -202,7 +202,7 @@ def _caption_font() -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", _FONT_SIZE)
 
 
-def _enlarged(image: UInt8[np.ndarray, "height width 3"], scale: int) -> Image.Image:
+def _enlarged(image: UInt8[NDArray[np.uint8], "height width 3"], scale: int) -> Image.Image:
     return Image.fromarray(image.repeat(scale, axis=0).repeat(scale, axis=1))
 
 

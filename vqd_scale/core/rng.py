@@ -15,8 +15,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numpy.typing import NDArray
 from torch import Tensor
+
+from vqd_scale.core.arrays import NDArray
 
 Words = TypeVar("Words", NDArray[np.int64], Tensor)
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from jaxtyping import Int64
-from numpy.typing import NDArray
+from jaxtyping import Int32
 
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, permutation
 from vqd_scale.data.index import Shard, ShardSet, read_table
@@ -77,7 +77,7 @@ def classes_of(shards: ShardSet) -> NDArray[np.int32]:
         UserError: A sample has none.
     """
 
-    def read(shard: Shard) -> Int64[NDArray[np.int32], " count"]:
+    def read(shard: Shard) -> Int32[NDArray[np.int32], " count"]:
         classes = read_table(shard).columns.get("class", np.full(shard.count, np.nan))
         if np.isnan(classes).any():
             raise UserError(

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from numpy.lib import format as npy
-from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.config import Config
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")

@@ -16,8 +16,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Float64, Int64, Shaped
-from numpy.typing import NDArray
 
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.store import Location, file_sizes, parse_location, publish_json, published, read_json
 

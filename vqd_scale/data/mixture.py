@@ -14,8 +14,8 @@ from math import lcm
 
 import numpy as np
 from jaxtyping import Bool, Int64
-from numpy.typing import NDArray
 
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.errors import UserError
 
 Slots = Int64[NDArray[np.int64], " slots"]

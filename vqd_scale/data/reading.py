@@ -14,9 +14,9 @@ from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int64
-from numpy.typing import NDArray
 from pydantic import Field
 
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.s3 import PIECE_BYTES, PIECES_AHEAD, Arriving, S3Object, S3Path

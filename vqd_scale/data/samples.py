@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 from jaxtyping import Int64, Integer, UInt8
-from numpy.typing import NDArray
 from torch import Tensor
 
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.data.batch import ImageBatch, TokenBatch
 from vqd_scale.data.decode import (

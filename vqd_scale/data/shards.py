@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
-from numpy.typing import NDArray
 from tqdm import tqdm
 from webdataset.writer import ShardWriter
 
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.store import Location, published, sha256_of
 from vqd_scale.data.decode import BadSample
 from vqd_scale.data.index import (

@@ -10,10 +10,11 @@ from typing import cast
 
 import numpy as np
 from jaxtyping import Integer, UInt8
-from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize
 from webdataset.compat import WebDataset
+
+from vqd_scale.core.arrays import NDArray
 
 PlainBatch = tuple[list[str], UInt8[NDArray[np.uint8], "batch height width 3"], list[str]]
 """Keys, pictures and captions."""

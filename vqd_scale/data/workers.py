@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int64
-from numpy.typing import NDArray
 
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress_bar
 from vqd_scale.core.store import Location, file_sizes, publish_json

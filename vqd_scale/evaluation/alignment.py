@@ -13,9 +13,9 @@ from itertools import product
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64, UInt8
-from numpy.typing import NDArray
 from torch import Tensor
 
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.rng import Purpose, permutation
 from vqd_scale.data.sources.shapes import (
     BACKGROUNDS,

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, integers, permutation
@@ -143,7 +144,7 @@ def _chosen(config: Captions, shards: ShardSet) -> tuple[list[int], list[int]]:
     return members.tolist(), captions.tolist()
 
 
-def _caption_counts(shards: ShardSet) -> np.ndarray:
+def _caption_counts(shards: ShardSet) -> NDArray[np.int64]:
     counts: list[int] = []
     for shard in shards.shards:
         reader = ShardReader(shard)

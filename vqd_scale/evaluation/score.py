@@ -11,6 +11,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.report import publish_image
 from vqd_scale.core.world import World
@@ -49,7 +50,7 @@ class Shown:
     """
 
     heading: str
-    images: UInt8[np.ndarray, "count height width 3"]
+    images: UInt8[NDArray[np.uint8], "count height width 3"]
     captions: list[str]
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from numpy.typing import NDArray
 from torch import Tensor
 
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress_bar
 from vqd_scale.core.report import Figures, Picture, Section, comparison_grid, html_report, publish_image

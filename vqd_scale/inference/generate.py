@@ -8,10 +8,10 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from jaxtyping import Int, UInt8
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress_bar
 from vqd_scale.core.report import publish_image

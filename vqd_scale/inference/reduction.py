@@ -13,9 +13,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 from jaxtyping import Int
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress_bar
 from vqd_scale.core.store import Location

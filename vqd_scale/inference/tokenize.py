@@ -11,9 +11,9 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from jaxtyping import Int64
-from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from vqd_scale.commands.benchmarks import tokens
 from vqd_scale.commands.benchmarks.loader import (
@@ -14,6 +13,7 @@ from vqd_scale.commands.benchmarks.loader import (
     picture_figures,
 )
 from vqd_scale.commands.benchmarks.tokens import TokenProblem, check_tokens, token_figures
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.data.unindexed import plain_token_batches
 
 FEW = TokenProblem(shards=3, samples=10, length=6, codes=20, text_length=4, batch=4)

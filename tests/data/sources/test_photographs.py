@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.errors import UserError
 from vqd_scale.data.decode import decode_image
 from vqd_scale.data.shards import KEY, read_shard
@@ -35,6 +36,6 @@ def test_the_same_crops_come_again_and_an_unknown_photograph_is_named(tmp_path: 
         write_photographs(PhotographsConfig(held_out="mona-lisa"), tmp_path / "c")
 
 
-def _lies_in(crop: np.ndarray, pixels: np.ndarray) -> bool:
+def _lies_in(crop: NDArray[np.uint8], pixels: NDArray[np.uint8]) -> bool:
     places = np.argwhere((pixels[:-31, :-31] == crop[0, 0]).all(axis=-1))
     return any(np.array_equal(pixels[top : top + 32, left : left + 32], crop) for top, left in places)

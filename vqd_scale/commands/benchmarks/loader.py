@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from vqd_scale.commands.benchmarks.measuring import extra_peak, in_fresh_process
 from vqd_scale.commands.benchmarks.tokens import TokenProblem, token_figures
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.progress import progress
 from vqd_scale.core.rng import Purpose, integers
 from vqd_scale.data.batch import ImageBatch

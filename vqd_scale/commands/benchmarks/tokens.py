@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
-from numpy.typing import NDArray
 
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.progress import progress
 from vqd_scale.core.rng import Purpose, integers
 from vqd_scale.data.batch import TokenBatch

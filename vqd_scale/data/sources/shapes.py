@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from pydantic import Field
 
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.config import Config
 from vqd_scale.core.rng import Purpose, integers, permutation
 from vqd_scale.data.index import ShardSet
