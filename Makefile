@@ -1,6 +1,8 @@
 # `make help` lists what can be made. Everything is installed into .venv and nowhere else.
 
 PYTHON ?= python3
+# Whose torch is used: "lock" installs that of requirements.lock, "site" keeps the one that PYTHON has.
+TORCH ?= lock
 UV_VERSION := 0.13.9
 
 BIN := .venv/bin
@@ -10,7 +12,7 @@ UV := $(BIN)/uv pip
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-s3 test-cluster chaos test-gpu lint types lock
+.PHONY: help setup checked demo test test-all test-s3 test-cluster test-pythons test-machines test-lowest chaos test-gpu lint types lock
 
 # What a machine happens to keep in local folders must not decide which versions are installed.
 unexport PIP_FIND_LINKS UV_FIND_LINKS
@@ -20,7 +22,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(DONE)/project $(DONE)/bytecode ## install the locked versions into .venv
+setup: $(if $(filter-out file,$(origin PYTHON) $(origin TORCH)),checked) $(DONE)/project $(DONE)/bytecode
+setup: ## install the locked versions into .venv, of PYTHON=python3 and around its torch with TORCH=site
 
 demo: setup ## shards -> tokenizer -> tokens -> training -> pictures -> score; FAST=1 for the short form
 	$(BIN)/python tools/demo.py $(if $(FAST),--fast)
@@ -38,6 +41,15 @@ test-s3: setup ## everything that reads or writes S3, with a real server and a p
 test-cluster: setup ## jobs on a real Slurm of two nodes: trained, stopped, lost and started again
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm -m "slurm and not long" -rs
 
+test-pythons: ## set-up, every import and the short demo on each supported Python on this machine but the newest
+	bash tests/interpreters.sh
+
+test-machines: setup ## the short demo on odd machines: no compiler, no network, a small /dev/shm, and so on
+	bash tests/machines.sh
+
+test-lowest: ## the suite with the lowest direct dependencies that pyproject.toml allows, on Python 3.10
+	bash tests/lowest.sh
+
 chaos: setup ## a run on two ranks, ended twenty times at random moments, against one in peace
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/training/test_train.py -m long -k chaos -s
 
@@ -48,7 +60,7 @@ test-gpu: setup ## what needs a GPU: kernels against their slow twins, ZeRO-3 ov
 lint: setup ## formatting and lint rules; shellcheck where it is installed
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-	@if command -v shellcheck > /dev/null; then shellcheck -x slurm/*.sh; else echo "shellcheck: not installed"; fi
+	@if command -v shellcheck > /dev/null; then shellcheck -x slurm/*.sh tests/*.sh .ci/run; else echo "shellcheck: not installed"; fi
 
 types: setup ## pyright, strict
 	$(BIN)/pyright
@@ -57,15 +69,30 @@ lock: $(DONE)/uv ## resolve pyproject.toml anew into requirements.lock
 	$(UV) compile --quiet --universal --python-version 3.10 --all-extras --upgrade \
 		--generate-hashes --no-header --no-annotate --output-file requirements.lock pyproject.toml
 
-$(DONE)/uv:
-	@echo "creating .venv with $$($(PYTHON) --version)"
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -qq --disable-pip-version-check uv==$(UV_VERSION)
-	@mkdir -p $(DONE) && touch $@
+checked:
+	@"$(PYTHON)" -c "" 2> /dev/null || { echo "make setup: '$(PYTHON)' does not run here; those that do:" >&2; \
+		python3 tools/_environment.py list >&2; exit 2; }
+	@"$(PYTHON)" tools/_environment.py check "$(TORCH)"
 
+$(DONE)/uv: | checked
+	@echo "creating .venv with $$("$(PYTHON)" --version)"
+	"$(PYTHON)" -m venv .venv
+	$(BIN)/python -m pip install -qq --disable-pip-version-check uv==$(UV_VERSION)
+	@if [ "$(TORCH)" = site ]; then "$(PYTHON)" tools/_environment.py site-torch \
+		> "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/site-torch.pth"; fi
+	@mkdir -p $(DONE) && echo "$(TORCH)" > $(DONE)/torch && touch $@
+
+# A torch of the site's own keeps its companions and its CUDA libraries: the lock's are left out.
 $(DONE)/packages: requirements.lock | $(DONE)/uv
 	@echo "installing the locked packages (several GB)"
-	$(UV) install --quiet --require-hashes -r requirements.lock
+	@if [ "$$(cat $(DONE)/torch)" = site ]; then \
+		awk '/^[^ ]/ {keep = !/^(torch|torchvision|triton|nvidia-[a-z0-9-]+|cuda-[a-z]+)==/} keep' requirements.lock \
+			> $(DONE)/requirements.txt; \
+		$(UV) install --quiet --no-deps --require-hashes -r $(DONE)/requirements.txt; \
+		$(BIN)/python -c 'import torch, torchvision; print("kept torch", torch.__version__, torch.__file__)'; \
+	else \
+		$(UV) install --quiet --require-hashes -r requirements.lock; \
+	fi
 	@touch $@
 
 $(DONE)/project: pyproject.toml $(DONE)/packages

@@ -1,4 +1,4 @@
-from vqd_scale.commands.eval_coco_fid import main
+from _environment import run
 
 if __name__ == "__main__":
-    main()
+    run("vqd_scale.commands.eval_coco_fid")

@@ -1,14 +1,18 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from pytorch_fid.fid_score import calculate_frechet_distance
+from pytorch_fid import fid_score
+from scipy import linalg
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_prc import calculate_precision_recall_part
 
 from tests.evaluation.inception import write_random_inception
+from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.store import sha256_of
 from vqd_scale.evaluation.extractors import (
@@ -59,6 +63,17 @@ def features_of(of: Extractor, pictures: Pictures) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+@pytest.fixture(autouse=True)
+def scipy_of_pytorch_fid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give pytorch-fid the `sqrtm` that it was written for; scipy 1.18 and newer no longer take `disp`."""
+
+    def sqrtm(matrix: NDArray[np.float64], disp: bool = True) -> object:
+        root = linalg.sqrtm(matrix)
+        return root if disp else (root, float("nan"))
+
+    monkeypatch.setattr(fid_score, "linalg", SimpleNamespace(sqrtm=sqrtm))
+
+
 def compare(config: Inception, count: int) -> None:
     drawn, real = Pictures(count, 0, 0.8), Pictures(count, 1, 1.0)
     shallow, deep = extractor(config, "64"), extractor(config, "2048")
@@ -91,7 +106,7 @@ def compare(config: Inception, count: int) -> None:
     assert score.deviation == pytest.approx(theirs["inception_score_std"], rel=1e-4)
     numpy_features = [values.double().numpy() for values in (ours, others)]
     moments = [(values.mean(axis=0), np.cov(values, rowvar=False)) for values in numpy_features]
-    assert distance == pytest.approx(calculate_frechet_distance(*moments[0], *moments[1]), rel=1e-4)
+    assert distance == pytest.approx(fid_score.calculate_frechet_distance(*moments[0], *moments[1]), rel=1e-4)
 
 
 def test_figures_are_torch_fidelitys_and_pytorch_fids(

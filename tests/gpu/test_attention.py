@@ -8,10 +8,7 @@ from vqd_scale.nn import attention as module
 from vqd_scale.nn.attention import AttentionBackend, attention
 from vqd_scale.nn.denoiser import Denoiser, DenoiserConfig
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def qkv(dim: int, dtype: torch.dtype, keys: int) -> list[Tensor]:

@@ -3,10 +3,7 @@ import torch
 
 from vqd_scale.data.batch import TokenBatch, pinned
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def test_a_pinned_batch_is_the_same_batch() -> None:

@@ -19,10 +19,7 @@ from vqd_scale.diffusion.rows import Factors, Reading, Rows, TorchRows
 from vqd_scale.diffusion.schedule import Paper, Released, Schedule
 from vqd_scale.diffusion.transition import MaskAndReplace
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not (torch.cuda.is_available() or is_interpreted()), reason="there is no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cpu" if is_interpreted() else "cuda")
 
 

@@ -10,10 +10,7 @@ from vqd_scale.nn.denoiser import Denoiser, DenoiserConfig
 from vqd_scale.training.engine import Engine, EngineConfig, ZeroConfig
 from vqd_scale.training.optim import OptimConfig, build_optimizer
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 PROBLEM = StepProblem(width=128, layers=3, heads=4, side=16, codes=300, batch=8)
 OPTIM = OptimConfig(lr=1e-3, weight_decay=0.1)
 STEPS = 20

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, missing, slurm_cluster
+from tests.slurm.cluster import Cluster, slurm_cluster
 from tests.slurm.recipe import write_recipe
 from vqd_scale.training.metrics import read_metrics
 
@@ -18,8 +18,6 @@ ONE_RANK_PER_NODE = ("--gpus-per-node=1", "--cpus-per-gpu=1", "--time=10")
 @pytest.fixture(scope="session")
 def cluster() -> Generator[Cluster]:
     """A real Slurm of two nodes."""
-    if reason := missing():
-        pytest.skip(reason)
     with slurm_cluster(nodes=2) as running:
         yield running
 
@@ -27,8 +25,6 @@ def cluster() -> Generator[Cluster]:
 @pytest.fixture(scope="session")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded set's shards, tokenizer and tokens."""
-    if reason := missing():
-        pytest.skip(reason)
     folder = tmp_path_factory.mktemp("embedded")
     done = subprocess.run(
         [sys.executable, "-m", "tests.slurm.embedded", str(folder)],
