@@ -16,6 +16,7 @@ SHELL := /bin/bash
 
 # What a machine happens to keep in local folders must not decide which versions are installed.
 unexport PIP_FIND_LINKS UV_FIND_LINKS
+CALLERS_PATH := $(PATH)
 # torch finds the `ninja` of the environment through PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -69,12 +70,20 @@ lock: $(DONE)/uv ## resolve pyproject.toml anew into requirements.lock
 	$(UV) compile --quiet --universal --python-version 3.10 --all-extras --upgrade \
 		--generate-hashes --no-header --no-annotate --output-file requirements.lock pyproject.toml
 
-checked:
-	@"$(PYTHON)" -c "" 2> /dev/null || { echo "make setup: '$(PYTHON)' does not run here; those that do:" >&2; \
-		python3 tools/_environment.py list >&2; exit 2; }
-	@"$(PYTHON)" tools/_environment.py check "$(TORCH)"
+# CHECK WORDS: stop in one sentence where .venv is not what the words ask for, or cannot be made so.
+define CHECK
+@export PATH="$(CALLERS_PATH)"; "$(PYTHON)" -c "" 2> /dev/null || { \
+	echo "make setup: '$(PYTHON)' does not run here; those that do:" >&2; \
+	python3 tools/_environment.py list >&2; exit 2; }; \
+"$(PYTHON)" tools/_environment.py check $(1)
+endef
 
-$(DONE)/uv: | checked
+# What is asked for by name must not be passed over because some .venv is there.
+checked:
+	$(call CHECK,$(if $(filter-out file,$(origin PYTHON)),python) $(if $(filter-out file,$(origin TORCH)),"$(TORCH)"))
+
+$(DONE)/uv:
+	$(call CHECK,python "$(TORCH)")
 	@echo "creating .venv with $$("$(PYTHON)" --version)"
 	"$(PYTHON)" -m venv .venv
 	$(BIN)/python -m pip install -qq --disable-pip-version-check uv==$(UV_VERSION)

@@ -1,6 +1,8 @@
 """Check the Python environment that the project is installed into, and start its tools from it.
 
-    python3 tools/_environment.py check lock|site   exit code 2 and one sentence where .venv cannot be made so
+    python3 tools/_environment.py check [python] [lock|site]
+                                                    exit code 2 and one sentence where .venv is not, or cannot
+                                                    be made, of this Python or with that torch
     python3 tools/_environment.py site-torch        line of a .pth file that makes this Python's torch visible
     python3 tools/_environment.py list              newest usable interpreter of each supported version
 
@@ -86,23 +88,27 @@ def refusal() -> str:
     return f"{reason}; take one that is on this machine: make setup PYTHON={' or PYTHON='.join(usable)}."
 
 
-def other_environment(torch: str) -> str:
+def other_environment(asked: "set[str]") -> str:
     """Return how an existing .venv differs from the one asked for, as a sentence; empty where it does not.
 
     Args:
-        torch: ``lock`` or ``site``: whose torch is asked for.
+        asked: ``python`` where this interpreter is asked for, ``lock`` or ``site`` where a torch is.
     """
     folder = ENVIRONMENT.parent.parent
     if not ENVIRONMENT.exists():
         return ""
     record = folder / "done" / "torch"
-    installed = record.read_text(encoding="utf-8").strip() if record.exists() else "lock"
+    torch = record.read_text(encoding="utf-8").strip() if record.exists() else "lock"
     version = probe(str(ENVIRONMENT))[0]
-    if version[:2] == sys.version_info[:2] and installed == torch:
+    differences: list[str] = []
+    if "python" in asked and version[:2] != sys.version_info[:2]:
+        python = ".".join(map(str, version)) or "a version that does not run"
+        differences.append(f"of Python {python}, not {'.'.join(map(str, sys.version_info[:3]))}")
+    if asked - {"python"} - {torch}:
+        differences.append(f"with TORCH={torch}")
+    if not differences:
         return ""
-    python = f"Python {version[0]}.{version[1]}" if version else "a Python that does not run"
-    wanted = f"Python 3.{sys.version_info[1]} with TORCH={torch}"
-    return f"{folder} holds {python} with TORCH={installed}, not {wanted}; remove {folder}, then try again."
+    return f"{folder} is {' and '.join(differences)}; remove it, then try again."
 
 
 def site_torch() -> "tuple[list[str], str]":
@@ -177,17 +183,21 @@ def main(arguments: "list[str]") -> None:
         usable = usable_interpreters()
         for minor in supported_minors():
             print(f"3.{minor} {usable.get(minor, 'missing')}")
-    elif arguments in (["check", "lock"], ["check", "site"]):
-        torch = arguments[1]
-        sentence = refusal() or other_environment(torch) or (site_torch()[1] if torch == "site" else "")
     elif arguments[:1] == ["check"]:
-        sentence = f"TORCH={arguments[-1]}: give site, or leave TORCH out."
+        asked = set(arguments[1:])
+        torches = asked - {"python"}
+        if torches - {"lock", "site"}:
+            sentence = f"TORCH={torches.pop()}: give site, or leave TORCH out."
+        else:
+            sentence = refusal() if "python" in asked else ""
+            sentence = sentence or other_environment(asked)
+            sentence = sentence or (site_torch()[1] if asked == {"python", "site"} else "")
     elif arguments == ["site-torch"]:
         folders, sentence = site_torch()
         if not sentence:
             print(f"import site; [site.addsitedir(folder) for folder in {folders!r}]")
     else:
-        sentence = "usage: _environment.py check lock|site, site-torch, or list"
+        sentence = "usage: _environment.py check [python] [lock|site], site-torch, or list"
     if sentence:
         print(f"make setup: {sentence}", file=sys.stderr)
         raise SystemExit(USER_MISTAKE)

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "_environment.py"
-THIS = f"3.{sys.version_info[1]}"
+THIS = ".".join(map(str, sys.version_info[:3]))
 
 
 def ask(script: Path, *arguments: str, **variables: str) -> tuple[int, str, str]:
@@ -43,7 +43,7 @@ def test_interpreters_that_are_refused_can_read_the_script() -> None:
 def test_an_interpreter_outside_the_range_is_refused_and_another_named(tree: Path) -> None:
     script = tree / "tools" / "_environment.py"
     alone = {"PATH": "", "PYENV_ROOT": str(tree / "none")}
-    code, _, sentence = ask(script, "check", "lock", **alone)
+    code, _, sentence = ask(script, "check", "python", "lock", **alone)
     assert (code, sentence.count("\n")) == (2, 1)
     assert sentence.startswith("make setup: Python 3.98 to 3.99 is needed, and ")
     assert sentence.endswith("install one of these versions: none is on this machine.\n")
@@ -51,7 +51,7 @@ def test_an_interpreter_outside_the_range_is_refused_and_another_named(tree: Pat
     newer.parent.mkdir()
     newer.write_text("#!/bin/sh\necho 3 99 1\necho /opt/python3.99\n")
     newer.chmod(0o755)
-    _, _, sentence = ask(script, "check", "lock", **alone | {"PATH": str(newer.parent)})
+    _, _, sentence = ask(script, "check", "python", "lock", **alone | {"PATH": str(newer.parent)})
     assert sentence.endswith("on this machine: make setup PYTHON=/opt/python3.99.\n")
     _, listed, _ = ask(script, "list", **alone | {"PATH": str(newer.parent)})
     assert listed == "3.98 missing\n3.99 /opt/python3.99\n"
@@ -96,17 +96,24 @@ def test_the_environment_there_is_compared_with_the_one_asked_for(tmp_path: Path
     shutil.copytree(ROOT / "tools", tmp_path / "tools")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     script = tmp_path / "tools" / "_environment.py"
-    assert ask(script, "check", "lock") == (0, "", "")
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    assert ask(script, "check", "python", "lock") == (0, "", "")
+    interpreter = tmp_path / ".venv" / "bin" / "python"
+    interpreter.parent.mkdir(parents=True)
+    interpreter.symlink_to(sys.executable)
     (tmp_path / ".venv" / "done").mkdir()
     (tmp_path / ".venv" / "done" / "torch").write_text("lock\n")
-    assert ask(script, "check", "lock") == (0, "", "")
+    assert ask(script, "check", "python", "lock") == (0, "", "")
+    remedy = "; remove it, then try again.\n"
     code, _, sentence = ask(script, "check", "site")
+    assert (code, sentence) == (2, f"make setup: {tmp_path / '.venv'} is with TORCH=lock{remedy}")
+    interpreter.unlink()
+    interpreter.write_text("#!/bin/sh\necho 3 98 1\necho /opt/python3.98\n")
+    interpreter.chmod(0o755)
+    assert ask(script, "check", "lock") == (0, "", "")
+    code, _, sentence = ask(script, "check", "python")
     assert (code, sentence) == (
         2,
-        f"make setup: {tmp_path / '.venv'} holds Python {THIS} with TORCH=lock, not Python {THIS} with "
-        f"TORCH=site; remove {tmp_path / '.venv'}, then try again.\n",
+        f"make setup: {tmp_path / '.venv'} is of Python 3.98.1, not {THIS}{remedy}",
     )
 
 
