@@ -157,22 +157,22 @@ def run(module: str) -> None:
     Raises:
         SystemExit: Exit code 2 where this interpreter lacks the package or something that it needs.
     """
-    reason = "is too old or too new" if not is_supported(sys.version_info[:3]) else ""
     try:
-        if not reason:
-            importlib.import_module(module)
+        importlib.import_module(module)
     except ModuleNotFoundError as error:
-        name = str(error.name).partition(".")[0]
-        if name == "vqd_scale" and importlib.util.find_spec(name) is not None:
+        missing = str(error.name).partition(".")[0]
+        if missing == "vqd_scale" and importlib.util.find_spec(missing) is not None:
             raise
-        reason = f"lacks the package '{name}'"
-    if not reason:
+    else:
         sys.modules[module].main()
         return
     remedy = f"start the tool with {ENVIRONMENT}"
     if not ENVIRONMENT.exists():
         remedy = f"run `make setup` in {TREE}, then {remedy}"
-    print(f"{Path(sys.argv[0]).name}: {this_interpreter()} {reason}; {remedy}.", file=sys.stderr)
+    print(
+        f"{Path(sys.argv[0]).name}: {this_interpreter()} lacks the package '{missing}'; {remedy}.",
+        file=sys.stderr,
+    )
     raise SystemExit(USER_MISTAKE)
 
 
