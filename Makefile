@@ -21,7 +21,7 @@ CALLERS_PATH := $(PATH)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(if $(filter-out file,$(origin PYTHON) $(origin TORCH)),checked) $(DONE)/project $(DONE)/bytecode
 setup: ## install the locked versions into .venv, of PYTHON=python3 and around its torch with TORCH=site
@@ -33,8 +33,9 @@ demo: setup ## shards -> tokenizer -> tokens -> training -> pictures -> score; F
 test: setup ## every test that needs no GPU and no long run
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long and not gpu and not s3 and not slurm" -n 2 --dist loadfile --no-loadscope-reorder
 
-test-all: setup ## the long tests as well
+test-all: setup ## the long tests as well, then the suite with the lowest versions
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not s3 and not slurm" -n 2 --dist loadfile --no-loadscope-reorder
+	bash tests/lowest.sh
 
 test-s3: setup ## everything that reads or writes S3, with a real server and a proxy that fails
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/s3 -m s3 -rs
@@ -48,7 +49,7 @@ test-pythons: ## set-up, every import and the short demo on each supported Pytho
 test-machines: setup ## the short demo on odd machines: no compiler, no network, a small /dev/shm, and so on
 	bash tests/machines.sh
 
-test-lowest: ## the suite with the lowest direct dependencies that pyproject.toml allows, on Python 3.10
+test-lowest: setup ## the suite with the lowest direct dependencies that pyproject.toml allows, on Python 3.10
 	bash tests/lowest.sh
 
 chaos: setup ## a run on two ranks, ended twenty times at random moments, against one in peace
@@ -91,12 +92,13 @@ $(DONE)/uv:
 		> "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/site-torch.pth"; fi
 	@mkdir -p $(DONE) && echo "$(TORCH)" > $(DONE)/torch && touch $@
 
-# A torch of the site's own keeps its companions and its CUDA libraries: the lock's are left out.
+# A torch of the site's own keeps its companions and its CUDA libraries: the lock's are left out, but for the runtime
+# of CUDA 12 that xformers is built for, which torch does not load.
 $(DONE)/packages: requirements.lock | $(DONE)/uv
 	@echo "installing the locked packages (several GB)"
 	@if [ "$$(cat $(DONE)/torch)" = site ]; then \
-		awk '/^[^ ]/ {keep = !/^(torch|torchvision|triton|nvidia-[a-z0-9-]+|cuda-[a-z]+)==/} keep' requirements.lock \
-			> $(DONE)/requirements.txt; \
+		awk '/^[^ ]/ {keep = /^nvidia-cuda-runtime-cu12/ || !/^(torch|torchvision|triton|(nvidia|cuda)-[a-z0-9-]+)==/} keep' \
+			requirements.lock > $(DONE)/requirements.txt; \
 		$(UV) install --quiet --no-deps --require-hashes -r $(DONE)/requirements.txt; \
 		$(BIN)/python -c 'import torch, torchvision; print("kept torch", torch.__version__, torch.__file__)'; \
 	else \

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What the jobs of this folder share: `stage` runs a tool on all ranks, and starts the job again where that helps.
-# Sourced after the #SBATCH lines and settings, with the script's own arguments; `--dry-run` as the first shows
-# what would run, without Slurm.
+# Sourced after the #SBATCH lines and settings, with the script's own arguments; `--dry-run` as the first reads the
+# configuration and shows what would run, without Slurm.
 set -euo pipefail
 
 DRY_RUN=
@@ -27,6 +27,16 @@ LOGS=${LOGS:-slurm/logs}
 # nodes as it had, whatever range --nodes gives.
 RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 
+# The first start of a job begins with a dry run of all its stages: a mistake ends the job before any rank starts.
+# Another failure is left to the ranks, after which the job is started again.
+if [ -z "$DRY_RUN" ] && [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then
+    status=0
+    bash "$0" --dry-run "$@" > /dev/null || status=$?
+    if [ "$status" -eq 2 ]; then
+        exit 2
+    fi
+fi
+
 # stage NAME TOOL ARGUMENT...
 # A stage that was finished by an earlier start of this job is not started again.
 stage() {
@@ -41,6 +51,7 @@ stage() {
     local command=(srun "--ntasks-per-node=$RANKS_PER_NODE" --cpu-bind=none --kill-on-bad-exit=1
         --open-mode=append "--output=$logs/$name-rank-%t.log" bash slurm/rank.sh "$ends" "$PYTHON" "$@")
     if [ -n "$DRY_RUN" ]; then
+        read_config "$@"
         printf '%q ' "${command[@]}"
         echo
         return
@@ -60,6 +71,15 @@ stage() {
         return
     fi
     again "$name" "$status" "$logs" "$ends"
+}
+
+# read_config TOOL ARGUMENT...: let the tool read its configuration; its exit code is 2 after a mistake.
+read_config() {
+    if ! command -v "$PYTHON" > /dev/null; then
+        echo "$PYTHON: no such program; run make setup first, or set PYTHON" >&2
+        exit 2
+    fi
+    "$PYTHON" "$@" --print-config > /dev/null
 }
 
 # again NAME STATUS LOGS ENDS: ask for another start of the job, or leave.

@@ -1,7 +1,16 @@
+import ctypes
+import importlib.metadata
+import json
 import logging
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -154,13 +163,17 @@ def refusing(query: torch.Tensor, *_: torch.Tensor, **options: object) -> torch.
 @pytest.mark.parametrize(
     ("ops", "reason"),
     [
-        (Mock(side_effect=ImportError("No module named 'xformers'")), "No module named 'xformers'"),
+        (
+            Mock(side_effect=ModuleNotFoundError("No module named 'xformers'", name="xformers")),
+            "it is not installed",
+        ),
+        (Mock(side_effect=ModuleNotFoundError("No module named 'x'", name="x")), "No module named 'x'"),
         (
             Mock(return_value=SimpleNamespace(memory_efficient_attention=refusing)),
             "No operator found for `memory_efficient_attention_forward`",
         ),
     ],
-    ids=["absent", "refusing the card"],
+    ids=["absent", "incomplete", "refusing the card"],
 )
 def test_on_a_gpu_as_well_sdpa_serves_where_xformers_does_not(
     ops: Mock, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -179,6 +192,109 @@ def test_on_a_gpu_as_well_sdpa_serves_where_xformers_does_not(
     assert [record.getMessage() for record in caplog.records] == [
         f"xformers attention is not available here ({reason}); torch's sdpa serves instead."
     ]
+
+
+@pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64") or torch.version.cuda is None,
+    reason="xformers has packages for CUDA on Linux x86_64 only",
+)
+def test_xformers_loads_and_has_operators_for_every_head_dim() -> None:
+    """Without a card: its choice is looked at, its kernels are not run (tests/gpu runs them)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.nn.xformers_operators"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert not found["imported_on_cpu"]
+    assert found["built_with_cuda"]
+    kernels = {"bfloat16": ("fa2F", "fa2B"), "float32": ("cutlassF", "cutlassB")}
+    for row in found["rows"]:
+        forward, backward = kernels[row["dtype"]]
+        assert row["operators"][0].startswith(forward), row
+        assert row["operators"][1].startswith(backward), row
+    assert len(found["rows"]) == 2 * len(kernels) * len(HEAD_DIMS) * 2
+
+
+@pytest.mark.usefixtures("fresh_findings")
+def test_the_cuda_runtime_is_loaded_before_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = Mock()
+    loaded.xformers.side_effect = ImportError
+    monkeypatch.setattr(module, "_load_cuda_runtime", loaded.runtime)
+    monkeypatch.setattr(module, "_xformers", loaded.xformers)
+    module._xformers_serves(torch.bfloat16, torch.device("cuda"))  # pyright: ignore[reportPrivateUsage]
+    assert loaded.mock_calls == [call.runtime(), call.xformers()]
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Name and mode of every library that is opened; none is loaded before."""
+    libraries: list[tuple[str, int]] = []
+
+    def open_library(name: str, mode: int = ctypes.DEFAULT_MODE) -> None:
+        libraries.append((name, mode))
+        if mode & os.RTLD_NOLOAD:
+            raise OSError(f"{name} is not loaded")
+
+    monkeypatch.setattr(ctypes, "CDLL", open_library)
+    return libraries
+
+
+def test_the_cuda_runtime_comes_from_its_package_alone(
+    opened: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path("/site-packages/nvidia/cuda_runtime/lib")
+    names = ("libcudart.so.12", "libcudart_static.a")
+    files = [Mock(locate=Mock(return_value=folder / name)) for name in names]
+    for file, name in zip(files, names, strict=True):
+        file.name = name
+    asked: list[str] = []
+
+    def files_of(package: str) -> list[Mock]:
+        asked.append(package)
+        return files
+
+    monkeypatch.setattr(importlib.metadata, "files", files_of)
+    module._load_cuda_runtime()  # pyright: ignore[reportPrivateUsage]
+    assert asked == ["nvidia-cuda-runtime-cu12"]
+    # Its symbols stay out of the global scope, where torch's own runtime is.
+    assert opened[1:] == [(str(folder / "libcudart.so.12"), os.RTLD_LOCAL)]
+
+
+def test_without_the_package_no_cuda_runtime_is_loaded(
+    opened: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = Mock(side_effect=importlib.metadata.PackageNotFoundError)
+    monkeypatch.setattr(importlib.metadata, "files", absent)
+    module._load_cuda_runtime()  # pyright: ignore[reportPrivateUsage]
+    assert opened == [("libcudart.so.12", os.RTLD_NOLOAD)]
+
+
+@pytest.mark.usefixtures("fresh_findings")
+def test_a_package_without_its_cuda_runtime_is_named_and_sdpa_serves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    missing = Mock(locate=Mock(return_value=Path("/nowhere/libabsent.so.12")))
+    missing.name = "libabsent.so.12"
+    monkeypatch.setattr(module, "_CUDA_RUNTIME", missing.name)
+    monkeypatch.setattr(importlib.metadata, "files", Mock(return_value=[missing]))
+    cuda = torch.device("cuda")
+    with caplog.at_level(logging.WARNING):
+        assert not module._xformers_serves(torch.bfloat16, cuda)  # pyright: ignore[reportPrivateUsage]
+    assert "/nowhere/libabsent.so.12: cannot open shared object file" in caplog.text
+
+
+def test_a_cuda_runtime_that_torch_has_loaded_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    files, library = Mock(), Mock()
+    monkeypatch.setattr(ctypes, "CDLL", library)
+    monkeypatch.setattr(importlib.metadata, "files", files)
+    module._load_cuda_runtime()  # pyright: ignore[reportPrivateUsage]
+    library.assert_called_once_with("libcudart.so.12", mode=os.RTLD_NOLOAD)
+    files.assert_not_called()
 
 
 @pytest.mark.parametrize("causal", [False, True])

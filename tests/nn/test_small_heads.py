@@ -199,3 +199,6 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     expected = _sum_in_child(inputs)
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.apply_async(_sum_in_child, (inputs,)).get(timeout=60) == expected
+        # Ended in peace: a signal would end it only where no earlier test has set a handler.
+        pool.close()
+        pool.join()

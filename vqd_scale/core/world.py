@@ -1,10 +1,12 @@
 """Who this process is among the ranks of a run, and the few things that ranks say to each other."""
 
+import functools
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -138,8 +140,17 @@ def leave_world() -> None:
 
 def computes_bfloat16() -> bool:
     """Whether this machine's processor multiplies bfloat16 in hardware, several times faster than else."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+    return not processor_features().isdisjoint(("avx512_bf16", "amx_bf16", "bf16", "svebf16"))
+
+
+@functools.cache
+def processor_features() -> frozenset[str]:
+    """What this machine's processor can do, by Linux's names; torch 2.10 does not say it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, features = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(features.split())
+    return frozenset()
 
 
 def _from_environment(torchrun: str, slurm: str, alone: int) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeAlias, cast
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from pydantic import PositiveInt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -99,6 +99,23 @@ class ConditionalModel(nn.Module):
             wanted = "another kind than 'text'" if width is None else f"kind 'text' of width {width}"
             raise UserError(f"{key}: must be {wanted} to go with the text encoder, not {condition!r}.")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the network computes; the text encoder may have another."""
+        # By name: inside the engine's forward DeepSpeed gathers a ZeRO-3 weight that is read as an attribute.
+        return next(value.dtype for name, value in self.named_parameters() if not name.startswith("text."))
+
+    def text_features(
+        self, captions: Int[Tensor, "batch positions"], dropped: Bool[Tensor, " batch"]
+    ) -> Float[Tensor, "batch positions width"]:
+        """Features from the text encoder, see `TextEncoder.forward`, in the dtype of the network.
+
+        Args:
+            captions: Token ids.
+            dropped: Samples that get the null condition.
+        """
+        return self.text(captions, dropped).to(self.dtype)
+
     def told(self, given: Tensor, dropped: Bool[Tensor, " batch"]) -> Tensor | None:
         """What the network takes for its condition.
 
@@ -107,7 +124,7 @@ class ConditionalModel(nn.Module):
             dropped: Which samples are to see the null condition instead.
         """
         if isinstance(self.condition, TextCondition):
-            return self.text(given, dropped)
+            return self.text_features(given, dropped)
         if isinstance(self.condition, ClassCondition):
             return torch.where(dropped, self.condition.classes, given)
         return None
@@ -197,7 +214,7 @@ class Bundle(Generic[AnyBundleConfig, AnyModel]):
     @property
     def dtype(self) -> torch.dtype:
         """In which the network computes."""
-        return self.model.network.code_tables[0].dtype
+        return self.model.dtype
 
     def to(self, place: torch.dtype | torch.device | str) -> None:
         """Move everything to a device; or let network and convolutions compute in another dtype.

@@ -55,10 +55,10 @@ def conditions_of(
 
 @torch.no_grad()
 def _text(bundle: Bundle[AnyBundleConfig, AnyModel], captions: Sequence[str] | Sequence[int]) -> Tensor:
-    encoder = bundle.model.text
-    ids = torch.from_numpy(encoder.tokenizer([str(caption) for caption in captions])).to(bundle.device)
+    tokenizer = bundle.model.text.tokenizer
+    ids = torch.from_numpy(tokenizer([str(caption) for caption in captions])).to(bundle.device)
     # None is dropped: the encoder itself takes an empty caption for none.
-    return encoder(ids, torch.zeros(len(ids), dtype=torch.bool, device=bundle.device)).to(bundle.dtype)
+    return bundle.model.text_features(ids, torch.zeros(len(ids), dtype=torch.bool, device=bundle.device))
 
 
 def _label(prompt: str | int, classes: int) -> int:

@@ -1,8 +1,11 @@
 """One attention function, four backends of equal meaning."""
 
+import ctypes
 import functools
 import importlib
+import importlib.metadata
 import logging
+import os
 from typing import Any, Literal
 
 import torch
@@ -24,6 +27,10 @@ _REFERENCE_KEYS = 512
 10 times as long as the plain formula over 64 keys, 2 to 4 times over 256, twice over 512, and about as long
 over 1,024, where the formula would also keep heads x 1,024 x 1,024 weights of every image for backward. In
 float32 sdpa takes between half and the same time."""
+
+_CUDA_RUNTIME = "libcudart.so.12"
+"""The CUDA runtime that the C++ extension of xformers 0.0.35 is linked with."""
+_CUDA_RUNTIME_PACKAGE = "nvidia-cuda-runtime-cu12"
 
 
 def attention(
@@ -102,6 +109,24 @@ def _xformers() -> Any:  # noqa: ANN401 - a module without types
     return importlib.import_module("xformers.ops")
 
 
+def _load_cuda_runtime() -> None:
+    """Load the CUDA runtime that xformers needs from its package, unless it is loaded.
+
+    A torch for CUDA 12 loads its own, and torch 2.14 and later load the package's on import. A torch for
+    CUDA 13 before 2.14 loads neither, and xformers then refuses all inputs.
+    """
+    try:
+        ctypes.CDLL(_CUDA_RUNTIME, mode=os.RTLD_NOLOAD)
+    except OSError:
+        try:
+            files = importlib.metadata.files(_CUDA_RUNTIME_PACKAGE)
+        except importlib.metadata.PackageNotFoundError:
+            return
+        for file in files or ():
+            if file.name == _CUDA_RUNTIME:
+                ctypes.CDLL(str(file.locate()))
+
+
 def _chosen(backend: AttentionBackend, query: Tensor, key: Tensor) -> AttentionBackend:
     if backend == "auto" and query.is_cuda and torch.are_deterministic_algorithms_enabled():
         # Its backward adds in one order where that is asked for; some of xformers' never do.
@@ -119,14 +144,17 @@ def _xformers_serves(dtype: torch.dtype, device: torch.device) -> bool:
         _say_that_sdpa_serves(f"it has no kernel for a {device.type}")
         return False
     try:
+        _load_cuda_runtime()
         _xformers()
         # Some of its kernels go forward only: a model is to train with what is found here.
         with torch.inference_mode(False), torch.enable_grad():
             probe = torch.zeros(1, _KERNEL_ALIGNMENT, 1, _KERNEL_ALIGNMENT, dtype=dtype, device=device)
             query, key, value = (probe.clone().requires_grad_() for _ in range(3))
             _xformers_attention(query, key, value, causal=False).sum().backward()
-    except (ImportError, NotImplementedError, RuntimeError) as error:
-        _say_that_sdpa_serves((str(error).strip() or type(error).__name__).splitlines()[0])
+    except (ImportError, NotImplementedError, OSError, RuntimeError) as error:
+        is_absent = isinstance(error, ModuleNotFoundError) and error.name == "xformers"
+        reason = "it is not installed" if is_absent else str(error).strip() or type(error).__name__
+        _say_that_sdpa_serves(reason.splitlines()[0])
         return False
     return True
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from vqd_scale.nn.denoiser import ClassCondition, Condition, TextCondition
 
@@ -20,6 +20,14 @@ _PEAK_FLOPS = {
 }
 """Dense half-precision arithmetic a second by a word of a GPU's name, as NVIDIA states it for the fastest
 form of each; a slower form (PCIe) looks less used than it is."""
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+_COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+"""Also where torch does not: 2.10 leaves the attention on a CPU out."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ def cost_of(network: nn.Module, *inputs: Tensor | None) -> Cost:
         network: The network.
         inputs: What it is called with; a batch of 1 gives the cost of an image.
     """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_COUNTED) as counter:
         network(*inputs)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return Cost(parameters, counter.get_total_flops() // 2)

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vqd_scale.core.world import processor_features
+
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_suffix(".c")
@@ -148,7 +150,7 @@ def _kernel(dim: int) -> ctypes.CDLL | None:
 
 def _built(compiler: str, dim: int) -> Path:
     command = [compiler, *_FLAGS, f"-DHEAD={dim}", str(_SOURCE)]
-    identity = repr((_SOURCE.read_bytes(), command, sorted(torch.cpu.get_capabilities().items())))
+    identity = repr((_SOURCE.read_bytes(), command, sorted(processor_features())))
     folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vqd_scale"
     built = folder / f"small-heads-{dim}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not built.exists():

@@ -62,5 +62,5 @@ def _matrix(path: Path, name: str) -> list[int]:
     try:
         content: Mapping[str, Any] = loadmat(str(path))
         return [int(value) for value in content[name].reshape(-1)]
-    except (MatReadError, ValueError, KeyError, TypeError, OSError) as error:
+    except (MatReadError, ValueError, LookupError, TypeError, OSError) as error:
         raise UserError(f"{path}: not a table of Oxford-102 that holds '{name}' ({error}).") from None
