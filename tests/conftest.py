@@ -24,7 +24,7 @@ def _missing_slurm() -> str | None:
 def _missing_gpu() -> str | None:
     import torch
 
-    from vqd_scale.diffusion.kernels.choice import is_interpreted
+    from vqd_scale.diffusion.kernels.dispatch import is_interpreted
 
     if torch.cuda.is_available() or is_interpreted():
         return None

@@ -1,4 +1,4 @@
 from _environment import run
 
 if __name__ == "__main__":
-    run("vqd_scale.commands.tokenize_shards")
+    run("vqd_scale.cli.tokenize_shards")

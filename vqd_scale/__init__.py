@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vqd_scale.diffusion.transition import MaskAndReplace
-    from vqd_scale.inference.pipeline import TextToImage
+    from vqd_scale.models.pipeline import TextToImage
     from vqd_scale.nn.denoiser import Denoiser
     from vqd_scale.text.clip import TextEncoder
     from vqd_scale.tokenizers.base import ImageTokenizer
-    from vqd_scale.training.denoising import TrainConfig
     from vqd_scale.training.loop import train
+    from vqd_scale.training.tasks.denoising import TrainConfig
 
 _HOMES = {
     "Denoiser": "vqd_scale.nn.denoiser",
     "ImageTokenizer": "vqd_scale.tokenizers.base",
     "MaskAndReplace": "vqd_scale.diffusion.transition",
     "TextEncoder": "vqd_scale.text.clip",
-    "TextToImage": "vqd_scale.inference.pipeline",
-    "TrainConfig": "vqd_scale.training.denoising",
+    "TextToImage": "vqd_scale.models.pipeline",
+    "TrainConfig": "vqd_scale.training.tasks.denoising",
     "train": "vqd_scale.training.loop",
 }
 

@@ -17,11 +17,11 @@ PACKAGE = "vqd_scale"
 
 LAYERS = [
     {"core"},
-    {"diffusion", "nn", "tokenizers", "text", "data", "launchers"},
-    {"inference"},
-    {"evaluation"},
+    {"diffusion", "nn", "tokenizers", "text", "data", "launchers", "reports"},
+    {"models"},
+    {"preparation", "evaluation"},
     {"training"},
-    {"commands"},
+    {"cli"},
 ]
 OWNERS = {
     "deepspeed": ("training.engine", "training.partition"),
@@ -29,10 +29,10 @@ OWNERS = {
     "triton": ("diffusion.kernels",),
     "webdataset": ("data",),
     "yaml": ("core.config",),
-    "matplotlib": ("core.report",),
-    "s3fs": ("core.endpoint",),
-    "botocore": ("core.endpoint",),
-    "aiohttp": ("core.endpoint",),
+    "matplotlib": ("reports.plots",),
+    "s3fs": ("core.s3_client",),
+    "botocore": ("core.s3_client",),
+    "aiohttp": ("core.s3_client",),
 }
 PURE = {"torch", "pydantic", "jaxtyping", "numpy", "triton", "typing_extensions"}
 
@@ -140,13 +140,13 @@ BROKEN = [
     (against_the_order, {"vqd_scale.core.a": "from vqd_scale.data.b import c", "vqd_scale.data.b": ""}),
     (against_the_order, {"vqd_scale.data.a": "def f():\n    import vqd_scale.nn.b", "vqd_scale.nn.b": ""}),
     (against_the_order, {"vqd_scale.nn.a": "from ..diffusion import b", "vqd_scale.diffusion.b": ""}),
-    (against_the_order, {"vqd_scale.text.a": "if TYPE_CHECKING:\n    from vqd_scale.inference import b"}),
-    (against_the_order, {"vqd_scale.training.a": "import_module('vqd_scale.commands.train')"}),
+    (against_the_order, {"vqd_scale.text.a": "if TYPE_CHECKING:\n    from vqd_scale.models import b"}),
+    (against_the_order, {"vqd_scale.training.a": "import_module('vqd_scale.cli.train')"}),
     (not_the_owner, {"vqd_scale.training.loop": "def f():\n    import deepspeed.comm"}),
     (not_the_owner, {"vqd_scale.training.engineering": "import deepspeed"}),
-    (not_the_owner, {"vqd_scale.commands.train": "from submitit import AutoExecutor"}),
-    (not_the_owner, {"vqd_scale.inference.tokenize": "import webdataset as wds"}),
-    (not_the_owner, {"vqd_scale.diffusion.rows": "import triton.language as tl"}),
+    (not_the_owner, {"vqd_scale.cli.train": "from submitit import AutoExecutor"}),
+    (not_the_owner, {"vqd_scale.preparation.tokenize_shards": "import webdataset as wds"}),
+    (not_the_owner, {"vqd_scale.diffusion.logit_statistics": "import triton.language as tl"}),
     (another_array_type, {"vqd_scale.data.a": "from numpy.typing import NDArray"}),
     (another_array_type, {"vqd_scale.data.a": "def f(x: np.ndarray) -> None: ..."}),
     (impure_mathematics, {"vqd_scale.diffusion.a": "import scipy.special"}),
@@ -166,7 +166,7 @@ SOUND = {
     "vqd_scale.core.config": "import yaml",
     "vqd_scale.diffusion.a": "import math\nfrom torch import nn\nfrom . import b\nimport vqd_scale.core.a",
     "vqd_scale.diffusion.b": "from vqd_scale.core import a",
-    "vqd_scale.data.shards": "from webdataset import ShardWriter",
+    "vqd_scale.data.shards.shard_io": "from webdataset import ShardWriter",
     "vqd_scale.training.engine": "import deepspeed\nfrom vqd_scale.evaluation.a import b",
     "vqd_scale.evaluation.a": "def f():\n    from vqd_scale.diffusion.a import b",
 }
@@ -198,5 +198,6 @@ def test_a_tool_does_nothing_but_run_its_command() -> None:
     tools = [tool for tool in sorted((ROOT / "tools").glob("*.py")) if not tool.name.startswith("_")]
     assert tools
     start = 'from _environment import run\n\nif __name__ == "__main__":\n    run("{}")\n'
-    modules = {tool: f"{PACKAGE}.commands.{tool.stem}" for tool in tools}
+    modules = {tool: f"{PACKAGE}.cli.{tool.stem}" for tool in tools}
+    modules[ROOT / "tools" / "benchmark.py"] = "benchmarks.main"
     assert [tool.name for tool in tools if tool.read_text() != start.format(modules[tool])] == []

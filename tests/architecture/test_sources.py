@@ -182,9 +182,9 @@ def test_the_package_obeys(rule: Rule) -> None:
     assert offences(rule, PACKAGE) == []
 
 
-def test_only_commands_print() -> None:
+def test_only_the_command_line_prints() -> None:
     library = [folder for folder in PACKAGE.iterdir() if (folder / "__init__.py").exists()]
-    assert offences(printing, *(folder for folder in library if folder.name != "commands")) == []
+    assert offences(printing, *(folder for folder in library if folder.name != "cli")) == []
 
 
 def test_the_mathematics_has_no_networks() -> None:

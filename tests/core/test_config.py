@@ -196,7 +196,11 @@ def test_what_is_written_is_read_back_equal(tmp_path_factory: pytest.TempPathFac
 
 @given(runs)
 def test_an_override_says_the_same_as_the_field(run: Run) -> None:
-    overrides = [f"optim.lr={run.optim.lr}", f"optim.warmup={run.optim.warmup}", f"shuffle={run.shuffle}"]
+    overrides = [
+        f"optim.lr={run.optim.lr}",
+        f"optim.warmup={run.optim.warmup}",
+        f"shuffle={run.shuffle}",
+    ]
     loaded = load_config(Run, None, overrides)
     assert (loaded.optim, loaded.shuffle) == (run.optim, run.shuffle)
 

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vqd_scale.core.atomic_io import Location, parse_location
 from vqd_scale.core.config import Config, load_config
-from vqd_scale.core.endpoint import S3Endpoint
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.s3 import Arriving, S3Path
-from vqd_scale.core.store import Location, parse_location
+from vqd_scale.core.s3 import PartialDownload, S3Path
+from vqd_scale.core.s3_client import S3Endpoint
 
 
 class Reads(Config):
@@ -71,7 +71,7 @@ def test_other_places_are_refused(text: str, allowed: str) -> None:
 @given(st.lists(st.binary(min_size=1, max_size=9), max_size=6), st.data())
 def test_blocks_are_their_bytes_joined(parts: list[bytes], data: st.DataObject) -> None:
     joined = b"".join(parts)
-    blocks = Arriving(len(joined))
+    blocks = PartialDownload(len(joined))
     ended: Future[None] = Future()
     ended.set_result(None)
     blocks.follow(ended)
@@ -85,7 +85,7 @@ def test_blocks_are_their_bytes_joined(parts: list[bytes], data: st.DataObject) 
 
 
 def test_bytes_are_given_out_while_others_are_on_their_way() -> None:
-    arriving, end = Arriving(9, step=2), Future[None]()
+    arriving, end = PartialDownload(9, step=2), Future[None]()
     arriving.follow(end)
     arriving.append(b"abc")
     assert arriving.read(1, 3) == b"bc"
@@ -107,7 +107,7 @@ def test_bytes_are_given_out_while_others_are_on_their_way() -> None:
 
 
 def test_bytes_go_with_the_last_who_holds_them() -> None:
-    arriving, end = Arriving(9), Future[None]()
+    arriving, end = PartialDownload(9), Future[None]()
     arriving.follow(end)
     held = weakref.ref(arriving)
     del arriving

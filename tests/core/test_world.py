@@ -47,7 +47,7 @@ def test_what_the_first_rank_cannot_do_every_rank_learns_of() -> None:
                 raise UserError("The disk is full.")
 
         try:
-            world.first_does(act)
+            world.on_first_rank(act)
         except UserError as error:
             return f"{type(error).__name__}: {error}"
         return str(done)

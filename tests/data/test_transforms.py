@@ -9,7 +9,7 @@ from torchvision.transforms.v2 import InterpolationMode, Resize
 
 from vqd_scale.core.config import Config, load_config
 from vqd_scale.core.rng import Purpose, uniforms
-from vqd_scale.data.decode import Pixels
+from vqd_scale.data.shards.decode import Pixels
 from vqd_scale.data.transforms import (
     CenterCrop,
     NearCenterCrop,

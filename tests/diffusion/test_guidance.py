@@ -9,9 +9,9 @@ from torch import Tensor
 from vqd_scale.core.config import Config, validated
 from vqd_scale.core.errors import UserError
 from vqd_scale.diffusion.guidance import (
-    Constant,
+    ConstantGuidance,
     GuidanceScale,
-    Interval,
+    IntervalGuidance,
     Linear,
     Predict,
     TopK,
@@ -38,7 +38,7 @@ def refused(tokens: Tensor, t: int) -> Tensor:
 
 @given(st.floats(0, 8))
 def test_trap_11_guidance_is_the_formula_renormalised(scale: float) -> None:
-    predict = guided(constant(CONDITIONAL), constant(UNCONDITIONAL), Constant(scale=scale))
+    predict = guided(constant(CONDITIONAL), constant(UNCONDITIONAL), ConstantGuidance(scale=scale))
     weights = [
         math.exp(float(u) + scale * (float(c) - float(u)))
         for c, u in zip(CONDITIONAL, UNCONDITIONAL, strict=True)
@@ -48,22 +48,22 @@ def test_trap_11_guidance_is_the_formula_renormalised(scale: float) -> None:
 
 
 def test_trap_11_scale_one_is_the_conditional_alone_and_zero_the_unconditional() -> None:
-    one = guided(constant(CONDITIONAL), refused, Constant(scale=1.0))
+    one = guided(constant(CONDITIONAL), refused, ConstantGuidance(scale=1.0))
     assert torch.equal(one(TOKENS, 5)[0, 0], CONDITIONAL)
-    zero = guided(constant(CONDITIONAL), constant(UNCONDITIONAL), Constant(scale=0.0))
+    zero = guided(constant(CONDITIONAL), constant(UNCONDITIONAL), ConstantGuidance(scale=0.0))
     torch.testing.assert_close(zero(TOKENS, 5)[0, 0], UNCONDITIONAL)
 
 
 def test_trap_11_a_constant_on_either_prediction_changes_nothing() -> None:
-    plain = guided(constant(CONDITIONAL), constant(UNCONDITIONAL), Constant(scale=4.0))
-    moved = guided(constant(CONDITIONAL + 3), constant(UNCONDITIONAL - 2), Constant(scale=4.0))
+    plain = guided(constant(CONDITIONAL), constant(UNCONDITIONAL), ConstantGuidance(scale=4.0))
+    moved = guided(constant(CONDITIONAL + 3), constant(UNCONDITIONAL - 2), ConstantGuidance(scale=4.0))
     torch.testing.assert_close(moved(TOKENS, 5), plain(TOKENS, 5))
 
 
 def test_trap_11_guidance_comes_before_truncation() -> None:
     """The other way round the codes that either prediction lost would be combined as -inf."""
-    pair = guided(constant(CONDITIONAL), constant(UNCONDITIONAL), Constant(scale=0.0))
-    kept = truncated(pair, TopP(rate=0.5))(TOKENS, 5)[0, 0].isfinite()
+    pair = guided(constant(CONDITIONAL), constant(UNCONDITIONAL), ConstantGuidance(scale=0.0))
+    kept = truncated(pair, TopP(p=0.5))(TOKENS, 5)[0, 0].isfinite()
     assert kept.tolist() == [False, False, True]
 
 
@@ -71,16 +71,16 @@ def test_one_doubled_batch_gives_what_two_calls_give() -> None:
     pair = guided_pair(
         refused,
         lambda tokens, t: (constant(CONDITIONAL)(tokens, t), constant(UNCONDITIONAL)(tokens, t)),
-        Constant(),
+        ConstantGuidance(),
     )
-    two = guided(constant(CONDITIONAL), constant(UNCONDITIONAL), Constant())
+    two = guided(constant(CONDITIONAL), constant(UNCONDITIONAL), ConstantGuidance())
     assert torch.equal(pair(TOKENS, 5), two(TOKENS, 5))
 
 
 def test_scales_over_time() -> None:
     assert [Linear(noisy=1, clean=3, noisy_time=80).at(t) for t in (0, 40, 80, 99)] == [3, 2, 1, 1]
-    assert [Interval(scale=4, first=60, last=20).at(t) for t in (99, 60, 20, 19)] == [1, 4, 4, 1]
-    guided(constant(CONDITIONAL), refused, Interval(first=60, last=20))(TOKENS, 99)
+    assert [IntervalGuidance(scale=4, first=60, last=20).at(t) for t in (99, 60, 20, 19)] == [1, 4, 4, 1]
+    guided(constant(CONDITIONAL), refused, IntervalGuidance(first=60, last=20))(TOKENS, 99)
 
 
 def test_an_interval_the_wrong_way_round_is_named() -> None:
@@ -97,7 +97,7 @@ def test_an_interval_the_wrong_way_round_is_named() -> None:
 )
 def test_trap_10_top_p_keeps_the_crossing_code_and_never_none(rate: float, kept: list[int]) -> None:
     p = torch.tensor([0.5, 0.3125, 0.1875])
-    log_p = truncated(constant(p.log()), TopP(rate=rate))(TOKENS, 5)[0, 0]
+    log_p = truncated(constant(p.log()), TopP(p=rate))(TOKENS, 5)[0, 0]
     assert log_p.isfinite().nonzero().flatten().tolist() == kept
     assert torch.equal(log_p[kept], p.log()[kept])
 
@@ -105,13 +105,13 @@ def test_trap_10_top_p_keeps_the_crossing_code_and_never_none(rate: float, kept:
 @given(st.permutations(range(6)), st.integers(1, 8))
 def test_top_k_keeps_the_likeliest_wherever_they_are(order: list[int], count: int) -> None:
     log_p = torch.arange(6.0).log_softmax(-1)[torch.tensor(order)]
-    kept = truncated(constant(log_p), TopK(count=count))(TOKENS, 5)[0, 0].isfinite()
+    kept = truncated(constant(log_p), TopK(k=count))(TOKENS, 5)[0, 0].isfinite()
     assert sorted(torch.tensor(order)[kept].tolist()) == list(range(6))[-count:]
 
 
 def test_trap_10_truncation_needs_no_renormalisation() -> None:
     transition = MaskAndReplace(Paper(), 3)
-    p = truncated(constant(CONDITIONAL), TopP(rate=0.6))(TOKENS, 5).exp()
+    p = truncated(constant(CONDITIONAL), TopP(p=0.6))(TOKENS, 5).exp()
     for x_t in range(4):
         raw = transition.posterior(p, torch.tensor([[x_t]]), 50, 30)
         normal = transition.posterior(p / p.sum(), torch.tensor([[x_t]]), 50, 30)
@@ -120,7 +120,7 @@ def test_trap_10_truncation_needs_no_renormalisation() -> None:
 
 def test_two_truncations_of_one_prediction_do_not_disturb_each_other() -> None:
     predict = constant(CONDITIONAL)
-    narrow, wide = truncated(predict, TopP(rate=0.1)), truncated(predict, TopP(rate=1.0))
+    narrow, wide = truncated(predict, TopP(p=0.1)), truncated(predict, TopP(p=1.0))
     assert int(narrow(TOKENS, 5).isfinite().sum()) == 1
     assert int(wide(TOKENS, 5).isfinite().sum()) == 3
     assert int(predict(TOKENS, 5).isfinite().sum()) == 3

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 PAGE = (Path(__file__).parents[2] / "docs" / "maths.md").read_text(encoding="utf-8")
-MODULES = ("schedule", "transition", "times", "objective", "guidance", "sampler", "reveal", "steps")
+MODULES = (
+    "schedule",
+    "transition",
+    "timestep_sampler",
+    "objective",
+    "guidance",
+    "samplers",
+    "unmasking",
+    "sampling_plan",
+)
 
 
 def resolves(name: str) -> bool:
@@ -28,7 +37,7 @@ def resolves(name: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    "name", ["MaskAndReplace.posterior", "times.Importance", "objective._Case.divergence"]
+    "name", ["MaskAndReplace.posterior", "timestep_sampler.Importance", "objective._Case.divergence"]
 )
 def test_names_are_found(name: str) -> None:
     assert resolves(name)

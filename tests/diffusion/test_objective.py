@@ -9,8 +9,9 @@ from torch.nn import functional
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
-from vqd_scale.diffusion import dense, statistics
-from vqd_scale.diffusion.kernels.choice import is_interpreted
+from vqd_scale.diffusion import fused_loss as statistics
+from vqd_scale.diffusion import reference as dense
+from vqd_scale.diffusion.kernels.dispatch import is_interpreted
 from vqd_scale.diffusion.objective import Objective, ObjectiveConfig, ObjectiveOutput
 from vqd_scale.diffusion.schedule import Absorbing, Paper, Released, Schedule, UniformCosine
 from vqd_scale.diffusion.transition import MaskAndReplace

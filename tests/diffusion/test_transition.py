@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
-from vqd_scale.diffusion import dense
+from vqd_scale.diffusion import reference as dense
 from vqd_scale.diffusion.schedule import Absorbing, Paper, Released, Schedule, UniformCosine
 from vqd_scale.diffusion.transition import MaskAndReplace
 

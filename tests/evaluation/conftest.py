@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import write_model
+from tests.tiny_models import write_model
 from vqd_scale.data.sources.shapes import ShapesConfig, write_shapes
 
 
@@ -18,6 +18,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty pictures of the embedded set with their captions, in three shards."""
     folder = tmp_path_factory.mktemp("shards")
     write_shapes(
-        ShapesConfig(image_size=16, train_samples=1, held_out_samples=60, shard_size=25, seed=0), folder
+        ShapesConfig(image_size=16, train_samples=1, held_out_samples=60, samples_per_shard=25, seed=0),
+        folder,
     )
     return folder / "held_out"

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.evaluation.test_score import protocol, scored
+from tests.evaluation.test_evaluate import protocol, scored
+from vqd_scale.core.atomic_io import sha256_of
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.store import sha256_of
-from vqd_scale.data.index import ShardSet
+from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.evaluation.clip import CAPTION, PICTURE, ClipConfig, load_clip, r_precision, scores
-from vqd_scale.evaluation.parts import Parts
 from vqd_scale.evaluation.prompts import choose_prompts
+from vqd_scale.evaluation.resumable_chunks import ResumableChunks
 
 CPU = torch.device("cpu")
 NAME = "vqd-scale-test-clip"
@@ -34,7 +34,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ClipConfig:
     torch.manual_seed(0)
     network = open_clip.create_model(NAME, pretrained=None)
     torch.save(network.state_dict(), folder / "clip.pt")
-    return ClipConfig(weights=folder / "clip.pt", model=NAME, among=3)
+    return ClipConfig(weights=folder / "clip.pt", model=NAME, retrieval_candidates=3)
 
 
 def test_features_are_those_of_open_clip(config: ClipConfig) -> None:
@@ -61,11 +61,11 @@ def test_an_evaluation_is_judged_by_it_as_well(
     config: ClipConfig, model: Path, shards: Path, tmp_path: Path
 ) -> None:
     result = scored(protocol(shards, clip=config), model, tmp_path)
-    parts = Parts(tmp_path / "parts", 23, 4)
+    parts = ResumableChunks(tmp_path / "parts", 23, 4)
     pictures, captions = parts.column(PICTURE), parts.column(CAPTION)
     figures = result.report["figures"]
     assert figures["clip_score"] == pytest.approx(float(scores(pictures, captions).mean()))
-    assert figures["clip_r_precision"] == r_precision(pictures, captions, config.among)
+    assert figures["clip_r_precision"] == r_precision(pictures, captions, config.retrieval_candidates)
     assert result.report["clip"]["weights_sha256"] == sha256_of(config.weights)
     # Every picture's caption is its own prompt's.
     chosen = [prompt.text for prompt in choose_prompts(protocol(shards).prompts, ShardSet.open(shards))]
@@ -98,5 +98,5 @@ def test_r_precision_is_one_for_own_captions_and_chance_for_strangers() -> None:
     # Captions of the same words are nobody's mistake.
     assert r_precision(captions, captions[:1].expand(400, -1), 10) == 1
     assert np.isclose(r_precision(-captions, captions, 10), 0)
-    with pytest.raises(UserError, match=r"400 captions are fewer than clip.among=401"):
+    with pytest.raises(UserError, match=r"400 captions are fewer than clip.retrieval_candidates=401"):
         r_precision(captions, captions, 401)

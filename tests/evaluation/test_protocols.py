@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from vqd_scale.commands.eval_ablation import AblationConfig
+from vqd_scale.cli.eval_ablation import AblationConfig
 from vqd_scale.core.config import load_config
 from vqd_scale.core.errors import UserError
 from vqd_scale.evaluation.extractors import PUBLISHED_INCEPTION, Inception
 from vqd_scale.evaluation.protocol import EvaluationConfig
 from vqd_scale.evaluation.sweep import SweepConfig, points
-from vqd_scale.training.denoising import TrainConfig
+from vqd_scale.training.tasks.denoising import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs" / "evaluation").glob("*.yaml"))
@@ -43,20 +43,20 @@ def test_the_other_files_load(tmp_path: Path) -> None:
 def test_pictures_without_captions_are_compared_with_the_whole_set() -> None:
     steps = ROOT / "configs" / "vq-ddm" / "steps.yaml"
     assert load_config(SweepConfig, steps.with_name("shapes-steps.yaml")).evaluation.name == "shapes-steps"
-    assert load_config(SweepConfig, steps).evaluation.reference.pictures == "all"
-    with pytest.raises(UserError, match=r"no picture is a prompt's own; set reference\.pictures to all"):
-        load_config(SweepConfig, steps, ["evaluation.reference.pictures=prompted"])
+    assert load_config(SweepConfig, steps).evaluation.reference.images == "all"
+    with pytest.raises(UserError, match=r"no picture is a prompt's own; set reference\.images to all"):
+        load_config(SweepConfig, steps, ["evaluation.reference.images=prompted"])
 
 
 def test_what_was_published_is_what_the_files_say() -> None:
     def of(stem: str) -> EvaluationConfig:
         return load_config(EvaluationConfig, ROOT / "configs" / "evaluation" / f"{stem}.yaml")
 
-    assert of("coco30k").drawing == EvaluationConfig().drawing.model_copy(
-        update={"sampler": of("coco30k").drawing.sampler}
+    assert of("coco30k").sampling == EvaluationConfig().sampling.model_copy(
+        update={"sampler": of("coco30k").sampling.sampler}
     )
-    assert of("cub200-authors").reference.repeated_to == 30_000
-    assert of("cub200").reference.repeated_to is None
+    assert of("cub200-authors").reference.repeat_to == 30_000
+    assert of("cub200").reference.repeat_to is None
     rates = {
         "coco30k-vqdiffusion": 0.86,
         "cub200": 0.86,
@@ -64,6 +64,6 @@ def test_what_was_published_is_what_the_files_say() -> None:
         "imagenet50k": 0.94,
     }
     for stem, rate in rates.items():
-        truncation = of(stem).drawing.truncation
+        truncation = of(stem).sampling.truncation
         assert truncation is not None
-        assert truncation.model_dump() == {"kind": "top_p", "rate": rate}
+        assert truncation.model_dump() == {"kind": "top_p", "p": rate}

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from vqd_scale.commands import eval_sweep
+from vqd_scale.cli import eval_sweep
 from vqd_scale.core.config import to_yaml
 from vqd_scale.core.errors import UserError
 from vqd_scale.evaluation.sweep import Row, SweepConfig, grouped, points, publish_sweep, separated
@@ -12,18 +12,18 @@ from vqd_scale.evaluation.sweep import Row, SweepConfig, grouped, points, publis
 SMALL: dict[str, Any] = {
     "name": "test",
     "prompts": {"kind": "captions", "count": 9},
-    "drawing": {"sampler": {"kind": "strided", "steps": 2}, "batch": 9},
+    "sampling": {"sampler": {"kind": "strided", "steps": 2}, "batch_size": 9},
     "extractor": {"kind": "random", "features": 4},
     "kid": {"subsets": 2, "size": 5},
     "inception_splits": 1,
-    "neighbours": 2,
-    "shown": 1,
+    "neighbors": 2,
+    "report_images": 1,
 }
-AXES: dict[str, Any] = {"drawing.sampler.steps": (1, 2), "drawing.seed": (0, 1)}
+AXES: dict[str, Any] = {"sampling.sampler.steps": (1, 2), "sampling.seed": (0, 1)}
 
 
 def config_of(**changes: Any) -> SweepConfig:
-    values = {"evaluation": SMALL, "axes": AXES, "figures": ["alignment.mean"]} | changes
+    values = {"evaluation": SMALL, "axes": AXES, "metrics": ["alignment.mean"]} | changes
     return SweepConfig.model_validate(values)
 
 
@@ -37,41 +37,41 @@ def rows_of(values: dict[int, list[float]]) -> list[Row]:
 
 def test_all_combinations_are_evaluated_one_seed_after_the_other(tmp_path: Path) -> None:
     every = points(config_of(), tmp_path)
-    assert [(settings["drawing.seed"], settings["drawing.sampler.steps"]) for _, settings, _ in every] == [
+    assert [(settings["sampling.seed"], settings["sampling.sampler.steps"]) for _, settings, _ in every] == [
         (0, 1),
         (0, 2),
         (1, 1),
         (1, 2),
     ]
-    assert [protocol.drawing.seed for _, _, protocol in every] == [0, 0, 1, 1]
+    assert [protocol.sampling.seed for _, _, protocol in every] == [0, 0, 1, 1]
     assert {protocol.reference.file for _, _, protocol in every} == {tmp_path / "reference.safetensors"}
 
 
 def test_samplers_are_an_axis_as_well(tmp_path: Path) -> None:
     samplers = ({"kind": "ancestral"}, {"kind": "strided", "steps": 4}, {"kind": "legacy_fast", "speed": 2})
-    axes = {"drawing.sampler": samplers, "drawing.guidance.scale": (1.0, 2.0)}
-    every = points(config_of(axes=axes, x="drawing.guidance.scale"), tmp_path)
+    axes = {"sampling.sampler": samplers, "sampling.guidance.scale": (1.0, 2.0)}
+    every = points(config_of(axes=axes, x_axis="sampling.guidance.scale"), tmp_path)
     assert [name for name, _, _ in every][::2] == [
         "seed=0,sampler=ancestral,guidance.scale=1.0",
         "seed=0,sampler=strided 4,guidance.scale=1.0",
         "seed=0,sampler=legacy_fast 2,guidance.scale=1.0",
     ]
-    assert [protocol.drawing.sampler.kind for _, _, protocol in every][::2] == [
+    assert [protocol.sampling.sampler.kind for _, _, protocol in every][::2] == [
         "ancestral",
         "strided",
         "legacy_fast",
     ]
     rows = [Row({key: settings[key] for key in axes}, 0, {"fid": 1.0}) for _, settings, _ in every]
     assert len(grouped(rows)) == 6
-    with pytest.raises(UserError, match=r"the values of 'drawing.sampler' are no numbers"):
-        points(config_of(axes=axes, x="drawing.sampler"), tmp_path)
+    with pytest.raises(UserError, match=r"the values of 'sampling.sampler' are no numbers"):
+        points(config_of(axes=axes, x_axis="sampling.sampler"), tmp_path)
 
 
 @pytest.mark.parametrize(
     ("axes", "sentence"),
     [
-        ({"drawing.sampler.step": (1,)}, "drawing.sampler.step: unknown key"),
-        ({"drawing.sampler.steps": (0,)}, "drawing.sampler.steps: "),
+        ({"sampling.sampler.step": (1,)}, "sampling.sampler.step: unknown key"),
+        ({"sampling.sampler.steps": (0,)}, "sampling.sampler.steps: "),
         ({"sampler.steps": (1,)}, "'sampler' is no group of keys"),
     ],
 )

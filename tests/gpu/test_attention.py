@@ -52,7 +52,7 @@ def test_trap_20_backends_agree_forward_and_backward(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_denoiser_prepared_on_a_gpu_equals_the_plain_forward(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    config = DenoiserConfig(size="S", layers=2, rotary_positions=True, query_key_norm=True)
+    config = DenoiserConfig(size="S", layers=2, rope_2d=True, qk_norm=True)
     denoiser = Denoiser(config, codes=50, grid=(8, 8), steps=10).to("cuda", dtype)
     tokens = torch.randint(0, 51, (2, 64), device="cuda")
     text = torch.randn(2, 77, 512, device="cuda", dtype=dtype)

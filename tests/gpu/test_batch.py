@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vqd_scale.data.batch import TokenBatch, pinned
+from vqd_scale.data.loading.batch import TokenBatch, pinned
 
 pytestmark = pytest.mark.gpu
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from vqd_scale.core import rng
 from vqd_scale.core.rng import Purpose
-from vqd_scale.diffusion.kernels.choice import is_interpreted
+from vqd_scale.diffusion.kernels.dispatch import is_interpreted
+from vqd_scale.diffusion.logit_statistics import LogitRows, LogitStatistics, LossFactors, TorchRows
 from vqd_scale.diffusion.noise import uniforms
 from vqd_scale.diffusion.objective import Objective, ObjectiveConfig, ObjectiveOutput
-from vqd_scale.diffusion.rows import Factors, Reading, Rows, TorchRows
 from vqd_scale.diffusion.schedule import Paper, Released, Schedule
 from vqd_scale.diffusion.transition import MaskAndReplace
 
@@ -29,20 +29,20 @@ def normal(rows: int, columns: int, seed: int) -> Tensor:
     return radius * torch.cos(2 * math.pi * drawn[:, columns:])
 
 
-def some_rows(count: int, codes: int, dtype: torch.dtype) -> tuple[Tensor, Rows]:
+def some_rows(count: int, codes: int, dtype: torch.dtype) -> tuple[Tensor, LogitRows]:
     logits = (4 * normal(count, codes, 0)).to(DEVICE, dtype)
     places = torch.arange(count, device=DEVICE)
     share = torch.linspace(1, 0, count, device=DEVICE, dtype=dtype)
-    return logits, Rows(places * 7 % codes, places * 5 % codes, share, 60 * share - 30)
+    return logits, LogitRows(places * 7 % codes, places * 5 % codes, share, 60 * share - 30)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("codes", [2, 37, 256])
 def test_rows_equal_those_of_pytorch(codes: int, dtype: torch.dtype, tolerance: float) -> None:
-    from vqd_scale.diffusion.kernels.rows import TritonRows
+    from vqd_scale.diffusion.kernels.logit_statistics import TritonRows
 
     logits, rows = some_rows(24, codes, dtype)
-    expected, reading = Reading.empty_for(rows), Reading.empty_for(rows)
+    expected, reading = LogitStatistics.empty_for(rows), LogitStatistics.empty_for(rows)
     TorchRows().read(logits, rows, expected, None)
     TritonRows().read(logits, rows, reading, None)
     for name in ("log_true", "log_seen", "code_sum"):
@@ -51,7 +51,7 @@ def test_rows_equal_those_of_pytorch(codes: int, dtype: torch.dtype, tolerance: 
         )
     assert torch.equal(reading.correct, expected.correct)
     of_true, of_seen, of_sum = normal(3, len(logits), 1).to(logits)
-    factors = Factors.of(rows, expected.log_seen, of_true, of_seen, of_sum)
+    factors = LossFactors.of(rows, expected.log_seen, of_true, of_seen, of_sum)
     wanted = TorchRows().gradient(logits, rows, factors, None, kept=False)
     out = torch.empty_like(logits)
     TritonRows().gradient(logits, rows, factors, out, kept=False)
@@ -61,23 +61,23 @@ def test_rows_equal_those_of_pytorch(codes: int, dtype: torch.dtype, tolerance: 
 
 
 def test_rows_may_lie_any_way_and_be_of_any_precision() -> None:
-    from vqd_scale.diffusion.kernels.rows import TritonRows
+    from vqd_scale.diffusion.kernels.logit_statistics import TritonRows
 
     logits, rows = some_rows(6, 11, torch.float32)
     low = logits.bfloat16().T.contiguous().T
     assert low.stride() == (1, 6)
-    reading, expected = Reading.empty_for(rows), Reading.empty_for(rows)
+    reading, expected = LogitStatistics.empty_for(rows), LogitStatistics.empty_for(rows)
     TritonRows().read(low, rows, reading, None)
     TorchRows().read(low.float(), rows, expected, None)
     torch.testing.assert_close(reading.log_true, expected.log_true, rtol=1e-6, atol=1e-6)
 
 
 def test_a_token_that_is_no_code_makes_its_own_row_nan() -> None:
-    from vqd_scale.diffusion.kernels.rows import TritonRows
+    from vqd_scale.diffusion.kernels.logit_statistics import TritonRows
 
     logits, rows = some_rows(4, 8, torch.float32)
     rows.true[1], rows.true[2] = 8, -1
-    reading = Reading.empty_for(rows)
+    reading = LogitStatistics.empty_for(rows)
     TritonRows().read(logits, rows, reading, None)
     assert reading.log_true.isnan().tolist() == [False, True, True, False]
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from benchmarks.step import FusedStep, StepProblem
 from torch import nn
 
-from vqd_scale.commands.benchmarks.step import FusedStep, StepProblem
 from vqd_scale.core.world import join_world
 from vqd_scale.nn.denoiser import Denoiser, DenoiserConfig
 from vqd_scale.training.engine import Engine, EngineConfig, ZeroConfig
@@ -18,9 +18,7 @@ STEPS = 20
 
 def module() -> FusedStep:
     torch.manual_seed(0)
-    config = DenoiserConfig(
-        width=PROBLEM.width, layers=PROBLEM.layers, heads=PROBLEM.heads, initial_deviation=0.1
-    )
+    config = DenoiserConfig(width=PROBLEM.width, layers=PROBLEM.layers, heads=PROBLEM.heads, init_std=0.1)
     grid = (PROBLEM.side, PROBLEM.side)
     return FusedStep(Denoiser(config, PROBLEM.codes, grid, PROBLEM.transition.steps), PROBLEM)
 
@@ -34,7 +32,7 @@ def plain_losses() -> list[float]:
         optimizer.zero_grad()
         loss = network(*batch)
         loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), OPTIM.clip)
+        nn.utils.clip_grad_norm_(network.parameters(), OPTIM.gradient_clipping)
         optimizer.step()
         found.append(float(loss.detach()))
     return found
@@ -56,7 +54,7 @@ def engine_losses(config: EngineConfig) -> list[float]:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_every_stage_over_nccl_is_plain_adamw(stage: int) -> None:
     config = EngineConfig(
-        zero=ZeroConfig.model_validate({"stage": stage}), precision="fp32", persistence_threshold=0
+        zero=ZeroConfig.model_validate({"stage": stage}), precision="fp32", param_persistence_threshold=0
     )
     assert engine_losses(config) == pytest.approx(plain_losses(), rel=1e-3)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.launchers.record import Launch, State, newest_launch
+from vqd_scale.launchers.job_record import Launch, State, newest_launch
 from vqd_scale.launchers.slurm import Resources, submit
 
 pytestmark = pytest.mark.ranks

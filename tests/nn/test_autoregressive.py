@@ -9,9 +9,7 @@ from vqd_scale.nn.denoiser import NoCondition, TextCondition
 
 CODES, GRID = 7, (3, 4)
 LENGTH = GRID[0] * GRID[1]
-SMALL = AutoregressiveConfig(
-    width=24, layers=3, heads=2, initial_deviation=0.3, condition=TextCondition(width=10)
-)
+SMALL = AutoregressiveConfig(width=24, layers=3, heads=2, init_std=0.3, condition=TextCondition(width=10))
 UNCONDITIONAL = SMALL.model_copy(update={"condition": NoCondition()})
 
 
@@ -29,7 +27,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("config", "parameters"),
     [
-        (AutoregressiveConfig(width=192, layers=18, multiplier=18), 32_646_535),
+        (AutoregressiveConfig(width=192, layers=18, mlp_ratio=18), 32_646_535),
         (AutoregressiveConfig(), 305_197_895),
     ],
     ids=["S", "B"],

@@ -29,7 +29,7 @@ SMALL = DenoiserConfig(width=24, layers=2, heads=2, condition=TextCondition(widt
 
 def build(config: DenoiserConfig = SMALL, *, grid: tuple[int, int] = (3, 4)) -> Denoiser:
     torch.manual_seed(0)
-    return Denoiser(config.model_copy(update={"initial_deviation": 0.3}), codes=7, grid=grid, steps=9)
+    return Denoiser(config.model_copy(update={"init_std": 0.3}), codes=7, grid=grid, steps=9)
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -76,8 +76,8 @@ VARIANTS = {
     "convolutional": SMALL.model_copy(update={"feed_forward": Convolutional()}),
     "sinusoidal": SMALL.model_copy(update={"timestep": "sinusoidal"}),
     "published positions": SMALL.model_copy(update={"position_grid": (8, 8)}),
-    "normalised queries and keys": SMALL.model_copy(update={"query_key_norm": True}),
-    "rotary": SMALL.model_copy(update={"rotary_positions": True}),
+    "normalised queries and keys": SMALL.model_copy(update={"qk_norm": True}),
+    "rotary": SMALL.model_copy(update={"rope_2d": True}),
 }
 
 
@@ -183,7 +183,7 @@ def test_sinusoids_are_the_published_ones_in_any_precision() -> None:
     torch.testing.assert_close(norm.emb(t)[0], expected, atol=1e-3, rtol=0)
     assert not list(norm.emb.parameters())
     torch.testing.assert_close(
-        norm.bfloat16().modulation(t).gain.float(), norm.float().modulation(t).gain, atol=2e-2, rtol=2e-2
+        norm.bfloat16().modulation(t).scale.float(), norm.float().modulation(t).scale, atol=2e-2, rtol=2e-2
     )
 
 
@@ -234,11 +234,11 @@ def test_rotation_lets_attention_depend_on_distances_by_row_and_column_alone() -
 
 def test_rotary_positions_need_pairs_of_pairs() -> None:
     with pytest.raises(ValidationError, match="must be a multiple of 4, not 6"):
-        DenoiserConfig(width=12, heads=2, rotary_positions=True)
+        DenoiserConfig(width=12, heads=2, rope_2d=True)
 
 
 def test_zero_modulation_starts_as_a_plain_layer_norm() -> None:
-    denoiser = build(SMALL.model_copy(update={"zero_modulation": True}))
+    denoiser = build(SMALL.model_copy(update={"adaln_zero": True}))
     tokens, t, text = inputs()
     torch.testing.assert_close(denoiser(tokens, t, text), denoiser(tokens, t.flip(0), text))
     norm = next(module for module in denoiser.modules() if isinstance(module, AdaptiveLayerNorm))
@@ -255,7 +255,7 @@ def test_checkpointed_blocks_compute_the_same_with_less_kept() -> None:
     results: list[tuple[torch.Tensor, ...]] = []
     kept: list[int] = []
     for checkpoint_blocks in (False, True):
-        denoiser = build(SMALL.model_copy(update={"checkpoint_blocks": checkpoint_blocks}))
+        denoiser = build(SMALL.model_copy(update={"gradient_checkpointing": checkpoint_blocks}))
         sizes: list[int] = []
 
         def packed(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
@@ -328,7 +328,7 @@ def test_initial_weights_follow_the_recipe() -> None:
 
 def test_trap_20_convolutions_keep_the_initial_weights_of_torch() -> None:
     torch.manual_seed(0)
-    config = DenoiserConfig(width=48, layers=1, heads=4, feed_forward=Convolutional(multiplier=2))
+    config = DenoiserConfig(width=48, layers=1, heads=4, feed_forward=Convolutional(mlp_ratio=2))
     layer = Denoiser(config, 50, (8, 8), steps=100).get_submodule("blocks.0.mlp")
     for name, shape in {"0": (96, 48, 3, 3), "2": (48, 96, 3, 3)}.items():
         weight = layer.get_parameter(f"{name}.weight")

@@ -15,8 +15,8 @@ from vqd_scale.nn.unet import UNet, UNetConfig
 CODES, GRID, STEPS = 7, (4, 6), 9
 CLASSES = ClassCondition(classes=3)
 NETWORKS: list[NetworkConfig] = [
-    DenoiserConfig(width=24, layers=2, heads=2, initial_deviation=0.3, condition=CLASSES),
-    UNetConfig(width=16, multipliers=(1, 2), condition=CLASSES),
+    DenoiserConfig(width=24, layers=2, heads=2, init_std=0.3, condition=CLASSES),
+    UNetConfig(width=16, channel_multipliers=(1, 2), condition=CLASSES),
 ]
 each_network = pytest.mark.parametrize("config", NETWORKS, ids=lambda config: config.kind)
 

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from vqd_scale.nn.denoiser import Denoiser, DenoiserConfig, TextCondition
 
 CODES, SIDE, STEPS, TEXT = 23, 4, 10, 12
-CONFIG = DenoiserConfig(
-    width=24, layers=3, heads=2, condition=TextCondition(width=TEXT), initial_deviation=0.2
-)
+CONFIG = DenoiserConfig(width=24, layers=3, heads=2, condition=TextCondition(width=TEXT), init_std=0.2)
 
 # Ours on the left, diffusers' on the right; everything after a stem is carried over as it is.
 STEMS = {

@@ -45,7 +45,7 @@ def test_a_size_is_named_in_yaml_changed_by_other_keys_and_written_down_as_its_s
     path = tmp_path / "run.yaml"
     path.write_text("denoiser:\n  size: S\n  layers: 4\n")
     config = load_config(Run, path, ["denoiser.heads=8"])
-    expected = DenoiserConfig(width=192, layers=4, heads=8, feed_forward=Convolutional(multiplier=2))
+    expected = DenoiserConfig(width=192, layers=4, heads=8, feed_forward=Convolutional(mlp_ratio=2))
     assert config.denoiser == expected
     assert "size" not in to_yaml(config)
     path.write_text(to_yaml(config))

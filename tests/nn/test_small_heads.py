@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vqd_scale.nn import small_heads
 from vqd_scale.nn.attention import attention
-from vqd_scale.nn.small_heads import pays, small_heads_attention
+from vqd_scale.nn.small_heads import is_faster, small_heads_attention
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
@@ -133,10 +133,10 @@ def test_torch_knows_it_as_an_operation() -> None:
 
 def test_auto_takes_it_where_it_pays() -> None:
     long, short = qkv(1, 5, 512, 1, 12), qkv(1, 512, 77, 1, 12)
-    assert pays(long[0], long[1])
-    assert not pays(short[0], short[1])
-    assert not pays(long[0].to("meta"), long[1].to("meta"))
-    assert not pays(long[0].double(), long[1].double())
+    assert is_faster(long[0], long[1])
+    assert not is_faster(short[0], short[1])
+    assert not is_faster(long[0].to("meta"), long[1].to("meta"))
+    assert not is_faster(long[0].double(), long[1].double())
     assert torch.equal(attention(*long), small_heads_attention(*long))
     torch.testing.assert_close(attention(*long), attention(*long, backend="sdpa"))
     causal = qkv(1, 512, 512, 1, 12)

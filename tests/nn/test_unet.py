@@ -8,15 +8,15 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.diffusion.guidance import Predict
 from vqd_scale.diffusion.objective import Objective, ObjectiveConfig
-from vqd_scale.diffusion.sampler import Ancestral, KnownTokens, Sampler, Strided, sample
+from vqd_scale.diffusion.samplers import Ancestral, KnownTokens, Sampler, Strided, sample
 from vqd_scale.diffusion.schedule import Absorbing, Paper, Schedule, UniformCosine
 from vqd_scale.diffusion.transition import MaskAndReplace
 from vqd_scale.nn.denoiser import ClassCondition
-from vqd_scale.nn.unet import LinearAttention, ResidualBlock, UNet, UNetConfig
+from vqd_scale.nn.unet import LinearAttention, UNet, UNetConfig, UNetResidualBlock
 
 CODES, GRID, STEPS = 7, (4, 6), 8
 LENGTH = GRID[0] * GRID[1]
-SMALL = UNetConfig(width=16, multipliers=(1, 2))
+SMALL = UNetConfig(width=16, channel_multipliers=(1, 2))
 
 
 def build(config: UNetConfig = SMALL) -> UNet:
@@ -97,7 +97,7 @@ def test_attention_starts_shut() -> None:
 
 
 def test_a_residual_block_keeps_the_image_where_its_width_stays() -> None:
-    block = ResidualBlock(8, 8, 4)
+    block = UNetResidualBlock(8, 8, 4)
     for parameter in block.second.parameters():
         nn.init.zeros_(parameter)
     image = torch.randn(2, 8, 3, 3)
@@ -106,7 +106,7 @@ def test_a_residual_block_keeps_the_image_where_its_width_stays() -> None:
 
 @pytest.mark.parametrize("grid", [(6, 8), (8, 4), (5, 5)])
 def test_a_grid_that_cannot_be_halved_is_one_sentence(grid: tuple[int, int]) -> None:
-    config = UNetConfig(width=8, multipliers=(1, 1, 1, 1))
+    config = UNetConfig(width=8, channel_multipliers=(1, 1, 1, 1))
     with pytest.raises(UserError, match=rf"grid of {grid[0]}x{grid[1]} tokens cannot be halved 3 times"):
         UNet(config, CODES, grid, STEPS)
 

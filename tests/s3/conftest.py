@@ -6,9 +6,9 @@ import pytest
 
 from tests.s3.ceph import s3_server
 from tests.s3.proxy import FaultProxy, never
-from vqd_scale.core import endpoint as endpoint_module
-from vqd_scale.core.endpoint import Patience, S3Endpoint
+from vqd_scale.core import s3_client as endpoint_module
 from vqd_scale.core.s3 import S3Path
+from vqd_scale.core.s3_client import RetryPolicy, S3Endpoint
 
 
 @pytest.fixture(scope="session")
@@ -53,9 +53,9 @@ def folder(new_folder: Callable[[], S3Path]) -> S3Path:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> Generator[Patience]:
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Generator[RetryPolicy]:
     """Waits are short and few."""
-    patience = Patience(attempts=5, first_wait=0.001, longest_wait=0.004, silence=1.0)
+    patience = RetryPolicy(attempts=5, first_wait=0.001, longest_wait=0.004, silence=1.0)
     monkeypatch.setattr(endpoint_module, "PATIENCE", patience)
     endpoint_module.filesystem_of.cache_clear()
     yield patience

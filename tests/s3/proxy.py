@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import Literal
 from urllib.parse import urlsplit
 
-from vqd_scale.core.endpoint import S3Endpoint
 from vqd_scale.core.s3 import S3Path
+from vqd_scale.core.s3_client import S3Endpoint
 
 STALL_SECONDS = 60
 SLOW_DOWN = (

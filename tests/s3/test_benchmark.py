@@ -2,11 +2,11 @@ import json
 from pathlib import Path
 
 import pytest
+from benchmarks import main as benchmark
+from benchmarks.s3 import S3Problem, benchmark_s3
 
-from vqd_scale.commands import benchmark
-from vqd_scale.commands.benchmarks.s3 import S3Problem, benchmark_s3
-from vqd_scale.core.endpoint import S3Endpoint
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.s3_client import S3Endpoint
 
 pytestmark = pytest.mark.s3
 

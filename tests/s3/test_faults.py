@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from tests.s3.proxy import Fault, FaultKind, FaultProxy, in_turn
 from vqd_scale.core import s3 as s3_module
-from vqd_scale.core.endpoint import Patience
+from vqd_scale.core.atomic_io import published, read_in_order
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.s3 import S3Object, S3Path
-from vqd_scale.core.store import published, read_in_order
+from vqd_scale.core.s3_client import RetryPolicy
 
 pytestmark = pytest.mark.s3
 
@@ -30,7 +30,7 @@ def written(path: S3Path, data: bytes) -> None:
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plan=st.lists(faults, max_size=3), begin=st.integers(0, SIZE), length=st.integers(0, SIZE))
 def test_a_range_is_read_whole_whatever_happens(
-    folder: S3Path, proxy: FaultProxy, impatient: Patience, plan: list[Fault], begin: int, length: int
+    folder: S3Path, proxy: FaultProxy, impatient: RetryPolicy, plan: list[Fault], begin: int, length: int
 ) -> None:
     if not (folder / "object").exists():
         written(folder / "object", CONTENT[:SIZE])
@@ -46,7 +46,7 @@ def test_a_range_is_read_whole_whatever_happens(
 def test_an_object_is_read_in_order_whatever_happens(
     folder: S3Path,
     proxy: FaultProxy,
-    impatient: Patience,
+    impatient: RetryPolicy,
     plan: list[Fault | None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -59,7 +59,7 @@ def test_an_object_is_read_in_order_whatever_happens(
 
 @pytest.mark.parametrize("after", [0, 1000])
 def test_a_stall_is_a_broken_connection(
-    folder: S3Path, proxy: FaultProxy, impatient: Patience, after: int
+    folder: S3Path, proxy: FaultProxy, impatient: RetryPolicy, after: int
 ) -> None:
     written(folder / "object", CONTENT[:SIZE])
     proxy.follow(in_turn([Fault("stall", after)]))
@@ -67,7 +67,7 @@ def test_a_stall_is_a_broken_connection(
     assert proxy.faults["stall"] == 1
 
 
-def test_going_on_where_it_broke_off(folder: S3Path, proxy: FaultProxy, impatient: Patience) -> None:
+def test_going_on_where_it_broke_off(folder: S3Path, proxy: FaultProxy, impatient: RetryPolicy) -> None:
     """Far more failures than attempts: each of them brought the reader on."""
     size = 14 * impatient.progress
     written(folder / "object", CONTENT * (size // SIZE + 1))
@@ -81,7 +81,7 @@ def test_going_on_where_it_broke_off(folder: S3Path, proxy: FaultProxy, impatien
     "fault", [*(Fault(kind) for kind in QUICK), Fault("close", 99), Fault("truncate", 7)]
 )
 def test_a_store_that_never_answers_is_given_up(
-    folder: S3Path, proxy: FaultProxy, impatient: Patience, fault: Fault
+    folder: S3Path, proxy: FaultProxy, impatient: RetryPolicy, fault: Fault
 ) -> None:
     written(folder / "object", CONTENT[:SIZE])
     proxy.follow(in_turn([fault] * 1000))
@@ -91,20 +91,22 @@ def test_a_store_that_never_answers_is_given_up(
     assert impatient.attempts <= sum(proxy.faults.values()) <= 2 * impatient.attempts
 
 
-def test_where_nobody_listens(folder: S3Path, impatient: Patience) -> None:
+def test_where_nobody_listens(folder: S3Path, impatient: RetryPolicy) -> None:
     nowhere = S3Path.parse(f"s3://{folder.bucket}/object?endpoint_url=http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"could not be found in 5 attempts.*Could not connect"):
         nowhere.exists()
 
 
-def test_what_is_not_there_is_not_tried_again(folder: S3Path, proxy: FaultProxy, impatient: Patience) -> None:
+def test_what_is_not_there_is_not_tried_again(
+    folder: S3Path, proxy: FaultProxy, impatient: RetryPolicy
+) -> None:
     with pytest.raises(FileNotFoundError, match="folder/nothing"):
         S3Object(proxy.to(folder / "nothing"), 10).read(0, 10)
     assert sum(proxy.requests.values()) == 1
 
 
 def test_waits_grow_are_random_and_have_a_bound() -> None:
-    patience = Patience()
+    patience = RetryPolicy()
     waits = [[patience.wait(failures) for _ in range(100)] for failures in range(1, patience.attempts)]
     assert len({wait for each in waits for wait in each}) == 100 * len(waits)
     for failures, each in enumerate(waits, start=1):

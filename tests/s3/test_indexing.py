@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqd_scale.commands.make_shards import main
+from vqd_scale.cli.make_shards import main
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.s3 import S3Path, object_sizes, write_object
-from vqd_scale.data.filters import Bounds, Filters
-from vqd_scale.data.index import INDEX, ShardSet
-from vqd_scale.data.indexing import IndexConfig, Sieve, build_index
-from vqd_scale.data.quarantine import QUARANTINE
-from vqd_scale.data.shards import KEY, read_shard
-from vqd_scale.data.tar import LARGE_MEMBER, PROBED, TarScan
+from vqd_scale.data.shards.filters import Bounds, Filters
+from vqd_scale.data.shards.index_builder import IndexConfig, SampleFilter, build_index
+from vqd_scale.data.shards.quarantine import QUARANTINE
+from vqd_scale.data.shards.shard_index import INDEX, ShardSet
+from vqd_scale.data.shards.shard_io import KEY, read_shard
+from vqd_scale.data.shards.tar_scanner import LARGE_MEMBER, PROBED, TarScan
 
 pytestmark = pytest.mark.s3
 
@@ -52,7 +52,7 @@ def test_indexed_where_it_is_and_into_another_folder(folder: S3Path, tmp_path: P
     assert keys(beside) == [str(number) for number in range(10)]
     assert {INDEX, "0.npz", "1.npz"} < object_sizes(folder).keys()
     for elsewhere in (folder / "index", tmp_path / "index"):
-        wanted = Sieve(Filters(columns={"similarity": Bounds(min=0.4, max=0.7)}))
+        wanted = SampleFilter(Filters(columns={"similarity": Bounds(min=0.4, max=0.7)}))
         opened = build_index(folder, elsewhere, IndexConfig(wanted, workers=workers))
         assert keys(opened) == ["4", "5", "6", "7"]
         assert opened.digests == beside.digests
@@ -65,7 +65,7 @@ def test_a_cut_tar_is_found(folder: S3Path, tmp_path: Path) -> None:
     write_object(folder / "0.tar", path)
     with pytest.raises(UserError, match=r"0\.tar"):
         build_index(folder)
-    assert build_index(folder, config=IndexConfig(max_bad_share=1.0)).count == 1
+    assert build_index(folder, config=IndexConfig(max_bad_fraction=1.0)).count == 1
     assert "not a readable tar" in (folder / QUARANTINE).read_text()
 
 
@@ -96,7 +96,7 @@ def test_commands_from_pictures_to_s3(
         Image.fromarray(pixels).save(pictures / f"{number}.png")
         (pictures / f"{number}.txt").write_text(f"noise {number}")
     (pictures / "3.png").write_bytes(b"no picture")
-    command = ["imagefolder", str(pictures), str(folder / "set"), "image_size=16", "max_bad_share=0.3"]
+    command = ["imagefolder", str(pictures), str(folder / "set"), "image_size=16", "max_bad_fraction=0.3"]
     main(command)
     assert "3 samples in 1 shards" in capsys.readouterr().out
     before = {name: (folder / "set" / name).read_bytes() for name in object_sizes(folder / "set")}

@@ -9,11 +9,11 @@ from torch import nn
 
 from tests.s3.proxy import Fault, FaultProxy
 from tests.training.ranks import on_ranks, own_seed, partition_of
-from vqd_scale.core.endpoint import Patience
+from vqd_scale.core.atomic_io import file_sizes
 from vqd_scale.core.s3 import S3Path
-from vqd_scale.core.store import file_sizes
+from vqd_scale.core.s3_client import RetryPolicy
 from vqd_scale.core.world import World
-from vqd_scale.training.checkpoint import CheckpointConfig, Checkpoints
+from vqd_scale.training.checkpoint.manager import CheckpointConfig, Checkpoints
 from vqd_scale.training.ema import EMA, EMAConfig
 
 pytestmark = pytest.mark.s3
@@ -71,7 +71,7 @@ def test_a_run_whose_folder_is_lost_goes_on_from_the_bucket(folder: S3Path, tmp_
 def test_a_bucket_that_fails_is_a_warning_and_the_run_goes_on(
     folder: S3Path,
     proxy: FaultProxy,
-    impatient: Patience,
+    impatient: RetryPolicy,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:

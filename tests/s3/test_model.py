@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.inference.exchange.microsoft_files import HEADS, ITHQ_SLIM, Kind, checkpoint_of, write
+from tests.models.exchange.microsoft_files import HEADS, ITHQ_SLIM, Kind, checkpoint_of, write
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.s3 import S3Path, write_object
-from vqd_scale.inference.bundle import load_bundle
-from vqd_scale.inference.exchange.export import export_diffusers
-from vqd_scale.inference.exchange.microsoft import MicrosoftOptions, plan_microsoft
-from vqd_scale.inference.pipeline import TextToImage
+from vqd_scale.models.bundle import load_bundle
+from vqd_scale.models.exchange.export import export_diffusers
+from vqd_scale.models.exchange.microsoft import MicrosoftOptions, plan_microsoft
+from vqd_scale.models.pipeline import TextToImage
 
 
 def upload(local: Path, folder: S3Path) -> None:

@@ -10,11 +10,7 @@ import pytest
 
 from tests.s3.proxy import Fault, FaultKind, FaultProxy
 from vqd_scale.core import s3 as s3_module
-from vqd_scale.core.config import Config, load_config, to_yaml
-from vqd_scale.core.endpoint import Patience, S3Endpoint
-from vqd_scale.core.errors import UserError
-from vqd_scale.core.s3 import S3Object, S3Path
-from vqd_scale.core.store import (
+from vqd_scale.core.atomic_io import (
     Location,
     file_sizes,
     publish_json,
@@ -24,6 +20,10 @@ from vqd_scale.core.store import (
     read_json,
     sha256_of,
 )
+from vqd_scale.core.config import Config, load_config, to_yaml
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.s3 import S3Object, S3Path
+from vqd_scale.core.s3_client import RetryPolicy, S3Endpoint
 
 pytestmark = pytest.mark.s3
 
@@ -109,7 +109,11 @@ def in_requests(method: str, turns: Sequence[int], fault: Fault) -> Callable[[st
 
 @pytest.mark.parametrize("kind", ["500", "503", "reset", "close", "stall"])
 def test_writing_outlives_what_passes(
-    folder: S3Path, proxy: FaultProxy, impatient: Patience, kind: FaultKind, monkeypatch: pytest.MonkeyPatch
+    folder: S3Path,
+    proxy: FaultProxy,
+    impatient: RetryPolicy,
+    kind: FaultKind,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(s3_module, "_PART_BYTES", PART)
     fault = Fault(kind)
@@ -125,7 +129,7 @@ def test_writing_outlives_what_passes(
 
 
 def test_an_upload_whose_last_answer_was_lost_is_whole(
-    folder: S3Path, proxy: FaultProxy, impatient: Patience, monkeypatch: pytest.MonkeyPatch
+    folder: S3Path, proxy: FaultProxy, impatient: RetryPolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3_module, "_PART_BYTES", PART)
     # The first POST begins the upload, the second one ends it: the server does so, and nobody hears of it.
@@ -135,7 +139,7 @@ def test_an_upload_whose_last_answer_was_lost_is_whole(
 
 
 def test_an_upload_that_fails_leaves_nothing(
-    folder: S3Path, proxy: FaultProxy, impatient: Patience, monkeypatch: pytest.MonkeyPatch
+    folder: S3Path, proxy: FaultProxy, impatient: RetryPolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3_module, "_PART_BYTES", PART)
     proxy.follow(in_requests("PUT", range(1, 100), Fault("503")))

@@ -12,16 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.s3.proxy import Fault, FaultProxy, in_turn
+from vqd_scale.core.atomic_io import Location, file_sizes
 from vqd_scale.core.config import load_config
-from vqd_scale.core.endpoint import Patience
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.s3 import S3Path
-from vqd_scale.core.store import Location, file_sizes
-from vqd_scale.data.batch import TokenBatch
-from vqd_scale.data.index import ShardSet
-from vqd_scale.data.samples import TokenSamples
-from vqd_scale.data.shards import KEY, Sample, ShardRecipe, read_shard, shard_name, write_shard_set
-from vqd_scale.data.stream import Stream, StreamConfig
+from vqd_scale.core.s3_client import RetryPolicy
+from vqd_scale.data.loading.batch import TokenBatch
+from vqd_scale.data.loading.sample_readers import TokenSamples
+from vqd_scale.data.loading.stream import Stream, StreamConfig
+from vqd_scale.data.shards.shard_index import ShardSet
+from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, read_shard, shard_name, write_shard_set
 
 pytestmark = pytest.mark.s3
 
@@ -75,7 +75,7 @@ def batches(
     cursor: int = 0,
     overrides: tuple[str, ...] = (),
 ) -> list[TokenBatch]:
-    given = (f"path={path}", f"lanes={LANES}", "shuffle_window=8", *overrides)
+    given = (f"path={path}", f"global_batch_size={LANES}", "shuffle_window=8", *overrides)
     config = load_config(StreamConfig, overrides=given)
     stream = Stream(
         config, TOKENS, seed=3, rank=rank, ranks=ranks, cursor=cursor, quarantine=report / "bad.jsonl"
@@ -114,7 +114,7 @@ faults = st.builds(
 def test_the_same_global_batches_through_faults(
     both: tuple[Path, S3Path],
     proxy: FaultProxy,
-    impatient: Patience,
+    impatient: RetryPolicy,
     tmp_path: Path,
     plan: list[Fault],
     ranks: int,
@@ -123,7 +123,7 @@ def test_the_same_global_batches_through_faults(
 ) -> None:
     here, there = both
     # One megabyte holds windows of 8 samples but not of 5,000: then each sample is a request of its own.
-    overrides = ("reading.buffer_megabytes=1", *memory)
+    overrides = ("ranged_reads.buffer_megabytes=1", *memory)
     for rank in range(ranks):
         part = functools.partial(batches, rank=rank, ranks=ranks, cursor=begin * LANES, overrides=overrides)
         proxy.follow(in_turn(plan))
@@ -137,7 +137,7 @@ def test_every_sample_once_per_epoch_with_reading_processes(
 ) -> None:
     here, there = both
     proxy.follow(in_turn([Fault("503"), Fault("reset", 5000), Fault("close", 700)]))
-    through = batches(proxy.to(there), tmp_path, 46, overrides=("workers=2",))
+    through = batches(proxy.to(there), tmp_path, 46, overrides=("num_workers=2",))
     assert contents(through) == contents(batches(here, tmp_path, 46))
     keys = [key for batch in through for key in batch.keys]
     total = sum(COUNTS)
@@ -147,7 +147,7 @@ def test_every_sample_once_per_epoch_with_reading_processes(
 
 
 def test_a_shard_in_order_through_faults(
-    both: tuple[Path, S3Path], proxy: FaultProxy, impatient: Patience
+    both: tuple[Path, S3Path], proxy: FaultProxy, impatient: RetryPolicy
 ) -> None:
     here, there = both
     proxy.follow(in_turn([Fault("truncate", 3000), Fault("500"), Fault("reset", 100)], ending=".tar"))
@@ -158,11 +158,11 @@ def test_a_shard_in_order_through_faults(
 
 @pytest.mark.parametrize("gigabytes", [1.0, 0.0004, 0.00001])
 def test_the_same_batches_through_a_cache(
-    both: tuple[Path, S3Path], proxy: FaultProxy, impatient: Patience, tmp_path: Path, gigabytes: float
+    both: tuple[Path, S3Path], proxy: FaultProxy, impatient: RetryPolicy, tmp_path: Path, gigabytes: float
 ) -> None:
     here, there = both
     kept = tmp_path / "kept"
-    cache = (f"reading.cache.folder={kept}", f"reading.cache.gigabytes={gigabytes}")
+    cache = (f"ranged_reads.cache.folder={kept}", f"ranged_reads.cache.max_gigabytes={gigabytes}")
     proxy.follow(in_turn([Fault("close", 100_000), Fault("reset", 1000)]))
     expected = contents(batches(here, tmp_path, 50))
     assert contents(batches(proxy.to(there), tmp_path, 50, overrides=cache)) == expected
@@ -177,13 +177,16 @@ def test_the_same_batches_through_a_cache(
 
 
 def test_a_store_that_falls_silent_stops_the_stream(
-    both: tuple[Path, S3Path], proxy: FaultProxy, impatient: Patience, tmp_path: Path
+    both: tuple[Path, S3Path], proxy: FaultProxy, impatient: RetryPolicy, tmp_path: Path
 ) -> None:
     _, there = both
     proxy.follow(in_turn([Fault("503")] * 1000, ending="000002.tar"))
     with pytest.raises(UserError, match=r"000002\.tar\?.*could not be read in 5 attempts.*SlowDown"):
         batches(
-            proxy.to(there), tmp_path, 60, overrides=("shuffle_window=5000", "reading.buffer_megabytes=1")
+            proxy.to(there),
+            tmp_path,
+            60,
+            overrides=("shuffle_window=5000", "ranged_reads.buffer_megabytes=1"),
         )
 
 

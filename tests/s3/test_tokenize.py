@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.inference.test_tokenize import SHAPE, pictures
+from tests.preparation.test_tokenize_shards import SHAPE, pictures
 from tests.s3.proxy import Fault, FaultProxy, in_turn
-from vqd_scale.commands.tokenize_shards import main
-from vqd_scale.core.endpoint import Patience
+from vqd_scale.cli.tokenize_shards import main
+from vqd_scale.core.atomic_io import Location, file_sizes
 from vqd_scale.core.s3 import S3Path
-from vqd_scale.core.store import Location, file_sizes
-from vqd_scale.data.shards import KEY, ShardRecipe, write_shard_set
-from vqd_scale.inference.bundle import save_tokenizer
+from vqd_scale.core.s3_client import RetryPolicy
+from vqd_scale.data.shards.shard_io import KEY, ShardRecipe, write_shard_set
+from vqd_scale.models.bundle import save_tokenizer
 from vqd_scale.tokenizers.vqgan import VQGAN
 
 pytestmark = pytest.mark.s3
@@ -21,13 +21,13 @@ pytestmark = pytest.mark.s3
 def tokenize(images: Location, out: Location, folder: Path, workers: int = 1) -> None:
     file = folder / "tokenize.yaml"
     file.write_text("size: 16\nbatch: 4\nmax_bad_share: 0.2\ncaptions: {context_length: 8, merges: 300}\n")
-    paths = [f"images={images}", f"out={out}", f"tokenizer={folder / 'tokenizer'}"]
+    paths = [f"total_images={images}", f"out={out}", f"tokenizer={folder / 'tokenizer'}"]
     for worker in range(workers):
         main([str(file), *paths, "--worker", str(worker), "--workers", str(workers)])
 
 
 def test_from_there_to_there_as_from_here_to_here(
-    folder: S3Path, proxy: FaultProxy, impatient: Patience, tmp_path: Path
+    folder: S3Path, proxy: FaultProxy, impatient: RetryPolicy, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     vqgan = VQGAN(SHAPE)

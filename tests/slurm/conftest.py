@@ -9,7 +9,7 @@ import pytest
 
 from tests.slurm.cluster import Cluster, slurm_cluster
 from tests.slurm.recipe import write_recipe
-from vqd_scale.training.metrics import read_metrics
+from vqd_scale.training.logging.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 ONE_RANK_PER_NODE = ("--gpus-per-node=1", "--cpus-per-gpu=1", "--time=10")
@@ -123,7 +123,7 @@ Launch = Callable[..., Answer]
 @pytest.fixture
 def launch(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Launch:
     """``tools/launch.py``, in this process, which imports the package once."""
-    from vqd_scale.commands.launch import main
+    from vqd_scale.cli.launch import main
 
     monkeypatch.chdir(ROOT)
     for name, value in cluster.variables.items():

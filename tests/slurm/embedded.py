@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from tests.slurm.recipe import CAPTIONS, written
-from vqd_scale.commands import make_shards, tokenize_shards, train_tokenizer
+from vqd_scale.cli import make_shards, tokenize_shards, train_tokenizer
 
 CODES, SIDE = 32, 32
 
@@ -18,33 +18,33 @@ TOKENIZER = {
     "transform": {"size": SIDE},
     "engine": {"precision": "fp32", "zero": {"stage": 1}},
     "vqgan": {
-        "codes": CODES,
-        "code_width": 8,
+        "codebook_size": CODES,
+        "code_dim": 8,
         "channels": 16,
-        "multipliers": [1],
-        "residual_blocks": 1,
-        "patch": 8,
+        "channel_multipliers": [1],
+        "num_res_blocks": 1,
+        "patch_size": 8,
         "norm": "none",
     },
-    "codebook_start": 64,
-    "revival": 32,
-    "optim": {"lr": 1e-3, "warmup": 64},
-    "ema": {"half_life": 64},
+    "codebook_warmup_images": 64,
+    "dead_code_reset_every_images": 32,
+    "optim": {"lr": 1e-3, "warmup_images": 64},
+    "ema": {"half_life_images": 64},
 }
 
 
 def write_embedded(folder: Path) -> None:
     """Shards, a tokenizer, and tokens of both parts."""
     shards, tokenizer = folder / "shards", folder / "tokenizer"
-    sizes = ["train_samples=256", "held_out_samples=96", "shard_size=32", f"image_size={SIDE}"]
+    sizes = ["train_samples=256", "held_out_samples=96", "samples_per_shard=32", f"image_size={SIDE}"]
     make_shards.main(["shapes", str(shards), *sizes])
-    data = {"path": str(shards / "train"), "lanes": 16, "shuffle_window": 32}
+    data = {"path": str(shards / "train"), "global_batch_size": 16, "shuffle_window": 32}
     path = written(folder / "tokenizer.yaml", TOKENIZER | {"run": str(tokenizer), "data": data})
     train_tokenizer.main([str(path)])
     for part in ("train", "held_out"):
         values = {
             "images": str(shards / part),
-            "out": str(folder / "tokens" / part),
+            "output": str(folder / "tokens" / part),
             "tokenizer": str(tokenizer / "export"),
             "size": SIDE,
             "captions": CAPTIONS,

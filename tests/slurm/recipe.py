@@ -5,27 +5,27 @@ from typing import Any
 
 import yaml
 
-CAPTIONS = {"context_length": 16, "merges": 300}
+CAPTIONS = {"context_length": 16, "bpe_merges": 300}
 PRETRAINED, FINETUNED = 960, 160
 """Images of each stage; the first is long enough to be disturbed."""
 
 TRAINING = {
-    "engine": {"precision": "fp32", "persistence_threshold": 0},
+    "engine": {"precision": "fp32", "param_persistence_threshold": 0},
     "denoiser": {
         "width": 16,
         "layers": 2,
         "heads": 2,
-        "initial_deviation": 0.2,
+        "init_std": 0.2,
         "condition": {"kind": "text", "width": 16},
     },
     "text": {"kind": "tower", "width": 16, "heads": 2, "layers": 1, **CAPTIONS},
     "diffusion": {"kind": "paper", "steps": 10},
-    "times": {"kind": "importance", "warm_up": 2},
-    "caption_dropout": 0.1,
-    "optim": {"lr": 1e-3, "warmup": 32, "schedule": {"kind": "cooldown", "share": 0.2}},
-    "ema": {"half_life": 64},
-    "checkpoint": {"every": 160},
-    "log": {"every": 8},
+    "times": {"kind": "importance", "warmup": 2},
+    "condition_dropout": 0.1,
+    "optim": {"lr": 1e-3, "warmup_images": 32, "schedule": {"kind": "cooldown", "cooldown_fraction": 0.2}},
+    "ema": {"half_life_images": 64},
+    "checkpoint": {"every_images": 160},
+    "log": {"every_images": 8},
     "health": {"hang_seconds": 120.0},
 }
 
@@ -36,7 +36,7 @@ def write_recipe(folder: Path, embedded: Path, runs: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stages = (("pretrain", "train", PRETRAINED), ("finetune", "held_out", FINETUNED))
     for stage, part, images in stages:
-        data = {"path": str(embedded / "tokens" / part), "lanes": 8, "shuffle_window": 16}
+        data = {"path": str(embedded / "tokens" / part), "global_batch_size": 8, "shuffle_window": 16}
         values: dict[str, Any] = common | {"run": str(runs / stage), "images": images, "data": data}
         if stage == "finetune":
             values["start"] = {"bundle": str(runs / "pretrain" / "export")}

@@ -12,7 +12,13 @@ from tests.slurm.test_launch import jobs_of
 pytestmark = pytest.mark.slurm
 SMALL = (
     *("--config", "configs/evaluation/embedded.yaml"),
-    *("prompts.count=32", "drawing.sampler.steps=2", "drawing.batch=8", "kid.size=16", "kid.subsets=4"),
+    *(
+        "prompts.count=32",
+        "sampling.sampler.steps=2",
+        "sampling.batch_size=8",
+        "kid.size=16",
+        "kid.subsets=4",
+    ),
 )
 
 

@@ -9,7 +9,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Launch, losses
 from tests.slurm.recipe import write_recipe
 from tests.slurm.test_training import digest
-from vqd_scale.core.stop import REQUEUE_EXIT_CODE
+from vqd_scale.core.signals import REQUEUE_EXIT_CODE
 
 pytestmark = pytest.mark.slurm
 TWO_NODES = ("--nodes", "2", "--hours", "0.15", "--signal-seconds", "60")

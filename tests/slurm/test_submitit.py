@@ -7,7 +7,7 @@ import pytest
 
 from tests.launchers.test_slurm import FINDS_A_MISTAKE, LOSES_A_RANK, launched
 from tests.slurm.cluster import Cluster
-from vqd_scale.launchers.record import State
+from vqd_scale.launchers.job_record import State
 from vqd_scale.launchers.slurm import Resources
 
 pytestmark = pytest.mark.slurm

@@ -8,7 +8,7 @@ import pytest
 from tests.slurm.conftest import Launch, Submit
 from tests.slurm.test_launch import jobs_of
 from tests.slurm.test_scripts import stand_in
-from vqd_scale.data.index import ShardSet
+from vqd_scale.data.shards.shard_index import ShardSet
 
 pytestmark = pytest.mark.slurm
 WORKERS = 4
@@ -41,7 +41,7 @@ def test_an_array_of_four_with_one_killed_makes_the_same_set(submit: Submit, emb
     out, cluster = submit.folder / "tokens", submit.cluster
     submitted = submit(
         "tokenize_laion.sh",
-        f"out={out}",
+        f"output={out}",
         options=("--nodes=1", f"--array=0-{WORKERS - 1}", f"--output={submit.folder / 'job-%a.log'}"),
         CONFIG=str(embedded / "tokenize-train.yaml"),
         PYTHON=stand_in(submit.folder, KILLED_MID_SHARD),
@@ -57,7 +57,7 @@ def test_an_array_of_four_with_one_killed_makes_the_same_set(submit: Submit, emb
 def test_launched_through_submitit(submit: Submit, launch: Launch, embedded: Path) -> None:
     out = submit.folder / "tokens"
     config = str(embedded / "tokenize-train.yaml")
-    done = launch("tokenize", config, f"out={out}", "--workers", "2")
+    done = launch("tokenize", config, f"output={out}", "--workers", "2")
     assert done.code == 0, done.complained
     for job in jobs_of(done.said):
         assert submit.cluster.finished(job).state == "COMPLETED"

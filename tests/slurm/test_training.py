@@ -14,7 +14,7 @@ import yaml
 from tests.slurm.cluster import NODES_ARE_CHECKED_EVERY
 from tests.slurm.conftest import Submit, Submitted, losses
 from tests.slurm.recipe import FINETUNED, PRETRAINED
-from vqd_scale.core.stop import HUNG_EXIT_CODE, REQUEUE_EXIT_CODE
+from vqd_scale.core.signals import HUNG_EXIT_CODE, REQUEUE_EXIT_CODE
 
 pytestmark = pytest.mark.slurm
 STAGES = ("pretrain", "finetune")
@@ -63,7 +63,7 @@ def test_queued_again_by_hand_and_killed_in_turn(submit: Submit, by_torchrun: Pa
 
 def test_the_signal_before_the_time_limit_saves_and_queues_again(submit: Submit, by_torchrun: Path) -> None:
     # Only the signal saves, after the save before the first step: no period ends.
-    submitted = submit("train_b.sh", "checkpoint.every=1000000", options=("--signal=USR2@120",))
+    submitted = submit("train_b.sh", "checkpoint.every_images=1000000", options=("--signal=USR2@120",))
     cluster = submit.cluster
 
     def limit(key: str, value: str) -> bool:

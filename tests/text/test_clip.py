@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vqd_scale.text.clip import CaptionTokenizer, TextEncoder, Tower
 
-SMALL = Tower(context_length=10, width=16, heads=2, layers=1, merges=600)
+SMALL = Tower(context_length=10, width=16, heads=2, layers=1, bpe_merges=600)
 
 
 def test_trap_15_ids_start_end_and_are_padded_with_zero() -> None:
@@ -50,7 +50,7 @@ def test_features_are_per_token_and_of_unit_length() -> None:
     _, features = encode(SMALL, [False, False])
     assert features.shape == (2, 10, 16)
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(2, 10))
-    _, raw = encode(SMALL.model_copy(update={"normalise": False}), [False, False])
+    _, raw = encode(SMALL.model_copy(update={"normalize": False}), [False, False])
     torch.testing.assert_close(raw / raw.norm(dim=-1, keepdim=True), features)
 
 
@@ -62,7 +62,7 @@ def test_dropped_captions_see_the_learned_null() -> None:
 
 
 def test_dropped_captions_see_the_empty_caption() -> None:
-    config = SMALL.model_copy(update={"no_caption": "empty"})
+    config = SMALL.model_copy(update={"null_condition": "empty"})
     encoder, features = encode(config, [True, False])
     empty = torch.from_numpy(encoder.tokenizer(["", ""]))
     torch.testing.assert_close(features[0], encoder(empty, torch.tensor([False, False]))[0])

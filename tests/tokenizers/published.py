@@ -26,14 +26,16 @@ from vqd_scale.tokenizers.vqgan import ITHQ, VQGAN, VQGANConfig
 Published = VQGANConfig | TamingVQConfig | TamingGumbelConfig
 State = dict[str, Tensor]
 
-SLIM: dict[str, Any] = {"codes": 11, "channels": 32, "latent_width": 6, "code_width": 4}
+SLIM: dict[str, Any] = {"codebook_size": 11, "channels": 32, "latent_channels": 6, "code_dim": 4}
 VARIANTS: dict[str, Published] = {
     "gumbel f8": OPENIMAGES_GUMBEL_F8.model_copy(update=SLIM),
     "vq f16": IMAGENET_F16.model_copy(update=SLIM),
     "vq f8, widening at once": TamingVQConfig(
-        **SLIM, multipliers=(1, 2, 2, 4), attention=(1, 3), residual_blocks=1
+        **SLIM, channel_multipliers=(1, 2, 2, 4), attention=(1, 3), num_res_blocks=1
     ),
-    "vq f4, no attention but in the middle": TamingVQConfig(**SLIM, multipliers=(1, 2, 4), attention=()),
+    "vq f4, no attention but in the middle": TamingVQConfig(
+        **SLIM, channel_multipliers=(1, 2, 4), attention=()
+    ),
     "ithq": ITHQ.model_copy(update=SLIM),
 }
 
@@ -58,8 +60,8 @@ def build(config: Published, seed: int = 0) -> VQGAN | TamingVQ | TamingGumbel:
     tokenizer.load_state_dict(state)
     tokenizer.requires_grad_(False)
     for name, value in tokenizer.state_dict().items():
-        if "quantize" in name and value.shape == (config.codes, config.code_width):
-            value.copy_(latents_of(tokenizer, config.codes))
+        if "quantize" in name and value.shape == (config.codebook_size, config.code_dim):
+            value.copy_(latents_of(tokenizer, config.codebook_size))
     return tokenizer
 
 
@@ -111,12 +113,12 @@ def middle(state: State, side: str, x: Tensor) -> Tensor:
 
 def encoded(state: State, config: ConvolutionsConfig, images: Tensor) -> Tensor:
     x = conv(state, "encoder.conv_in", images, padding=1)
-    for level in range(len(config.multipliers)):
-        for block in range(config.residual_blocks):
+    for level in range(len(config.channel_multipliers)):
+        for block in range(config.num_res_blocks):
             x = residual(state, f"encoder.down.{level}.block.{block}", x)
             if level in config.attention:
                 x = attention(state, f"encoder.down.{level}.attn.{block}", x)
-        if level < len(config.multipliers) - 1:
+        if level < len(config.channel_multipliers) - 1:
             x = conv(
                 state, f"encoder.down.{level}.downsample.conv", functional.pad(x, (0, 1, 0, 1)), stride=2
             )
@@ -127,8 +129,8 @@ def encoded(state: State, config: ConvolutionsConfig, images: Tensor) -> Tensor:
 def decoded(state: State, config: ConvolutionsConfig, z: Tensor) -> Tensor:
     x = conv(state, "decoder.conv_in", conv(state, "post_quant_conv", z), padding=1)
     x = middle(state, "decoder", x)
-    for level in reversed(range(len(config.multipliers))):
-        for block in range(config.residual_blocks + 1):
+    for level in reversed(range(len(config.channel_multipliers))):
+        for block in range(config.num_res_blocks + 1):
             x = residual(state, f"decoder.up.{level}.block.{block}", x)
             if level in config.attention:
                 x = attention(state, f"decoder.up.{level}.attn.{block}", x)
@@ -166,7 +168,7 @@ def names(config: Published) -> Iterator[str]:
         for part in ("norm", "q", "k", "v", "proj_out"):
             yield from both(f"{stem}.{part}")
 
-    levels = range(len(config.multipliers))
+    levels = range(len(config.channel_multipliers))
     for side, folder, more in (("encoder", "down", 0), ("decoder", "up", 1)):
         for stem in ("conv_in", "norm_out", "conv_out"):
             yield from both(f"{side}.{stem}")
@@ -175,10 +177,12 @@ def names(config: Published) -> Iterator[str]:
         yield from attends(f"{side}.mid.attn_1")
         for level in levels:
             neighbour = max(level - 1, 0) if side == "encoder" else min(level + 1, levels[-1])
-            width = config.multipliers[neighbour]
-            for number in range(config.residual_blocks + more):
-                yield from block(f"{side}.{folder}.{level}.block.{number}", width, config.multipliers[level])
-                width = config.multipliers[level]
+            width = config.channel_multipliers[neighbour]
+            for number in range(config.num_res_blocks + more):
+                yield from block(
+                    f"{side}.{folder}.{level}.block.{number}", width, config.channel_multipliers[level]
+                )
+                width = config.channel_multipliers[level]
                 if level in config.attention:
                     yield from attends(f"{side}.{folder}.{level}.attn.{number}")
         for level in levels[:-1] if side == "encoder" else levels[1:]:

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from vqd_scale.tokenizers.base import to_bytes
 from vqd_scale.tokenizers.taming import TamingGumbel, TamingGumbelConfig, TamingVQ, TamingVQConfig
 
-SLIM: dict[str, Any] = {"codes": 8, "channels": 32, "residual_blocks": 1, "latent_width": 6, "code_width": 4}
+SLIM: dict[str, Any] = {
+    "codebook_size": 8,
+    "channels": 32,
+    "num_res_blocks": 1,
+    "latent_channels": 6,
+    "code_dim": 4,
+}
 
 
 def tokenizer_of(config: TamingVQConfig) -> TamingVQ:
@@ -34,7 +40,7 @@ def test_attention_stands_at_its_level_at_any_size(height: int, width: int) -> N
 
 
 def test_a_picture_of_384_pixels_is_a_grid_of_48() -> None:
-    config = TamingVQConfig(**SLIM, multipliers=(1, 1, 1, 1), attention=(3,))
+    config = TamingVQConfig(**SLIM, channel_multipliers=(1, 1, 1, 1), attention=(3,))
     tokenizer = tokenizer_of(config)
     assert tokenizer.encode(pictures(384, 384, count=1)).shape == (1, 48, 48)
 

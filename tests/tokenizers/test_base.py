@@ -16,7 +16,7 @@ def test_trap_24_pictures_of_another_range_or_dtype_are_refused() -> None:
     gradient = torch.linspace(0, 255, 64).view(1, 1, 8, 8).expand(1, 3, 8, 8)
     with pytest.raises(ValueError, match=r"expected uint8 images, 0\.\.255, got torch.float32"):
         to_signal(gradient / 255)
-    tokenizer = VQGAN(VQGANConfig(codes=2, channels=4, multipliers=(1, 1), norm="none"))
+    tokenizer = VQGAN(VQGANConfig(codebook_size=2, channels=4, channel_multipliers=(1, 1), norm="none"))
     with pytest.raises(ValueError, match=r"expected images in \[-1, 1\] .* found the value 255"):
         tokenizer.encode(gradient)
     with pytest.raises(ValueError, match=r"expected float images .* got torch\.uint8"):
@@ -41,7 +41,13 @@ def test_trap_24_a_gradient_survives_only_on_its_own_scale() -> None:
     signal = to_signal(picture)
     tokenizer = VQGAN(
         VQGANConfig(
-            codes=64, code_width=8, channels=32, multipliers=(1,), residual_blocks=1, patch=4, norm="none"
+            codebook_size=64,
+            code_dim=8,
+            channels=32,
+            channel_multipliers=(1,),
+            num_res_blocks=1,
+            patch_size=4,
+            norm="none",
         )
     )
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=3e-3)
@@ -71,6 +77,6 @@ def test_tokens_that_are_no_codes_are_refused() -> None:
         check_tokens(torch.tensor([[[0, -1]]]), 5)
     with pytest.raises(ValueError, match=r"expected tokens \[batch, rows, columns\]"):
         check_tokens(torch.zeros(1, 2, 2), 5)
-    tokenizer = VQGAN(VQGANConfig(codes=2, channels=4, multipliers=(1, 1), norm="none"))
+    tokenizer = VQGAN(VQGANConfig(codebook_size=2, channels=4, channel_multipliers=(1, 1), norm="none"))
     with pytest.raises(ValueError, match="found 2"):
         tokenizer.decode(torch.full((1, 2, 2), 2))

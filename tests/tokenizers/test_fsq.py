@@ -46,7 +46,7 @@ def test_all_levels_of_a_channel_are_reached_and_none_beyond() -> None:
 
 def tokenizer_of(levels: tuple[int, ...] = (8, 5, 5, 5)) -> FSQ:
     torch.manual_seed(0)
-    return FSQ(FSQConfig(levels=levels, channels=32, multipliers=(1, 1), residual_blocks=1))
+    return FSQ(FSQConfig(levels=levels, channels=32, channel_multipliers=(1, 1), num_res_blocks=1))
 
 
 def test_it_is_a_tokenizer_on_the_same_convolutions() -> None:

@@ -18,7 +18,7 @@ from tests.tokenizers.published import (
     vectors_of,
 )
 from vqd_scale.core.errors import UserError
-from vqd_scale.tokenizers.choice import build_tokenizer
+from vqd_scale.tokenizers.registry import build_tokenizer
 from vqd_scale.tokenizers.taming import (
     FFHQ_F16,
     IMAGENET_F16,
@@ -62,11 +62,11 @@ def test_state_dictionaries_have_the_published_names_and_shapes(
         state = build_tokenizer(config).state_dict()
     assert set(state) == {*names(config), *(f"quantize.{name}" for name in quantize)}
     assert {name: tuple(state[f"quantize.{name}"].shape) for name in quantize} == quantize
-    coarsest = config.channels * config.multipliers[-1]
+    coarsest = config.channels * config.channel_multipliers[-1]
     assert state["encoder.mid.attn_1.q.weight"].shape == (coarsest, coarsest, 1, 1)
     assert state["encoder.conv_in.weight"].shape == (config.channels, 3, 3, 3)
     assert state["decoder.conv_out.weight"].shape == (3, config.channels, 3, 3)
-    assert state["quant_conv.weight"].shape == (config.code_width, 256, 1, 1)
+    assert state["quant_conv.weight"].shape == (config.code_dim, 256, 1, 1)
 
 
 def test_published_checkpoints_lose_their_losses_and_wrappings() -> None:
@@ -84,13 +84,13 @@ def test_published_checkpoints_lose_their_losses_and_wrappings() -> None:
 
 
 def vq_model(config: Published) -> VQModel:
-    attends = [level in config.attention for level in range(len(config.multipliers))]
+    attends = [level in config.attention for level in range(len(config.channel_multipliers))]
     return VQModel(
-        block_out_channels=tuple(config.channels * multiplier for multiplier in config.multipliers),
-        layers_per_block=config.residual_blocks,
-        latent_channels=config.latent_width or 0,
-        vq_embed_dim=config.code_width,
-        num_vq_embeddings=config.codes,
+        block_out_channels=tuple(config.channels * multiplier for multiplier in config.channel_multipliers),
+        layers_per_block=config.num_res_blocks,
+        latent_channels=config.latent_channels or 0,
+        vq_embed_dim=config.code_dim,
+        num_vq_embeddings=config.codebook_size,
         down_block_types=tuple("AttnDownEncoderBlock2D" if one else "DownEncoderBlock2D" for one in attends),
         up_block_types=tuple("AttnUpDecoderBlock2D" if one else "UpDecoderBlock2D" for one in attends[::-1]),
         norm_num_groups=32,
@@ -111,7 +111,7 @@ def test_trap_32_forward_parity_with_diffusers_through_the_name_map(config: Publ
     torch.testing.assert_close(tokenizer.latents(images), latents, atol=1e-5, rtol=0)
     tokens = theirs.quantize(latents)[2][2].view(2, 2, 3)
     assert torch.equal(tokenizer.encode(images), tokens)
-    quantised = theirs.quantize.get_codebook_entry(tokens.flatten(), (2, 2, 3, config.code_width))
+    quantised = theirs.quantize.get_codebook_entry(tokens.flatten(), (2, 2, 3, config.code_dim))
     pixels, _ = theirs.decode(quantised, force_not_quantize=True, return_dict=False)
     torch.testing.assert_close(tokenizer.decode(tokens), pixels, atol=1e-5, rtol=0)
 

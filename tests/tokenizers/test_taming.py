@@ -7,8 +7,8 @@ import yaml
 from torch import Tensor, nn
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.tokenizers import codebook as module
 from vqd_scale.tokenizers.base import Draws
+from vqd_scale.tokenizers.codebook import quantizer as module
 from vqd_scale.tokenizers.taming import (
     FFHQ_F16,
     IMAGENET_F16,
@@ -85,7 +85,9 @@ model:
         (FFHQ_TRANSFORMER, FFHQ_F16),
         (
             LATENT_DIFFUSION_F4,
-            TamingVQConfig(codes=8192, code_width=3, latent_width=3, multipliers=(1, 2, 4), attention=()),
+            TamingVQConfig(
+                codebook_size=8192, code_dim=3, latent_channels=3, channel_multipliers=(1, 2, 4), attention=()
+            ),
         ),
     ],
     ids=["gumbel f8", "imagenet f16", "ffhq in a transformer", "f4"],
@@ -104,7 +106,7 @@ def test_published_yaml_files_become_configurations(text: str, expected: TamingV
         (["model", "params", "ddconfig", "ch_mult"], [2, 4], "must start with 1"),
         (["model", "params", "ddconfig", "ch"], 100, "must be a multiple of 32"),
         (["model", "params", "ddconfig"], "none", "holds no mapping 'ddconfig'"),
-        (["model", "params", "n_embed"], None, "codes: given None"),
+        (["model", "params", "n_embed"], None, "codebook_size: given None"),
     ],
 )
 def test_other_yaml_files_are_one_sentence(path: list[str], value: object, message: str) -> None:
@@ -129,12 +131,12 @@ def test_what_a_yaml_file_lacks_is_listed() -> None:
 def tokenizer() -> TamingGumbel:
     torch.manual_seed(0)
     config = TamingGumbelConfig(
-        codes=12,
-        code_width=4,
+        codebook_size=12,
+        code_dim=4,
         channels=32,
-        multipliers=(1, 1),
-        residual_blocks=1,
-        latent_width=4,
+        channel_multipliers=(1, 1),
+        num_res_blocks=1,
+        latent_channels=4,
         attention=(),
     )
     return TamingGumbel(config).requires_grad_(False)
@@ -193,12 +195,12 @@ def test_a_classifier_of_many_codes_runs_in_bounded_memory(monkeypatch: pytest.M
 
 
 TINY: dict[str, Any] = {
-    "codes": 6,
-    "code_width": 4,
+    "codebook_size": 6,
+    "code_dim": 4,
     "channels": 32,
-    "multipliers": (1, 1),
-    "residual_blocks": 1,
-    "latent_width": 4,
+    "channel_multipliers": (1, 1),
+    "num_res_blocks": 1,
+    "latent_channels": 4,
     "attention": (),
 }
 

@@ -7,16 +7,26 @@ from vqd_scale.tokenizers.base import Draws, ImageTokenizer
 from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
 
 CONFIGS = [
-    VQGANConfig(codes=5, code_width=3, channels=8, multipliers=(1, 2), residual_blocks=1, norm="none"),
-    VQGANConfig(codes=5, code_width=3, channels=8, multipliers=(1,), residual_blocks=1, patch=4, norm="none"),
-    VQGANConfig(codes=5, code_width=3, channels=32, multipliers=(1, 1, 2), residual_blocks=2),
+    VQGANConfig(
+        codebook_size=5, code_dim=3, channels=8, channel_multipliers=(1, 2), num_res_blocks=1, norm="none"
+    ),
+    VQGANConfig(
+        codebook_size=5,
+        code_dim=3,
+        channels=8,
+        channel_multipliers=(1,),
+        num_res_blocks=1,
+        patch_size=4,
+        norm="none",
+    ),
+    VQGANConfig(codebook_size=5, code_dim=3, channels=32, channel_multipliers=(1, 1, 2), num_res_blocks=2),
 ]
 
 
 def build(config: VQGANConfig) -> VQGAN:
     torch.manual_seed(0)
     vqgan = VQGAN(config)
-    vqgan.quantize.embedding.copy_(torch.randn(config.codes, config.code_width))
+    vqgan.quantize.embedding.copy_(torch.randn(config.codebook_size, config.code_dim))
     return vqgan
 
 
@@ -61,7 +71,7 @@ def test_attention_stands_at_levels_that_exist() -> None:
 
 
 def test_1x1_convolutions_stand_on_both_sides_of_the_codebook() -> None:
-    config = CONFIGS[0].model_copy(update={"latent_width": 7})
+    config = CONFIGS[0].model_copy(update={"latent_channels": 7})
     vqgan = build(config)
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     z = vqgan.quant_conv(vqgan.encoder(images))

@@ -73,7 +73,7 @@ def test_a_python_without_the_package_says_so() -> None:
 
 
 def test_a_defect_of_the_package_keeps_its_traceback(tmp_path: Path) -> None:
-    run = "from _environment import run; run('vqd_scale.commands.no_such_tool')"
+    run = "from _environment import run; run('vqd_scale.cli.no_such_tool')"
     done = subprocess.run(
         [sys.executable, "-c", run],
         env=os.environ | {"PYTHONPATH": str(ROOT / "tools")},
@@ -82,7 +82,7 @@ def test_a_defect_of_the_package_keeps_its_traceback(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 1
-    assert "ModuleNotFoundError: No module named 'vqd_scale.commands.no_such_tool'" in done.stderr
+    assert "ModuleNotFoundError: No module named 'vqd_scale.cli.no_such_tool'" in done.stderr
 
 
 def test_the_environment_there_is_compared_with_the_one_asked_for(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from tests.training import forked
-from vqd_scale.data.shards import KEY, Sample, ShardRecipe, write_shard_set
-from vqd_scale.inference.bundle import save_tokenizer, tokenizer_fingerprint
-from vqd_scale.inference.tokenize import TokenSetMeta
+from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, write_shard_set
+from vqd_scale.models.bundle import save_tokenizer, tokenizer_fingerprint
+from vqd_scale.preparation.tokenize_shards import TokenSetMeta
 from vqd_scale.text.clip import CaptionTokenizer
 from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
 
@@ -29,7 +29,7 @@ def token_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer, token shards and a configuration small enough for seconds."""
     folder = tmp_path_factory.mktemp("tokens")
     shape = VQGANConfig(
-        codes=CODES, code_width=4, channels=8, multipliers=(1, 2), residual_blocks=1, norm="none"
+        codebook_size=CODES, code_dim=4, channels=8, channel_multipliers=(1, 2), num_res_blocks=1, norm="none"
     )
     torch.manual_seed(0)
     save_tokenizer(folder / "tokenizer", shape, VQGAN(shape).state_dict())
@@ -85,15 +85,15 @@ def _poisoned(number: int, sample: Sample) -> Sample:
 def _config(folder: Path) -> dict[str, object]:
     return {
         "run": "set-by-each-test",
-        "images": 160,
+        "total_images": 160,
         "tokenizer": str(folder / "tokenizer"),
-        "data": {"path": str(folder / "shards"), "lanes": 8, "shuffle_window": 4},
-        "engine": {"precision": "fp32", "persistence_threshold": 0},
+        "data": {"path": str(folder / "shards"), "global_batch_size": 8, "shuffle_window": 4},
+        "engine": {"precision": "fp32", "param_persistence_threshold": 0},
         "denoiser": {
             "width": 16,
             "layers": 2,
             "heads": 2,
-            "initial_deviation": 0.2,
+            "init_std": 0.2,
             "condition": {"kind": "text", "width": 16},
         },
         "text": {
@@ -102,15 +102,15 @@ def _config(folder: Path) -> dict[str, object]:
             "width": 16,
             "heads": 2,
             "layers": 1,
-            "merges": 300,
+            "bpe_merges": 300,
         },
         "diffusion": {"kind": "paper", "steps": 10},
         "objective": {"auxiliary_weight": 0.1, "adaptive_auxiliary": False},
-        "times": {"kind": "importance", "warm_up": 2},
-        "optim": {"lr": 1e-3, "warmup": 32},
-        "ema": {"half_life": 64},
-        "checkpoint": {"every": 40},
-        "log": {"every": 8},
+        "timestep_sampler": {"kind": "importance", "warmup": 2},
+        "optim": {"lr": 1e-3, "warmup_images": 32},
+        "ema": {"half_life_images": 64},
+        "checkpoint": {"every_images": 40},
+        "log": {"every_images": 8},
     }
 
 
@@ -127,7 +127,7 @@ def run_tool(tmp_path_factory: pytest.TempPathFactory) -> RunTool:
 
     def run(tool: str, *arguments: str, ranks: int = 1) -> "subprocess.CompletedProcess[str]":
         return forked.run(
-            f"vqd_scale.commands.{Path(tool).stem}",
+            f"vqd_scale.cli.{Path(tool).stem}",
             *arguments,
             ranks=ranks,
             said=tmp_path_factory.mktemp("said"),

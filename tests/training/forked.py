@@ -22,8 +22,8 @@ _POLL_SECONDS = 0.02
 _GRACE_SECONDS = 10.0
 
 _SERVER = multiprocessing.get_context("forkserver")
-TRAIN = "vqd_scale.commands.train"
-TRAIN_TOKENIZER = "vqd_scale.commands.train_tokenizer"
+TRAIN = "vqd_scale.cli.train"
+TRAIN_TOKENIZER = "vqd_scale.cli.train_tokenizer"
 
 _SERVER.set_forkserver_preload(
     # The last two are what a run imports only when it builds a text tower and DeepSpeed's optimizer.

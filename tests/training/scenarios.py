@@ -16,14 +16,14 @@ from torch import Tensor
 from vqd_scale.core.config import load_config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.world import World, join_world, leave_world
-from vqd_scale.data.batch import TokenBatch
-from vqd_scale.training.checkpoint import Checkpoints
-from vqd_scale.training.denoising import DenoisingTask, TrainConfig
+from vqd_scale.data.loading.batch import TokenBatch
+from vqd_scale.training.checkpoint.manager import Checkpoints
 from vqd_scale.training.ema import EMA
 from vqd_scale.training.engine import Engine
+from vqd_scale.training.logging.metrics import read_metrics
 from vqd_scale.training.loop import train
-from vqd_scale.training.metrics import read_metrics
-from vqd_scale.training.task import Forward, Losses
+from vqd_scale.training.tasks.base import Forward, Losses
+from vqd_scale.training.tasks.denoising import DenoisingTask, TrainConfig
 
 Result = dict[str, Any]
 Prepare = Callable[[DenoisingTask], None]
@@ -54,7 +54,12 @@ class Runner:
         prepare: Prepare = lambda task: None,
     ) -> Result:
         run = self.out / name
-        common = [f"run={run}", f"images={images}", "checkpoint.every=24", "health.hang_seconds=1200"]
+        common = [
+            f"run={run}",
+            f"total_images={images}",
+            "checkpoint.every_images=24",
+            "health.hang_seconds=1200",
+        ]
         config = load_config(TrainConfig, self.folder / "train.yaml", [*common, *overrides])
         task = kind(config, self.world)
         prepare(task)
@@ -109,10 +114,10 @@ def spikes(*images: int) -> type[DenoisingTask]:
 
 def invariance(runner: Runner) -> Result:
     """The same losses however a batch is cut, bad samples among it."""
-    poisoned = [f"data.path={runner.folder / 'poisoned'}", "data.max_bad_share=1"]
+    poisoned = [f"data.path={runner.folder / 'poisoned'}", "data.max_bad_fraction=1"]
     return {
         f"accumulation {parts}": runner.losses(
-            f"accumulation-{parts}", *poisoned, f"engine.accumulation={parts}"
+            f"accumulation-{parts}", *poisoned, f"engine.gradient_accumulation_steps={parts}"
         )
         for parts in (1, 2, 4)
         if 8 % (parts * runner.world.size) == 0
@@ -123,11 +128,11 @@ def stages(runner: Runner) -> Result:
     """The same losses however a model is held."""
     variants = {
         "stage 3": [],
-        "stage 2": ["engine.zero.stage=2", "health.checksum_every=16"],
-        "stage 1, in parts": ["engine.zero.stage=1", "engine.accumulation=2"],
-        "blocks computed again": ["denoiser.checkpoint_blocks=true"],
+        "stage 2": ["engine.zero.stage=2", "health.checksum_every_images=16"],
+        "stage 1, in parts": ["engine.zero.stage=1", "engine.gradient_accumulation_steps=2"],
+        "blocks computed again": ["denoiser.gradient_checkpointing=true"],
         "stage 2, offloaded": ["engine.zero.stage=2", "engine.zero.offload_optimizer=true"],
-        "persistent": ["engine.persistence_threshold=1000"],
+        "persistent": ["engine.param_persistence_threshold=1000"],
     }
     return {
         name: runner.losses(name.replace(" ", "-"), *overrides, images=32)
@@ -139,7 +144,7 @@ def compiled(runner: Runner) -> Result:
     """Blocks through torch.compile, at both extremes of how they are held."""
     return {
         f"stage {stage}": runner.losses(
-            f"compiled-{stage}", "engine.compile_units=true", f"engine.zero.stage={stage}", images=32
+            f"compiled-{stage}", "engine.compile=true", f"engine.zero.stage={stage}", images=32
         )
         for stage in (1, 3)
     }
@@ -156,14 +161,14 @@ def half_precision(runner: Runner) -> Result:
 
 def health(runner: Runner) -> Result:
     spoil = a_bad_gradient(runner.world, 3)
-    guard = ["health.spike.factor=10", "health.spike.memory=24", "health.spike.tolerated=1"]
+    guard = ["health.spike.factor=10", "health.spike.half_life_images=24", "health.spike.max_consecutive=1"]
     return {
         "stop": runner.run("nan-stop", prepare=spoil),
-        "skip": runner.run("nan-skip", "health.bad_gradient=skip", prepare=spoil),
+        "skip": runner.run("nan-skip", "health.nonfinite_gradient=skip", prepare=spoil),
         "skip at stage 1": runner.run(
-            "nan-skip-1", "health.bad_gradient=skip", "engine.zero.stage=1", prepare=spoil
+            "nan-skip-1", "health.nonfinite_gradient=skip", "engine.zero.stage=1", prepare=spoil
         ),
-        "spike": runner.run("spike", *guard, "engine.accumulation=2", kind=spikes(40)),
+        "spike": runner.run("spike", *guard, "engine.gradient_accumulation_steps=2", kind=spikes(40)),
         "spikes": runner.run("spikes", *guard, kind=spikes(40, 48)),
         "rewound": runner.run("rewound", *guard, "health.spike.rewind=true", kind=spikes(40, 48)),
     }
@@ -171,8 +176,12 @@ def health(runner: Runner) -> Result:
 
 def held_out(runner: Runner) -> Result:
     """Figures of held-out samples, and that nothing remembers that they were looked at."""
-    asked = [f"held_out.path={runner.folder / 'shards'}", "held_out.every=32", "held_out.samples=19"]
-    asked += ["held_out.batch=4"]
+    asked = [
+        f"validation.path={runner.folder / 'shards'}",
+        "validation.every_images=32",
+        "validation.samples=19",
+    ]
+    asked += ["validation.batch_size=4"]
     with_it = runner.run("held-out", *asked)
     without = runner.run("not-held-out")
     return {

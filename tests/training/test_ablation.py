@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vqd_scale.commands import eval_ablation
+from vqd_scale.cli import eval_ablation
 from vqd_scale.data.sources.shapes import ShapesConfig, write_shapes
 
 
@@ -17,17 +17,17 @@ def test_an_ablation_trains_scores_and_does_nothing_twice(
         "name": "test",
         "data": str(tmp_path / "shards" / "held_out"),
         "prompts": {"kind": "captions", "count": 12},
-        "drawing": {"guidance": {"kind": "constant", "scale": 1.0}, "batch": 12},
+        "sampling": {"guidance": {"kind": "constant", "scale": 1.0}, "batch_size": 12},
         "extractor": {"kind": "random", "features": 4},
         "kid": {"subsets": 2, "size": 5},
         "inception_splits": 1,
-        "neighbours": 2,
-        "shown": 1,
+        "neighbors": 2,
+        "report_images": 1,
     }
     config = {
         "out": str(tmp_path / "out"),
         "train": str(token_world / "train.yaml"),
-        "overrides": ["images=16", "checkpoint.every=16"],
+        "overrides": ["total_images=16", "checkpoint.every_images=16"],
         "mask_rates": {"mask only": 1.0, "both": 0.9},
         "trained_steps": [3, 6],
         "inference_steps": [2, 5],
@@ -53,6 +53,6 @@ def test_an_ablation_trains_scores_and_does_nothing_twice(
     assert made == [(model / "export" / "model.safetensors").stat().st_mtime_ns for model in models]
     # Models of another training are not taken for these.
     with pytest.raises(SystemExit) as end:
-        eval_ablation.main([str(path), "overrides=[images=24,checkpoint.every=16]"])
+        eval_ablation.main([str(path), "overrides=[images=24,checkpoint.every_images=16]"])
     assert end.value.code == 2
     assert "was begun with train.images 16, not 24" in capsys.readouterr().err

@@ -7,33 +7,33 @@ import pytest
 
 from vqd_scale.core.config import load_config
 from vqd_scale.core.errors import UserError
-from vqd_scale.training.denoising import TrainConfig
-from vqd_scale.training.loop import _claim  # pyright: ignore[reportPrivateUsage]
+from vqd_scale.training.loop import _lock_run_folder  # pyright: ignore[reportPrivateUsage]
+from vqd_scale.training.tasks.denoising import TrainConfig
 
-BASE = ["tokenizer=t", "data.path=d", "images=1000", "diffusion.kind=paper"]
+BASE = ["tokenizer=t", "data.path=d", "total_images=1000", "diffusion.kind=paper"]
 
 
 def claim(run: Path, *overrides: str) -> None:
-    _claim(run, load_config(TrainConfig, None, [*BASE, f"run={run}", *overrides]))
+    _lock_run_folder(run, load_config(TrainConfig, None, [*BASE, f"run={run}", *overrides]))
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        "images=2000",
+        "total_images=2000",
         "engine.zero.stage=1",
         "engine.zero.offload_optimizer=true",
-        "engine.accumulation=2",
-        "engine.compile_units=true",
+        "engine.gradient_accumulation_steps=2",
+        "engine.compile=true",
         "engine.deterministic=true",
         "denoiser.attention=sdpa",
-        "denoiser.checkpoint_blocks=true",
-        "data.workers=3",
-        "data.reading.buffer_megabytes=9",
-        "checkpoint.keep=9",
+        "denoiser.gradient_checkpointing=true",
+        "data.num_workers=3",
+        "data.ranged_reads.buffer_megabytes=9",
+        "checkpoint.keep_last=9",
         "log.tensorboard=true",
-        "health.bad_gradient=skip",
-        "held_out.path=h",
+        "health.nonfinite_gradient=skip",
+        "validation.path=h",
     ],
 )
 def test_a_run_may_be_gone_on_with_otherwise(tmp_path: Path, change: str) -> None:
@@ -49,7 +49,7 @@ def test_a_run_may_be_gone_on_with_otherwise(tmp_path: Path, change: str) -> Non
         ("diffusion.steps=50", "diffusion.steps"),
         ("diffusion.kind=released", "diffusion.keep_first"),
         ("tokenizer=u", "tokenizer"),
-        ("data.lanes=64", "data.lanes"),
+        ("data.global_batch_size=64", "data.global_batch_size"),
         ("engine.precision=fp32", "engine.precision"),
         ("optim.lr=1e-3", "optim.lr"),
         ("seed=1", "seed"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from vqd_scale.training.metrics import read_metrics
+from vqd_scale.training.logging.metrics import read_metrics
 
 pytestmark = pytest.mark.ranks
 RunTool = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -22,9 +22,9 @@ QUICK = {((2, 1), (3, 1)), ((1, 2), (1, 3))}
 @pytest.fixture(scope="module")
 def train(token_world: Path, run_tool: RunTool) -> Callable[..., None]:
     def run(run: Path, ranks: int, stage: int, images: int) -> None:
-        overrides = [f"run={run}", f"images={images}", f"engine.zero.stage={stage}"]
+        overrides = [f"run={run}", f"total_images={images}", f"engine.zero.stage={stage}"]
         # Of constant height: a schedule that ends with the run would differ where the run ends earlier.
-        overrides += ["optim.schedule.kind=constant", "checkpoint.every=80"]
+        overrides += ["optim.schedule.kind=constant", "checkpoint.every_images=80"]
         done = run_tool("train.py", str(token_world / "train.yaml"), *overrides, ranks=ranks)
         assert done.returncode == 0, done.stderr
 

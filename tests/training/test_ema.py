@@ -5,9 +5,9 @@ from torch import Tensor, nn
 from tests.training.ranks import on_ranks, own_seed, partition_of
 from vqd_scale.core.world import World
 from vqd_scale.training.ema import EMA, EMAConfig
-from vqd_scale.training.pictures import whole_parameters
+from vqd_scale.training.logging.sample_images import whole_parameters
 
-CONFIG = EMAConfig(half_life=64, ramp=0.5)
+CONFIG = EMAConfig(half_life_images=64, warmup_ratio=0.5)
 STEPS, BATCH = 100, 8
 
 
@@ -37,7 +37,7 @@ def test_trap_28_the_average_of_shards_is_that_of_whole_weights() -> None:
     expected = {name: parameter.detach().clone() for name, parameter in network().named_parameters()}
     start = {name: value.clone() for name, value in expected.items()}
     for step in range(STEPS):
-        half_life = min(CONFIG.half_life, CONFIG.ramp * (step + 1) * BATCH)
+        half_life = min(CONFIG.half_life_images, CONFIG.warmup_ratio * (step + 1) * BATCH)
         kept = 0.5 ** (BATCH / half_life)
         for name in expected:
             expected[name] = kept * expected[name] + (1 - kept) * moved(start[name], step)

@@ -17,7 +17,7 @@ from vqd_scale.training.optim import OptimConfig
 def read_back(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], Any]:
     """The JSON, and DeepSpeed's own reading of it for one rank."""
     monkeypatch.setenv("WORLD_SIZE", "1")
-    emitted = deepspeed_json(config, OptimConfig(clip=0.5), batch=8, ranks=1)
+    emitted = deepspeed_json(config, OptimConfig(gradient_clipping=0.5), batch=8, ranks=1)
     return emitted, DeepSpeedConfig(emitted)
 
 
@@ -26,7 +26,7 @@ def read_back(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[di
 def test_deepspeed_reads_back_what_was_meant(
     stage: Any, precision: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = EngineConfig(zero=ZeroConfig(stage=stage), precision=precision, accumulation=2)
+    config = EngineConfig(zero=ZeroConfig(stage=stage), precision=precision, gradient_accumulation_steps=2)
     emitted, read = read_back(config, monkeypatch)
     assert read.gradient_clipping == 0.5
     assert (read.train_batch_size, read.train_micro_batch_size_per_gpu) == (8, 4)
@@ -48,7 +48,7 @@ def test_deepspeed_reads_back_what_was_meant(
     assert zero.offload_optimizer is None
     assert zero.zero_hpz_partition_size == 1
     if stage == 3:
-        assert zero.param_persistence_threshold == config.persistence_threshold
+        assert zero.param_persistence_threshold == config.param_persistence_threshold
     # Whatever a key is called, DeepSpeed must know it: it takes others in silence.
     assert set(emitted["zero_optimization"]) <= {
         name
@@ -66,7 +66,7 @@ def test_left_out_deepspeed_would_clip(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_offload_and_second_copies_reach_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = EngineConfig(zero=ZeroConfig(offload_optimizer=True, secondary_shards=8))
+    config = EngineConfig(zero=ZeroConfig(offload_optimizer=True, hpz_partition_size=8))
     _, read = read_back(config, monkeypatch)
     assert read.zero_config.offload_optimizer.device == "cpu"
     assert read.zero_config.zero_hpz_partition_size == 8
@@ -74,7 +74,7 @@ def test_offload_and_second_copies_reach_deepspeed(monkeypatch: pytest.MonkeyPat
 
 def test_second_copies_are_of_spread_weights() -> None:
     with pytest.raises(ValidationError, match="needs stage 3"):
-        ZeroConfig(stage=2, secondary_shards=8)
+        ZeroConfig(stage=2, hpz_partition_size=8)
 
 
 class _Sums(nn.Module):

@@ -19,30 +19,30 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import vgg
 
-from vqd_scale.commands.eval_ablation import AblationConfig
-from vqd_scale.commands.run import TOKEN_RUNS, TOKENIZER_RUNS, token_task, tokenizer_task
+from vqd_scale.cli.eval_ablation import AblationConfig
+from vqd_scale.cli.run import TOKEN_RUNS, TOKENIZER_RUNS, token_task, tokenizer_task
 from vqd_scale.core.config import Config, load_config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.world import join_world, leave_world
-from vqd_scale.data.batch import ImageBatch, TokenBatch
-from vqd_scale.data.shards import KEY, Sample, ShardRecipe, write_shard_set
+from vqd_scale.data.loading.batch import ImageBatch, TokenBatch
+from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, write_shard_set
 from vqd_scale.data.sources.img2dataset import Img2datasetConfig
 from vqd_scale.evaluation.protocol import EvaluationConfig
 from vqd_scale.evaluation.sweep import SweepConfig
-from vqd_scale.inference.bundle import save_tokenizer, tokenizer_fingerprint
-from vqd_scale.inference.tokenize import TokenizeConfig, TokenSetMeta
+from vqd_scale.models.bundle import save_tokenizer, tokenizer_fingerprint
 from vqd_scale.nn.denoiser import ClassCondition
 from vqd_scale.nn.unet import UNetConfig
+from vqd_scale.preparation.tokenize_shards import TokenizeConfig, TokenSetMeta
 from vqd_scale.text.clip import CaptionTokenizer, Pretrained, TextConfig, TextEncoder
-from vqd_scale.text.published import published_shape
-from vqd_scale.tokenizers.choice import build_tokenizer
+from vqd_scale.text.open_clip import published_shape
 from vqd_scale.tokenizers.perceptual import LPIPSConfig
+from vqd_scale.tokenizers.registry import build_tokenizer
 from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
-from vqd_scale.training.autoencoding import TokenizerTrainConfig
-from vqd_scale.training.autoregression import AutoregressionConfig, AutoregressionTask
-from vqd_scale.training.denoising import DenoisingTask, TrainConfig
 from vqd_scale.training.engine import Engine
-from vqd_scale.training.refitting import RefitConfig
+from vqd_scale.training.tasks.autoencoding import TokenizerTrainConfig
+from vqd_scale.training.tasks.autoregression import AutoregressionConfig, AutoregressionTask
+from vqd_scale.training.tasks.denoising import DenoisingTask, TrainConfig
+from vqd_scale.training.tasks.refitting import RefitConfig
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -129,7 +129,9 @@ class Inputs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        shape = VQGANConfig(codes=CODES, code_width=4, channels=8, multipliers=(1, 2), norm="none")
+        shape = VQGANConfig(
+            codebook_size=CODES, code_dim=4, channels=8, channel_multipliers=(1, 2), norm="none"
+        )
         torch.manual_seed(0)
         vqgan = VQGAN(shape)
         vqgan.quantize.embedding.copy_(torch.randn(CODES, 4))
@@ -146,7 +148,7 @@ class Inputs:
         if isinstance(text, Pretrained):
             captions = CaptionTokenizer(published_shape(text.model).context_length).fingerprint
         elif text is not None:
-            captions = CaptionTokenizer(text.context_length, text.merges).fingerprint
+            captions = CaptionTokenizer(text.context_length, text.bpe_merges).fingerprint
         meta = TokenSetMeta(
             codes=CODES,
             grid=GRID,
@@ -179,7 +181,7 @@ class Inputs:
 
     def lpips_overrides(self, config: TokenizerRun) -> list[str]:
         """LPIPS with random weights."""
-        if not isinstance(config.critics.perceptual, LPIPSConfig):
+        if not isinstance(config.losses.perceptual, LPIPSConfig):
             return []
         features, linear = self.folder / "vgg.safetensors", self.folder / "linear.safetensors"
         if not linear.exists():
@@ -188,14 +190,14 @@ class Inputs:
             save_file({f"features.{name}": value for name, value in layers.state_dict().items()}, features)
             widths = enumerate((64, 128, 256, 512, 512))
             save_file({f"lin{n}.model.1.weight": torch.rand(1, width, 1, 1) for n, width in widths}, linear)
-        return [f"critics.perceptual.vgg={features}", f"critics.perceptual.linear={linear}"]
+        return [f"losses.perceptual.vgg={features}", f"losses.perceptual.linear={linear}"]
 
     def refitted_tokenizer(self, config: RefitConfig) -> Path:
         """Bundle with random weights of the tokenizer that a refit starts from, as its own run trains it."""
         runs = [load_config(TOKENIZER_RUNS, path) for path in configs_of("tokenizer run")]
         (run,) = [run for run in runs if run.run / "export" == config.tokenizer]
         assert isinstance(run, TokenizerTrainConfig)
-        shape = run.vqgan.model_copy(update={"residual_blocks": 1})
+        shape = run.vqgan.model_copy(update={"num_res_blocks": 1})
         torch.manual_seed(0)
         folder = self.folder / config.tokenizer
         save_tokenizer(folder, shape, build_tokenizer(shape).state_dict())
@@ -287,10 +289,15 @@ def test_the_first_step_of_a_token_run_is_finite(
     if isinstance(shipped, AutoregressionConfig):
         layers = [f"network.layers={LAYERS}"]
     elif isinstance(shipped.denoiser, UNetConfig):
-        layers = [f"denoiser.multipliers={list(shipped.denoiser.multipliers[:LAYERS])}"]
+        layers = [f"denoiser.channel_multipliers={list(shipped.denoiser.channel_multipliers[:LAYERS])}"]
     else:
         layers = [f"denoiser.layers={LAYERS}"]
-    overrides = [f"run={tmp_path}", f"tokenizer={inputs.tokenizer}", "start=null", f"data.lanes={BATCH}"]
+    overrides = [
+        f"run={tmp_path}",
+        f"tokenizer={inputs.tokenizer}",
+        "init_from=null",
+        f"data.global_batch_size={BATCH}",
+    ]
     overrides += [f"data.path={inputs.token_shards(shipped.text)}"]
     config = load_config(TOKEN_RUNS, path, [*overrides, *layers, *inputs.text_overrides(shipped.text)])
 
@@ -306,15 +313,15 @@ def test_the_first_step_of_a_tokenizer_run_is_finite(
     """At the run's start, and at its end, when the codebook and the discriminator have joined."""
     shipped = load_config(TOKENIZER_RUNS, path)
     size = min(IMAGE_SIZE, shipped.transform.size)
-    overrides = [f"run={tmp_path}", f"data.lanes={BATCH}", f"transform.size={size}"]
+    overrides = [f"run={tmp_path}", f"data.global_batch_size={BATCH}", f"transform.size={size}"]
     overrides += inputs.lpips_overrides(shipped)
     if isinstance(shipped, RefitConfig):
         overrides.append(f"tokenizer={inputs.refitted_tokenizer(shipped)}")
     else:
-        overrides.append("vqgan.residual_blocks=1")
+        overrides.append("vqgan.num_res_blocks=1")
     config = load_config(TOKENIZER_RUNS, path, overrides)
 
     step = FirstStep(tokenizer_task(config, join_world()), config)
     first = step.loss(image_batch(size))
     assert step.engine.step(1e-6)
-    results[path] = step.result(config.kind, first, step.loss(image_batch(size), config.images - 1))
+    results[path] = step.result(config.kind, first, step.loss(image_batch(size), config.total_images - 1))

@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.training.ranks import on_ranks, own_seed
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.stop import HUNG_EXIT_CODE
+from vqd_scale.core.signals import HUNG_EXIT_CODE
 from vqd_scale.core.world import World
 from vqd_scale.training.health import (
     GradientProbe,
@@ -93,10 +93,10 @@ def spikes(guard: SpikeGuard, losses: list[float]) -> list[bool]:
 
 
 def test_a_batch_that_stands_out_is_skipped_and_no_mark_for_the_next() -> None:
-    guard = SpikeGuard(SpikeConfig(factor=2.0, memory=32, tolerated=2), batch=8)
+    guard = SpikeGuard(SpikeConfig(factor=2.0, half_life_images=32, max_consecutive=2), batch=8)
     # So early everything is new.
     assert spikes(guard, [4.0, 100.0, 4.0, 4.0]) == [False] * 4
-    calm = SpikeGuard(SpikeConfig(factor=2.0, memory=32, tolerated=2), batch=8)
+    calm = SpikeGuard(SpikeConfig(factor=2.0, half_life_images=32, max_consecutive=2), batch=8)
     assert spikes(calm, [4.0] * 6) == [False] * 6
     assert spikes(calm, [9.0, 9.0]) == [True] * 2
     assert not calm.has_had_enough
@@ -108,7 +108,7 @@ def test_a_batch_that_stands_out_is_skipped_and_no_mark_for_the_next() -> None:
 
 def test_the_guard_resumes_as_if_it_had_never_stopped() -> None:
     losses = [4.0, 5.0, 3.0, 4.0, 20.0, 4.0, 9.0, 4.0]
-    config = SpikeConfig(factor=2.0, memory=24)
+    config = SpikeConfig(factor=2.0, half_life_images=24)
     whole, first, second = (SpikeGuard(config, batch=8) for _ in range(3))
     expected = spikes(whole, losses)
     found = spikes(first, losses[:5])

@@ -9,7 +9,7 @@ from tests.training.ranks import on_ranks
 from vqd_scale.core.world import World
 from vqd_scale.training.optim import (
     BatchScaling,
-    Constant,
+    ConstantRate,
     Cooldown,
     Cosine,
     LearningRate,
@@ -22,11 +22,11 @@ PARITY = OptimConfig(
     lr=4.5e-4,
     betas=(0.9, 0.96),
     weight_decay=0.045,
-    decayed="everything",
-    clip=0.5,
-    warmup=160,
-    warmup_from=3e-6,
-    schedule=Plateau(patience=200, threshold=0.1, smoothing=8, minimum=1e-4),
+    weight_decay_on="everything",
+    gradient_clipping=0.5,
+    warmup_images=160,
+    warmup_start_lr=3e-6,
+    schedule=Plateau(patience_images=200, threshold=0.1, smoothing_images=8, minimum=1e-4),
 )
 
 
@@ -36,20 +36,24 @@ def rates(config: OptimConfig, horizon: int = 1000, step: int = 50) -> list[floa
 
 
 def test_constant_after_warmup() -> None:
-    rate = LearningRate(OptimConfig(lr=2.0, warmup=100, schedule=Constant()), batch=1, horizon=1000)
+    rate = LearningRate(
+        OptimConfig(lr=2.0, warmup_images=100, schedule=ConstantRate()), batch=1, horizon=1000
+    )
     assert rate.at(0) == pytest.approx(0.02)
     assert rate.at(49) == pytest.approx(1.0)
     assert [rate.at(images) for images in range(100, 1001, 50)] == [2.0] * 19
 
 
 def test_warmup_may_start_above_zero() -> None:
-    rate = LearningRate(OptimConfig(lr=2.0, warmup=100, warmup_from=1.0, schedule=Constant()), 1, 1000)
+    rate = LearningRate(
+        OptimConfig(lr=2.0, warmup_images=100, warmup_start_lr=1.0, schedule=ConstantRate()), 1, 1000
+    )
     assert rate.at(49) == pytest.approx(1.5)
     assert rate.at(99) == 2.0
 
 
 def test_cooldown_is_a_straight_line_to_zero_over_its_share() -> None:
-    config = OptimConfig(lr=2.0, schedule=Cooldown(share=0.5))
+    config = OptimConfig(lr=2.0, schedule=Cooldown(cooldown_fraction=0.5))
     assert rates(config)[:11] == [2.0] * 11
     assert rates(config)[10:] == pytest.approx([2.0 * (1 - part / 10) for part in range(11)])
 
@@ -64,8 +68,8 @@ def test_cosine_falls_from_the_full_rate_to_zero() -> None:
 
 @pytest.mark.parametrize(("rule", "expected"), [("linear", 8.0), ("square-root", 4.0)])
 def test_the_rate_follows_the_batch_by_the_rule_of_the_recipe(rule: str, expected: float) -> None:
-    scaling = BatchScaling.model_validate({"batch": 32, "rule": rule})
-    config = OptimConfig(lr=2.0, scaling=scaling, schedule=Constant())
+    scaling = BatchScaling.model_validate({"reference_batch_size": 32, "rule": rule})
+    config = OptimConfig(lr=2.0, lr_scaling=scaling, schedule=ConstantRate())
     assert LearningRate(config, batch=128, horizon=1000).at(0) == expected
     assert LearningRate(config, batch=32, horizon=1000).at(0) == 2.0
 
@@ -154,7 +158,7 @@ def test_trap_29_all_trained_parameters_have_one_type() -> None:
     """ZeRO lays them in flat tensors; the released null embedding was float64."""
     from vqd_scale.text.clip import TextEncoder, Tower
 
-    tower = Tower(context_length=8, width=16, heads=2, layers=1, merges=300)
+    tower = Tower(context_length=8, width=16, heads=2, layers=1, bpe_merges=300)
     encoder = TextEncoder(tower)
     assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
     for parameter in encoder.parameters():

@@ -11,7 +11,7 @@ import torch
 
 from tests.training import forked
 from vqd_scale.core.errors import UserError
-from vqd_scale.training.checkpoint import consolidated
+from vqd_scale.training.checkpoint.manager import consolidated
 from vqd_scale.training.engine import imported_weights
 
 pytestmark = pytest.mark.ranks

@@ -19,15 +19,15 @@ from safetensors.torch import load_file
 
 from tests.training.forked import TRAIN, Ranks
 from vqd_scale.core.config import load_config
-from vqd_scale.core.stop import REQUEUE_EXIT_CODE
+from vqd_scale.core.signals import REQUEUE_EXIT_CODE
 from vqd_scale.core.world import World
-from vqd_scale.data.batch import TokenBatch
-from vqd_scale.data.stream import Stream
+from vqd_scale.data.loading.batch import TokenBatch
+from vqd_scale.data.loading.stream import Stream
 from vqd_scale.text.clip import CaptionTokenizer
-from vqd_scale.training.checkpoint import consolidated
-from vqd_scale.training.denoising import DenoisingTask, TrainConfig
-from vqd_scale.training.metrics import read_metrics
+from vqd_scale.training.checkpoint.manager import consolidated
+from vqd_scale.training.logging.metrics import read_metrics
 from vqd_scale.training.optim import LearningRate, build_optimizer
+from vqd_scale.training.tasks.denoising import DenoisingTask, TrainConfig
 
 pytestmark = pytest.mark.ranks
 RunTool = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -93,24 +93,24 @@ def test_zero_3_equals_plain_adamw_average_included(
     for group in optimizer.param_groups:
         # Where the engine's goes through memory once, this one is the formula, operation by operation.
         group["fused"] = False
-    rate = LearningRate(config.optim, batch=8, horizon=config.images)
+    rate = LearningRate(config.optim, batch=8, horizon=config.total_images)
     average = {name: tensor.detach().clone() for name, tensor in task.module.named_parameters()}
     stream = Stream(
         config.data, task.samples(), seed=0, rank=0, ranks=1, cursor=0, quarantine=tmp_path / "q.jsonl"
     )
     expected: list[float] = []
     with closing(iter(stream)) as batches:
-        for images in range(0, config.images, 8):
+        for images in range(0, config.total_images, 8):
             loss = task.losses(task.module, next(batches), images).per_sample.mean()
             expected.append(loss.item())
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(task.module.parameters(), config.optim.clip)
+            torch.nn.utils.clip_grad_norm_(task.module.parameters(), config.optim.gradient_clipping)
             for group in optimizer.param_groups:
                 group["lr"] = rate.at(images)
             optimizer.step()
-            task.stepped(images + 8)
-            half_life = min(config.ema.half_life, config.ema.ramp * (images + 8))
+            task.on_step_end(images + 8)
+            half_life = min(config.ema.half_life_images, config.ema.warmup_ratio * (images + 8))
             for name, parameter in task.module.named_parameters():
                 average[name].lerp_(parameter.detach(), 1 - 0.5 ** (8 / half_life))
     assert losses(undisturbed[2]) == pytest.approx(expected, rel=1e-5)
@@ -163,7 +163,7 @@ def test_chaos_ends_as_the_undisturbed_run_does(
 ) -> None:
     """`make chaos` is the long form: ended at whatever moments, a run ends as if nobody had touched it."""
     calm, run = tmp_path / "calm", tmp_path / "run"
-    common = [str(token_world / "train.yaml"), f"images={images}", "checkpoint.every=24"]
+    common = [str(token_world / "train.yaml"), f"total_images={images}", "checkpoint.every_images=24"]
     done = run_tool("train.py", *common, f"run={calm}", ranks=2)
     assert done.returncode == 0, done.stderr
     # Under this seed the first three are one of each kind, two of them during a write.
@@ -184,19 +184,21 @@ def test_damaged_newest_checkpoint_is_passed_over_and_another_world_size_goes_on
     token_world: Path, undisturbed: dict[int, Path], tmp_path: Path, run_tool: RunTool
 ) -> None:
     run, config = tmp_path / "run", token_world / "train.yaml"
-    first = run_tool("train.py", str(config), f"run={run}", "images=88", "checkpoint.every=40", ranks=2)
+    first = run_tool(
+        "train.py", str(config), f"run={run}", "total_images=88", "checkpoint.every_images=40", ranks=2
+    )
     assert first.returncode == 0, first.stderr
     damaged = next(newest(run).glob("slices-00001*"))
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
     # The schedule follows the configured end, which the first start gave differently.
-    second = run_tool("train.py", str(config), f"run={run}", "images=88", ranks=1)
+    second = run_tool("train.py", str(config), f"run={run}", "total_images=88", ranks=1)
     assert second.returncode == 0, second.stderr
     assert "damaged" in second.stderr
     assert "going on from the checkpoint at 80 images" in second.stderr
     whole = tmp_path / "whole"
-    third = run_tool("train.py", str(config), f"run={whole}", "images=88", ranks=1)
+    third = run_tool("train.py", str(config), f"run={whole}", "total_images=88", ranks=1)
     assert third.returncode == 0, third.stderr
     assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
 
@@ -227,9 +229,12 @@ def test_sigterm_saves_and_asks_to_be_started_again(
         (["optim.lr=fast"], "optim.lr: given 'fast'"),
         (["data.path=/nowhere"], "/nowhere"),
         (["tokenizer=/nowhere"], "no tokenizer bundle"),
-        (["text.merges=301"], "captions were tokenized otherwise"),
+        (["text.bpe_merges=301"], "captions were tokenized otherwise"),
         (["denoiser.condition.width=8"], "denoiser.condition"),
-        (["engine.accumulation=3"], "data.lanes: a global batch of 8 cannot be cut"),
+        (
+            ["engine.gradient_accumulation_steps=3"],
+            "data.global_batch_size: a global batch of 8 cannot be cut",
+        ),
     ],
 )
 def test_wrong_use_is_one_sentence_and_nothing_is_left(
@@ -240,7 +245,7 @@ def test_wrong_use_is_one_sentence_and_nothing_is_left(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from vqd_scale.commands.train import main
+    from vqd_scale.cli.train import main
 
     monkeypatch.chdir(Path(__file__).parents[2])
     run = tmp_path / "run"
@@ -269,7 +274,12 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
 
 
 def test_one_batch_can_be_learned_by_heart(token_world: Path, tmp_path: Path) -> None:
-    overrides = [f"run={tmp_path}", "caption_dropout=0", "times.kind=uniform", "denoiser.width=32"]
+    overrides = [
+        f"run={tmp_path}",
+        "condition_dropout=0",
+        "timestep_sampler.kind=uniform",
+        "denoiser.width=32",
+    ]
     path = tmp_path / "train.yaml"
     values = yaml.safe_load((token_world / "train.yaml").read_text())
     values["times"] = {"kind": "uniform"}

@@ -13,36 +13,36 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vqd_scale.commands.run import TOKENIZER_RUNS, tokenizer_task
+from vqd_scale.cli.run import TOKENIZER_RUNS, tokenizer_task
 from vqd_scale.core.config import validated
 from vqd_scale.core.world import World, join_world, leave_world
-from vqd_scale.data.shards import KEY, ShardRecipe, write_shard_set
+from vqd_scale.data.shards.shard_io import KEY, ShardRecipe, write_shard_set
+from vqd_scale.training.logging.metrics import read_metrics
 from vqd_scale.training.loop import train
-from vqd_scale.training.metrics import read_metrics
 
 SIDE, LANES, PICTURES = 32, 4, 24
 COMPARED = ("loss", "squared_error", "codes_used", "perceptual", "discriminator", "adversarial_weight")
 
 VQGAN: dict[str, Any] = {
-    "codes": 8,
-    "code_width": 4,
+    "codebook_size": 8,
+    "code_dim": 4,
     "channels": 32,
-    "multipliers": [1, 2],
-    "residual_blocks": 1,
-    "latent_width": 6,
+    "channel_multipliers": [1, 2],
+    "num_res_blocks": 1,
+    "latent_channels": 6,
 }
 ADVERSARY = {
-    "start": 16,
+    "start_images": 16,
     "network": {"channels": 32, "layers": 1},
     "optim": {"lr": 1e-3, "betas": [0.5, 0.9], "weight_decay": 0.0, "schedule": {"kind": "constant"}},
 }
-CRITICS = {"perceptual": {"kind": "pyramid"}, "adversary": ADVERSARY}
+CRITICS = {"perceptual": {"kind": "pyramid"}, "discriminator": ADVERSARY}
 KINDS: dict[str, dict[str, Any]] = {
-    "averaged": {"vqgan": VQGAN, "codebook_start": 12, "revival": 12},
-    "learned": {"vqgan": {**VQGAN, "kind": "taming_vq", "attention": [], "middle": False}},
+    "averaged": {"vqgan": VQGAN, "codebook_warmup_images": 12, "dead_code_reset_every_images": 12},
+    "learned": {"vqgan": {**VQGAN, "kind": "taming_vq", "attention": [], "mid_attention": False}},
     "gumbel": {
-        "vqgan": {**VQGAN, "kind": "taming_gumbel", "attention": [], "middle": False},
-        "temperature": {"images": 48},
+        "vqgan": {**VQGAN, "kind": "taming_gumbel", "attention": [], "mid_attention": False},
+        "temperature": {"anneal_images": 48},
     },
     "grid": {
         "vqgan": {key: VQGAN[key] for key in VQGAN if "code" not in key} | {"kind": "fsq", "levels": [3, 3]}
@@ -76,15 +76,15 @@ def config_of(folder: Path, run: Path, images: int, **changed: Any) -> Any:
         TOKENIZER_RUNS,
         {
             "run": str(run),
-            "images": images,
+            "total_images": images,
             "transform": {"size": SIDE},
-            "data": {"path": str(folder), "lanes": LANES, "shuffle_window": 4},
-            "engine": {"precision": "fp32", "persistence_threshold": 0},
+            "data": {"path": str(folder), "global_batch_size": LANES, "shuffle_window": 4},
+            "engine": {"precision": "fp32", "param_persistence_threshold": 0},
             "optim": OPTIM,
-            "critics": CRITICS,
-            "ema": {"half_life": 16},
-            "checkpoint": {"every": 12},
-            "log": {"every": LANES},
+            "losses": CRITICS,
+            "ema": {"half_life_images": 16},
+            "checkpoint": {"every_images": 12},
+            "log": {"every_images": LANES},
             **changed,
         },
         "test",
@@ -134,13 +134,13 @@ def main() -> None:
                 "kind": "refit",
                 "tokenizer": str(runner.out / f"{how}-whole" / "export"),
                 "codes": 6,
-                "pool": {"size": 300, "images": 16, "chain": 20},
+                "pool": {"size": 300, "images": 16, "chain_length": 20},
             }
             results[name] = resumed(runner, f"refit-{how}", **options)
         elif how == "resumed":
             results[name] = resumed(runner, kind, **options)
         elif how:
-            options["engine"] = {"precision": "fp32", "persistence_threshold": 0, **json.loads(how)}
+            options["engine"] = {"precision": "fp32", "param_persistence_threshold": 0, **json.loads(how)}
             results[name] = runner.run(f"{kind}-{len(results)}", **options)
         else:
             results[name] = runner.run(f"{kind}-{len(results)}", **options)

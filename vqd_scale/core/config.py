@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.renamed_keys import RENAMED
 
 ConfigType = TypeVar("ConfigType", bound="Config")
 
@@ -152,6 +153,9 @@ def _describe(kind: type[Config], values: Mapping[str, Any], error: ErrorDetails
     path = _dotted(values, error["loc"])
     if error["type"] == "extra_forbidden":
         allowed = _fields_at(kind, error["loc"][:-1])
+        successors = [name for name in RENAMED.get(str(error["loc"][-1]), ()) if name in allowed]
+        if successors:
+            return f"{path}: this key is called '{successors[0]}' now."
         near = difflib.get_close_matches(str(error["loc"][-1]), allowed, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else "."
         return f"{path}: unknown key; allowed here: {', '.join(sorted(allowed))}{hint}"

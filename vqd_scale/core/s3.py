@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode
 
-from vqd_scale.core.endpoint import Answer, BrokenOffError, S3Endpoint, persistently
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.s3_client import Answer, BrokenOffError, S3Endpoint, with_retries
 
 SCHEME = "s3://"
 
@@ -168,15 +168,15 @@ class S3Object:
         """
         return self.fetch(begin, end).read(0, end - begin)
 
-    def fetch(self, begin: int, end: int) -> "Arriving":
+    def fetch(self, begin: int, end: int) -> "PartialDownload":
         """Start to `read`; what has arrived can be had at once, waiting for more raises what `read` would."""
-        received = Arriving(end - begin)
+        received = PartialDownload(end - begin)
         received.follow(self.path.endpoint.started(self._receive(begin, end, received)))
         return received
 
     def blocks(self) -> Iterator[bytes]:
         """All bytes in order, read ahead; raises what `read` raises."""
-        ahead: list[Arriving] = []
+        ahead: list[PartialDownload] = []
         for begin in range(0, self.size, PIECE_BYTES):
             ahead.append(self.fetch(begin, min(begin + PIECE_BYTES, self.size)))
             if len(ahead) > PIECES_AHEAD:
@@ -184,7 +184,7 @@ class S3Object:
         while ahead:
             yield from ahead.pop(0)
 
-    async def _receive(self, begin: int, end: int, received: "Arriving") -> None:
+    async def _receive(self, begin: int, end: int, received: "PartialDownload") -> None:
         async def receive() -> None:
             first = begin + len(received)
             answer = await self._asked(first, end)
@@ -196,7 +196,7 @@ class S3Object:
                 raise BrokenOffError(f"the answer ended after {len(received)} of {end - begin} bytes")
 
         if end > begin:
-            await persistently(self.path, "read", receive, received.__len__)
+            await with_retries(self.path, "read", receive, received.__len__)
 
     async def _asked(self, begin: int, end: int) -> Answer:
         condition = {} if self._version is None else {"IfMatch": self._version}
@@ -218,7 +218,7 @@ class S3Object:
             raise UserError(f"{self.path}: was replaced while it was read; start again.")
 
 
-class Arriving:
+class PartialDownload:
     """A range of bytes while it is received, in the blocks in which it comes.
 
     One thread appends, others read. The blocks are not joined, which would touch all of them once more.
@@ -389,7 +389,7 @@ async def _complete(path: S3Path, upload: dict[str, str], parts: list[dict[str, 
 
 
 async def _called(path: S3Path, deed: str, operation: str, **arguments: object) -> Answer:
-    return await persistently(path, deed, lambda: path.endpoint.call(operation, **arguments))
+    return await with_retries(path, deed, lambda: path.endpoint.call(operation, **arguments))
 
 
 def _place(path: S3Path) -> dict[str, str]:

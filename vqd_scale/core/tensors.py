@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.untrusted import read_saved
+from vqd_scale.core.safe_load import read_saved
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of what ``torch.save`` wrote: a mapping of them, or a single one.
 
     A mapping may lie under the key ``state_dict``. Entries that are no tensors are left out; the name of a
-    single tensor is empty. See `vqd_scale.core.untrusted` for what is not run.
+    single tensor is empty. See `vqd_scale.core.safe_load` for what is not run.
 
     Raises:
         UserError: The file is missing, damaged, a TorchScript program, or holds something else.

@@ -71,7 +71,7 @@ class World:
         """Wait for all ranks."""
         distributed.barrier()
 
-    def first_does(self, act: Callable[[], object]) -> None:
+    def on_first_rank(self, act: Callable[[], object]) -> None:
         """Let the first rank do something for all, such as write a file, while the others wait for it.
 
         Raises:

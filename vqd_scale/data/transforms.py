@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, Tag
 from torch.nn import functional
 
 from vqd_scale.core.config import Config, kind_or
-from vqd_scale.data.decode import Pixels
+from vqd_scale.data.shards.decode import Pixels
 
 
 class CenterCrop(Config):

@@ -27,7 +27,7 @@ PredictPair = Callable[
 _LOWEST_LOG = -70.0
 
 
-class Constant(Config):
+class ConstantGuidance(Config):
     """The same scale at every time. 1 is the conditional prediction, 0 the unconditional one.
 
     It is the released code's scale; the scale s in the Improved VQ-Diffusion paper is one less.
@@ -54,7 +54,7 @@ class Linear(Config):
         return self.clean + (self.noisy - self.clean) * min(t / self.noisy_time, 1.0)
 
 
-class Interval(Config):
+class IntervalGuidance(Config):
     """Guidance only from time ``first`` down to ``last`` (Kynkäänniemi et al., arXiv 2404.07724)."""
 
     kind: Literal["interval"] = "interval"
@@ -75,34 +75,34 @@ class Interval(Config):
         return self.scale if self.last <= t <= self.first else 1.0
 
 
-GuidanceScale = Annotated[Constant | Linear | Interval, Field(discriminator="kind")]
+GuidanceScale = Annotated[ConstantGuidance | Linear | IntervalGuidance, Field(discriminator="kind")]
 
 
 class TopP(Config):
     """Keep the likeliest codes until their probabilities reach ``rate`` (the reference's "0.86r")."""
 
     kind: Literal["top_p"] = "top_p"
-    rate: float = Field(default=0.86, ge=0, le=1)
+    p: float = Field(default=0.86, ge=0, le=1)
 
     def keeps(self, sorted_log: Float[Tensor, "batch length codes"]) -> Tensor:
         """Which places, likeliest first, stay: the first, and those with less than ``rate`` before them."""
-        if self.rate == 1:
+        if self.p == 1:
             return torch.ones_like(sorted_log, dtype=torch.bool)
         before = sorted_log.exp().cumsum(-1, dtype=torch.float64).roll(1, -1)
         before[..., 0] = -1.0
-        return before < self.rate
+        return before < self.p
 
 
 class TopK(Config):
     """Keep the ``count`` likeliest codes."""
 
     kind: Literal["top_k"] = "top_k"
-    count: int = Field(default=100, ge=1)
+    k: int = Field(default=100, ge=1)
 
     def keeps(self, sorted_log: Float[Tensor, "batch length codes"]) -> Tensor:
         """Which places, likeliest first, stay."""
         places = torch.arange(sorted_log.shape[-1], device=sorted_log.device)
-        return (places < self.count).expand_as(sorted_log)
+        return (places < self.k).expand_as(sorted_log)
 
 
 Truncation = Annotated[TopP | TopK, Field(discriminator="kind")]

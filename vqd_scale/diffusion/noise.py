@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vqd_scale.core import rng
 from vqd_scale.core.rng import Purpose
-from vqd_scale.diffusion.kernels.choice import has_kernels
+from vqd_scale.diffusion.kernels.dispatch import has_kernels
 
 
 def uniforms(

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
-from vqd_scale.diffusion.rows import log_share
+from vqd_scale.diffusion.fused_loss import RowStatistics
+from vqd_scale.diffusion.logit_statistics import log_share
 from vqd_scale.diffusion.schedule import Rates
-from vqd_scale.diffusion.statistics import RowStatistics
 from vqd_scale.diffusion.transition import MaskAndReplace, PosteriorRates, posterior_rates
 
 # The logarithm of a rate that is zero: finite, so that zero times it is zero.

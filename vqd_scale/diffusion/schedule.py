@@ -17,7 +17,7 @@ from vqd_scale.core.config import Config
 
 
 @dataclass(frozen=True)
-class Chances:
+class TransitionProbabilities:
     """What happens to a code between two times: it is kept, redrawn uniformly, or masked.
 
     The three are float64 tensors of one shape and add up to one. ``replace`` is the whole chance of a redraw
@@ -55,12 +55,12 @@ class Released(Config):
         """The masked share of x_T; the reference starts from nothing but masks."""
         return 1.0
 
-    def cumulative(self) -> Chances:
+    def cumulative(self) -> TransitionProbabilities:
         """From the clean image to each t, shape [steps]: two straight lines."""
         fraction = torch.arange(self.steps, dtype=torch.float64) / (self.steps - 1)
         keep = self.keep_first + fraction * (self.keep_last - self.keep_first)
         mask = self.mask_first + fraction * (self.mask_last - self.mask_first)
-        return Chances(keep, 1 - keep - mask, mask)
+        return TransitionProbabilities(keep, 1 - keep - mask, mask)
 
 
 class Paper(Config):
@@ -83,10 +83,10 @@ class Paper(Config):
         """The masked share of x_T."""
         return self.mask_rate
 
-    def cumulative(self) -> Chances:
+    def cumulative(self) -> TransitionProbabilities:
         """From the clean image to each t, shape [steps]."""
         noise = torch.arange(1, self.steps + 1, dtype=torch.float64) / self.steps
-        return Chances(1 - noise, self.replace_rate * noise, self.mask_rate * noise)
+        return TransitionProbabilities(1 - noise, self.replace_rate * noise, self.mask_rate * noise)
 
 
 class UniformCosine(Config):
@@ -99,20 +99,20 @@ class UniformCosine(Config):
     kind: Literal["uniform_cosine"] = "uniform_cosine"
     steps: int = Field(default=4000, ge=1)
     offset: float = Field(default=0.008, gt=0)
-    least_ratio: float = Field(default=0.001, gt=0, lt=1)
+    min_ratio: float = Field(default=0.001, gt=0, lt=1)
 
     @property
     def prior_mask(self) -> float:
         """The masked share of x_T."""
         return 0.0
 
-    def cumulative(self) -> Chances:
+    def cumulative(self) -> TransitionProbabilities:
         """From the clean image to each t, shape [steps]."""
         fraction = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
         cosine = torch.cos((fraction + self.offset) / (1 + self.offset) * math.pi / 2) ** 2
-        ratio = (cosine[1:] / cosine[:-1]).clamp(self.least_ratio, 1)
+        ratio = (cosine[1:] / cosine[:-1]).clamp(self.min_ratio, 1)
         log_keep = 0.5 * ratio.log().cumsum(0)
-        return Chances(log_keep.exp(), -torch.expm1(log_keep), torch.zeros_like(log_keep))
+        return TransitionProbabilities(log_keep.exp(), -torch.expm1(log_keep), torch.zeros_like(log_keep))
 
 
 class Absorbing(Config):
@@ -129,10 +129,10 @@ class Absorbing(Config):
         """The masked share of x_T."""
         return 1.0
 
-    def cumulative(self) -> Chances:
+    def cumulative(self) -> TransitionProbabilities:
         """From the clean image to each t, shape [steps]."""
         mask = torch.arange(1, self.steps + 1, dtype=torch.float64) / self.steps
-        return Chances(1 - mask, torch.zeros_like(mask), mask)
+        return TransitionProbabilities(1 - mask, torch.zeros_like(mask), mask)
 
 
 Schedule = Annotated[Released | Paper | UniformCosine | Absorbing, Field(discriminator="kind")]
@@ -151,7 +151,7 @@ class Rates:
 
     codes: int
     prior_mask: float
-    cumulative: Chances
+    cumulative: TransitionProbabilities
 
     @property
     def steps(self) -> int:
@@ -161,15 +161,19 @@ class Rates:
     def to(self, device: torch.device) -> "Rates":
         """The same rates on another device."""
         chances = self.cumulative
-        moved = Chances(chances.keep.to(device), chances.replace.to(device), chances.mask.to(device))
+        moved = TransitionProbabilities(
+            chances.keep.to(device), chances.replace.to(device), chances.mask.to(device)
+        )
         return Rates(self.codes, self.prior_mask, moved)
 
-    def at(self, t: "int | Int[Tensor, ' *times']") -> Chances:
+    def at(self, t: "int | Int[Tensor, ' *times']") -> TransitionProbabilities:
         """From the clean image to ``t``, -1 <= t < T; float64 in the shape of ``t``."""
         chances = self.cumulative
-        return Chances(chances.keep[t + 1], chances.replace[t + 1], chances.mask[t + 1])
+        return TransitionProbabilities(chances.keep[t + 1], chances.replace[t + 1], chances.mask[t + 1])
 
-    def between(self, t: "int | Int[Tensor, ' *times']", s: "int | Int[Tensor, ' *times']") -> Chances:
+    def between(
+        self, t: "int | Int[Tensor, ' *times']", s: "int | Int[Tensor, ' *times']"
+    ) -> TransitionProbabilities:
         """From ``s`` to ``t``, -1 <= s < t < T; float64 in the shape of the times.
 
         The differences are taken between products of rates, not from 1, so that a tiny ``replace`` keeps its
@@ -178,7 +182,7 @@ class Rates:
         start, end = self.at(s), self.at(t)
         visible = start.keep + start.replace
         replaced = end.replace * start.keep - end.keep * start.replace
-        return Chances(
+        return TransitionProbabilities(
             keep=end.keep / start.keep,
             replace=(replaced / (visible * start.keep)).clamp(min=0),
             mask=(end.mask - start.mask) / visible,
@@ -192,7 +196,7 @@ def rates_of(schedule: Schedule, codes: int) -> Rates:
     return Rates(
         codes=codes,
         prior_mask=schedule.prior_mask,
-        cumulative=Chances(
+        cumulative=TransitionProbabilities(
             keep=torch.cat([identity[:1], chances.keep]),
             replace=torch.cat([identity[1:2], chances.replace]),
             mask=torch.cat([identity[2:], chances.mask]),

@@ -1,7 +1,7 @@
 """Mask-and-replace diffusion: the forward chain and its posteriors, in closed form.
 
-K codes 0 to K-1 and the mask, K. Everything here costs O(K) per token; `vqd_scale.diffusion.dense` has the
-same things as products of (K+1) x (K+1) matrices, which the tests compare with. ``docs/maths.md`` derives it.
+K codes 0 to K-1 and the mask, K. Everything here costs O(K) per token. `vqd_scale.diffusion.reference` has
+the same quantities as products of (K+1) x (K+1) matrices, for the tests. ``docs/maths.md`` derives them.
 """
 
 from dataclasses import dataclass

@@ -31,13 +31,13 @@ class ClipConfig(Config):
         model: open_clip's name of it; OpenAI's weights need one that ends in ``-quickgelu``, and say nothing
             if they do not get it.
         sha256: Digest of the file; without it any is taken, and its digest recorded.
-        among: Of how many captions R-precision chooses, its own one of them.
+        retrieval_candidates: Of how many captions R-precision chooses, its own one of them.
     """
 
     weights: Path
     model: str = "ViT-B-32-quickgelu"
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    among: int = Field(default=100, ge=2)
+    retrieval_candidates: int = Field(default=100, ge=2)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def load_clip(config: ClipConfig, device: torch.device) -> Clip:
         network.eval().to(device),
         open_clip.get_tokenizer(config.model),
         size[0] if isinstance(size, tuple) else int(size),
-        {"model": config.model, "weights_sha256": digest, "among": config.among},
+        {"model": config.model, "weights_sha256": digest, "among": config.retrieval_candidates},
         device,
     )
 
@@ -129,7 +129,9 @@ def r_precision(
     """
     count = len(pictures)
     if count < among:
-        raise UserError(f"CLIP-R-precision: {count} captions are fewer than clip.among={among}; lower it.")
+        raise UserError(
+            f"CLIP-R-precision: {count} captions are fewer than clip.retrieval_candidates={among}; lower it."
+        )
     right = 0
     order = torch.from_numpy(permutation(0, Purpose.EVALUATION, 1, count))
     for place, number in enumerate(order.tolist()):

@@ -14,13 +14,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vqd_scale.core.atomic_io import sha256_of
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
-from vqd_scale.core.store import sha256_of
 from vqd_scale.core.tensors import read_tensors
 from vqd_scale.tokenizers.base import to_signal
-from vqd_scale.tokenizers.choice import Tokenizer
+from vqd_scale.tokenizers.registry import Tokenizer
 
 PUBLISHED_INCEPTION = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 """SHA-256 of the Inception of the first FIDs in PyTorch's format; torch-fidelity and pytorch-fid share it."""

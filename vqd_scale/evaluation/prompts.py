@@ -14,10 +14,10 @@ from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, integers, permutation
-from vqd_scale.data.decode import BadSample, decode_json
-from vqd_scale.data.index import ShardSet
-from vqd_scale.data.samples import Place, caption_of
-from vqd_scale.data.shards import ShardReader
+from vqd_scale.data.loading.sample_readers import SampleLocation, caption_of
+from vqd_scale.data.shards.decode import BadSample, decode_json
+from vqd_scale.data.shards.shard_index import ShardSet
+from vqd_scale.data.shards.shard_io import ShardReader
 from vqd_scale.data.sources.shapes import Scene
 
 
@@ -25,15 +25,15 @@ class Captions(Config):
     """Captions of a set of shards.
 
     Attributes:
-        count: How many.
-        which: Of a picture's captions the ``first``, a ``random`` one, or ``each``, all of them being items.
-        shuffled: Whether items are taken in a random order; otherwise in the order of the shards.
-        seed: Of the order and of the choice.
+        count: Number of prompts.
+        caption: Caption of an image that has several: the ``first``, a ``random`` one, or ``each`` of them.
+        shuffled: Take items in a random order instead of the order of the shards.
+        seed: Seed of the order and of the random caption.
     """
 
     kind: Literal["captions"] = "captions"
     count: int = Field(default=30_000, ge=1)
-    which: Literal["first", "random", "each"] = "random"
+    caption: Literal["first", "random", "each"] = "random"
     shuffled: bool = True
     seed: int = Field(default=0, ge=0, lt=1 << 32)
 
@@ -66,7 +66,7 @@ PromptsConfig = Annotated[Captions | Classes | Nothing, Field(discriminator="kin
 
 
 @dataclass(frozen=True)
-class Prompt:
+class EvaluationPrompt:
     """What one picture is drawn for.
 
     Attributes:
@@ -84,7 +84,7 @@ class Prompt:
     scene: Scene | None = None
 
 
-def choose_prompts(config: PromptsConfig, shards: ShardSet | None) -> list[Prompt]:
+def choose_prompts(config: PromptsConfig, shards: ShardSet | None) -> list[EvaluationPrompt]:
     """The prompts in the order in which their pictures are numbered: a function of configuration and set.
 
     Args:
@@ -95,9 +95,11 @@ def choose_prompts(config: PromptsConfig, shards: ShardSet | None) -> list[Promp
         UserError: Captions are asked for and there is no set, or it has too few, or one cannot be read.
     """
     if isinstance(config, Classes):
-        return [Prompt(str(number * config.classes // config.count)) for number in range(config.count)]
+        return [
+            EvaluationPrompt(str(number * config.classes // config.count)) for number in range(config.count)
+        ]
     if isinstance(config, Nothing):
-        return [Prompt("")] * config.count
+        return [EvaluationPrompt("")] * config.count
     if shards is None:
         raise UserError("prompts: captions need the shards that they come from; give --data.")
     members, captions = _chosen(config, shards)
@@ -105,7 +107,7 @@ def choose_prompts(config: PromptsConfig, shards: ShardSet | None) -> list[Promp
     by_shard: dict[int, list[int]] = defaultdict(list)
     for place, member in enumerate(members):
         by_shard[int(np.searchsorted(firsts, member, side="right")) - 1].append(place)
-    found: dict[int, Prompt] = {}
+    found: dict[int, EvaluationPrompt] = {}
     for number, places in sorted(by_shard.items()):
         reader = ShardReader(shards.shards[number])
         for place in places:
@@ -114,7 +116,7 @@ def choose_prompts(config: PromptsConfig, shards: ShardSet | None) -> list[Promp
     return [found[place] for place in range(len(members))]
 
 
-def digest_of(prompts: Sequence[Prompt]) -> str:
+def digest_of(prompts: Sequence[EvaluationPrompt]) -> str:
     """Hex SHA-256 of what is drawn in which order: of each prompt the key, the caption's place, the text."""
     digest = hashlib.sha256()
     for prompt in prompts:
@@ -124,7 +126,7 @@ def digest_of(prompts: Sequence[Prompt]) -> str:
 
 def _chosen(config: Captions, shards: ShardSet) -> tuple[list[int], list[int]]:
     """Sample and caption of each item that is taken."""
-    if config.which == "each":
+    if config.caption == "each":
         counts = _caption_counts(shards)
         all_members = np.repeat(np.arange(len(counts)), counts)
         all_captions = np.concatenate([np.arange(count) for count in counts])
@@ -133,11 +135,11 @@ def _chosen(config: Captions, shards: ShardSet) -> tuple[list[int], list[int]]:
         all_captions = np.zeros(shards.count, np.int64)
     items = len(all_members)
     if items < config.count:
-        what = "captions" if config.which == "each" else "pictures with captions"
+        what = "captions" if config.caption == "each" else "pictures with captions"
         raise UserError(f"{shards.folder}: holds {items} {what}, fewer than prompts.count={config.count}.")
     order = permutation(config.seed, Purpose.EVALUATION, 0, items) if config.shuffled else np.arange(items)
     members, captions = all_members[order[: config.count]], all_captions[order[: config.count]]
-    if config.which == "random":
+    if config.caption == "random":
         # A number for each sample of the set: it does not depend on how many are taken.
         draws = integers(config.seed, Purpose.CAPTION_CHOICE, 0, shards.count)[members]
         captions = draws * _caption_counts(shards)[members] >> 32
@@ -152,10 +154,10 @@ def _caption_counts(shards: ShardSet) -> NDArray[np.int64]:
     return np.array(counts, np.int64)
 
 
-def _prompt(reader: ShardReader, member: int, caption: int, number: int) -> Prompt:
+def _prompt(reader: ShardReader, member: int, caption: int, number: int) -> EvaluationPrompt:
     key = reader.key(member)
     try:
-        text = caption_of(Place(reader, member, caption))
+        text = caption_of(SampleLocation(reader, member, caption))
         described: Mapping[str, object] = {}
         if "json" in reader.extensions(member):
             described = decode_json(reader.read(member, "json"))
@@ -164,4 +166,4 @@ def _prompt(reader: ShardReader, member: int, caption: int, number: int) -> Prom
             f"{reader.shard.path}: sample '{key}' {error}; an evaluation needs every caption of its set."
         ) from None
     scene = Scene.from_json(dict(described)) if "figures" in described else None
-    return Prompt(text, number, key, caption, scene)
+    return EvaluationPrompt(text, number, key, caption, scene)

@@ -3,17 +3,17 @@
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from vqd_scale.core.atomic_io import Location
 from vqd_scale.core.config import Config
-from vqd_scale.core.store import Location
-from vqd_scale.diffusion.guidance import Constant, GuidanceScale, Truncation
-from vqd_scale.diffusion.sampler import Sampler, Strided
+from vqd_scale.diffusion.guidance import ConstantGuidance, GuidanceScale, Truncation
+from vqd_scale.diffusion.samplers import Sampler, Strided
 from vqd_scale.evaluation.clip import ClipConfig
 from vqd_scale.evaluation.extractors import ExtractorConfig, Inception
 from vqd_scale.evaluation.prompts import Captions, PromptsConfig
-from vqd_scale.evaluation.references import ReferenceConfig
+from vqd_scale.evaluation.reference_stats import ReferenceConfig
 
 
-class DrawingConfig(Config):
+class SamplingConfig(Config):
     """How pictures are drawn.
 
     Attributes:
@@ -21,16 +21,16 @@ class DrawingConfig(Config):
         guidance: Scale of classifier-free guidance, 1 is none.
         truncation: Which codes each prediction keeps; all if not given.
         seed: Of the pictures.
-        batch: How many are drawn at once; also what a kill costs each rank.
-        save: Whether the pictures are kept, beside their features.
+        batch_size: How many are drawn at once; also what a kill costs each rank.
+        save_images: Whether the pictures are kept, beside their features.
     """
 
     sampler: Sampler = Strided(steps=100)
-    guidance: GuidanceScale = Constant(scale=3.0)
+    guidance: GuidanceScale = ConstantGuidance(scale=3.0)
     truncation: Truncation | None = None
     seed: int = Field(default=0, ge=0, lt=1 << 31)
-    batch: int = Field(default=32, ge=1)
-    save: bool = False
+    batch_size: int = Field(default=32, ge=1)
+    save_images: bool = False
 
 
 class KernelConfig(Config):
@@ -53,29 +53,29 @@ class EvaluationConfig(Config):
         data: The shards that captions, and real pictures if not said otherwise, come from.
         prompts: What is drawn.
         reference: Which real pictures stand on the other side.
-        drawing: How it is drawn.
+        sampling: How it is drawn.
         extractor: Whose features are compared.
         clip: Which CLIP judges; none without weights.
         kid: The kernel distance's subsets.
         inception_splits: Parts of the Inception score.
-        neighbours: k of precision, recall, density and coverage.
-        shown: How many best, worst and random pictures the report shows.
+        neighbors: k of precision, recall, density and coverage.
+        report_images: How many best, worst and random pictures the report shows.
     """
 
     name: str = Field(default="coco30k", pattern="^[A-Za-z0-9._-]+$")
     data: Location | None = None
     prompts: PromptsConfig = Captions()
     reference: ReferenceConfig = ReferenceConfig()
-    drawing: DrawingConfig = DrawingConfig()
+    sampling: SamplingConfig = SamplingConfig()
     extractor: ExtractorConfig = Inception()
     clip: ClipConfig | None = None
     kid: KernelConfig = KernelConfig()
     inception_splits: int = Field(default=10, ge=1)
-    neighbours: int = Field(default=5, ge=1)
-    shown: int = Field(default=8, ge=1)
+    neighbors: int = Field(default=5, ge=1)
+    report_images: int = Field(default=8, ge=1)
 
     @model_validator(mode="after")
     def _reference_fits_prompts(self) -> Self:
-        if self.reference.pictures == "prompted" and not isinstance(self.prompts, Captions):
-            raise ValueError("without captions no picture is a prompt's own; set reference.pictures to all")
+        if self.reference.images == "prompted" and not isinstance(self.prompts, Captions):
+            raise ValueError("without captions no picture is a prompt's own; set reference.images to all")
         return self

@@ -9,14 +9,15 @@ from typing import Any, cast
 
 from pydantic import Field
 
+from vqd_scale.core.atomic_io import publish_json
 from vqd_scale.core.config import Config, validated
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.report import Picture, Section, Series, Table, Text, html_report, plot_curves
-from vqd_scale.core.store import publish_json
-from vqd_scale.evaluation.page import flattened
+from vqd_scale.evaluation.html_report import flattened
 from vqd_scale.evaluation.protocol import EvaluationConfig
+from vqd_scale.reports.html import ImageSection, Section, TableSection, TextSection, html_report
+from vqd_scale.reports.plots import Series, plot_curves
 
-SEED = "drawing.seed"
+SEED = "sampling.seed"
 
 
 class SweepConfig(Config):
@@ -25,23 +26,23 @@ class SweepConfig(Config):
     Attributes:
         evaluation: The protocol that all share.
         axes: Values of each dotted key of the protocol, single ones or whole groups of keys such as
-            ``{kind: ancestral}``; all combinations are evaluated. Those of ``drawing.seed`` are the same
+            ``{kind: ancestral}``; all combinations are evaluated. Those of ``sampling.seed`` are the same
             thing again: their spread is shown.
-        figures: Which of the report's figures the table and the plot show, by dotted names.
-        x: Which key is the plot's horizontal axis; its values are numbers.
+        metrics: Which of the report's figures the table and the plot show, by dotted names.
+        x_axis: Which key is the plot's horizontal axis; its values are numbers.
     """
 
     evaluation: EvaluationConfig = EvaluationConfig()
     axes: dict[str, tuple[Any, ...]] = Field(
         default={
-            "drawing.sampler.steps": (10, 25, 50, 100),
-            "drawing.guidance.scale": (1.0, 2.0, 3.0, 5.0),
+            "sampling.sampler.steps": (10, 25, 50, 100),
+            "sampling.guidance.scale": (1.0, 2.0, 3.0, 5.0),
             SEED: (0, 1, 2),
         },
         min_length=1,
     )
-    figures: tuple[str, ...] = Field(default=("fid", "clip_score"), min_length=1)
-    x: str = "drawing.sampler.steps"
+    metrics: tuple[str, ...] = Field(default=("fid", "clip_score"), min_length=1)
+    x_axis: str = "sampling.sampler.steps"
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,13 @@ def points(config: SweepConfig, out: Path) -> list[tuple[str, dict[str, Any], Ev
     Raises:
         UserError: A key or a value is wrong.
     """
-    if any(isinstance(value, str | dict) for value in config.axes.get(config.x, ())):
-        raise UserError(f"x: the values of '{config.x}' are no numbers, as a horizontal axis needs them.")
+    if any(isinstance(value, str | dict) for value in config.axes.get(config.x_axis, ())):
+        raise UserError(
+            f"x: the values of '{config.x_axis}' are no numbers, as a horizontal axis needs them."
+        )
     keys = [SEED, *(key for key in config.axes if key != SEED)]
     values = [
-        config.axes.get(SEED, (config.evaluation.drawing.seed,)),
+        config.axes.get(SEED, (config.evaluation.sampling.seed,)),
         *(config.axes[key] for key in keys[1:]),
     ]
     found: list[tuple[str, dict[str, Any], EvaluationConfig]] = []
@@ -98,7 +101,7 @@ def points(config: SweepConfig, out: Path) -> list[tuple[str, dict[str, Any], Ev
         # All have the same real pictures.
         plain["reference"]["file"] = plain["reference"]["file"] or str(out / "reference.safetensors")
         settings = {key: _named(value) for key, value in settings.items()}
-        name = ",".join(f"{key.removeprefix('drawing.')}={value}" for key, value in settings.items())
+        name = ",".join(f"{key.removeprefix('sampling.')}={value}" for key, value in settings.items())
         protocol = validated(EvaluationConfig, plain, source=f"axes: {name}")
         found.append((name.replace("/", "_"), settings, protocol))
     return found
@@ -162,7 +165,9 @@ def publish_sweep(
     for number, figure in enumerate(figures):
         path = out / f"plot-{number}.png"
         plot_curves(path, _curves(groups, x, figure), title="", x_label=_short(x), y_label=figure)
-        sections.append(Picture(figure, path, "Lines are means over seeds, bands go from lowest to highest."))
+        sections.append(
+            ImageSection(figure, path, "Lines are means over seeds, bands go from lowest to highest.")
+        )
     columns = [*(_short(name) for name in names), "seeds", *figures]
     table = [
         [
@@ -176,10 +181,10 @@ def publish_sweep(
         out / "report.html",
         title,
         [
-            Table("All", columns, table, "Means over seeds; in brackets the lowest and the highest."),
+            TableSection("All", columns, table, "Means over seeds; in brackets the lowest and the highest."),
             *sections,
-            Table(*_separations(groups, figures)),
-            Text("How it was made", note),
+            TableSection(*_separations(groups, figures)),
+            TextSection("How it was made", note),
         ],
     )
     listed = [

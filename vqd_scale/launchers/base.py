@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.stop import STOP_SIGNALS
+from vqd_scale.core.signals import STOP_SIGNALS
 
 MISTAKE = 2
 """Exit code of a tool after a mistake that one sentence names: it would be made again."""

@@ -22,8 +22,8 @@ from submitit.core.job_environment import JobEnvironment
 from submitit.core.logger import get_logger
 from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, JobPaths
 
+from vqd_scale.core.atomic_io import publish_json
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.store import publish_json
 from vqd_scale.launchers.base import (
     MISTAKE,
     forwarding_signals,
@@ -32,7 +32,7 @@ from vqd_scale.launchers.base import (
     noted_ends,
     started,
 )
-from vqd_scale.launchers.record import CANCELLED, Cluster, Launch, goes_on, last_line_of, outcome_file
+from vqd_scale.launchers.job_record import CANCELLED, Cluster, Launch, goes_on, last_line_of, outcome_file
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 60.0

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from vqd_scale.nn.small_heads import pays, small_heads_attention
+from vqd_scale.nn.small_heads import is_faster, small_heads_attention
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def attention(
     """
     if causal and query.shape[1] != key.shape[1]:
         raise ValueError(f"causal attention of {query.shape[1]} queries over {key.shape[1]} keys")
-    if backend == "small_heads" or (backend == "auto" and not causal and pays(query, key)):
+    if backend == "small_heads" or (backend == "auto" and not causal and is_faster(query, key)):
         if causal:
             raise ValueError("small_heads attends to all keys; causal attention is sdpa's")
         return small_heads_attention(query, key, value)

@@ -16,9 +16,9 @@ from typing_extensions import Self
 
 from vqd_scale.core.config import Config
 from vqd_scale.nn.attention import AttentionBackend
-from vqd_scale.nn.denoiser import CodeHead, Consume, NoCondition, Output, TextCondition
+from vqd_scale.nn.denoiser import Consume, NoCondition, Output, TextCondition, TokenHead
 from vqd_scale.nn.layers import Attention, FeedForward, ImageEmbedding, KeysValues, initialise
-from vqd_scale.nn.placement import HERE, Placement
+from vqd_scale.nn.param_sharding import HERE, ParamSharding
 
 
 class AutoregressiveConfig(Config):
@@ -27,12 +27,12 @@ class AutoregressiveConfig(Config):
     width: PositiveInt = 1024
     layers: PositiveInt = 19
     heads: PositiveInt = 16
-    multiplier: PositiveInt = 4
+    mlp_ratio: PositiveInt = 4
     """Of the width, inside the feed-forward part. A convolution over the grid would see what is to be
     predicted; 18 has as many weights as the 3x3 convolutions of size S."""
     condition: Annotated[TextCondition | NoCondition, Field(discriminator="kind")] = TextCondition()
     attention: AttentionBackend = "auto"
-    initial_deviation: PositiveFloat = 0.02
+    init_std: PositiveFloat = 0.02
     """Deviation of linear and embedding weights at the start; narrow models want about 1/sqrt(width)."""
 
     @model_validator(mode="after")
@@ -42,7 +42,7 @@ class AutoregressiveConfig(Config):
         return self
 
 
-class Memory(NamedTuple):
+class KVCache(NamedTuple):
     """What a block keeps while tokens come one by one.
 
     Attributes:
@@ -67,7 +67,7 @@ class CausalBlock(nn.Module):
             self.ln1_1 = nn.LayerNorm(width)
             self.attn2 = Attention(width, config.heads, config.condition.width, config.attention)
         self.ln2 = nn.LayerNorm(width)
-        self.mlp = FeedForward(width, config.multiplier)
+        self.mlp = FeedForward(width, config.mlp_ratio)
 
     def forward(
         self,
@@ -80,7 +80,7 @@ class CausalBlock(nn.Module):
         return self._informed(x, self._read(text))
 
     def step(
-        self, x: Float[Tensor, "batch 1 width"], place: int, memory: Memory
+        self, x: Float[Tensor, "batch 1 width"], place: int, memory: KVCache
     ) -> Float[Tensor, "batch 1 width"]:
         """One place, after those before it; writes into the memory."""
         normed = self.ln1(x)
@@ -93,10 +93,10 @@ class CausalBlock(nn.Module):
         self,
         text: Float[Tensor, "batch positions text_width"] | None,
         like: Float[Tensor, "batch length width"],
-    ) -> Memory:
+    ) -> KVCache:
         """Room for as many samples and places as ``like`` has, and the prompt's keys and values."""
         room = like.unflatten(-1, (self.attn1.heads, -1))
-        return Memory(KeysValues(torch.zeros_like(room), torch.zeros_like(room)), self._read(text))
+        return KVCache(KeysValues(torch.zeros_like(room), torch.zeros_like(room)), self._read(text))
 
     def _read(self, text: Float[Tensor, "batch positions text_width"] | None) -> KeysValues | None:
         return self.attn2.keys_values(text) if self.cross and text is not None else None
@@ -122,7 +122,7 @@ class Autoregressive(nn.Module):
     units: ClassVar[tuple[type[nn.Module], ...]] = (CausalBlock,)
 
     def __init__(
-        self, config: AutoregressiveConfig, codes: int, grid: tuple[int, int], placement: Placement = HERE
+        self, config: AutoregressiveConfig, codes: int, grid: tuple[int, int], placement: ParamSharding = HERE
     ) -> None:
         super().__init__()
         self.start = codes
@@ -130,8 +130,8 @@ class Autoregressive(nn.Module):
         self.content_emb = placed(ImageEmbedding(codes, grid, config.width))
         self.blocks = nn.ModuleList(placed(CausalBlock(config)) for _ in range(config.layers))
         self.norm = placed(nn.LayerNorm(config.width))
-        self.head = placed(CodeHead(config.width, codes))
-        initialise(self, config.initial_deviation, placement)
+        self.head = placed(TokenHead(config.width, codes))
+        initialise(self, config.init_std, placement)
 
     @property
     def code_tables(self) -> tuple[Tensor, Tensor]:
@@ -170,7 +170,7 @@ class Autoregressive(nn.Module):
     @torch.no_grad()
     def memories(
         self, condition: Float[Tensor, "batch positions text_width"] | None, batch: int
-    ) -> list[Memory]:
+    ) -> list[KVCache]:
         """Memories of nothing but the condition, one for each block, to be handed to `step`."""
         positions = self.content_emb.positions()
         like = positions.expand(batch, *positions.shape)
@@ -178,7 +178,7 @@ class Autoregressive(nn.Module):
 
     @torch.no_grad()
     def step(
-        self, tokens: Int[Tensor, "batch length"], place: int, memories: Sequence[Memory]
+        self, tokens: Int[Tensor, "batch length"], place: int, memories: Sequence[KVCache]
     ) -> Float[Tensor, "batch codes"]:
         """What `forward` says of one place, at the cost of one place; places come in order, from 0.
 

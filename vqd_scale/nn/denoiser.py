@@ -29,7 +29,7 @@ from vqd_scale.nn.layers import (
     initialise,
     modulated,
 )
-from vqd_scale.nn.placement import HERE, Placement
+from vqd_scale.nn.param_sharding import HERE, ParamSharding
 from vqd_scale.nn.sizes import SIZES, SizeName
 
 Output = TypeVar("Output")
@@ -78,20 +78,20 @@ class DenoiserConfig(Config):
     heads: PositiveInt = 16
     feed_forward: FeedForwardConfig = FullyConnected()
     condition: Condition = TextCondition()
-    timestep: TimestepEmbedding = "learned"
+    timestep_embedding: TimestepEmbedding = "learned"
     attention: AttentionBackend = "auto"
-    initial_deviation: PositiveFloat = 0.02
+    init_std: PositiveFloat = 0.02
     """Deviation of linear and embedding weights at the start; narrow models want about 1/sqrt(width)."""
     position_grid: tuple[PositiveInt, PositiveInt] | None = None
     """Rows and columns of the position tables, if not the token grid's. The published 16x16 models lay their
     256 tokens row by row into a grid of 32x32: this is for them, no new model wants it."""
-    query_key_norm: bool = False
+    qk_norm: bool = False
     """RMS-normalise each head's queries and keys, which keeps attention from blowing up in wide models."""
-    rotary_positions: bool = False
+    rope_2d: bool = False
     """Turn queries and keys of self-attention by row and column (2-D RoPE), beside the position tables."""
-    zero_modulation: bool = False
+    adaln_zero: bool = False
     """Start every AdaLN as a plain LayerNorm, whatever the timestep."""
-    checkpoint_blocks: bool = False
+    gradient_checkpointing: bool = False
     """Compute each block again in backward instead of keeping what is inside it: less memory, more time."""
 
     @model_validator(mode="before")
@@ -109,7 +109,7 @@ class DenoiserConfig(Config):
     def _heads_divide_width(self) -> "DenoiserConfig":
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.rotary_positions and self.width // self.heads % 4:
+        if self.rope_2d and self.width // self.heads % 4:
             raise ValueError(
                 f"rotary_positions turn pairs of features by row and by column: a head's width "
                 f"must be a multiple of 4, not {self.width // self.heads}"
@@ -134,7 +134,7 @@ class Conditioning(NamedTuple):
 
     def at(self, t: int) -> "Conditioning":
         """The same for one timestep of the whole batch, if the modulations are those of all timesteps."""
-        ln1, ln1_1 = (norm and Modulation(norm.gain[t], norm.shift[t]) for norm in (self.ln1, self.ln1_1))
+        ln1, ln1_1 = (norm and Modulation(norm.scale[t], norm.shift[t]) for norm in (self.ln1, self.ln1_1))
         return self._replace(ln1=ln1, ln1_1=ln1_1)
 
 
@@ -148,11 +148,11 @@ class Block(nn.Module):
         super().__init__()
         width, condition = config.width, config.condition
         attends = functools.partial(
-            Attention, width, config.heads, backend=config.attention, normalise=config.query_key_norm
+            Attention, width, config.heads, backend=config.attention, normalise=config.qk_norm
         )
 
         def timed() -> AdaptiveLayerNorm:
-            return AdaptiveLayerNorm(build_timestep_embedding(config.timestep, width, steps), width)
+            return AdaptiveLayerNorm(build_timestep_embedding(config.timestep_embedding, width, steps), width)
 
         self.condition = condition.kind
         self.ln2: nn.LayerNorm | AdaptiveLayerNorm
@@ -205,7 +205,7 @@ class Block(nn.Module):
         return self.updated(x, self.conditioning(t, condition), rotation)
 
 
-class CodeHead(nn.Linear):
+class TokenHead(nn.Linear):
     """The linear map to K logits, which can be consumed instead of computed (see `Consume`)."""
 
     @overload
@@ -239,7 +239,7 @@ class Denoiser(nn.Module):
         codes: int,
         grid: tuple[int, int],
         steps: int,
-        placement: Placement = HERE,
+        placement: ParamSharding = HERE,
     ) -> None:
         super().__init__()
         self.config = config
@@ -249,9 +249,9 @@ class Denoiser(nn.Module):
         self.content_emb = placed(ImageEmbedding(codes, grid, config.width, config.position_grid))
         self.blocks = nn.ModuleList(placed(Block(config, grid, steps)) for _ in range(config.layers))
         self.norm = placed(nn.LayerNorm(config.width))
-        self.head = placed(CodeHead(config.width, codes))
-        initialise(self, config.initial_deviation, placement)
-        if config.zero_modulation:
+        self.head = placed(TokenHead(config.width, codes))
+        initialise(self, config.init_std, placement)
+        if config.adaln_zero:
             for module in self.modules():
                 if isinstance(module, AdaptiveLayerNorm):
                     with placement.whole(module.linear.parameters()):
@@ -273,7 +273,7 @@ class Denoiser(nn.Module):
 
     def rotation(self, like: Tensor) -> Rotation | None:
         """What self-attention turns queries and keys by, if it does; of the device and dtype of ``like``."""
-        if not self.config.rotary_positions:
+        if not self.config.rope_2d:
             return None
         return Rotation.of(self.grid, self.config.width // self.config.heads, like)
 
@@ -311,7 +311,7 @@ class Denoiser(nn.Module):
         x = self.content_emb(tokens)
         rotation = self.rotation(x)
         for block in self.blocks:
-            if self.config.checkpoint_blocks and torch.is_grad_enabled():
+            if self.config.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(
                     block, x, t, condition, rotation, use_reentrant=False, preserve_rng_state=False
                 )

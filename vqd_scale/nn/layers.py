@@ -13,7 +13,7 @@ from torch.nn import functional
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.nn.attention import AttentionBackend, attention
-from vqd_scale.nn.placement import HERE, Placement
+from vqd_scale.nn.param_sharding import HERE, ParamSharding
 
 TimestepEmbedding = Literal["learned", "sinusoidal"]
 NullClass = Literal["learned", "mean"]
@@ -30,14 +30,14 @@ class FullyConnected(Config):
     """Two linear layers, ``multiplier`` times as wide between them."""
 
     kind: Literal["fc"] = "fc"
-    multiplier: PositiveInt = 4
+    mlp_ratio: PositiveInt = 4
 
 
 class Convolutional(Config):
     """Two 3x3 convolutions over the token grid, ``multiplier`` times as wide between them."""
 
     kind: Literal["conv"] = "conv"
-    multiplier: PositiveInt = 2
+    mlp_ratio: PositiveInt = 2
 
 
 FeedForwardConfig = Annotated[FullyConnected | Convolutional, Field(discriminator="kind")]
@@ -108,22 +108,22 @@ class Modulation(NamedTuple):
     """What takes the place of a LayerNorm's weight and bias, for each of a batch or for all in common.
 
     Attributes:
-        gain: 1 + scale, [batch, width] or [width].
+        scale: Multiplier of the normalized input, 1 + the predicted scale; [batch, width] or [width].
         shift: Of the same shape.
     """
 
-    gain: Tensor
+    scale: Tensor
     shift: Tensor
 
 
 def modulated(
     x: Float[Tensor, "batch length width"], modulation: Modulation
 ) -> Float[Tensor, "batch length width"]:
-    """LN(x) * gain + shift, LN without weights of its own (AdaLN, arXiv 2111.14822, section 4.2)."""
-    gain, shift = modulation
-    if gain.ndim == 1:
-        return functional.layer_norm(x, x.shape[-1:], gain, shift)
-    return torch.addcmul(shift[:, None], functional.layer_norm(x, x.shape[-1:]), gain[:, None])
+    """LN(x) * scale + shift, LN without weights of its own (AdaLN, arXiv 2111.14822, section 4.2)."""
+    scale, shift = modulation
+    if scale.ndim == 1:
+        return functional.layer_norm(x, x.shape[-1:], scale, shift)
+    return torch.addcmul(shift[:, None], functional.layer_norm(x, x.shape[-1:]), scale[:, None])
 
 
 class AdaptiveLayerNorm(nn.Module):
@@ -329,12 +329,12 @@ def build_timestep_embedding(kind: TimestepEmbedding, width: int, steps: int) ->
 def build_feed_forward(config: FeedForwardConfig, width: int, grid: tuple[int, int]) -> nn.Module:
     """The feed-forward part that the configuration names."""
     if isinstance(config, Convolutional):
-        return ConvolutionalFeedForward(width, config.multiplier, grid)
-    return FeedForward(width, config.multiplier)
+        return ConvolutionalFeedForward(width, config.mlp_ratio, grid)
+    return FeedForward(width, config.mlp_ratio)
 
 
 @torch.no_grad()
-def initialise(network: nn.Module, deviation: float, placement: Placement = HERE) -> None:
+def initialise(network: nn.Module, deviation: float, placement: ParamSharding = HERE) -> None:
     """Normal weights and zero biases; convolutions keep torch's default, as in the published recipe.
 
     Args:
@@ -356,7 +356,7 @@ def start_from_codebook(
     tables: Sequence[Float[Tensor, "rows width"]],
     vectors: Float[Tensor, "codes code_width"],
     deviation: float,
-    placement: Placement = HERE,
+    placement: ParamSharding = HERE,
 ) -> None:
     """Let codes that look alike start alike: a network's code tables as random rotations of the code vectors.
 

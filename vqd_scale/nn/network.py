@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vqd_scale.core.config import kind_or
 from vqd_scale.nn.denoiser import Consume, Denoiser, DenoiserConfig, Output
-from vqd_scale.nn.placement import HERE, Placement
+from vqd_scale.nn.param_sharding import HERE, ParamSharding
 from vqd_scale.nn.unet import UNet, UNetConfig
 
 NetworkConfig: TypeAlias = Annotated[
@@ -22,7 +22,7 @@ class Network(Protocol):
     """Noisy tokens -> logits of p(x0 | x_t): all that schedules, objectives and samplers need to know.
 
     Attributes:
-        units: See `vqd_scale.training.task.Task.units`.
+        units: See `vqd_scale.training.tasks.base.Task.units`.
     """
 
     units: ClassVar[tuple[type[nn.Module], ...]]
@@ -54,7 +54,7 @@ class Network(Protocol):
 
 
 def build_network(
-    config: NetworkConfig, codes: int, grid: tuple[int, int], steps: int, placement: Placement = HERE
+    config: NetworkConfig, codes: int, grid: tuple[int, int], steps: int, placement: ParamSharding = HERE
 ) -> Network:
     """The network that a configuration describes.
 

@@ -26,12 +26,10 @@ class Size:
     grid: tuple[int, int]
 
 
-_PUBLISHED_16 = {"width": 512, "feed_forward": {"kind": "conv", "multiplier": 4}, "position_grid": (32, 32)}
+_PUBLISHED_16 = {"width": 512, "feed_forward": {"kind": "conv", "mlp_ratio": 4}, "position_grid": (32, 32)}
 
 SIZES: Mapping[SizeName, Size] = {
-    "S": Size(
-        {"width": 192, "layers": 18, "feed_forward": {"kind": "conv", "multiplier": 2}}, 2887, (32, 32)
-    ),
+    "S": Size({"width": 192, "layers": 18, "feed_forward": {"kind": "conv", "mlp_ratio": 2}}, 2887, (32, 32)),
     "B": Size({}, 2887, (32, 32)),
     "F": Size({}, 2887, (32, 32)),
     "L": Size({"width": 1408, "layers": 36}, 4096, (32, 32)),

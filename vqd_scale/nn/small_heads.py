@@ -36,7 +36,9 @@ _FEWEST_KEYS = 512
 8 features, 1.6 times with 12, 0.9 times with 16; with 12 features over 256 keys and fewer about as fast."""
 
 
-def pays(query: Float[Tensor, "batch queries heads dim"], key: Float[Tensor, "batch keys heads dim"]) -> bool:
+def is_faster(
+    query: Float[Tensor, "batch queries heads dim"], key: Float[Tensor, "batch keys heads dim"]
+) -> bool:
     """Whether the kernel is faster than sdpa here, and can be had: it needs a C compiler."""
     return (
         query.device.type == "cpu"

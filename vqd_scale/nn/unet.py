@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
-from vqd_scale.nn.denoiser import ClassCondition, CodeHead, Consume, NoCondition, Output
+from vqd_scale.nn.denoiser import ClassCondition, Consume, NoCondition, Output, TokenHead
 from vqd_scale.nn.layers import ClassEmbedding, SinusoidalEmbedding
 
 _GROUPS = 8
@@ -36,7 +36,7 @@ class UNetConfig(Config):
 
     kind: Literal["unet"] = "unet"
     width: PositiveInt = 128
-    multipliers: tuple[PositiveInt, ...] = Field(default=(1, 2, 4, 8), min_length=1)
+    channel_multipliers: tuple[PositiveInt, ...] = Field(default=(1, 2, 4, 8), min_length=1)
     """Of the width, from the full resolution to the coarsest, each half as fine as the one before."""
     condition: Annotated[ClassCondition | NoCondition, Field(discriminator="kind")] = NoCondition()
 
@@ -55,7 +55,7 @@ class Convolution(nn.Sequential):
         super().__init__(nn.Conv2d(channels, out, 3, padding=1), nn.GroupNorm(_GROUPS, out), nn.Mish())
 
 
-class ResidualBlock(nn.Module):
+class UNetResidualBlock(nn.Module):
     """Two convolutions, the signal added between them, beside a shortcut."""
 
     def __init__(self, channels: int, out: int, signal: int) -> None:
@@ -93,7 +93,7 @@ class LinearAttention(nn.Module):
         return image + self.gate * self.proj(attended)
 
 
-class Level(nn.Module):
+class UNetLevel(nn.Module):
     """What happens at one resolution: two residual blocks, then attention over all places.
 
     Args:
@@ -104,8 +104,8 @@ class Level(nn.Module):
 
     def __init__(self, channels: int, out: int, signal: int) -> None:
         super().__init__()
-        self.first = ResidualBlock(channels, out, signal)
-        self.second = ResidualBlock(out, out, signal)
+        self.first = UNetResidualBlock(channels, out, signal)
+        self.second = UNetResidualBlock(out, out, signal)
         self.attention = LinearAttention(out)
 
     def forward(self, image: Image, signal: Signal) -> Image:
@@ -126,15 +126,15 @@ class UNet(nn.Module):
         UserError: The grid cannot be halved as often as there are levels to go down.
     """
 
-    units: ClassVar[tuple[type[nn.Module], ...]] = (ResidualBlock, LinearAttention)
+    units: ClassVar[tuple[type[nn.Module], ...]] = (UNetResidualBlock, LinearAttention)
 
     def __init__(self, config: UNetConfig, codes: int, grid: tuple[int, int], steps: int) -> None:
         super().__init__()
-        halvings = len(config.multipliers) - 1
+        halvings = len(config.channel_multipliers) - 1
         if grid[0] % 2**halvings or grid[1] % 2**halvings:
             raise UserError(
-                f"denoiser.multipliers: a grid of {grid[0]}x{grid[1]} tokens cannot be halved {halvings} "
-                f"times; give fewer multipliers, or pictures of another size."
+                f"denoiser.channel_multipliers: a grid of {grid[0]}x{grid[1]} tokens cannot be halved "
+                f"{halvings} times; give fewer multipliers, or images of another size."
             )
         self.grid = grid
         width = config.width
@@ -148,19 +148,19 @@ class UNet(nn.Module):
         self.class_emb: ClassEmbedding | None = None
         if isinstance(config.condition, ClassCondition):
             self.class_emb = ClassEmbedding(config.condition.classes, width, config.condition.null)
-        widths = [width * multiplier for multiplier in config.multipliers]
+        widths = [width * multiplier for multiplier in config.channel_multipliers]
         deepest = widths[-1]
-        self.down = nn.ModuleList(Level(*pair, width) for pair in pairwise([width, *widths]))
+        self.down = nn.ModuleList(UNetLevel(*pair, width) for pair in pairwise([width, *widths]))
         self.downsample = nn.ModuleList(nn.Conv2d(out, out, 3, stride=2, padding=1) for out in widths[:-1])
-        self.middle = nn.ModuleList(ResidualBlock(deepest, deepest, width) for _ in range(2))
+        self.middle = nn.ModuleList(UNetResidualBlock(deepest, deepest, width) for _ in range(2))
         self.middle_attention = LinearAttention(deepest)
         upwards = list(pairwise(reversed(widths)))
-        self.up = nn.ModuleList(Level(2 * coarse, fine, width) for coarse, fine in upwards)
+        self.up = nn.ModuleList(UNetLevel(2 * coarse, fine, width) for coarse, fine in upwards)
         self.upsample = nn.ModuleList(
             nn.ConvTranspose2d(fine, fine, 4, stride=2, padding=1) for _, fine in upwards
         )
         self.last = Convolution(widths[0], widths[0])
-        self.head = CodeHead(widths[0], codes)
+        self.head = TokenHead(widths[0], codes)
 
     @property
     def code_tables(self) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.tensors import check_names
-from vqd_scale.text.published import Shape, published_shape, published_weights
+from vqd_scale.text.open_clip import Shape, published_shape, published_weights
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
@@ -44,10 +44,10 @@ class Tower(Config):
     width: PositiveInt = 512
     heads: PositiveInt = 8
     layers: PositiveInt = 12
-    merges: int = Field(default=_ALL_MERGES, ge=0, le=_ALL_MERGES)
+    bpe_merges: int = Field(default=_ALL_MERGES, ge=0, le=_ALL_MERGES)
     """How many of CLIP's byte-pair merges are kept: fewer make a smaller vocabulary for a small data set."""
-    normalise: bool = True
-    no_caption: Literal["learned", "empty"] = "learned"
+    normalize: bool = True
+    null_condition: Literal["learned", "empty"] = "learned"
     """What stands for "no caption" under guidance: a learned embedding, or the empty caption's features."""
 
 
@@ -60,7 +60,7 @@ class Pretrained(Config):
     """An open_clip tag, a local file of weights, or none: random ones, until a bundle's are loaded."""
     train: bool = False
     """Whether the tower is trained, and saved, with the denoiser; otherwise it is frozen and only named."""
-    no_caption: Literal["learned", "empty"] = "learned"
+    null_condition: Literal["learned", "empty"] = "learned"
 
     @model_validator(mode="after")
     def _frozen_weights_come_from_somewhere(self) -> "Pretrained":
@@ -141,7 +141,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         if isinstance(config, Tower):
-            self.tokenizer = CaptionTokenizer(config.context_length, config.merges)
+            self.tokenizer = CaptionTokenizer(config.context_length, config.bpe_merges)
             shape = Shape(
                 config.context_length,
                 self.tokenizer.vocabulary,
@@ -151,7 +151,7 @@ class TextEncoder(nn.Module):
                 quick_gelu=True,
             )
             self.tower = _build_tower(shape)
-            self.normalise = config.normalise
+            self.normalise = config.normalize
         else:
             shape = published_shape(config.model)
             self.tokenizer = CaptionTokenizer(shape.context_length)
@@ -163,7 +163,7 @@ class TextEncoder(nn.Module):
             self.normalise = True
         self.width = shape.width
         self.null: nn.Parameter | None = None
-        if config.no_caption == "learned":
+        if config.null_condition == "learned":
             self.null = nn.Parameter(torch.randn(self.tokenizer.context_length, self.width))
         empty = torch.from_numpy(self.tokenizer([""]))[0]
         self.register_buffer("empty_caption", empty, persistent=False)

@@ -63,12 +63,12 @@ class Autoencoder(nn.Module, Generic[QuantizerType]):
 
     def __init__(self, config: ConvolutionsConfig, code_width: int, quantize: QuantizerType) -> None:
         super().__init__()
-        width = config.latent_width or code_width
+        width = config.latent_channels or code_width
         self.factor = config.factor
         self.encoder = Encoder(config, width)
         self.quantize = quantize
         self.decoder = Decoder(config, width)
-        has_own = config.latent_width is not None
+        has_own = config.latent_channels is not None
         self.quant_conv = Pointwise(width, code_width) if has_own else nn.Identity()
         self.post_quant_conv = Pointwise(code_width, width) if has_own else nn.Identity()
 

@@ -25,23 +25,23 @@ class ConvolutionsConfig(Config):
     """Shape of encoder and decoder; any height and width go that are multiples of `factor`."""
 
     channels: PositiveInt = 128
-    multipliers: tuple[PositiveInt, ...] = Field(default=(1, 1, 2, 4), min_length=1)
+    channel_multipliers: tuple[PositiveInt, ...] = Field(default=(1, 1, 2, 4), min_length=1)
     """Channels of each level in units of ``channels``; every level but the last halves the resolution."""
-    residual_blocks: PositiveInt = 2
-    patch: PositiveInt = 1
+    num_res_blocks: PositiveInt = 2
+    patch_size: PositiveInt = 1
     """Side of the pixel blocks folded into channels at the entrance; 1 as published, more is cheaper."""
     norm: Norm = "group"
     attention: tuple[NonNegativeInt, ...] = ()
     """Levels whose residual blocks are each followed by self-attention, 0 being the finest."""
-    middle: bool = False
+    mid_attention: bool = False
     """Whether two residual blocks around self-attention stand at the coarsest level, as published."""
-    latent_width: PositiveInt | None = None
+    latent_channels: PositiveInt | None = None
     """Channels between the convolutions and the codebook's 1x1 ones (``z_channels``); none: without these."""
 
     @property
     def factor(self) -> int:
         """How many pixels one token spans in each direction."""
-        return self.patch * 2 ** (len(self.multipliers) - 1)
+        return self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
 
     @model_validator(mode="after")
     def _groups_divide_channels(self) -> Self:
@@ -51,10 +51,10 @@ class ConvolutionsConfig(Config):
 
     @model_validator(mode="after")
     def _attention_is_at_levels(self) -> Self:
-        if any(level >= len(self.multipliers) for level in self.attention):
+        if any(level >= len(self.channel_multipliers) for level in self.attention):
             raise ValueError(
-                f"attention {list(self.attention)} must name levels below {len(self.multipliers)}, the "
-                f"number of multipliers"
+                f"attention {list(self.attention)} must name levels below "
+                f"{len(self.channel_multipliers)}, the number of multipliers"
             )
         return self
 
@@ -69,11 +69,11 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ConvolutionsConfig, width: int) -> None:
         super().__init__()
-        widths = [config.channels * multiplier for multiplier in config.multipliers]
-        self.patch = nn.PixelUnshuffle(config.patch)
-        self.conv_in = nn.Conv2d(3 * config.patch**2, widths[0], 3, padding=1)
+        widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
+        self.patch = nn.PixelUnshuffle(config.patch_size)
+        self.conv_in = nn.Conv2d(3 * config.patch_size**2, widths[0], 3, padding=1)
         self.down = nn.ModuleList(
-            Descent(config, level, before, after, is_last=level == len(widths) - 1)
+            DownBlock(config, level, before, after, is_last=level == len(widths) - 1)
             for level, (before, after) in enumerate(pairwise([widths[0], *widths]))
         )
         self.mid = _middle(config, widths[-1])
@@ -100,19 +100,19 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ConvolutionsConfig, width: int) -> None:
         super().__init__()
-        widths = [config.channels * multiplier for multiplier in config.multipliers]
+        widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
         self.conv_in = nn.Conv2d(width, widths[-1], 3, padding=1)
         self.mid = _middle(config, widths[-1])
         upwards = range(len(widths) - 1, -1, -1)
         levels = [
-            Ascent(config, level, widths[min(level + 1, len(widths) - 1)], widths[level], is_last=level == 0)
+            UpBlock(config, level, widths[min(level + 1, len(widths) - 1)], widths[level], is_last=level == 0)
             for level in upwards
         ]
         # Numbered as the encoder's, 0 the finest: the order of the names is the reverse of the data's.
         self.up = nn.ModuleList(reversed(levels))
         self.norm_out = _norm(widths[0], config.norm)
-        self.conv_out = nn.Conv2d(widths[0], 3 * config.patch**2, 3, padding=1)
-        self.patch = nn.PixelShuffle(config.patch)
+        self.conv_out = nn.Conv2d(widths[0], 3 * config.patch_size**2, 3, padding=1)
+        self.patch = nn.PixelShuffle(config.patch_size)
 
     def forward(self, z: Float[Tensor, "batch latent rows columns"]) -> Float[Tensor, "batch 3 height width"]:
         """Decode latents, in the dtype of the weights."""
@@ -122,7 +122,7 @@ class Decoder(nn.Module):
         return self.patch(self.conv_out(functional.silu(self.norm_out(x))))
 
 
-class Level(nn.Module):
+class ResolutionLevel(nn.Module):
     """The residual blocks of one resolution, each followed by attention where the level has it."""
 
     def __init__(
@@ -132,7 +132,9 @@ class Level(nn.Module):
         attends = level in config.attention
         widths = [width] + [following] * count
         self.block = nn.ModuleList(ResidualBlock(a, b, config.norm) for a, b in pairwise(widths))
-        self.attn = nn.ModuleList(Attention(following, config.norm) for _ in range(count if attends else 0))
+        self.attn = nn.ModuleList(
+            SpatialAttention(following, config.norm) for _ in range(count if attends else 0)
+        )
 
     def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch following h w"]:
         """All blocks in turn."""
@@ -143,13 +145,13 @@ class Level(nn.Module):
         return x
 
 
-class Descent(Level):
+class DownBlock(ResolutionLevel):
     """One level of the encoder."""
 
     def __init__(
         self, config: ConvolutionsConfig, level: int, width: int, following: int, *, is_last: bool
     ) -> None:
-        super().__init__(config, level, width, following, config.residual_blocks)
+        super().__init__(config, level, width, following, config.num_res_blocks)
         self.downsample = nn.Identity() if is_last else Downsample(following)
 
     def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch following h2 w2"]:
@@ -157,13 +159,13 @@ class Descent(Level):
         return self.downsample(super().forward(x))
 
 
-class Ascent(Level):
+class UpBlock(ResolutionLevel):
     """One level of the decoder."""
 
     def __init__(
         self, config: ConvolutionsConfig, level: int, width: int, following: int, *, is_last: bool
     ) -> None:
-        super().__init__(config, level, width, following, config.residual_blocks + 1)
+        super().__init__(config, level, width, following, config.num_res_blocks + 1)
         self.upsample = nn.Identity() if is_last else Upsample(following)
 
     def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch following h2 w2"]:
@@ -188,7 +190,7 @@ class ResidualBlock(nn.Module):
         return self.nin_shortcut(x) + self.conv2(functional.silu(self.norm2(hidden)))
 
 
-class Attention(nn.Module):
+class SpatialAttention(nn.Module):
     """Self-attention of one head over all places of a feature map, beside a shortcut."""
 
     def __init__(self, width: int, norm: Norm) -> None:
@@ -232,12 +234,12 @@ class Upsample(nn.Module):
 
 
 def _middle(config: ConvolutionsConfig, width: int) -> nn.Module:
-    if not config.middle:
+    if not config.mid_attention:
         return nn.Identity()
     return nn.Sequential(
         OrderedDict(
             block_1=ResidualBlock(width, width, config.norm),
-            attn_1=Attention(width, config.norm),
+            attn_1=SpatialAttention(width, config.norm),
             block_2=ResidualBlock(width, width, config.norm),
         )
     )

@@ -22,7 +22,7 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, drawn_codes, uniforms
 from vqd_scale.tokenizers.autoencoder import Autoencoder, Pointwise, Reconstruction, StraightThrough
 from vqd_scale.tokenizers.base import Draws
-from vqd_scale.tokenizers.codebook import chunks, nearest_codes
+from vqd_scale.tokenizers.codebook.quantizer import chunks, nearest_codes
 from vqd_scale.tokenizers.convolutions import ConvolutionsConfig
 
 _SMALLEST = 1e-30
@@ -30,11 +30,11 @@ _SMALLEST = 1e-30
 
 
 class _TamingConfig(ConvolutionsConfig):
-    codes: PositiveInt
-    code_width: PositiveInt = 256
+    codebook_size: PositiveInt
+    code_dim: PositiveInt = 256
     attention: tuple[int, ...] = (3,)
-    middle: bool = True
-    latent_width: PositiveInt | None = 256
+    mid_attention: bool = True
+    latent_channels: PositiveInt | None = 256
 
 
 class TamingVQConfig(_TamingConfig):
@@ -49,11 +49,11 @@ class TamingGumbelConfig(_TamingConfig):
     kind: Literal["taming_gumbel"] = "taming_gumbel"
 
 
-OPENIMAGES_GUMBEL_F8 = TamingGumbelConfig(codes=8192)
+OPENIMAGES_GUMBEL_F8 = TamingGumbelConfig(codebook_size=8192)
 """``vqgan_gumbel_f8``, which VQ-Diffusion's models of COCO, CUB-200 and CC use with 2887 codes left."""
-IMAGENET_F16 = TamingVQConfig(codes=16384, multipliers=(1, 1, 2, 2, 4), attention=(4,))
+IMAGENET_F16 = TamingVQConfig(codebook_size=16384, channel_multipliers=(1, 1, 2, 2, 4), attention=(4,))
 """``vqgan_imagenet_f16_16384``, which VQ-Diffusion's ImageNet model uses with 974 codes left."""
-FFHQ_F16 = TamingVQConfig(codes=1024, multipliers=(1, 1, 2, 2, 4), attention=(4,))
+FFHQ_F16 = TamingVQConfig(codebook_size=1024, channel_multipliers=(1, 1, 2, 2, 4), attention=(4,))
 """The first stage of the published FFHQ transformer, and the shape of ``vqgan_imagenet_f16_1024``."""
 
 
@@ -168,7 +168,7 @@ class TamingVQ(StraightThrough[LearnedCodebook]):
     """
 
     def __init__(self, config: TamingVQConfig) -> None:
-        super().__init__(config, config.code_width, LearnedCodebook(config.codes, config.code_width))
+        super().__init__(config, config.code_dim, LearnedCodebook(config.codebook_size, config.code_dim))
         self.config = config
 
 
@@ -180,7 +180,7 @@ class TamingGumbel(Autoencoder[GumbelCodebook]):
     """
 
     def __init__(self, config: TamingGumbelConfig) -> None:
-        super().__init__(config, config.code_width, GumbelCodebook(config.codes, config.code_width))
+        super().__init__(config, config.code_dim, GumbelCodebook(config.codebook_size, config.code_dim))
         self.config = config
 
     def forward(
@@ -253,13 +253,13 @@ def taming_config(values: Mapping[str, Any], source: str) -> TamingVQConfig | Ta
         if shape["resolution"] // 2**level in shape["attn_resolutions"]
     ]
     described = {
-        "codes": params["n_embed"],
-        "code_width": params["embed_dim"],
+        "codebook_size": params["n_embed"],
+        "code_dim": params["embed_dim"],
         "channels": shape["ch"],
-        "multipliers": list(shape["ch_mult"]),
-        "residual_blocks": shape["num_res_blocks"],
+        "channel_multipliers": list(shape["ch_mult"]),
+        "num_res_blocks": shape["num_res_blocks"],
         "attention": attends,
-        "latent_width": shape["z_channels"],
+        "latent_channels": shape["z_channels"],
     }
     return validated(kinds[name], described, source)
 

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 
 from vqd_scale.tokenizers.autoencoder import StraightThrough
-from vqd_scale.tokenizers.codebook import Codebook
+from vqd_scale.tokenizers.codebook.quantizer import Codebook
 from vqd_scale.tokenizers.convolutions import ConvolutionsConfig
 
 
@@ -13,20 +13,20 @@ class VQGANConfig(ConvolutionsConfig):
     """Shape of an autoencoder to train here; that of VQ-Diffusion's own tokenizers is among them."""
 
     kind: Literal["vqgan"] = "vqgan"
-    codes: PositiveInt = 8192
-    code_width: PositiveInt = 256
+    codebook_size: PositiveInt = 8192
+    code_dim: PositiveInt = 256
     codebook_decay: float = Field(default=0.99, ge=0, lt=1)
-    revival_share: float = Field(default=0.03, ge=0, lt=1)
+    dead_code_reset_fraction: float = Field(default=0.03, ge=0, lt=1)
 
 
 ITHQ = VQGANConfig(
-    codes=4096,
-    code_width=128,
+    codebook_size=4096,
+    code_dim=128,
     channels=64,
-    multipliers=(1, 2, 4, 8),
+    channel_multipliers=(1, 2, 4, 8),
     attention=(3,),
-    middle=True,
-    latent_width=256,
+    mid_attention=True,
+    latent_channels=256,
 )
 """Microsoft's tokenizer of the ITHQ model: 8 pixels a token."""
 
@@ -39,6 +39,8 @@ class VQGAN(StraightThrough[Codebook]):
     """
 
     def __init__(self, config: VQGANConfig) -> None:
-        codebook = Codebook(config.codes, config.code_width, config.codebook_decay, config.revival_share)
-        super().__init__(config, config.code_width, codebook)
+        codebook = Codebook(
+            config.codebook_size, config.code_dim, config.codebook_decay, config.dead_code_reset_fraction
+        )
+        super().__init__(config, config.code_dim, codebook)
         self.config = config

@@ -5,15 +5,15 @@ from pathlib import Path
 from pydantic import Field, PositiveInt
 
 from vqd_scale.core.config import Config
-from vqd_scale.data.stream import StreamConfig
-from vqd_scale.training.checkpoint import CheckpointConfig
+from vqd_scale.data.loading.stream import StreamConfig
+from vqd_scale.training.checkpoint.manager import CheckpointConfig
 from vqd_scale.training.ema import EMAConfig
 from vqd_scale.training.engine import EngineConfig
 from vqd_scale.training.health import HealthConfig
-from vqd_scale.training.heldout import HeldOutConfig
-from vqd_scale.training.metrics import LogConfig
+from vqd_scale.training.logging.metrics import LogConfig
+from vqd_scale.training.logging.sample_images import SampleImagesConfig
 from vqd_scale.training.optim import OptimConfig
-from vqd_scale.training.pictures import PicturesConfig
+from vqd_scale.training.validation import ValidationConfig
 
 
 class RunConfig(Config):
@@ -21,10 +21,10 @@ class RunConfig(Config):
 
     run: Path
     """The run's folder; a folder that holds this run already is gone on with."""
-    images: PositiveInt
+    total_images: PositiveInt
     """Where the run ends, rounded up to a whole batch."""
     data: StreamConfig
-    """What it reads; ``data.lanes`` is the global batch."""
+    """What it reads; ``data.global_batch_size`` is the global batch."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     engine: EngineConfig = EngineConfig()
     optim: OptimConfig = OptimConfig()
@@ -32,7 +32,7 @@ class RunConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     health: HealthConfig = HealthConfig()
-    held_out: HeldOutConfig | None = None
+    validation: ValidationConfig | None = None
     """If given, samples that are not trained on and judge the averaged weights now and then."""
-    pictures: PicturesConfig | None = None
+    sample_images: SampleImagesConfig | None = None
     """If given, a text-to-image model's sheet of the same prompts, drawn now and then."""

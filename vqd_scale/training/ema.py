@@ -13,9 +13,9 @@ from vqd_scale.training.partition import Partition
 class EMAConfig(Config):
     """How long the average remembers."""
 
-    half_life: PositiveInt = 500_000
+    half_life_images: PositiveInt = 500_000
     """Images after which a weight's old value counts half."""
-    ramp: PositiveFloat = 0.05
+    warmup_ratio: PositiveFloat = 0.05
     """Early on the half-life is at most this share of the images seen, so that the start is forgotten."""
 
 
@@ -46,7 +46,7 @@ class EMA:
             images: Images seen so far, this batch included.
             batch: Images in this batch.
         """
-        half_life = min(self.config.half_life, self.config.ramp * images)
+        half_life = min(self.config.half_life_images, self.config.warmup_ratio * images)
         for average, master in zip(self.flats, self.partition.masters, strict=True):
             average.lerp_(master, 1 - 0.5 ** (batch / half_life))
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.world import World, computes_bfloat16
-from vqd_scale.nn.placement import HERE, Part, Placement
+from vqd_scale.nn.param_sharding import HERE, ParamSharding, Part
 from vqd_scale.training.optim import OptimConfig, build_optimizer
 from vqd_scale.training.partition import Partition
 
@@ -46,14 +46,14 @@ class ZeroConfig(Config):
     """1 spreads the optimizer's state, 2 the gradients as well, 3 the weights too."""
     offload_optimizer: bool = False
     """Keep the optimizer's state, and step, in the host's memory."""
-    secondary_shards: PositiveInt = 1
+    hpz_partition_size: PositiveInt = 1
     """Stage 3: ranks, usually those of a node, that hold a second copy of the weights among them, so that the
     backward pass gathers within the node (hpZ of ZeRO++, arXiv 2306.10209); 1 is none."""
 
     @model_validator(mode="after")
     def _second_copies_are_of_spread_weights(self) -> "ZeroConfig":
-        if self.secondary_shards > 1 and self.stage < 3:
-            raise ValueError(f"secondary_shards {self.secondary_shards} needs stage 3, not {self.stage}")
+        if self.hpz_partition_size > 1 and self.stage < 3:
+            raise ValueError(f"secondary_shards {self.hpz_partition_size} needs stage 3, not {self.stage}")
         return self
 
 
@@ -64,13 +64,13 @@ class EngineConfig(Config):
     precision: Literal["fp32", "bf16"] = "bf16"
     """What the network computes in; weights and moments of the optimizer are float32 in any case. On a CPU
     with AVX2 only, a step takes nine times as long in bf16, and a warning says so."""
-    accumulation: PositiveInt = 1
+    gradient_accumulation_steps: PositiveInt = 1
     """Parts that a rank's share of a batch is computed in, one after the other, to save memory."""
-    persistence_threshold: NonNegativeInt = 100_000
+    param_persistence_threshold: NonNegativeInt = 100_000
     """Parameters with fewer elements stay whole on every rank; their optimizer state is sharded anyway."""
-    bucket_elements: PositiveInt = 50_000_000
+    bucket_size: PositiveInt = 50_000_000
     """Elements that are gathered or reduced in one message."""
-    compile_units: bool = False
+    compile: bool = False
     """Compile each block with torch.compile: minutes at the start, faster steps afterwards."""
     deterministic: bool = False
     """On GPUs, add in one order only, so that a run repeats on as many of the same cards; slower. A warning
@@ -115,10 +115,10 @@ def deepspeed_json(config: EngineConfig, optim: OptimConfig, batch: int, ranks: 
     """DeepSpeed's configuration, with every default of its own that would change the numbers."""
     return {
         "train_batch_size": batch,
-        "train_micro_batch_size_per_gpu": batch // ranks // config.accumulation,
-        "gradient_accumulation_steps": config.accumulation,
+        "train_micro_batch_size_per_gpu": batch // ranks // config.gradient_accumulation_steps,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
         # Left out, DeepSpeed clips at 1.0.
-        "gradient_clipping": optim.clip,
+        "gradient_clipping": optim.gradient_clipping,
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
         "fp16": {"enabled": False},
         "torch_autocast": {"enabled": False},
@@ -140,8 +140,8 @@ def deepspeed_json(config: EngineConfig, optim: OptimConfig, batch: int, ranks: 
 def _zero_json(config: EngineConfig) -> dict[str, Any]:
     values: dict[str, Any] = {
         "stage": config.zero.stage,
-        "reduce_bucket_size": config.bucket_elements,
-        "allgather_bucket_size": config.bucket_elements,
+        "reduce_bucket_size": config.bucket_size,
+        "allgather_bucket_size": config.bucket_size,
         "contiguous_gradients": True,
         "overlap_comm": torch.cuda.is_available(),
         "reduce_scatter": True,
@@ -154,12 +154,12 @@ def _zero_json(config: EngineConfig) -> dict[str, Any]:
         values["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if config.zero.stage == 3:
         values |= {
-            "stage3_param_persistence_threshold": config.persistence_threshold,
-            "stage3_prefetch_bucket_size": config.bucket_elements,
+            "stage3_param_persistence_threshold": config.param_persistence_threshold,
+            "stage3_prefetch_bucket_size": config.bucket_size,
             "stage3_max_live_parameters": 1_000_000_000,
             "stage3_max_reuse_distance": 1_000_000_000,
             "sub_group_size": 1_000_000_000,
-            "zero_hpz_partition_size": config.zero.secondary_shards,
+            "zero_hpz_partition_size": config.zero.hpz_partition_size,
         }
     return values
 
@@ -192,12 +192,12 @@ def imported_weights(folder: Path) -> dict[str, Tensor]:
     return cast(dict[str, Tensor], found)
 
 
-def placement(config: EngineConfig, world: World) -> Placement:
+def placement(config: EngineConfig, world: World) -> ParamSharding:
     """Where a network's weights are to be while it is built: cut among the ranks, if they are held so."""
     return _AmongRanks(config) if config.zero.stage == 3 and world.size > 1 else HERE
 
 
-class _AmongRanks(Placement):
+class _AmongRanks(ParamSharding):
     """Each part is cut as soon as it is made, so that no rank ever holds the whole network."""
 
     def __init__(self, config: EngineConfig) -> None:
@@ -235,7 +235,7 @@ class Engine:
         optim: The optimizer.
         batch: Images in a global batch.
         world: This process's place among the ranks.
-        units: See `vqd_scale.training.task.Task.units`.
+        units: See `vqd_scale.training.tasks.base.Task.units`.
     """
 
     def __init__(
@@ -252,7 +252,7 @@ class Engine:
             _add_in_one_order()
         if config.zero.stage == 3 and units:
             set_z3_leaf_modules(module, list(units))
-        if config.compile_units:
+        if config.compile:
             for child in module.modules():
                 if isinstance(child, tuple(units)):
                     child.compile()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.stop import HUNG_EXIT_CODE
+from vqd_scale.core.signals import HUNG_EXIT_CODE
 from vqd_scale.core.world import World
 
 _NAMED = 4
@@ -30,9 +30,9 @@ class SpikeConfig(Config):
 
     factor: float = Field(default=3.0, gt=1)
     """A batch is skipped whose loss is over so many times the running average."""
-    memory: PositiveInt = 50_000
+    half_life_images: PositiveInt = 50_000
     """Images after which a batch's part in the average is half; nothing is skipped before so many."""
-    tolerated: NonNegativeInt = 5
+    max_consecutive: NonNegativeInt = 5
     """How many batches in a row may be skipped; one more stops the run, or rewinds it."""
     rewind: bool = False
     """Go back to the last checkpoint's weights then, once a checkpoint, and on with the next data."""
@@ -41,12 +41,12 @@ class SpikeConfig(Config):
 class HealthConfig(Config):
     """What is watched while a run goes on."""
 
-    bad_gradient: Literal["stop", "skip"] = "stop"
+    nonfinite_gradient: Literal["stop", "skip"] = "stop"
     """What follows on a gradient that is not finite. No weight is touched by it in either case."""
-    tolerated_gradients: NonNegativeInt = 5
+    max_consecutive_nonfinite: NonNegativeInt = 5
     """How many steps in a row may be skipped for it."""
     spike: SpikeConfig | None = None
-    checksum_every: PositiveInt = 1_000_000
+    checksum_every_images: PositiveInt = 1_000_000
     """Images between two comparisons of all ranks' weights, where they hold them whole (ZeRO under 3)."""
     hang_seconds: PositiveFloat | None = 1800.0
     """After so long without a step every rank writes its stacks and leaves, to be started again."""
@@ -93,7 +93,7 @@ def check_losses(
     if whose:
         raise UserError(
             f"{run}: after {images} images the loss of {' and '.join(whose)} is not finite; lower optim.lr "
-            f"or lengthen optim.warmup and start again, it goes on from the last checkpoint."
+            f"or lengthen optim.warmup_images and start again, it goes on from the last checkpoint."
         )
 
 
@@ -162,10 +162,10 @@ class SpikeGuard:
 
     def stands_out(self, loss: float) -> bool:
         """Whether a batch with this loss should be skipped; takes note of it if not."""
-        if self._seen >= self.config.memory and loss > self.config.factor * self._average:
+        if self._seen >= self.config.half_life_images and loss > self.config.factor * self._average:
             self.skipped_in_a_row += 1
             return True
-        kept = 0.5 ** (self.batch / self.config.memory)
+        kept = 0.5 ** (self.batch / self.config.half_life_images)
         self._average = kept * self._average + (1 - kept) * loss if self._seen else loss
         self._seen += self.batch
         self.skipped_in_a_row = 0
@@ -174,7 +174,7 @@ class SpikeGuard:
     @property
     def has_had_enough(self) -> bool:
         """Whether more batches in a row stood out than are tolerated."""
-        return self.skipped_in_a_row > self.config.tolerated
+        return self.skipped_in_a_row > self.config.max_consecutive
 
     def state(self) -> dict[str, Tensor]:
         """What must be saved, equal on all ranks."""

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vqd_scale.core.atomic_io import publish_json, publish_text
 from vqd_scale.core.config import read_yaml, to_yaml
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress_bar
 from vqd_scale.core.provenance import modified_files, provenance
-from vqd_scale.core.stop import StopFlag
-from vqd_scale.core.store import publish_json, publish_text
+from vqd_scale.core.signals import StopFlag
 from vqd_scale.core.world import World
-from vqd_scale.data.stream import Stream
-from vqd_scale.nn.cost import peak_flops
-from vqd_scale.training.checkpoint import Checkpoints, Restored, consolidated
+from vqd_scale.data.loading.stream import Stream
+from vqd_scale.nn.flops import peak_flops
+from vqd_scale.training.checkpoint.manager import Checkpoints, Restored, consolidated
 from vqd_scale.training.config import RunConfig
 from vqd_scale.training.ema import EMA
 from vqd_scale.training.engine import Engine
@@ -33,11 +33,11 @@ from vqd_scale.training.health import (
     check_weights,
     ranks_of_bad_gradient,
 )
-from vqd_scale.training.heldout import HeldOut
+from vqd_scale.training.logging.aggregator import MetricAggregator
+from vqd_scale.training.logging.sample_images import draw_pictures, whole_parameters
 from vqd_scale.training.optim import LearningRate
-from vqd_scale.training.pictures import draw_pictures, whole_parameters
-from vqd_scale.training.report import Report
-from vqd_scale.training.task import BatchType, Losses, Task
+from vqd_scale.training.tasks.base import BatchType, Losses, Task
+from vqd_scale.training.validation import ValidationSet
 
 logger = logging.getLogger(__name__)
 
@@ -49,24 +49,24 @@ _CHANGEABLE = (
     "held_out.",
     "pictures.",
     "engine.zero.",
-    "engine.accumulation.",
-    "engine.persistence_threshold.",
-    "engine.bucket_elements.",
-    "engine.compile_units.",
+    "engine.gradient_accumulation_steps.",
+    "engine.param_persistence_threshold.",
+    "engine.bucket_size.",
+    "engine.compile.",
     "engine.deterministic.",
     "denoiser.attention.",
-    "denoiser.checkpoint_blocks.",
+    "denoiser.gradient_checkpointing.",
     "network.attention.",
-    "data.workers.",
-    "data.prefetch.",
-    "data.max_bad_share.",
-    "data.reading.",
+    "data.num_workers.",
+    "data.prefetch_batches.",
+    "data.max_bad_fraction.",
+    "data.ranged_reads.",
 )
 """Keys, or beginnings of keys, that may differ when a run goes on: where it ends, how it is spread."""
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunResult:
     """How a run ended.
 
     Attributes:
@@ -78,7 +78,7 @@ class Outcome:
     stopped: bool
 
 
-def train(task: Task[BatchType], config: RunConfig, world: World, title: str) -> Outcome:
+def train(task: Task[BatchType], config: RunConfig, world: World, title: str) -> RunResult:
     """Train to the configured end, from the newest whole checkpoint if the run has one.
 
     Args:
@@ -90,14 +90,14 @@ def train(task: Task[BatchType], config: RunConfig, world: World, title: str) ->
     Raises:
         UserError: The folder holds another run, a loss is not finite, the disk is full, data are unusable.
     """
-    batch = config.data.lanes
-    parts = world.size * config.engine.accumulation
+    batch = config.data.global_batch_size
+    parts = world.size * config.engine.gradient_accumulation_steps
     if batch % parts:
         raise UserError(
-            f"data.lanes: a global batch of {batch} cannot be cut into {world.size} ranks times "
-            f"{config.engine.accumulation} parts; choose a multiple of {parts}."
+            f"data.global_batch_size: a global batch of {batch} cannot be cut into {world.size} ranks times "
+            f"{config.engine.gradient_accumulation_steps} parts; choose a multiple of {parts}."
         )
-    world.first_does(lambda: _claim(config.run, config))
+    world.on_first_rank(lambda: _lock_run_folder(config.run, config))
     trainer = _Trainer(task, config, world)
     try:
         outcome = trainer.run(title)
@@ -105,11 +105,11 @@ def train(task: Task[BatchType], config: RunConfig, world: World, title: str) ->
         trainer.close()
     if not outcome.stopped:
         newest = config.run / "checkpoints" / f"{outcome.images:012d}"
-        world.first_does(lambda: task.export(consolidated(newest, "ema"), config.run / "export"))
+        world.on_first_rank(lambda: task.export(consolidated(newest, "ema"), config.run / "export"))
     return outcome
 
 
-def _claim(folder: Path, config: RunConfig) -> None:
+def _lock_run_folder(folder: Path, config: RunConfig) -> None:
     """Write the resolved configuration into the run's folder, or see that it holds this very run."""
     path = folder / "config.yaml"
     if path.exists():
@@ -141,12 +141,12 @@ class _Trainer(Generic[BatchType]):
         self.task = task
         self.config = config
         self.world = world
-        self.batch = config.data.lanes
+        self.batch = config.data.global_batch_size
         self.images = 0
         self.probe = GradientProbe(task.module)
         self.engine = Engine(task.module, config.engine, config.optim, self.batch, world, task.units)
         self.ema = EMA(config.ema, self.engine.partition)
-        self.rate = LearningRate(config.optim, self.batch, config.images)
+        self.rate = LearningRate(config.optim, self.batch, config.total_images)
         spike = config.health.spike
         self.guard = SpikeGuard(spike, self.batch) if spike is not None else None
         self.bad_gradients = 0
@@ -154,14 +154,16 @@ class _Trainer(Generic[BatchType]):
         folder = config.run / "checkpoints"
         self.checkpoints = Checkpoints(folder, config.checkpoint, self.engine.partition, self.ema, world)
         self.held_out = (
-            HeldOut(config.held_out, task, world, config.run / f"quarantine-held-out-{world.rank:05d}.jsonl")
-            if config.held_out is not None
+            ValidationSet(
+                config.validation, task, world, config.run / f"quarantine-held-out-{world.rank:05d}.jsonl"
+            )
+            if config.validation is not None
             else None
         )
         self.stop = StopFlag()
         self.watchdog = Watchdog(config.health.hang_seconds, config.run / f"stacks-{world.rank:05d}.txt")
         self._resume()
-        self.report = Report(config, world, self.images, self._ideal_seconds())
+        self.report = MetricAggregator(config, world, self.images, self._ideal_seconds())
 
     def _ideal_seconds(self) -> float | None:
         """What an image would take at the peak of all ranks' devices, known for half precision on GPUs."""
@@ -169,9 +171,9 @@ class _Trainer(Generic[BatchType]):
         # Backward is twice forward; what is computed again to save memory is no use and does not count.
         return 3 * self.task.forward_flops / (peak * self.world.size) if peak is not None else None
 
-    def run(self, title: str) -> Outcome:
-        if self.images >= self.config.images:
-            return Outcome(self.images, stopped=False)
+    def run(self, title: str) -> RunResult:
+        if self.images >= self.config.total_images:
+            return RunResult(self.images, stopped=False)
         stream = Stream(
             self.config.data,
             self.task.samples(),
@@ -183,7 +185,7 @@ class _Trainer(Generic[BatchType]):
             pinned=self.world.device.type == "cuda",
         )
         bar = progress_bar(
-            title, self.config.images, done=self.images, unit="img", quiet=not self.world.is_first
+            title, self.config.total_images, done=self.images, unit="img", quiet=not self.world.is_first
         )
         with closing(iter(stream)) as batches, bar, self.watchdog:
             return self._run(batches, bar)
@@ -192,32 +194,32 @@ class _Trainer(Generic[BatchType]):
         self.checkpoints.close()
         self.report.close()
 
-    def _run(self, batches: Iterator[BatchType], bar: "tqdm[Any]") -> Outcome:
+    def _run(self, batches: Iterator[BatchType], bar: "tqdm[Any]") -> RunResult:
         self.report.start()
-        while self.images < self.config.images:
+        while self.images < self.config.total_images:
             batch = self.report.waited_for(batches)
             stopping = self._step(batch)
             self.images += self.batch
             self.ema.update(self.images, self.batch)
-            self.task.stepped(self.images)
+            self.task.on_step_end(self.images)
             self.watchdog.beat()
             bar.update(self.batch)
             judged = self._judged()
-            if judged or self._is_due(self.config.log.every):
+            if judged or self._is_due(self.config.log.every_images):
                 loss = self.report.write(self.images, judged)
                 shown = {"loss": f"{loss:.4f}", "wait": f"{self.report.wait_share:.0%}"}
                 if self.report.utilisation is not None:
                     shown["mfu"] = f"{self.report.utilisation:.0%}"
                 bar.set_postfix(shown, refresh=False)
             self._draw()
-            if self.config.engine.zero.stage < 3 and self._is_due(self.config.health.checksum_every):
+            if self.config.engine.zero.stage < 3 and self._is_due(self.config.health.checksum_every_images):
                 check_weights(self.config.run, self.images, self.engine.module, self.world)
-            ends = self.images >= self.config.images
-            if stopping or ends or self._is_due(self.config.checkpoint.every):
+            ends = self.images >= self.config.total_images
+            if stopping or ends or self._is_due(self.config.checkpoint.every_images):
                 self.checkpoints.save(self.images, self._state(), must=stopping or ends)
             if stopping:
-                return Outcome(self.images, stopped=True)
-        return Outcome(self.images, stopped=False)
+                return RunResult(self.images, stopped=True)
+        return RunResult(self.images, stopped=False)
 
     def _is_due(self, period: int) -> bool:
         """Whether a multiple of the period lies within the last batch."""
@@ -225,7 +227,7 @@ class _Trainer(Generic[BatchType]):
 
     def _step(self, batch: BatchType) -> bool:
         """One optimizer step; returns whether any rank was asked to stop."""
-        parts = _split(batch, self.config.engine.accumulation)
+        parts = _split(batch, self.config.engine.gradient_accumulation_steps)
         rate = self.rate.at(self.images)
         valid, summed = torch.ones(()), 0.0
         stopping = stands_out = was_applied = False
@@ -252,7 +254,7 @@ class _Trainer(Generic[BatchType]):
         if stands_out:
             self._skip_spike(summed / float(valid))
         elif not was_applied:
-            self._bear_bad_gradient(batch, own)
+            self._handle_nonfinite_gradient(batch, own)
         else:
             self.bad_gradients = 0
             self.rate.observe(self.images + self.batch, summed / max(1.0, float(valid)))
@@ -266,7 +268,7 @@ class _Trainer(Generic[BatchType]):
         check_losses(run, self.images, losses.per_sample, part.valid, part.slots, facts, self.world)
         raise RuntimeError("a rank said that a loss is not finite, and now none is")
 
-    def _bear_bad_gradient(self, batch: BatchType, own: Tensor) -> None:
+    def _handle_nonfinite_gradient(self, batch: BatchType, own: Tensor) -> None:
         """The engine has dropped a gradient that is not finite, though each loss was."""
         ranks = ranks_of_bad_gradient(own, self.world)
         slots = batch.slots.tolist()
@@ -277,10 +279,10 @@ class _Trainer(Generic[BatchType]):
         self.bad_gradients += 1
         self.report.add_skipped()
         health = self.config.health
-        if health.bad_gradient == "stop" or self.bad_gradients > health.tolerated_gradients:
+        if health.nonfinite_gradient == "stop" or self.bad_gradients > health.max_consecutive_nonfinite:
             raise UserError(
-                f"{what}; nothing was learned from it: lower optim.lr, or set health.bad_gradient=skip, and "
-                "start again, it goes on from the last checkpoint."
+                f"{what}; nothing was learned from it: lower optim.lr, or set "
+                "health.nonfinite_gradient=skip, and start again, it goes on from the last checkpoint."
             )
         if self.world.is_first:
             logger.warning("%s; the batch is skipped.", what)
@@ -315,10 +317,10 @@ class _Trainer(Generic[BatchType]):
 
     def _judged(self) -> dict[str, float]:
         """The held-out figures of the averaged weights, when they are due."""
-        config = self.config.held_out
+        config = self.config.validation
         if self.held_out is None or config is None:
             return {}
-        if not self._is_due(config.every) and self.images < self.config.images:
+        if not self._is_due(config.every_images) and self.images < self.config.total_images:
             return {}
         with self.ema.in_place_of_weights():
             figures = self.held_out.measured(self.engine)
@@ -326,12 +328,14 @@ class _Trainer(Generic[BatchType]):
 
     def _draw(self) -> None:
         """The sheet of pictures, when it is due."""
-        config = self.config.pictures
-        if config is None or not (self._is_due(config.every) or self.images >= self.config.images):
+        config = self.config.sample_images
+        if config is None or not (
+            self._is_due(config.every_images) or self.images >= self.config.total_images
+        ):
             return
         parameters = whole_parameters(self.engine.partition, self.ema.flats, self.world)
         path = self.config.run / "pictures" / f"{self.images:012d}.png"
-        self.world.first_does(lambda: draw_pictures(self.task, parameters, config, path, self.world))
+        self.world.on_first_rank(lambda: draw_pictures(self.task, parameters, config, path, self.world))
         self.watchdog.beat()
 
     def _state(self) -> dict[str, Tensor]:
@@ -355,7 +359,7 @@ class _Trainer(Generic[BatchType]):
     def _resume(self) -> None:
         restored = self.checkpoints.resume()
         if restored is None:
-            self.task.begin(self.engine.partition)
+            self.task.init_weights(self.engine.partition)
             self.ema.restart()
             # Fail now, not after hours, if a checkpoint cannot be written.
             self.checkpoints.save(0, self._state(), must=True)

@@ -12,7 +12,7 @@ from vqd_scale.core.config import Config
 from vqd_scale.training.partition import shape_of
 
 
-class Constant(Config):
+class ConstantRate(Config):
     """The full learning rate to the end."""
 
     kind: Literal["constant"] = "constant"
@@ -22,7 +22,7 @@ class Cooldown(Config):
     """The full learning rate, then straight down to zero over the last share of the run."""
 
     kind: Literal["cooldown"] = "cooldown"
-    share: float = Field(default=0.2, gt=0, le=1)
+    cooldown_fraction: float = Field(default=0.2, gt=0, le=1)
 
 
 class Cosine(Config):
@@ -40,22 +40,22 @@ class Plateau(Config):
 
     kind: Literal["plateau"] = "plateau"
     factor: float = Field(default=0.5, gt=0, lt=1)
-    patience: PositiveInt = 1_920_000
+    patience_images: PositiveInt = 1_920_000
     """Images without improvement after which the rate falls (the released 60,000 steps of 32)."""
     threshold: float = Field(default=0.1, ge=0, lt=1)
     """What is an improvement: a loss lower than the best one by this share of it."""
     minimum: NonNegativeFloat = 1e-6
-    smoothing: PositiveInt = 32_000
+    smoothing_images: PositiveInt = 32_000
     """Images after which a batch's part in the smoothed loss is half."""
 
 
-Schedule = Annotated[Constant | Cooldown | Cosine | Plateau, Field(discriminator="kind")]
+Schedule = Annotated[ConstantRate | Cooldown | Cosine | Plateau, Field(discriminator="kind")]
 
 
 class BatchScaling(Config):
     """How the learning rate follows the global batch, where a recipe says that it does."""
 
-    batch: PositiveInt
+    reference_batch_size: PositiveInt
     """The global batch that ``lr`` is meant for."""
     rule: Literal["linear", "square-root"] = "square-root"
     """Linear for SGD-like noise (Goyal et al., 2017), square root for Adam (Malladi et al., 2022)."""
@@ -67,17 +67,17 @@ class OptimConfig(Config):
     lr: PositiveFloat = 2e-4
     betas: tuple[float, float] = (0.9, 0.96)
     weight_decay: NonNegativeFloat = 0.045
-    decayed: Literal["matrices", "everything"] = "matrices"
+    weight_decay_on: Literal["matrices", "everything"] = "matrices"
     """Matrices and convolution kernels only, or biases, norms, embeddings and null condition as well."""
-    clip: PositiveFloat = 1.0
+    gradient_clipping: PositiveFloat = 1.0
     """Largest global norm of the gradient."""
-    warmup: NonNegativeInt = 0
+    warmup_images: NonNegativeInt = 0
     """Images over which the learning rate rises."""
-    warmup_from: NonNegativeFloat = 0.0
+    warmup_start_lr: NonNegativeFloat = 0.0
     """The learning rate that it rises from."""
     schedule: Schedule = Cooldown()
-    scaling: BatchScaling | None = None
-    """If given, ``lr`` is for a batch of that size and is scaled to ``data.lanes``."""
+    lr_scaling: BatchScaling | None = None
+    """If given, ``lr`` is for a batch of that size and is scaled to ``data.global_batch_size``."""
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> optim.AdamW:
@@ -86,7 +86,7 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> optim.AdamW:
         id(parameter)
         for child in module.modules()
         for name, parameter in child.named_parameters(recurse=False)
-        if config.decayed == "matrices"
+        if config.weight_decay_on == "matrices"
         if isinstance(child, nn.Embedding) or len(shape_of(parameter)) < 2 or name == "null"
     }
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -101,10 +101,10 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> optim.AdamW:
 
 def peak_rate(config: OptimConfig, batch: int) -> float:
     """The full learning rate at a global batch."""
-    if config.scaling is None:
+    if config.lr_scaling is None:
         return config.lr
-    ratio = batch / config.scaling.batch
-    return config.lr * (ratio if config.scaling.rule == "linear" else math.sqrt(ratio))
+    ratio = batch / config.lr_scaling.reference_batch_size
+    return config.lr * (ratio if config.lr_scaling.rule == "linear" else math.sqrt(ratio))
 
 
 class LearningRate:
@@ -127,7 +127,7 @@ class LearningRate:
 
     def at(self, images: int) -> float:
         """The learning rate of the step that starts after so many images."""
-        warmup, low = self.config.warmup, self.config.warmup_from
+        warmup, low = self.config.warmup_images, self.config.warmup_start_lr
         warm = min(1.0, (images + 1) / warmup) if warmup else 1.0
         rate = (self.peak * warm + low * (1 - warm)) * _shape(self.config.schedule, images, self.horizon)
         if isinstance(self.config.schedule, Plateau) and self._lowered < 1:
@@ -142,14 +142,14 @@ class LearningRate:
             loss: The whole batch's, equal on all ranks.
         """
         schedule = self.config.schedule
-        if not isinstance(schedule, Plateau) or images < self.config.warmup or not math.isfinite(loss):
+        if not isinstance(schedule, Plateau) or images < self.config.warmup_images or not math.isfinite(loss):
             return
-        kept = 0.5 ** (self.batch / schedule.smoothing)
+        kept = 0.5 ** (self.batch / schedule.smoothing_images)
         is_first = math.isinf(self._smoothed)
         self._smoothed = loss if is_first else kept * self._smoothed + (1 - kept) * loss
         if is_first or self._smoothed < self._best * (1 - schedule.threshold):
             self._best, self._best_at = self._smoothed, images
-        elif images - self._best_at > schedule.patience:
+        elif images - self._best_at > schedule.patience_images:
             self._lowered *= schedule.factor
             self._best_at = images
 
@@ -168,7 +168,7 @@ def _shape(schedule: Schedule, images: int, horizon: int) -> float:
     """The share of the full rate that a schedule leaves."""
     done = min(1.0, images / horizon)
     if isinstance(schedule, Cooldown):
-        return min(1.0, (1 - done) / schedule.share)
+        return min(1.0, (1 - done) / schedule.cooldown_fraction)
     if isinstance(schedule, Cosine):
         return (1 + math.cos(math.pi * done)) / 2
     return 1.0

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqd_scale.data.decode import Pixels
+from vqd_scale.data.shards.decode import Pixels
 
 Place = Callable[..., Path]
 

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 from webdataset.compat import WebDataset
 
-from vqd_scale.commands.make_shards import main
+from vqd_scale.cli.make_shards import main
 from vqd_scale.core.errors import UserError
-from vqd_scale.data.batch import ImageBatch
-from vqd_scale.data.index import ShardSet, read_table
-from vqd_scale.data.quarantine import QUARANTINE
-from vqd_scale.data.samples import ImageSamples
-from vqd_scale.data.shards import KEY, read_shard
+from vqd_scale.data.loading.batch import ImageBatch
+from vqd_scale.data.loading.sample_readers import ImageSamples
+from vqd_scale.data.loading.stream import Stream, StreamConfig
+from vqd_scale.data.shards.quarantine import QUARANTINE
+from vqd_scale.data.shards.shard_index import ShardSet, read_table
+from vqd_scale.data.shards.shard_io import KEY, read_shard
+from vqd_scale.data.sources.base import Jpeg
 from vqd_scale.data.sources.coco import CocoConfig, write_coco
-from vqd_scale.data.sources.pictures import Jpeg
-from vqd_scale.data.stream import Stream, StreamConfig
 from vqd_scale.data.transforms import NearCenterCrop
 
 Place = Callable[..., Path]
@@ -96,7 +96,7 @@ def test_commands_from_the_download_to_batches(
     main(["index", str(out), "--out", str(tmp_path / "index")])
     for folder in (out, tmp_path / "index"):
         assert ShardSet.open(folder).captions == (sum(number % 3 + 1 for number in IDS),)
-        config = StreamConfig(path=folder, lanes=2)
+        config = StreamConfig(path=folder, global_batch_size=2)
         stream: Stream[ImageBatch] = Stream(
             config,
             ImageSamples(NearCenterCrop(size=32)),
@@ -126,7 +126,7 @@ def test_pictures_of_the_other_year(make_coco: Callable[..., Path], tmp_path: Pa
 def test_fitted_pictures_and_a_bad_one(make_coco: Callable[..., Path], tmp_path: Path) -> None:
     coco = make_coco()
     (coco / "val2014" / "COCO_val2014_000000000025.jpg").write_bytes(b"")
-    config = CocoConfig(split="val", encoding=Jpeg(), image_size=16, max_bad_share=0.25)
+    config = CocoConfig(split="val", encoding=Jpeg(), image_size=16, max_bad_fraction=0.25)
     assert write_coco(config, coco, tmp_path / "out").count == 3
     (line,) = (tmp_path / "out" / QUARANTINE).read_text().splitlines()
     assert json.loads(line)["key"] == "val2014/COCO_val2014_000000000025.jpg"

@@ -8,14 +8,14 @@ import pytest
 from PIL import Image
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.data.index import INDEX, ShardSet
-from vqd_scale.data.quarantine import QUARANTINE
-from vqd_scale.data.shards import read_shard
+from vqd_scale.data.shards.quarantine import QUARANTINE
+from vqd_scale.data.shards.shard_index import INDEX, ShardSet
+from vqd_scale.data.shards.shard_io import read_shard
+from vqd_scale.data.sources.base import Jpeg
 from vqd_scale.data.sources.imagefolder import ImageFolderConfig, write_imagefolder
-from vqd_scale.data.sources.pictures import Jpeg
 from vqd_scale.data.transforms import fitted
 
-CONFIG = ImageFolderConfig(image_size=32, shard_size=4, max_bad_share=0.2)
+CONFIG = ImageFolderConfig(image_size=32, samples_per_shard=4, max_bad_fraction=0.2)
 
 
 def texture(number: int) -> Image.Image:
@@ -80,11 +80,11 @@ def test_corrupt_pictures_are_reported_and_left_out(pictures: Path, tmp_path: Pa
 
 def test_too_many_corrupt_pictures_stop_and_more_tolerance_goes_on(pictures: Path, tmp_path: Path) -> None:
     corrupt(pictures, 3)
-    with pytest.raises(UserError, match=r"max_bad_share=0\.2 of the 10 samples"):
+    with pytest.raises(UserError, match=r"max_bad_fraction=0\.2 of the 10 samples"):
         write_imagefolder(CONFIG, pictures, tmp_path / "out")
     with pytest.raises(UserError, match="half-made"):
         ShardSet.open(tmp_path / "out")
-    tolerant = CONFIG.model_copy(update={"max_bad_share": 0.3})
+    tolerant = CONFIG.model_copy(update={"max_bad_fraction": 0.3})
     assert write_imagefolder(tolerant, pictures, tmp_path / "out").count == 7
 
 

@@ -12,17 +12,17 @@ from webdataset.compat import WebDataset
 from webdataset.writer import TarWriter
 
 from tests.data.sources.conftest import photograph
-from vqd_scale.commands.make_shards import main
+from vqd_scale.cli.make_shards import main
 from vqd_scale.core.config import load_config
 from vqd_scale.core.errors import UserError
-from vqd_scale.data.batch import ImageBatch
-from vqd_scale.data.filters import Bounds, Filters
-from vqd_scale.data.index import INDEX, ShardSet
-from vqd_scale.data.quarantine import DUPLICATES
-from vqd_scale.data.samples import ImageSamples
-from vqd_scale.data.shards import KEY, read_shard
+from vqd_scale.data.loading.batch import ImageBatch
+from vqd_scale.data.loading.sample_readers import ImageSamples
+from vqd_scale.data.loading.stream import Stream, StreamConfig
+from vqd_scale.data.shards.filters import Bounds, Filters
+from vqd_scale.data.shards.quarantine import DUPLICATES
+from vqd_scale.data.shards.shard_index import INDEX, ShardSet
+from vqd_scale.data.shards.shard_io import KEY, read_shard
 from vqd_scale.data.sources.img2dataset import Img2datasetConfig, index_img2dataset
-from vqd_scale.data.stream import Stream, StreamConfig
 from vqd_scale.data.transforms import NearCenterCrop
 
 Place = Callable[..., Path]
@@ -90,7 +90,7 @@ def keys(shards: ShardSet) -> list[str]:
 def stream_of(folder: Path, report: Path) -> list[ImageBatch]:
     """One epoch of the set."""
     count = ShardSet.open(folder).count
-    config = StreamConfig(path=folder, lanes=1, max_bad_share=0.5)
+    config = StreamConfig(path=folder, global_batch_size=1, max_bad_fraction=0.5)
     pictures: Stream[ImageBatch] = Stream(
         config, ImageSamples(NearCenterCrop(size=32)), seed=0, rank=0, ranks=1, cursor=0, quarantine=report
     )
@@ -180,7 +180,7 @@ def test_near_duplicates_are_left_out(
             str(download),
             "--out",
             str(tmp_path / "index"),
-            f"near_duplicates.of={tmp_path / 'known'}",
+            f"near_duplicates.evaluation_set={tmp_path / 'known'}",
         ]
     )
     assert "left out: 2 near duplicates" in capsys.readouterr().out
@@ -198,7 +198,7 @@ def test_near_duplicates_are_left_out(
             "imagefolder",
             str(tmp_path / "own"),
             str(tmp_path / "packed"),
-            f"near_duplicates.of={tmp_path / 'known'}",
+            f"near_duplicates.evaluation_set={tmp_path / 'known'}",
             "image_size=16",
         ]
     )
@@ -212,8 +212,8 @@ def test_near_duplicates_are_left_out(
                 str(download),
                 "--out",
                 str(tmp_path / "index"),
-                f"near_duplicates.of={tmp_path / 'known'}",
-                "near_duplicates.max_distance=2",
+                f"near_duplicates.evaluation_set={tmp_path / 'known'}",
+                "near_duplicates.max_hamming_distance=2",
             ]
         )
     assert "near_duplicates was" in capsys.readouterr().err

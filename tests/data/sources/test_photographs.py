@@ -5,13 +5,13 @@ import pytest
 
 from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.errors import UserError
-from vqd_scale.data.decode import decode_image
-from vqd_scale.data.shards import KEY, read_shard
+from vqd_scale.data.shards.decode import decode_image
+from vqd_scale.data.shards.shard_io import KEY, read_shard
 from vqd_scale.data.sources.photographs import PhotographsConfig, photographs, write_photographs
 
 
 def test_no_crop_is_of_the_photograph_that_is_held_out(tmp_path: Path) -> None:
-    config = PhotographsConfig(held_out="china", size=32, train_samples=30, shard_size=20)
+    config = PhotographsConfig(held_out="china", size=32, train_samples=30, samples_per_shard=20)
     sets = write_photographs(config, tmp_path)
     whole = {name: decode_image(path.read_bytes()) for name, path in photographs().items()}
     assert (sets["train"].count, len(sets["train"].shards)) == (30, 2)

@@ -9,8 +9,8 @@ import pytest
 from open_clip import SimpleTokenizer
 from PIL import Image
 
-from vqd_scale.data.index import ShardSet
-from vqd_scale.data.shards import read_shard
+from vqd_scale.data.shards.shard_index import ShardSet
+from vqd_scale.data.shards.shard_io import read_shard
 from vqd_scale.data.sources.shapes import (
     BACKGROUNDS,
     COLOURS,
@@ -27,7 +27,7 @@ from vqd_scale.data.sources.shapes import (
     write_shapes,
 )
 
-SMALL = ShapesConfig(train_samples=50, held_out_samples=20, shard_size=16)
+SMALL = ShapesConfig(train_samples=50, held_out_samples=20, samples_per_shard=16)
 
 
 def combination(scene: Scene) -> set[tuple[str, str, str]]:

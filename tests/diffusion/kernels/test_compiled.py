@@ -16,7 +16,8 @@ def test_kernels_compile_for_each_generation(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from vqd_scale.diffusion.kernels import philox, rows
+    from vqd_scale.diffusion.kernels import logit_statistics as rows
+    from vqd_scale.diffusion.kernels import philox
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kinds = {"true": "*i64", "seen": "*i64", "slots": "*i64", "correct": "*i1", "logits": f"*{logits}"}

@@ -4,10 +4,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, Literal
 
+from vqd_scale.core.atomic_io import Location, file_sizes, read_json
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.store import Location, file_sizes, read_json
-from vqd_scale.data.index import ShardSet
-from vqd_scale.data.sources.pictures import PackingConfig, Picture, existing, write_pictures
+from vqd_scale.data.shards.shard_index import ShardSet
+from vqd_scale.data.sources.base import PackingConfig, SourceImage, existing, write_pictures
 
 
 class CocoConfig(PackingConfig):
@@ -46,7 +46,7 @@ def write_coco(config: CocoConfig, coco: Path, folder: Location) -> ShardSet:
     images, captions = _annotated(annotations)
     present = file_sizes(pictures)
     listed = [
-        Picture(
+        SourceImage(
             pictures / _file_name(image, part, present, pictures),
             f"{image['id']:012d}",
             f"{part}/{image['file_name']}",

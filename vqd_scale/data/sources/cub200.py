@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from vqd_scale.core.atomic_io import Location
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.store import Location
-from vqd_scale.data.index import ShardSet
+from vqd_scale.data.shards.shard_index import ShardSet
+from vqd_scale.data.sources.base import CaptionFile, PackingConfig, SourceImage, existing
 from vqd_scale.data.sources.fineclasses import captions_folder, listed_classes, write_captioned
-from vqd_scale.data.sources.pictures import CaptionFile, PackingConfig, Picture, existing
 
 
 class CubConfig(PackingConfig):
@@ -46,7 +46,7 @@ def write_cub200(config: CubConfig, birds: Path, folder: Location) -> ShardSet:
         is_training = _pairs(data / "train_test_split.txt")
         kept = [number for number in names if (is_training[number] == "1") == (config.split == "train")]
     listed = [
-        Picture(
+        SourceImage(
             data / "images" / names[number],
             f"{int(number):09d}",
             names[number],

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from vqd_scale.core.store import Location
-from vqd_scale.data.index import ShardSet
-from vqd_scale.data.sources.pictures import PackingConfig, Picture, pictures_below, write_pictures
+from vqd_scale.core.atomic_io import Location
+from vqd_scale.data.shards.shard_index import ShardSet
+from vqd_scale.data.sources.base import PackingConfig, SourceImage, pictures_below, write_pictures
 
 
 class FFHQConfig(PackingConfig):
@@ -22,7 +22,7 @@ def write_ffhq(config: FFHQConfig, pictures: Path, folder: Location) -> ShardSet
             written.
     """
     listed = [
-        Picture(path, f"{number:09d}", path.relative_to(pictures).as_posix())
+        SourceImage(path, f"{number:09d}", path.relative_to(pictures).as_posix())
         for number, path in enumerate(pictures_below(pictures))
     ]
     return write_pictures(config, "ffhq", listed, folder, root=pictures)

@@ -11,10 +11,10 @@ is never opened, since to open a pickle is to run whatever it holds.
 
 from pathlib import Path
 
+from vqd_scale.core.atomic_io import Location
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.store import Location
-from vqd_scale.data.index import ShardSet
-from vqd_scale.data.sources.pictures import CaptionFile, PackingConfig, Picture, existing, write_pictures
+from vqd_scale.data.shards.shard_index import ShardSet
+from vqd_scale.data.sources.base import CaptionFile, PackingConfig, SourceImage, existing, write_pictures
 
 _LISTS = {"train": "trainvalclasses.txt", "test": "testclasses.txt"}
 
@@ -44,7 +44,7 @@ def listed_classes(split: str, *folders: Path) -> set[str]:
 
 
 def write_captioned(
-    config: PackingConfig, name: str, pictures: list[Picture], folder: Location, root: Path
+    config: PackingConfig, name: str, pictures: list[SourceImage], folder: Location, root: Path
 ) -> ShardSet:
     """Write pictures all of which must have their captions.
 

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
+from vqd_scale.core.atomic_io import Location
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.store import Location
-from vqd_scale.data.index import ShardSet
-from vqd_scale.data.sources.pictures import (
+from vqd_scale.data.shards.shard_index import ShardSet
+from vqd_scale.data.sources.base import (
     CaptionFile,
     Encoding,
     PackingConfig,
-    Picture,
     Png,
+    SourceImage,
     pictures_below,
     write_pictures,
 )
@@ -37,7 +37,7 @@ def write_imagefolder(config: ImageFolderConfig, pictures: Path, folder: Locatio
             f"each one's caption to a file of its name, such as '{silent[0].with_suffix('.txt').name}'."
         )
     listed = [
-        Picture(
+        SourceImage(
             path,
             f"{number:09d}",
             path.relative_to(pictures).as_posix(),

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any, cast
 
+from vqd_scale.core.atomic_io import Location, read_json
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.store import Location, read_json
-from vqd_scale.data.index import ShardSet
-from vqd_scale.data.sources.pictures import PackingConfig, Picture, pictures_below, write_pictures
+from vqd_scale.data.shards.shard_index import ShardSet
+from vqd_scale.data.sources.base import PackingConfig, SourceImage, pictures_below, write_pictures
 
 
 class ImageNetConfig(PackingConfig):
@@ -37,7 +37,7 @@ def write_imagenet(config: ImageNetConfig, pictures: Path, folder: Location) -> 
     names = class_names(config.classes, folders)
     numbers = {name: number for number, name in enumerate(names)}
     listed = [
-        Picture(
+        SourceImage(
             path,
             f"{number:09d}",
             place.as_posix(),

@@ -2,12 +2,12 @@
 
 from pydantic import Field
 
+from vqd_scale.core.atomic_io import Location
 from vqd_scale.core.config import Config
-from vqd_scale.core.store import Location
-from vqd_scale.data.duplicates import DuplicatesConfig, known_pictures
-from vqd_scale.data.filters import Filters
-from vqd_scale.data.index import ShardSet
-from vqd_scale.data.indexing import IndexConfig, Sieve, build_index
+from vqd_scale.data.shards.filters import Filters
+from vqd_scale.data.shards.index_builder import IndexConfig, SampleFilter, build_index
+from vqd_scale.data.shards.near_duplicates import DuplicatesConfig, known_pictures
+from vqd_scale.data.shards.shard_index import ShardSet
 
 
 class Img2datasetConfig(Config):
@@ -17,14 +17,14 @@ class Img2datasetConfig(Config):
         filters: Which samples, by their metadata and captions.
         near_duplicates: Pictures that must not occur; those like them are left out and reported, for which
             every picture is decoded.
-        max_bad_share: Which share of the samples, and of the tars, may be unusable.
-        workers: Processes that work at the same time.
+        max_bad_fraction: Which share of the samples, and of the tars, may be unusable.
+        num_workers: Processes that work at the same time.
     """
 
     filters: Filters = Filters()
     near_duplicates: DuplicatesConfig | None = None
-    max_bad_share: float = Field(default=0.01, ge=0, le=1)
-    workers: int = Field(default=1, ge=1)
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    num_workers: int = Field(default=1, ge=1)
 
 
 def index_img2dataset(config: Img2datasetConfig, tars: Location, folder: Location) -> ShardSet:
@@ -39,7 +39,7 @@ def index_img2dataset(config: Img2datasetConfig, tars: Location, folder: Locatio
     """
     known = None
     if config.near_duplicates is not None:
-        known = known_pictures(config.near_duplicates, config.workers)
+        known = known_pictures(config.near_duplicates, config.num_workers)
     meta = {
         "content": "images",
         "source": {
@@ -48,5 +48,5 @@ def index_img2dataset(config: Img2datasetConfig, tars: Location, folder: Locatio
             "near_duplicates": None if known is None else known.fingerprint,
         },
     }
-    how = IndexConfig(Sieve(config.filters, known), config.max_bad_share, config.workers)
+    how = IndexConfig(SampleFilter(config.filters, known), config.max_bad_fraction, config.num_workers)
     return build_index(tars, folder, how, meta)

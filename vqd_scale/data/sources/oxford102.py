@@ -7,11 +7,11 @@ from typing import Any, Literal
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
+from vqd_scale.core.atomic_io import Location
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.store import Location
-from vqd_scale.data.index import ShardSet
+from vqd_scale.data.shards.shard_index import ShardSet
+from vqd_scale.data.sources.base import CaptionFile, PackingConfig, SourceImage, existing
 from vqd_scale.data.sources.fineclasses import captions_folder, listed_classes, write_captioned
-from vqd_scale.data.sources.pictures import CaptionFile, PackingConfig, Picture, existing
 
 
 class OxfordConfig(PackingConfig):
@@ -43,7 +43,7 @@ def write_oxford102(config: OxfordConfig, flowers: Path, folder: Location) -> Sh
         parts = {"train": "trnid", "val": "valid", "test": "tstid"}
         numbers = sorted(_matrix(flowers / "setid.mat", parts[config.split]))
     listed = [
-        Picture(
+        SourceImage(
             flowers / "jpg" / f"image_{number:05d}.jpg",
             f"{number:09d}",
             f"jpg/image_{number:05d}.jpg",

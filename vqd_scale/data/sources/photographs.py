@@ -11,9 +11,9 @@ from pydantic import Field
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, integers
-from vqd_scale.data.decode import Pixels, decode_image
-from vqd_scale.data.index import ShardSet
-from vqd_scale.data.shards import KEY, Sample, ShardRecipe, shard_name, write_shard_set
+from vqd_scale.data.shards.decode import Pixels, decode_image
+from vqd_scale.data.shards.shard_index import ShardSet
+from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, shard_name, write_shard_set
 
 _FOLDERS = {"sklearn": Path("datasets") / "images", "skimage": Path("data")}
 _NAMES = {
@@ -31,14 +31,14 @@ class PhotographsConfig(Config):
         size: Side of the crops in pixels, at the photographs' own scale.
         train_samples: Random crops of the others.
         seed: Of their places.
-        shard_size: Pictures per shard.
+        samples_per_shard: Pictures per shard.
     """
 
     held_out: str = "chelsea"
     size: int = Field(default=64, ge=8)
     train_samples: int = Field(default=8192, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
-    shard_size: int = Field(default=2048, ge=1)
+    samples_per_shard: int = Field(default=2048, ge=1)
 
 
 def photographs() -> dict[str, Path]:
@@ -70,10 +70,10 @@ def write_photographs(config: PhotographsConfig, folder: Path) -> dict[str, Shar
     train = [
         ShardRecipe(
             shard_name(number),
-            min(config.shard_size, config.train_samples - first),
+            min(config.samples_per_shard, config.train_samples - first),
             functools.partial(_crops, config, trained, first),
         )
-        for number, first in enumerate(range(0, config.train_samples, config.shard_size))
+        for number, first in enumerate(range(0, config.train_samples, config.samples_per_shard))
     ]
     tiles = list(_tiles(config, known[config.held_out]))
     held_out = [ShardRecipe(shard_name(0), len(tiles), lambda: tiles)]
@@ -87,7 +87,7 @@ def _crops(config: PhotographsConfig, photographs: list[Path], first: int) -> It
     whole = [_read(path) for path in photographs]
     areas = np.array([pixels.shape[0] * pixels.shape[1] for pixels in whole])
     ends = areas.cumsum()
-    for number in range(first, min(first + config.shard_size, config.train_samples)):
+    for number in range(first, min(first + config.samples_per_shard, config.train_samples)):
         chosen, *place = (
             word * 2.0**-32 for word in integers(config.seed, Purpose.PHOTOGRAPH, number, 3).tolist()
         )

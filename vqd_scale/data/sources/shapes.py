@@ -21,8 +21,8 @@ from pydantic import Field
 from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.config import Config
 from vqd_scale.core.rng import Purpose, integers, permutation
-from vqd_scale.data.index import ShardSet
-from vqd_scale.data.shards import KEY, Sample, ShardRecipe, shard_name, write_shard_set
+from vqd_scale.data.shards.shard_index import ShardSet
+from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, shard_name, write_shard_set
 
 Colour = tuple[int, int, int]
 Split = Literal["train", "held_out"]
@@ -121,7 +121,7 @@ class ShapesConfig(Config):
         objects: Figures in a scene.
         train_samples: Samples for training; every scene comes equally often, with other words each time.
         held_out_samples: Samples of held-out scenes.
-        shard_size: Samples per shard.
+        samples_per_shard: Samples per shard.
         seed: Which scenes come when, in which words.
     """
 
@@ -129,7 +129,7 @@ class ShapesConfig(Config):
     objects: Literal[1, 2] = 1
     train_samples: int = Field(default=16_384, ge=1)
     held_out_samples: int = Field(default=512, ge=1)
-    shard_size: int = Field(default=1_024, ge=1)
+    samples_per_shard: int = Field(default=1_024, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
 
 
@@ -345,8 +345,8 @@ def _write_split(config: ShapesConfig, split: Split, samples: int, folder: Path)
 
     recipes = [
         ShardRecipe(shard_name(number), len(numbers), functools.partial(made, numbers))
-        for number, first in enumerate(range(0, samples, config.shard_size))
-        for numbers in [range(first, min(first + config.shard_size, samples))]
+        for number, first in enumerate(range(0, samples, config.samples_per_shard))
+        for numbers in [range(first, min(first + config.samples_per_shard, samples))]
     ]
     meta = {
         "content": "images",

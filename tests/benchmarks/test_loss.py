@@ -1,0 +1,72 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks import main as benchmark
+from benchmarks.loss import (
+    LossProblem,
+    benchmark_loss,
+    closed_form_loss,
+    compared_losses,
+    log_one_hot_loss,
+)
+from benchmarks.main import main
+from torch import Tensor
+
+
+@pytest.mark.parametrize("first_time", [0, 1, 97])
+def test_both_sides_of_the_loss_benchmark_compute_the_same_loss_and_gradient(first_time: int) -> None:
+    problem = LossProblem(batch=3, length=40, codes=30)
+    logits, tokens, noisy, _ = problem.tensors()
+    t = torch.tensor([first_time, 50, 99])
+    sides = [side(problem)(logits, tokens, noisy, t) for side in (closed_form_loss, log_one_hot_loss)]
+    torch.testing.assert_close(sides[0], sides[1], rtol=1e-4, atol=1e-6)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in sides]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-7)
+
+
+def test_nothing_is_measured_where_the_sides_differ() -> None:
+    problem = LossProblem(batch=2, length=8, codes=6)
+    tensors = problem.tensors()
+    same = {"ours": closed_form_loss, "alternative": log_one_hot_loss}
+    losses = compared_losses(same, problem, tensors)
+    assert losses["ours"] == pytest.approx(losses["alternative"], rel=1e-4)
+
+    def shifted(problem: LossProblem) -> Callable[..., Tensor]:
+        return lambda *given: closed_form_loss(problem)(*given) + 1e-2
+
+    def steeper(problem: LossProblem) -> Callable[..., Tensor]:
+        def loss(logits: Tensor, tokens: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+            zero = (logits - logits.detach()).sum()
+            return closed_form_loss(problem)(logits, tokens, noisy, t) + 1e-2 * zero
+
+        return loss
+
+    for wrong in (shifted, steeper):
+        with pytest.raises(AssertionError, match="not close"):
+            compared_losses({"ours": closed_form_loss, "alternative": wrong}, problem, tensors)
+
+
+@pytest.mark.long
+def test_the_result_says_what_was_measured_and_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        benchmark.BENCHMARKS,
+        "loss",
+        lambda rounds: benchmark_loss(rounds, LossProblem(2, 256, 500)),
+    )
+    main(["loss", "--json", str(tmp_path / "loss.json"), "--rounds", "1"])
+    result = json.loads((tmp_path / "loss.json").read_text())
+    assert {"ours", "alternative", "ratio", "memory_ratio", "machine", "versions", "commit"} <= set(result)
+    assert result["ratio"] == pytest.approx(result["alternative"] / result["ours"])
+    assert 0 < result["memory_ratio"] < 1
+    assert [len(seconds) for seconds in result["seconds"].values()] == [1, 1]
+    assert result["losses"]["ours"] == pytest.approx(result["losses"]["alternative"], rel=1e-4)
+
+
+def test_an_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["speed"])
+    assert end.value.code == 2
+    assert "loss" in capsys.readouterr().err

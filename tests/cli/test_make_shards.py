@@ -1,0 +1,152 @@
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from webdataset.writer import TarWriter
+
+from vqd_scale.cli.make_shards import main
+from vqd_scale.data.shards.shard_index import INDEX, ShardSet
+
+ROOT = Path(__file__).parents[2]
+FEW = ["train_samples=20", "held_out_samples=5", "samples_per_shard=8"]
+
+
+def failing(arguments: Sequence[str], capture: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr of a run that must end with exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    output = capture.readouterr()
+    assert output.out == ""
+    return output.err
+
+
+def test_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["shapes", str(tmp_path / "out"), *FEW])
+    assert "20 samples in 3 shards" in capsys.readouterr().out
+    assert ShardSet.open(tmp_path / "out" / "train").count == 20
+    assert ShardSet.open(tmp_path / "out" / "held_out").count == 5
+
+
+def test_imagefolder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        Image.radial_gradient("L").rotate(number).save(tmp_path / "in" / f"{number}.png")
+        (tmp_path / "in" / f"{number}.txt").write_text("a soft spot")
+    (tmp_path / "in" / "1.png").write_bytes(b"nothing")
+    main(
+        ["imagefolder", str(tmp_path / "in"), str(tmp_path / "out"), "image_size=16", "max_bad_fraction=0.5"]
+    )
+    output = capsys.readouterr().out
+    assert "2 samples in 1 shards" in output
+    assert "quarantine.jsonl" in output
+
+
+@pytest.mark.long
+@pytest.mark.ranks
+def test_killed_and_run_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(40):
+        pixels = np.random.default_rng(number).integers(0, 256, (300, 300, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "in" / f"{number}.png")
+        (tmp_path / "in" / f"{number}.txt").write_text(f"noise {number}")
+    (tmp_path / "in" / "7.png").write_bytes(b"nothing")
+    settings = ["image_size=256", "samples_per_shard=5", "max_bad_fraction=0.1"]
+
+    def command(out: str) -> list[str]:
+        return ["imagefolder", str(tmp_path / "in"), str(tmp_path / out), *settings]
+
+    main(command("whole"))
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    cut = tmp_path / "cut"
+    tool = [sys.executable, str(ROOT / "tools" / "make_shards.py"), *command("cut"), "num_workers=2"]
+    for published in (1, 4):
+        with subprocess.Popen(tool, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and len(list(cut.glob("*.npz"))) < published:
+                time.sleep(0.01)
+            os.killpg(process.pid, signal.SIGKILL)
+        assert not json.loads((cut / INDEX).read_text())["complete"]
+    main(command("cut"))
+    after = {path.name: path.read_bytes() for path in cut.iterdir() if path.suffix != ".partial"}
+    assert after == whole
+
+
+def test_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with TarWriter(str(tmp_path / "theirs.tar")) as writer:
+        writer.write({"__key__": "a", "txt": "words"})
+    main(["index", str(tmp_path)])
+    assert "1 samples in 1 shards" in capsys.readouterr().out
+
+
+def test_print_config_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["shapes", str(tmp_path / "out"), "--print-config", "seed=4"])
+    assert end.value.code == 0
+    assert "seed: 4" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["shapes", "coco", "cub200", "oxford102", "imagenet", "ffhq", "imagefolder", "img2dataset", "index"],
+)
+def test_help_has_an_example(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([source, "--help"])
+    assert end.value.code == 0
+    assert f"make_shards.py {source} " in capsys.readouterr().out.split("example:")[1]
+
+
+DOCUMENTED = [
+    shlex.split(line, comments=True)[2:]
+    for line in (ROOT / "docs" / "data.md").read_text().splitlines()
+    if line.startswith("python tools/make_shards.py")
+]
+
+
+@pytest.mark.parametrize("arguments", DOCUMENTED, ids=" ".join)
+def test_documented_commands(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    if arguments[0] == "index":
+        assert "no .tar file" in failing(arguments, capsys)
+        return
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--print-config"])
+    assert end.value.code == 0
+
+
+def test_wrong_uses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    cases = {
+        "size: unknown key": ["shapes", str(out), "size=3"],
+        "image_size: given 'big'": ["shapes", str(out), "image_size=big"],
+        "there is no such folder": ["imagefolder", str(tmp_path / "nowhere"), str(out)],
+        "there is no .tar file": ["index", str(tmp_path)],
+        "is a file, not a folder": ["shapes", str(tmp_path / "file" / "out"), *FEW],
+    }
+    (tmp_path / "file").write_text("")
+    for sentence, arguments in cases.items():
+        error = failing(arguments, capsys)
+        assert sentence in error
+        assert error.count("\n") == 1
+    assert not out.exists()
+    assert "invalid choice: 'mountains'" in failing(["mountains"], capsys)
+
+
+def test_another_config_over_a_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["shapes", str(tmp_path), *FEW])
+    capsys.readouterr()
+    before = (tmp_path / "train" / INDEX).read_bytes()
+    assert "seed was 0, now is 1" in failing(["shapes", str(tmp_path), *FEW, "seed=1"], capsys)
+    assert (tmp_path / "train" / INDEX).read_bytes() == before

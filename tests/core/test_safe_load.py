@@ -1,0 +1,145 @@
+"""Trap 33: checkpoints of others are read, never executed."""
+
+import argparse
+import builtins
+import os
+import shutil
+import subprocess
+import sys
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from types import ModuleType
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.safe_load import read_saved, tensors_in
+
+
+class Executes:
+    """An object whose unpickling calls ``function``."""
+
+    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
+        self.function = function
+        self.arguments = arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.function, self.arguments
+
+
+def mapping_in(path: Path) -> dict[str, Any]:
+    loaded = read_saved(path)
+    assert isinstance(loaded, dict)
+    return cast(dict[str, Any], loaded)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (subprocess.getoutput, ("touch {victim}",)),
+        (builtins.eval, ("__import__('pathlib').Path('{victim}').touch()",)),
+        (Path.touch, (Path("{victim}"),)),
+        (shutil.copy, (__file__, "{victim}")),
+        (os.mkdir, ("{victim}",)),
+    ],
+)
+def test_a_planted_call_is_not_made(
+    tmp_path: Path, zipped: bool, function: Callable[..., object], arguments: tuple[object, ...]
+) -> None:
+    victim = tmp_path / "victim"
+    placed = [cast(type[Any], type(argument))(str(argument).format(victim=victim)) for argument in arguments]
+    checkpoint = {"model": {"w": torch.ones(2)}, "optimizer": Executes(function, *placed)}
+    path = tmp_path / "model.pth"
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="nothing in it was executed") as found:
+        read_saved(path)
+    assert not victim.exists()
+    assert "trust" not in str(found.value)
+    # The trap is armed: an ordinary reader would have run it.
+    torch.load(path, weights_only=False)
+    assert victim.exists()
+
+
+def _foreign(name: str, *bases: type) -> type:
+    """A class that pickles name as ``module.Class`` of a library that is not installed here."""
+    module, _, short = name.rpartition(".")
+    parts = module.split(".")
+    for depth in range(1, len(parts) + 1):
+        sys.modules.setdefault(".".join(parts[:depth]), ModuleType(".".join(parts[:depth])))
+    made = type(short, bases, {"__module__": module})
+    setattr(sys.modules[module], short, made)
+    return made
+
+
+@pytest.fixture
+def lightning_checkpoint(tmp_path: Path) -> Path:
+    """What taming's published files hold beside the weights."""
+    before = set(sys.modules)
+    settings_kind = _foreign("omegaconf.dictconfig.DictConfig")
+    hyper_parameters = _foreign("pytorch_lightning.utilities.parsing.AttributeDict", dict)
+    callback = _foreign("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
+    held: Any = settings_kind()
+    held.__dict__.update(_content={"n_embed": 8}, _parent=None, _resolvers=defaultdict(dict, {"x": 1}))
+    path = tmp_path / "last.ckpt"
+    torch.save(
+        {
+            "epoch": 3,
+            "state_dict": OrderedDict({"encoder.conv_in.weight": torch.arange(6.0).view(2, 3)}),
+            "callbacks": {callback: {"best": torch.tensor(1.0), "where": PurePosixPath("logs/last.ckpt")}},
+            "hyper_parameters": hyper_parameters(config=held, rate=np.float64(4.5e-6)),
+            "arguments": argparse.Namespace(seed=23, any=Any, kinds=np.ones(3), choices=[dict, slice]),
+        },
+        path,
+    )
+    for name in set(sys.modules) - before:
+        if name.startswith(("omegaconf", "pytorch_lightning")):
+            del sys.modules[name]
+    return path
+
+
+def test_settings_of_libraries_that_are_not_here_do_not_stand_in_the_way(lightning_checkpoint: Path) -> None:
+    checkpoint = mapping_in(lightning_checkpoint)
+    weights = tensors_in(checkpoint["state_dict"])
+    assert list(weights) == ["encoder.conv_in.weight"]
+    assert torch.equal(weights["encoder.conv_in.weight"], torch.arange(6.0).view(2, 3))
+    assert "omegaconf" not in sys.modules
+    with pytest.raises(ModuleNotFoundError):
+        torch.load(lightning_checkpoint, weights_only=False)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_a_damaged_file_is_one_sentence(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "model.pth"
+    torch.save({"model": {"w": torch.arange(300.0)}, "name": "model"}, path)
+    whole = path.read_bytes()
+    if data.draw(st.booleans(), label="truncated"):
+        path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1), label="length")])
+        damaged = True
+    else:
+        place = data.draw(st.integers(0, len(whole) - 1), label="place")
+        changed = bytearray(whole)
+        changed[place] ^= data.draw(st.integers(1, 255), label="bits")
+        path.write_bytes(changed)
+        # Padding and time stamps have no checksum: only a change that shows in the weights must be found.
+        damaged = False
+    try:
+        weights = tensors_in(mapping_in(path).get("model"))
+    except UserError as error:
+        assert str(error).startswith(f"{path}: ")
+        assert "\n" not in str(error)
+    else:
+        assert not damaged
+        assert not weights or torch.equal(weights["w"], torch.arange(300.0))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no such file"):
+        read_saved(tmp_path / "nothing.pth")

@@ -1,0 +1,268 @@
+import io
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image
+
+from vqd_scale.core.arrays import NDArray
+from vqd_scale.data.shards.decode import (
+    BadSample,
+    DecodeConfig,
+    decode_array,
+    decode_arrays,
+    decode_image,
+    decode_json,
+    decode_text,
+)
+
+
+def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    with io.BytesIO() as file:
+        image.save(file, format=kind, **options)
+        return file.getvalue()
+
+
+def gradient() -> Image.Image:
+    ramp = np.linspace(0, 255, 24).astype(np.uint8)
+    return Image.fromarray(np.stack(np.broadcast_arrays(ramp, ramp[:16, None], 255 - ramp), axis=-1))
+
+
+def photograph(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Smooth colours with grain."""
+    rng = np.random.default_rng(seed)
+    waves = np.sin(np.mgrid[0:height, 0:width] * rng.uniform(0.01, 0.1, (2, 1, 1))).sum(axis=0)
+    colours = waves[..., None] * rng.uniform(20, 60, 3) + 128
+    return Image.fromarray((colours + rng.normal(0, 4, colours.shape)).clip(0, 255).astype(np.uint8))
+
+
+def difference(one: NDArray[np.uint8], other: Any) -> int:
+    return int(np.abs(one.astype(int) - np.asarray(other).astype(int)).max())
+
+
+def test_rgb_is_kept() -> None:
+    decoded = decode_image(file_of(gradient()))
+    np.testing.assert_array_equal(decoded, np.asarray(gradient()))
+
+
+JPEGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "whole colours": {"subsampling": 0},
+    "half colours": {"subsampling": 1},
+    "progressive": {"progressive": True},
+    "kept rgb": {"keep_rgb": True},
+    "coarse": {"quality": 20},
+}
+
+
+@pytest.mark.parametrize("options", JPEGS)
+def test_a_jpeg_is_what_pillow_makes_of_it(options: str) -> None:
+    data = file_of(photograph(70, 91), "JPEG", **JPEGS[options])
+    assert difference(decode_image(data), Image.open(io.BytesIO(data))) <= 1
+
+
+def test_a_gray_jpeg() -> None:
+    data = file_of(photograph(70, 91).convert("L"), "JPEG")
+    assert difference(decode_image(data), Image.open(io.BytesIO(data)).convert("RGB")) <= 1
+
+
+@pytest.mark.parametrize("missing", [1, 2, 200, 2000])
+def test_a_cut_jpeg(missing: int) -> None:
+    data = file_of(photograph(256, 256), "JPEG")
+    with pytest.raises(BadSample, match="not a readable picture"):
+        decode_image(data[:-missing])
+
+
+def test_dct_scaling_is_a_smaller_picture_and_only_where_asked_for() -> None:
+    picture = photograph(512, 640)
+    data = file_of(picture, "JPEG")
+    scaled = DecodeConfig(dct_scaled=True)
+    assert decode_image(data).shape == (512, 640, 3)
+    assert decode_image(data, scaled).shape == (512, 640, 3)
+    assert decode_image(data, smallest_side=64).shape == (512, 640, 3)
+    small = decode_image(data, scaled, smallest_side=100)
+    assert small.shape == (128, 160, 3)
+    assert decode_image(data, scaled, smallest_side=129).shape == (256, 320, 3)
+    assert decode_image(file_of(picture), scaled, smallest_side=64).shape == (512, 640, 3)
+    whole = np.asarray(picture.resize((160, 128), Image.Resampling.BOX)).astype(float)
+    assert np.abs(small - whole).mean() < 3
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    assert decode_image(file_of(picture, "JPEG", exif=turned), scaled, smallest_side=100).shape == (
+        160,
+        128,
+        3,
+    )
+
+
+def test_postscript_is_not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+
+    def interpreter(*given: object) -> None:
+        started.append(given)
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", interpreter)
+    with pytest.raises(BadSample, match="of no known kind"):
+        decode_image(file_of(gradient(), "EPS"))
+    assert started == []
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_orientation_of_a_camera(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = file_of(gradient(), kind, exif=exif)
+    stored = np.asarray(Image.open(io.BytesIO(data)))
+    np.testing.assert_array_equal(decode_image(data), np.rot90(stored, k=-1))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_transparent_is_white(mode: str) -> None:
+    clear = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    data = (
+        file_of(clear) if mode == "RGBA" else file_of(clear.convert(mode), "TIFF" if mode == "PA" else "PNG")
+    )
+    expected = 255 if mode in ("RGBA", "LA", "PA") else None
+    decoded = decode_image(data)
+    assert decoded.shape == (4, 4, 3)
+    assert expected is None or (decoded == expected).all()
+
+
+def test_sixteen_bits() -> None:
+    levels = np.array([[0, 255, 256, 65_535]], dtype=np.uint16)
+    decoded = decode_image(file_of(Image.fromarray(levels)))
+    assert decoded[0, :, 0].tolist() == [0, 0, 1, 255]
+
+
+def test_other_modes_and_first_frame() -> None:
+    assert (decode_image(file_of(Image.new("CMYK", (2, 2)), "JPEG"))).min() > 250
+    assert (decode_image(file_of(Image.new("L", (2, 2), 7)))).tolist() == [[[7] * 3] * 2] * 2
+    assert (decode_image(file_of(Image.new("1", (2, 2), 1)))).min() == 255
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    animated = file_of(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert (decode_image(animated))[0, 0].tolist() == [255, 0, 0]
+    with pytest.raises(BadSample, match="floating-point"):
+        decode_image(file_of(Image.new("F", (2, 2)), "TIFF"))
+
+
+def png_of_zeros(width: int, height: int) -> bytes:
+    """A valid header and a body that would unpack to gigabytes."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000)))
+    return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size", [(40_000, 40_000), (10_000, 10_000)])
+def test_pixel_bombs(size: tuple[int, int]) -> None:
+    with pytest.raises(BadSample, match="pixels"):
+        decode_image(png_of_zeros(*size))
+
+
+def test_the_bound_of_pixels_is_a_setting() -> None:
+    data = file_of(gradient())
+    assert decode_image(data, DecodeConfig(max_pixels=24 * 16)).shape == (16, 24, 3)
+    with pytest.raises(BadSample, match="24 x 16 pixels, more than 383"):
+        decode_image(data, DecodeConfig(max_pixels=383))
+
+
+# Pillow says of some damage that it is there before it gives up or goes on.
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@settings(deadline=None)
+@given(st.data())
+def test_damaged_bytes_are_bad_samples(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"]))
+    whole = bytearray(file_of(gradient(), kind))
+    for _ in range(data.draw(st.integers(0, 4))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    cut = bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    try:
+        assert decode_image(cut).shape[2] == 3
+    except BadSample as error:
+        # Either outcome is right; any other exception is not. A report names a sample once, by its reason.
+        with pytest.raises(BadSample) as again:
+            decode_image(bytes(cut))
+        assert str(again.value) == str(error)
+        assert "0x" not in str(error)
+
+
+@given(
+    arrays.arrays(
+        dtype=st.sampled_from([np.uint16, np.int32, np.int64, np.float32]),
+        shape=arrays.array_shapes(max_dims=2),
+    )
+)
+def test_arrays_as_numpy_reads_them(array: NDArray[Any]) -> None:
+    with io.BytesIO() as file:
+        np.save(file, array)
+        data = file.getvalue()
+    np.testing.assert_array_equal(decode_array(data), array)
+    assert decode_array(data).dtype == array.dtype
+    with pytest.raises(BadSample):
+        decode_array(data[:-1])
+
+
+def saved(array: NDArray[Any]) -> bytes:
+    with io.BytesIO() as file:
+        np.save(file, array)
+        return file.getvalue()
+
+
+def counted(dtype: str, shape: tuple[int, ...], start: int, cut: int) -> bytes:
+    count = int(np.prod(shape))
+    content = saved(np.arange(start, start + count).astype(dtype).reshape(shape))
+    return content[: len(content) - cut]
+
+
+members = st.builds(
+    counted,
+    st.sampled_from(["<u2", "<i4", "<f4", ">u2"]),
+    st.sampled_from([(), (0,), (3,), (2, 3), (6,)]),
+    st.integers(0, 99),
+    st.sampled_from([0, 0, 0, 1]),
+) | st.binary(max_size=20)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(members, max_size=12))
+def test_arrays_decoded_at_once_are_those_decoded_one_by_one(contents: list[bytes]) -> None:
+    found: dict[int, Any] = {}
+    for numbers, decoded in decode_arrays(contents):
+        for row, number in enumerate(numbers):
+            found[number] = decoded if isinstance(decoded, BadSample) else decoded[row, ...]
+    assert sorted(found) == list(range(len(contents)))
+    for number, content in enumerate(contents):
+        try:
+            expected = decode_array(content)
+        except BadSample as error:
+            assert str(found[number]) == str(error)
+        else:
+            assert found[number].dtype == expected.dtype
+            np.testing.assert_array_equal(found[number], expected)
+
+
+def test_arrays_of_objects_are_refused() -> None:
+    with io.BytesIO() as file:
+        np.save(file, np.array([{}], dtype=object), allow_pickle=True)
+        data = file.getvalue()
+    with pytest.raises(BadSample, match="plain numbers"):
+        decode_array(data)
+
+
+def test_text_and_json() -> None:
+    assert decode_text(" ein Bär\n".encode()) == "ein Bär"
+    assert decode_json(b'{"a": 1}') == {"a": 1}
+    with pytest.raises(BadSample, match="UTF-8"):
+        decode_text(b"\xff\xfe")
+    with pytest.raises(BadSample, match="empty"):
+        decode_text(b" \n")
+    with pytest.raises(BadSample, match="JSON"):
+        decode_json(b"{")

@@ -1,0 +1,69 @@
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vqd_scale.core.atomic_io import Location
+from vqd_scale.core.s3 import PIECE_BYTES, S3Path
+from vqd_scale.data.shards.cache import CacheConfig
+from vqd_scale.data.shards.ranged_reader import TURNS_AHEAD, RangedReadConfig, RangedReader
+from vqd_scale.data.shards.shard_index import Shard, ShardSet
+
+MEGABYTE = 1 << 20
+
+
+def set_at(tars: Location, counts: tuple[int, ...], mean: int) -> ShardSet:
+    names = tuple(f"{number:06d}.tar" for number in range(len(counts)))
+    sizes = tuple(count * mean for count in counts)
+    meta: Mapping[str, str] = {}
+    return ShardSet(tars, tars, names, counts, sizes, ("",) * len(counts), counts, meta)
+
+
+@given(
+    mean=st.integers(1, 20_000_000),
+    lanes=st.integers(1, 2048),
+    window=st.integers(1, 5000),
+    megabytes=st.integers(1, 4096),
+)
+def test_what_is_read_ahead_fits_into_memory(mean: int, lanes: int, window: int, megabytes: int) -> None:
+    shards = set_at(S3Path("bucket", "set"), (1000, 10, 1), mean)
+    config = RangedReadConfig(buffer_megabytes=megabytes)
+    tempo = RangedReader.in_lanes([shards], lanes, window, config).tempo
+    assert 1 <= tempo.turns <= (window if tempo.samples > 1 else TURNS_AHEAD)
+    assert 1 <= tempo.samples <= window
+    if tempo.samples > 1:
+        # A lane's own window, the next one, and the ends of the pieces that reach over them.
+        assert lanes * (2 * window + 2 * tempo.samples) * mean <= megabytes * MEGABYTE
+        assert tempo.samples * mean <= PIECE_BYTES
+    elif tempo.turns > 1:
+        assert lanes * (tempo.turns + 1) * mean <= megabytes * MEGABYTE
+
+
+def test_pieces_are_large_where_lanes_are_few_and_single_samples_where_they_are_many() -> None:
+    tokens = set_at(S3Path("bucket", "set"), (10_000,) * 4, 6000)
+    pictures = set_at(S3Path("bucket", "set"), (10_000,) * 4, 300_000)
+    config = RangedReadConfig()
+    assert RangedReader.in_lanes([tokens], 16, 256, config).tempo.samples == 256
+    assert RangedReader.in_lanes([pictures], 2, 256, config).tempo.samples == PIECE_BYTES // 300_000
+    assert RangedReader.in_lanes([pictures], 128, 256, config).tempo.samples == 1
+
+
+def test_nothing_is_read_ahead_from_a_file_system(tmp_path: Path) -> None:
+    shards = set_at(tmp_path, (1000,), 6000)
+    assert RangedReader.in_lanes([shards], 16, 256, RangedReadConfig()).tempo.turns == 0
+
+
+def test_whole_shards_are_asked_for_a_window_ahead(tmp_path: Path) -> None:
+    shards = set_at(S3Path("bucket", "set"), (1000,), 6000)
+    config = RangedReadConfig(cache=CacheConfig(folder=tmp_path, max_gigabytes=1))
+    assert RangedReader.in_lanes([shards], 16, 256, config).tempo.turns == 256
+
+
+@pytest.mark.parametrize("size", [0, 1, PIECE_BYTES, 100 * PIECE_BYTES])
+def test_a_shard_in_order_is_read_in_large_pieces(size: int) -> None:
+    path = S3Path("bucket", "set") / "000000.tar"
+    tempo = RangedReader.in_order(Shard(path, path.with_suffix(".npz"), 1000, size, "")).tempo
+    assert tempo.samples >= 1
+    assert tempo.samples * size <= 1000 * PIECE_BYTES or tempo.samples == 1

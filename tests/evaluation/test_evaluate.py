@@ -1,0 +1,395 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.training.ranks import on_ranks
+from vqd_scale.cli import eval_coco_fid
+from vqd_scale.core.atomic_io import sha256_of
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.signals import STOP_SIGNALS
+from vqd_scale.core.world import World
+from vqd_scale.data.shards.shard_index import ShardSet
+from vqd_scale.data.shards.shard_io import ShardRecipe, write_shard_set
+from vqd_scale.evaluation import evaluate as score
+from vqd_scale.evaluation.evaluate import Result, draw, evaluate, statistics_of
+from vqd_scale.evaluation.extractors import FEATURES, RandomNetwork
+from vqd_scale.evaluation.frechet import FeatureStatistics, frechet_distance
+from vqd_scale.evaluation.prompts import Captions, Classes, choose_prompts, digest_of
+from vqd_scale.evaluation.protocol import EvaluationConfig, KernelConfig, SamplingConfig
+from vqd_scale.evaluation.reference_stats import ReferenceConfig
+from vqd_scale.evaluation.resumable_chunks import EvaluationStopped, ResumableChunks
+from vqd_scale.models.pipeline import TextToImage
+
+FEATURE_COUNT = 6
+
+
+def protocol(shards: Path, count: int = 23, **changes: Any) -> EvaluationConfig:
+    settings: dict[str, Any] = {
+        "name": "test",
+        "data": shards,
+        "prompts": Captions(count=count),
+        "sampling": SamplingConfig.model_validate(
+            {"sampler": {"kind": "strided", "steps": 2}, "batch_size": 4}
+        ),
+        "extractor": RandomNetwork(features=FEATURE_COUNT),
+        "kid": KernelConfig(subsets=3, size=10),
+        "inception_splits": 2,
+        "neighbors": 3,
+        "report_images": 2,
+    }
+    return EvaluationConfig(**settings | changes)
+
+
+def scored(
+    config: EvaluationConfig,
+    model: Path,
+    out: Path,
+    ranks: int = 1,
+    stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    def run(world: World) -> Result | None:
+        pipe = TextToImage.load(model, device="cpu")
+        return evaluate(config, pipe, {"name": "model"}, out, world, stop)
+
+    results = on_ranks(ranks, run)
+    assert results[1:] == [None] * (ranks - 1)
+    assert results[0] is not None
+    return results[0]
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+    out = tmp_path_factory.mktemp("alone")
+    return scored(protocol(shards), model, out), out
+
+
+def same(one: Any, other: Any, tolerance: float) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            same(one[key], other[key], tolerance)
+    else:
+        assert one == (pytest.approx(other, rel=tolerance) if isinstance(one, float) else other)
+
+
+def test_the_figures_are_those_of_all_pictures_at_once(alone: tuple[Result, Path], shards: Path) -> None:
+    result, out = alone
+    parts = ResumableChunks(out / "parts", 23, 4)
+    features = parts.column(FEATURES)
+    # 23 is no multiple of the batch.
+    assert result.report["count"] == len(features) == 23
+    chosen = choose_prompts(Captions(count=23), ShardSet.open(shards))
+    assert len({prompt.member for prompt in chosen}) == 23
+    assert result.report["prompts"] == digest_of(chosen)
+    figures = result.report["figures"]
+    assert figures.keys() >= {"frechet_distance", "kid", "precision", "coverage", "inception_score"}
+    # The reader of the embedded set finds the pictures of random weights to be right by chance only.
+    assert 0 < figures["alignment"]["mean"] < 0.6
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_ranks_gives_the_same_figures(
+    alone: tuple[Result, Path], model: Path, shards: Path, tmp_path: Path, ranks: int
+) -> None:
+    result = scored(protocol(shards), model, tmp_path, ranks)
+    same(result.report, alone[0].report, 1e-6)
+    for part in ResumableChunks(tmp_path / "parts", 23, 4).numbers:
+        path = Path("parts") / f"{part:06d}.safetensors"
+        assert (tmp_path / path).read_bytes() == (alone[1] / path).read_bytes()
+
+
+def test_streamed_statistics_are_those_of_one_pass(tmp_path: Path) -> None:
+    values = 100 + torch.randn(23, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    parts = ResumableChunks(tmp_path, 23, 4)
+
+    def make(numbers: range) -> dict[str, Tensor]:
+        return {FEATURES: values[numbers.start : numbers.stop]}
+
+    def run(world: World) -> FeatureStatistics:
+        parts.work(make, world, "", lambda: False)
+        return statistics_of(parts, 5, world)
+
+    whole = FeatureStatistics.of(values)
+    # Eight ranks for six parts: two of them hold nothing.
+    for ranks in (1, 2, 3, 8):
+        for found in on_ranks(ranks, run):
+            assert found.count == 23
+            torch.testing.assert_close(found.mean, whole.mean, rtol=1e-12, atol=0)
+            torch.testing.assert_close(found.scatter, whole.scatter, rtol=1e-10, atol=1e-10)
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+
+
+def test_what_is_stopped_anywhere_goes_on_to_the_same_report(
+    alone: tuple[Result, Path], model: Path, shards: Path, tmp_path: Path
+) -> None:
+    asked = iter([False, True, False, False, True])
+    for _ in range(2):
+        with pytest.raises(EvaluationStopped):
+            scored(protocol(shards), model, tmp_path, stop=lambda: next(asked))
+    # What a kill leaves of a file that was being written is not taken for a part.
+    (tmp_path / "parts" / "000003.safetensors.partial").write_bytes(b"half")
+    result = scored(protocol(shards), model, tmp_path, ranks=2)
+    same(result.report, alone[0].report, 1e-6)
+    resumed = scored(protocol(shards), model, tmp_path)
+    assert resumed.report == alone[0].report
+
+
+def test_what_is_left_is_dealt_out_anew(tmp_path: Path) -> None:
+    parts = ResumableChunks(tmp_path, 24, 4)
+    made: dict[int, list[int]] = {0: [], 1: []}
+
+    def run(world: World) -> None:
+        def make(numbers: range) -> dict[str, Tensor]:
+            made[world.rank].append(numbers.start // 4)
+            return {FEATURES: torch.arange(numbers.start, numbers.stop)}
+
+        parts.work(make, world, "", lambda: False)
+
+    on_ranks(2, run)
+    assert made == {0: [0, 2, 4], 1: [1, 3, 5]}
+    # The second of two ranks had done nothing yet, and now both share what it left.
+    for part in (1, 3, 5):
+        parts.path(part).unlink()
+    on_ranks(2, run)
+    assert made == {0: [0, 2, 4, 1, 5], 1: [1, 3, 5, 3]}
+    assert parts.column(FEATURES).tolist() == list(range(24))
+
+
+def test_parts_of_another_drawing_are_refused(alone: tuple[Result, Path], model: Path, shards: Path) -> None:
+    drawing = protocol(shards).sampling.model_copy(update={"seed": 1})
+    with pytest.raises(UserError, match=r"begun with sampling.seed 0, not 1; give another --out"):
+        scored(protocol(shards, sampling=drawing), model, alone[1])
+
+
+def test_statistics_of_others_are_refused(
+    alone: tuple[Result, Path], model: Path, shards: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "reference.safetensors"
+    other = protocol(shards, reference=ReferenceConfig(file=file))
+    scored(other, model, tmp_path / "first")
+    with pytest.raises(UserError, match=r"other real pictures \(pictures 23, not 60\); name another"):
+        scored(
+            protocol(shards, reference=ReferenceConfig(file=file, images="all")), model, tmp_path / "second"
+        )
+    with pytest.raises(UserError, match=r"extractor.seed 0, not 1"):
+        scored(
+            protocol(
+                shards,
+                reference=ReferenceConfig(file=file),
+                extractor=RandomNetwork(features=FEATURE_COUNT, seed=1),
+            ),
+            model,
+            tmp_path / "third",
+        )
+    # A resize that another version of the program does is another set of real pictures.
+    replace_metadata(file, "bicubic, anti-aliased, 8 bits", "bilinear, 8 bits")
+    with pytest.raises(UserError, match=r'filter "bilinear, 8 bits", not "bicubic, anti-aliased, 8 bits"'):
+        scored(other, model, tmp_path / "fourth")
+    file.write_bytes(b"no statistics at all")
+    with pytest.raises(UserError, match="holds no statistics of real pictures"):
+        scored(other, model, tmp_path / "fifth")
+    del alone
+
+
+def replace_metadata(file: Path, old: str, new: str) -> None:
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].replace(old.encode(), new.encode())
+    assert header != content[8 : 8 + length]
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+
+
+def test_repeated_pictures_count_as_often_as_they_are_repeated(
+    model: Path, shards: Path, tmp_path: Path
+) -> None:
+    reference = ReferenceConfig(images="all", repeat_to=130)
+    result = scored(protocol(shards, reference=reference), model, tmp_path)
+    assert (result.report["reference"]["pictures"], result.report["reference"]["counted"]) == (60, 130)
+    once = scored(
+        protocol(shards, reference=ReferenceConfig(images="all")), model, tmp_path / "honest"
+    ).report["figures"]["frechet_distance"]
+    # The last ten count once less than the first: nearly, not quite, the same distance.
+    assert result.report["figures"]["frechet_distance"] == pytest.approx(once, rel=0.2)
+    assert result.report["figures"]["frechet_distance"] != once
+
+
+def test_the_frechet_distance_is_the_closed_form() -> None:
+    deviations = [(1.0, 2.0, 3.0), (2.0, 1.0, 5.0)]
+    first, second = (
+        FeatureStatistics(
+            100, torch.zeros(3).double() + shift, 99 * torch.tensor(values).double().square().diag()
+        )
+        for shift, values in zip((0.0, 2.0), deviations, strict=True)
+    )
+    # For diagonal covariances: the squared distance of means and of deviations.
+    assert frechet_distance(first, second) == pytest.approx(3 * 4 + 1 + 1 + 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"prompts": Captions(count=6)},
+            "6 pictures are too few for the covariance of 6 features; draw at least 7",
+        ),
+        ({"prompts": Captions(count=61)}, "holds 60 pictures with captions, fewer than prompts.count=61"),
+        (
+            {"prompts": Classes(count=9, classes=3), "reference": ReferenceConfig(images="all")},
+            "3 classes are asked for, but this model knows no classes",
+        ),
+        ({"data": None}, "captions need the shards that they come from; give --data"),
+        ({"kid": KernelConfig(size=100)}, "set kid.size to 23"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    model: Path, shards: Path, tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        scored(protocol(shards, **changes), model, tmp_path)
+
+
+def test_captions_without_pictures_are_one_sentence(model: Path, tmp_path: Path) -> None:
+    samples = [{"__key__": f"{number:03d}", "txt": f"a star {number}"} for number in range(9)]
+    captions = tmp_path / "captions"
+    write_shard_set(captions, {}, [ShardRecipe("000000.tar", 9, lambda: samples)], "")
+    with pytest.raises(UserError, match=r"sample '0..' has a caption but no picture; a reference needs"):
+        scored(protocol(captions, count=9), model, tmp_path / "out")
+
+
+def test_prompts_are_a_function_of_the_seed(shards: Path, tmp_path: Path) -> None:
+    several = tmp_path / "several"
+    samples = [
+        {
+            "__key__": f"{number:03d}",
+            "txt": f"first {number}",
+            "json": json.dumps(
+                {"captions": [f"first {number}", f"second {number}", f"third {number}"]}
+            ).encode(),
+        }
+        for number in range(20)
+    ]
+    write_shard_set(several, {}, [ShardRecipe("000000.tar", 20, lambda: samples)], "")
+    opened = ShardSet.open(several)
+    some, more, other = (
+        choose_prompts(Captions(count=count, seed=seed), opened) for count, seed in ((9, 0), (20, 0), (20, 1))
+    )
+    assert some == more[:9]
+    assert digest_of(more) != digest_of(other)
+    assert {prompt.caption for prompt in more} == {0, 1, 2}
+    assert [prompt.member for prompt in more] != sorted(prompt.member for prompt in more)
+    each = choose_prompts(Captions(count=60, caption="each"), opened)
+    assert len({prompt.text for prompt in each}) == 60
+    stored = choose_prompts(Captions(count=20, caption="first", shuffled=False), opened)
+    assert [prompt.text for prompt in stored] == [f"first {number}" for number in range(20)]
+    del shards
+
+
+def test_classes_come_equally_often() -> None:
+    labels = [int(prompt.text) for prompt in choose_prompts(Classes(count=12, classes=4), None)]
+    assert labels == sorted(labels)
+    assert np.bincount(labels).tolist() == [3, 3, 3, 3]
+
+
+def arguments_for(model: Path, shards: Path, out: Path) -> list[str]:
+    return [
+        str(model),
+        *("--data", str(shards), "--out", str(out)),
+        *("prompts.kind=captions", "prompts.count=23", "sampling.batch_size=2"),
+        *("sampling.sampler.kind=strided", "sampling.sampler.steps=2"),
+        *("kid.size=10", "inception_splits=2", "report_images=2"),
+        *("extractor.kind=random", "extractor.features=6"),
+    ]
+
+
+def test_the_tool_writes_figures_and_a_page(model: Path, shards: Path, tmp_path: Path) -> None:
+    eval_coco_fid.main([*arguments_for(model, shards, tmp_path), "sampling.save_images=true"])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["count"] == 23
+    assert report["model"] == {
+        "name": str(model),
+        "weights_sha256": sha256_of(model / "model.safetensors"),
+        "tokenizer_sha256": sha256_of(model / "tokenizer" / "model.safetensors"),
+    }
+    assert report["reference"]["extractor"]["kind"] == "random convolutions"
+    page = (tmp_path / "report.html").read_text()
+    assert report["prompts"] in page
+    # Best, worst, not chosen; the distance by the number of pictures, and all pictures.
+    assert page.count("data:image/png;base64,") == 5
+    assert list(report["distance_by_count"]) == ["11", "23"]
+    assert report["distance_by_count"]["23"] == report["figures"]["frechet_distance"]
+    assert len(list((tmp_path / "images").glob("*.png"))) == 23
+
+
+def test_the_tool_says_a_mistake_in_one_sentence(
+    model: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        eval_coco_fid.main([*arguments_for(model, shards, tmp_path)[:-2], "extractor.kind=inception"])
+    assert end.value.code == 2
+    assert "the weights of Inception are missing" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_signal_ends_the_tool_so_that_it_is_started_again(
+    model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = 0
+
+    def interrupted(*arguments: Any) -> Tensor:
+        nonlocal drawn
+        drawn += 1
+        if drawn == 2:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return draw(*arguments)
+
+    monkeypatch.setattr(score, "draw", interrupted)
+    before = [(number, signal.getsignal(number)) for number in STOP_SIGNALS]
+    try:
+        with pytest.raises(SystemExit) as end:
+            eval_coco_fid.main(arguments_for(model, shards, tmp_path))
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+    assert end.value.code == 75
+    assert not (tmp_path / "report.json").exists()
+    # What was being drawn is kept.
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) == 2
+
+
+@pytest.mark.long
+@pytest.mark.ranks
+def test_killed_at_random_and_started_again_it_gives_the_same_report(
+    model: Path, shards: Path, tmp_path: Path
+) -> None:
+    tool = Path(__file__).parents[2] / "tools" / "eval_coco_fid.py"
+
+    def start(out: Path) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen([sys.executable, str(tool), *arguments_for(model, shards, out)])
+
+    assert start(tmp_path / "whole").wait() == 0
+    kills = 0
+    for parts in (1, 4, 9):
+        process = start(tmp_path / "killed")
+        while process.poll() is None and len(list((tmp_path / "killed/parts").glob("*.safetensors"))) < parts:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() != 0
+    assert kills == 3
+    assert start(tmp_path / "killed").wait() == 0
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "killed")]
+    for report in reports:
+        # Somebody may commit meanwhile.
+        del report["commit"]
+    assert reports[0] == reports[1]

@@ -1,0 +1,203 @@
+"""Checkpoints laid out as Microsoft's become models (traps 32 and 39 of converting)."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models.exchange import microsoft_files as files
+from tests.models.exchange.microsoft_files import GUMBEL_SLIM, HEADS, ITHQ_SLIM, VQ_SLIM, Kind
+from tests.tokenizers.published import decoded, vectors_of
+from vqd_scale.core.errors import UserError
+from vqd_scale.models.bundle import load_bundle
+from vqd_scale.models.exchange.conversion import ModelPlan, TokenizerPlan
+from vqd_scale.models.exchange.microsoft import MicrosoftOptions, plan_microsoft
+from vqd_scale.models.pipeline import TextToImage
+from vqd_scale.tokenizers.codebook.reduction import Reduced
+from vqd_scale.tokenizers.registry import ReducedConfig
+
+OPTIONS = MicrosoftOptions(heads=HEADS)
+
+
+def converted(path: Path, out: Path, options: MicrosoftOptions = OPTIONS) -> TextToImage:
+    plan_microsoft(path, options).save(out)
+    return TextToImage.load(out, device="cpu")
+
+
+def test_trap_32_every_weight_of_the_average_arrives_bit_for_bit(tmp_path: Path) -> None:
+    checkpoint = files.checkpoint_of(Kind(), ITHQ_SLIM)
+    plan_microsoft(files.write(tmp_path, checkpoint), OPTIONS).save(tmp_path / "bundle")
+    model = load_bundle(tmp_path / "bundle").model.state_dict()
+    average = checkpoint["ema"]
+    pairs = {
+        "denoiser.content_emb.emb.weight": "transformer.content_emb.emb.weight",
+        "denoiser.content_emb.width_emb.weight": "transformer.content_emb.width_emb.weight",
+        "denoiser.blocks.1.ln1.emb.weight": "transformer.blocks.1.ln1.emb.weight",
+        "denoiser.blocks.0.ln1_1.linear.bias": "transformer.blocks.0.ln1_1.linear.bias",
+        "denoiser.blocks.0.attn2.value.weight": "transformer.blocks.0.attn2.value.weight",
+        "denoiser.blocks.1.mlp.2.bias": "transformer.blocks.1.mlp.2.bias",
+        "denoiser.norm.weight": "transformer.to_logits.0.weight",
+        "denoiser.head.weight": "transformer.to_logits.1.weight",
+        "text.tower.transformer.resblocks.1.attn.in_proj_weight": (
+            "condition_emb.transformer.resblocks.1.attn.in_proj_weight"
+        ),
+        "text.tower.positional_embedding": "condition_emb.positional_embedding",
+    }
+    for ours, theirs in pairs.items():
+        assert torch.equal(model[ours], average[theirs]), ours
+        assert not torch.equal(model[ours], checkpoint["model"][f"transformer.{theirs}"]), ours
+    assert model["text.null"].dtype == torch.float32
+    assert torch.equal(model["text.null"], average["empty_text_embed"].float())
+    # All of it: as many numbers as theirs, less those dropped by name.
+    dropped = ("mask", "log_", "Lt_", "text_projection")
+    theirs = sum(
+        value.numel() for name, value in average.items() if not any(part in name for part in dropped)
+    )
+    assert sum(value.numel() for value in model.values()) == theirs
+
+
+@pytest.mark.parametrize("codec", [ITHQ_SLIM, VQ_SLIM], ids=["ithq", "vq"])
+def test_tokens_decode_to_the_pixels_of_the_plain_implementation(
+    tmp_path: Path, codec: files.Published
+) -> None:
+    checkpoint = files.checkpoint_of(Kind(), codec)
+    pipe = converted(files.write(tmp_path, checkpoint), tmp_path / "bundle")
+    tokens = torch.arange(16).remainder(9).view(1, 4, 4)
+    state = files.codec_state(codec)
+    pixels = decoded(state, codec, vectors_of(state, tokens))
+    torch.testing.assert_close(pipe.bundle.tokenizer.decode(tokens), pixels, atol=1e-5, rtol=0)
+    assert pipe("a red circle", steps=3, progress=False)[0].size == (8, 8)
+
+
+def test_a_reduced_codebook_needs_its_map_and_decodes_through_it(tmp_path: Path) -> None:
+    path = files.write(tmp_path, files.checkpoint_of(Kind(codes=5), GUMBEL_SLIM))
+    with pytest.raises(UserError, match=r"5 codes, but the tokenizer 13; name the map .* --reduction"):
+        plan_microsoft(path, OPTIONS)
+    torch.save(torch.tensor([0, 1, 0, 0, 2, 0, 3, 0, 0, 0, 0, 0, 0]), tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"leads to the ids 0\.\.3, but the model has 5 codes"):
+        plan_microsoft(path, MicrosoftOptions(heads=HEADS, reduction=tmp_path / "other.pt"))
+    map = torch.tensor([0, 1, 0, 0, 2, 0, 3, 0, 0, 0, 0, 4, 0])
+    torch.save(map, tmp_path / "map.pt")
+    pipe = converted(path, tmp_path / "bundle", MicrosoftOptions(heads=HEADS, reduction=tmp_path / "map.pt"))
+    tokens = torch.tensor([[[0, 1], [2, 3]], [[4, 4], [0, 2]]])
+    full = torch.tensor([0, 1, 4, 6, 11])[tokens]
+    state = files.codec_state(GUMBEL_SLIM)
+    assert isinstance(pipe.bundle.tokenizer, Reduced)
+    pixels = decoded(state, GUMBEL_SLIM, vectors_of(state, full))
+    torch.testing.assert_close(pipe.bundle.tokenizer.decode(tokens), pixels, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("condition", ["class", "none"])
+def test_models_of_classes_and_of_nothing_are_read_off_their_weights(tmp_path: Path, condition: Any) -> None:
+    kind = Kind(condition=condition, feed_forward="conv", side=2, positions=4)
+    path = files.write(tmp_path, files.checkpoint_of(kind, VQ_SLIM))
+    options = MicrosoftOptions(heads=HEADS, grid=(2, 2))
+    pipe = converted(path, tmp_path / "bundle", options)
+    config = pipe.bundle.config
+    assert config.text is None
+    assert config.denoiser.condition.kind == condition
+    # Trap 19: the published models lay 16x16 tokens into position tables of 32x32.
+    assert config.denoiser.kind == "transformer"
+    assert config.denoiser.position_grid == (4, 4)
+    prompts = [0, 4, 5] if condition == "class" else ["", "", ""]
+    pictures = pipe(prompts, steps=3, progress=False)
+    assert pictures.tensor.shape == (3, 3, 4, 4)
+
+
+def test_the_grid_is_that_of_a_picture_of_256_pixels_where_no_mask_says_it(tmp_path: Path) -> None:
+    kind = Kind(condition="none", feed_forward="conv", positions=128)
+    plan = plan_microsoft(files.write(tmp_path, files.checkpoint_of(kind, VQ_SLIM)), OPTIONS)
+    assert isinstance(plan, ModelPlan)
+    assert plan.config.grid == (128, 128)
+
+
+def test_what_stands_for_no_caption_can_be_chosen(tmp_path: Path) -> None:
+    path = files.write(tmp_path, files.checkpoint_of(Kind(), ITHQ_SLIM))
+    empty = converted(path, tmp_path / "a", MicrosoftOptions(heads=HEADS, no_caption="empty"))
+    assert empty.bundle.model.text.null is None
+    older = files.write(tmp_path, files.checkpoint_of(Kind(), ITHQ_SLIM, learned=False), "ithq.pth")
+    assert converted(older, tmp_path / "b").bundle.model.text.null is None
+
+
+def test_without_an_average_the_last_weights_are_taken(tmp_path: Path) -> None:
+    checkpoint = files.checkpoint_of(Kind(), ITHQ_SLIM)
+    del checkpoint["ema"]
+    model = converted(files.write(tmp_path, checkpoint), tmp_path / "bundle").bundle.model.state_dict()
+    last = checkpoint["model"]["transformer.transformer.to_logits.1.weight"]
+    assert torch.equal(model["denoiser.head.weight"], last)
+
+
+def test_a_file_without_a_tokenizer_takes_a_bundle(tmp_path: Path) -> None:
+    whole = files.checkpoint_of(Kind(), ITHQ_SLIM)
+    average = {"ema": whole["ema"]}
+    path = files.write(tmp_path, average, "average.pth")
+    with pytest.raises(UserError, match="holds no tokenizer; name the bundle of one with --tokenizer"):
+        plan_microsoft(path, OPTIONS)
+    alone = files.write(tmp_path, {"model": files.codec_state(ITHQ_SLIM)}, "ithq_vqvae.pth")
+    plan = plan_microsoft(alone, OPTIONS)
+    assert isinstance(plan, TokenizerPlan)
+    plan.save(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="not both"):
+        plan_microsoft(
+            path, MicrosoftOptions(tokenizer=tmp_path / "tokenizer", reduction=tmp_path / "map.pt")
+        )
+    pipe = converted(path, tmp_path / "a", MicrosoftOptions(heads=HEADS, tokenizer=tmp_path / "tokenizer"))
+    both = converted(files.write(tmp_path, whole), tmp_path / "b")
+    assert torch.equal(
+        pipe(["x"], steps=2, progress=False).tensor, both(["x"], steps=2, progress=False).tensor
+    )
+
+
+def test_trap_39_another_schedule_than_the_released_one_is_refused(tmp_path: Path) -> None:
+    checkpoint = files.checkpoint_of(Kind(), ITHQ_SLIM)
+    checkpoint["ema"]["log_cumprod_ct"][:100] = torch.linspace(0.009, 0.9, 100).log()
+    with pytest.raises(UserError, match=r"another schedule than the released one .log_cumprod_ct differs"):
+        plan_microsoft(files.write(tmp_path, checkpoint), OPTIONS)
+
+
+def test_missing_unknown_and_misshapen_weights_are_listed(tmp_path: Path) -> None:
+    checkpoint = files.checkpoint_of(Kind(), ITHQ_SLIM)
+    average = checkpoint["ema"]
+    del average["transformer.blocks.1.attn1.key.bias"]
+    average["transformer.blocks.0.surprise"] = torch.zeros(3)
+    average["adapter.weight"] = torch.zeros(3)
+    average["transformer.to_logits.1.bias"] = torch.zeros(10)
+    plan = plan_microsoft(files.write(tmp_path, checkpoint), OPTIONS)
+    expected = [
+        "nothing found for model.denoiser.blocks.1.attn1.key.bias",
+        "unknown transformer.blocks.0.surprise",
+        "unknown adapter.weight",
+        r"transformer.to_logits.1.bias has the shape \[10\], not \[9\]",
+    ]
+    with pytest.raises(UserError, match="4 weights do not fit: " + ".*".join(expected)):
+        plan.save(tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+    assert "unknown adapter.weight" in plan.exchange.lines()
+
+
+def test_the_mapping_can_be_read_before_anything_is_written(tmp_path: Path) -> None:
+    plan = plan_microsoft(files.write(tmp_path, files.checkpoint_of(Kind(), ITHQ_SLIM)), OPTIONS)
+    lines = plan.exchange.lines()
+    assert "transformer.to_logits.1.bias -> model.denoiser.head.bias [9]" in lines
+    assert (
+        "content_codec.dec.decoder.conv_in.weight -> tokenizer.decoder.conv_in.weight [64, 6, 3, 3]" in lines
+    )
+    assert "transformer.blocks.0.attn2.mask is dropped" in lines
+    assert "Lt_history is dropped" in lines
+
+
+def test_what_is_no_checkpoint_of_vq_diffusion_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds neither 'ema' nor 'model'"):
+        plan_microsoft(files.write(tmp_path, {"state_dict": {"w": torch.zeros(1)}}), OPTIONS)
+    with pytest.raises(UserError, match=r"has no weight 'transformer.content_emb.emb.weight'"):
+        plan_microsoft(files.write(tmp_path, {"ema": {"w": torch.zeros(1)}}), OPTIONS)
+
+
+def test_a_reduced_tokenizer_says_so_in_its_bundle(tmp_path: Path) -> None:
+    path = files.write(tmp_path, files.checkpoint_of(Kind(codes=3), GUMBEL_SLIM))
+    torch.save(torch.tensor([0, 1, 2] + [0] * 10), tmp_path / "map.pt")
+    plan = plan_microsoft(path, MicrosoftOptions(heads=HEADS, reduction=tmp_path / "map.pt"))
+    assert isinstance(plan, ModelPlan)
+    assert plan.tokenizer == ReducedConfig(codebook_size=3, full=GUMBEL_SLIM)
+    assert "reduction map -> tokenizer.map [13]" in plan.exchange.lines()

@@ -1,0 +1,103 @@
+"""Checkpoints laid out as taming-transformers' become tokenizers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.models.exchange.microsoft_files import GUMBEL_SLIM, VQ_SLIM, codec_state
+from tests.tokenizers.published import Published, decoded, vectors_of
+from vqd_scale.core.errors import UserError
+from vqd_scale.models.bundle import load_tokenizer
+from vqd_scale.models.exchange.autoencoders import plan_taming
+
+TARGETS = {"taming_vq": "taming.models.vqgan.VQModel", "taming_gumbel": "taming.models.vqgan.GumbelVQ"}
+
+
+def description_of(codec: Published) -> dict[str, Any]:
+    """The YAML file that lies beside a published checkpoint."""
+    return {
+        "model": {
+            "base_learning_rate": 4.5e-6,
+            "target": TARGETS[codec.kind],
+            "params": {
+                "embed_dim": codec.code_dim,
+                "n_embed": codec.codebook_size,
+                "ddconfig": {
+                    "double_z": False,
+                    "z_channels": codec.latent_channels,
+                    "resolution": 64,
+                    "in_channels": 3,
+                    "out_ch": 3,
+                    "ch": codec.channels,
+                    "ch_mult": list(codec.channel_multipliers),
+                    "num_res_blocks": codec.num_res_blocks,
+                    "attn_resolutions": [64 // 2**level for level in codec.attention],
+                    "dropout": 0.0,
+                },
+                "lossconfig": {"target": "taming.modules.losses.vqperceptual.DummyLoss"},
+            },
+        }
+    }
+
+
+def wrapped(description: dict[str, Any]) -> dict[str, Any]:
+    """That of the transformer whose first stage it is."""
+    first = description["model"]
+    target = "taming.models.cond_transformer.Net2NetTransformer"
+    return {"model": {"target": target, "params": {"first_stage_config": first, "cond_stage_config": "none"}}}
+
+
+def written(folder: Path, codec: Published, *, net2net: bool = False) -> tuple[Path, Path]:
+    loss = {"loss.discriminator.main.0.weight": torch.zeros(2), "loss.logvar": torch.zeros(())}
+    state: dict[str, Any] = codec_state(codec) | loss
+    description = description_of(codec)
+    if net2net:
+        state = {f"first_stage_model.{name}": value for name, value in state.items()}
+        state |= {"transformer.tok_emb.weight": torch.zeros(3, 2), "cond_stage_model.w": torch.zeros(1)}
+        description = wrapped(description)
+    torch.save({"epoch": 3, "global_step": 7, "state_dict": state}, folder / "last.ckpt")
+    (folder / "model.yaml").write_text(yaml.safe_dump(description))
+    return folder / "last.ckpt", folder / "model.yaml"
+
+
+@pytest.mark.parametrize("net2net", [False, True])
+@pytest.mark.parametrize("codec", [VQ_SLIM, GUMBEL_SLIM], ids=["vq", "gumbel"])
+def test_tokens_decode_to_the_pixels_of_the_plain_implementation(
+    tmp_path: Path, codec: Published, net2net: bool
+) -> None:
+    plan_taming(*written(tmp_path, codec, net2net=net2net)).save(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer", torch.device("cpu"))
+    assert tokenizer.config == codec
+    state = codec_state(codec)
+    assert tokenizer.state_dict().keys() == state.keys()
+    tokens = torch.arange(32).remainder(codec.codebook_size).view(2, 4, 4)
+    pixels = decoded(state, codec, vectors_of(state, tokens))
+    torch.testing.assert_close(tokenizer.decode(tokens), pixels, atol=1e-5, rtol=0)
+
+
+def test_the_mapping_says_what_is_dropped(tmp_path: Path) -> None:
+    lines = plan_taming(*written(tmp_path, VQ_SLIM, net2net=True)).exchange.lines()
+    assert "first_stage_model.quant_conv.bias -> quant_conv.bias [4]" in lines
+    assert "first_stage_model.loss.logvar is dropped" in lines
+    assert "transformer.tok_emb.weight is dropped" in lines
+    assert not [line for line in lines if "unknown" in line or "nothing found" in line]
+
+
+def test_weights_of_another_shape_than_the_yaml_file_says_are_listed(tmp_path: Path) -> None:
+    checkpoint, _ = written(tmp_path, VQ_SLIM)
+    other = VQ_SLIM.model_copy(update={"codebook_size": 7, "num_res_blocks": 1})
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(description_of(other)))
+    with pytest.raises(UserError, match=r"weights do not fit: .*unknown encoder\.down\.0\.block\.1") as found:
+        plan_taming(checkpoint, tmp_path / "other.yaml").save(tmp_path / "tokenizer")
+    assert "last.ckpt" in str(found.value)
+    assert not (tmp_path / "tokenizer").exists()
+
+
+def test_a_checkpoint_of_something_else_is_said(tmp_path: Path) -> None:
+    _, description = written(tmp_path, VQ_SLIM)
+    torch.save({"model": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="holds no 'state_dict'"):
+        plan_taming(tmp_path / "other.ckpt", description)

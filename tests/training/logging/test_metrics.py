@@ -1,0 +1,43 @@
+import resource
+from pathlib import Path
+
+import pytest
+
+from vqd_scale.training.logging.metrics import MetricsFile, read_metrics
+
+
+def test_resuming_takes_out_what_will_be_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, images=0)
+    for images in (8, 16, 24):
+        first.write({"images": images, "loss": 1.0 / images})
+    MetricsFile(path, images=16).write({"images": 24, "loss": 7.0})
+    assert [row["images"] for row in read_metrics(path)] == [8, 16, 24]
+    assert read_metrics(path)[-1]["loss"] == 7.0
+
+
+def test_a_row_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"images": 8}\n{"images": 16}\n{"ima')
+    assert [row["images"] for row in read_metrics(path)] == [8, 16]
+    MetricsFile(path, images=16).write({"images": 24})
+    assert [row["images"] for row in read_metrics(path)] == [8, 16, 24]
+
+
+def test_on_a_full_disk_rows_wait_and_no_torn_line_is_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, images=0)
+    file.write({"images": 8, "loss": 1.0})
+    size = path.stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, limits[1]))
+    try:
+        file.write({"images": 16, "loss": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.stat().st_size == size
+    assert "Training goes on; 1 rows wait" in caplog.text
+    file.write({"images": 24, "loss": 0.25})
+    assert [row["images"] for row in read_metrics(path)] == [8, 16, 24]

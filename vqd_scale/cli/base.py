@@ -1,0 +1,101 @@
+"""What every tool shares: its arguments, and how it ends."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vqd_scale.core.atomic_io import Location, parse_location
+from vqd_scale.core.config import ConfigType, load_config, to_yaml
+from vqd_scale.core.errors import FirstRankError, UserError
+
+USER_MISTAKE = 2
+
+
+def tool_parser(description: str, example: str) -> argparse.ArgumentParser:
+    """A parser whose ``--help`` ends with an example that can be typed as it stands."""
+    return argparse.ArgumentParser(
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, *, file_required: bool) -> None:
+    """Add the configuration file, ``a.b=value`` overrides and ``--print-config``."""
+    parser.add_argument(
+        "config",
+        type=Path,
+        nargs=None if file_required else "?",
+        help="YAML file: differences from the defaults",
+    )
+    add_override_arguments(parser)
+
+
+def add_override_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``a.b=value`` overrides and ``--print-config`` for a tool whose defaults suffice."""
+    parser.add_argument(
+        "overrides", nargs="*", metavar="a.b=value", help="configuration keys to set, last wins"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the whole configuration and leave")
+
+
+def config_from(
+    kind: type[ConfigType] | tuple[type[ConfigType], ...], arguments: argparse.Namespace
+) -> ConfigType:
+    """The configuration that the arguments of `add_config_arguments` describe; prints it and leaves if asked.
+
+    Args:
+        kind: As for `load_config`.
+        arguments: What was typed.
+
+    Raises:
+        UserError: A key or value is wrong.
+        SystemExit: ``--print-config`` was given.
+    """
+    path: Path | None = getattr(arguments, "config", None)
+    config = load_config(kind, path, arguments.overrides)
+    if arguments.print_config:
+        sys.stdout.write(to_yaml(config))
+        raise SystemExit(0)
+    return config
+
+
+def location_from(text: str) -> Location:
+    """Where a typed path or address leads.
+
+    Raises:
+        UserError: It is neither a path nor one of S3.
+    """
+    try:
+        return parse_location(text)
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
+
+
+def run_tool(
+    parser: argparse.ArgumentParser,
+    command: Callable[[argparse.Namespace], None],
+    arguments: Sequence[str] | None,
+) -> None:
+    """Parse, run, and end as every tool does: a user's mistake is one sentence and exit code 2.
+
+    Raises:
+        SystemExit: With code 2 after a `UserError`; with 130 after Ctrl-C.
+    """
+    try:
+        command(parser.parse_intermixed_args(arguments))
+    except UserError as error:
+        if not (isinstance(error, FirstRankError) or _is_an_echo()):
+            print(f"{parser.prog}: {error}", file=sys.stderr)
+        raise SystemExit(USER_MISTAKE) from None
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; the same command goes on from here.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _is_an_echo() -> bool:
+    """Whether every rank found the same mistake, before any talked to another, and this is not the first."""
+    distributed = sys.modules.get("torch.distributed")
+    return int(os.environ.get("RANK", "0")) > 0 and not (distributed and distributed.is_initialized())

@@ -1,0 +1,279 @@
+"""The kinds of samples that a stream can read: how a batch's rows are read, and what batch they make."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Int64, Integer, UInt8
+from torch import Tensor
+
+from vqd_scale.core.arrays import NDArray
+from vqd_scale.core.rng import Purpose, uniforms
+from vqd_scale.data.loading.batch import ImageBatch, TokenBatch
+from vqd_scale.data.shards.decode import (
+    IMAGE_EXTENSIONS,
+    BadSample,
+    DecodeConfig,
+    decode_arrays,
+    decode_image,
+    decode_json,
+    decode_text,
+)
+from vqd_scale.data.shards.shard_io import ShardReader
+from vqd_scale.data.transforms import Transform
+
+BatchType_co = TypeVar("BatchType_co", covariant=True)
+
+
+class SampleLocation(NamedTuple):
+    """A sample: its shard, its number in it, and which of its captions is wanted."""
+
+    reader: ShardReader
+    member: int
+    caption: int = 0
+
+
+Slots = Int64[NDArray[np.int64], " batch"]
+
+Columns = dict[str, NDArray[Any]]
+"""Arrays with a row per sample: what goes from a reading process to its rank."""
+
+CaptionTokenizer = Callable[[Sequence[str]], Int64[Tensor, "batch text_length"]]
+"""Captions to ids; picklable, since it may be called in another process."""
+
+
+class SampleKind(Protocol[BatchType_co]):
+    """A kind of sample; picklable, since it may be used in another process."""
+
+    def read(
+        self, places: Sequence[SampleLocation], slots: Slots, seed: int
+    ) -> tuple[Columns, dict[int, str]]:
+        """Read samples into rows; rows of bad samples are blank, and their reasons are given by row.
+
+        Args:
+            places: Where the samples lie.
+            slots: Each sample's global slot, the name under which it draws its random numbers.
+            seed: The run's seed.
+        """
+        ...
+
+    def batch(self, columns: Columns) -> BatchType_co:
+        """The batch of the columns that `read` gave, with ``slots``, ``valid`` and ``keys`` beside them."""
+        ...
+
+
+@dataclass(frozen=True)
+class TokenSamples:
+    """Samples with the member ``tokens.npy``, and ``text.npy`` or ``cls`` if the model is told of them.
+
+    ``text.npy`` holds the ids of one caption, or a row of ids for each of several.
+
+    Attributes:
+        length: Codes per image.
+        codes: Size of the codebook; a sample with a code beyond it is bad.
+        text_length: Ids per caption; 0 leaves captions unread.
+        classes: How many classes there are, of which ``cls`` is one; 0 leaves them unread.
+    """
+
+    length: int
+    codes: int
+    text_length: int = 0
+    classes: int = 0
+
+    def read(
+        self, places: Sequence[SampleLocation], slots: Slots, seed: int
+    ) -> tuple[Columns, dict[int, str]]:
+        """Codes, and caption ids or classes; nothing about them is random."""
+        del slots, seed
+        bad: dict[int, str] = {}
+        wanted = (
+            "tokens.npy",
+            *(["text.npy"] if self.text_length else []),
+            *(["cls"] if self.classes else []),
+        )
+        contents = _read_together(places, wanted, bad)
+        tokens = _integers(contents["tokens.npy"], len(places), self.length, bad)
+        columns: Columns = {"tokens": tokens, "text": np.zeros((len(places), 0), np.int64)}
+        if self.text_length:
+            captions = [place.caption for place in places]
+            columns["text"] = _integers(contents["text.npy"], len(places), self.text_length, bad, captions)
+        if self.classes:
+            columns["labels"] = _labels(contents["cls"], len(places), self.classes, bad)
+        outside = (tokens.min(axis=1) < 0) | (tokens.max(axis=1) >= self.codes)
+        for row in np.flatnonzero(outside).tolist():
+            bad.setdefault(row, f"has tokens outside 0 to {self.codes - 1}")
+        for column in columns.values():
+            column[list(bad)] = 0
+        return columns, bad
+
+    def batch(self, columns: Columns) -> TokenBatch:
+        """Token samples."""
+        return TokenBatch(
+            tokens=_int64(columns["tokens"]),
+            text=_int64(columns["text"]),
+            slots=torch.from_numpy(columns["slots"]),
+            valid=torch.from_numpy(columns["valid"]),
+            keys=columns["keys"].tolist(),
+            labels=torch.from_numpy(columns["labels"]) if self.classes else None,
+        )
+
+
+@dataclass(frozen=True)
+class ImageSamples:
+    """Samples with a picture and, unless nobody asks for it, a caption (``txt``).
+
+    Attributes:
+        transform: From a picture to the network's square.
+        tokenize: The captions' tokenizer, if ids are wanted.
+        decode: How pictures are unpacked.
+        captioned: Whether a sample without a caption is a bad one; otherwise its caption is empty.
+    """
+
+    transform: Transform
+    tokenize: CaptionTokenizer | None = None
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    captioned: bool = True
+
+    def read(
+        self, places: Sequence[SampleLocation], slots: Slots, seed: int
+    ) -> tuple[Columns, dict[int, str]]:
+        """Pictures, captions and, with a tokenizer, caption ids."""
+        size = self.transform.size
+        images = np.zeros((len(places), 3, size, size), np.uint8)
+        captions = [""] * len(places)
+        bad: dict[int, str] = {}
+        draws = uniforms(seed, Purpose.CROP, torch.from_numpy(slots), self.transform.draws).tolist()
+        for row, place in enumerate(places):
+            try:
+                if self.captioned or "txt" in place.reader.extensions(place.member):
+                    captions[row] = caption_of(place)
+                images[row] = self._pixels(place, draws[row])
+            except BadSample as error:
+                captions[row] = ""
+                bad[row] = str(error)
+        columns = {"images": images, "captions": np.array(captions, dtype=np.object_)}
+        if self.tokenize is not None:
+            columns["text"] = self.tokenize(captions).numpy()
+        return columns, bad
+
+    def batch(self, columns: Columns) -> ImageBatch:
+        """Image samples."""
+        return ImageBatch(
+            images=torch.from_numpy(columns["images"]),
+            captions=columns["captions"].tolist(),
+            text=torch.from_numpy(columns["text"]) if "text" in columns else None,
+            slots=torch.from_numpy(columns["slots"]),
+            valid=torch.from_numpy(columns["valid"]),
+            keys=columns["keys"].tolist(),
+        )
+
+    def _pixels(
+        self, place: SampleLocation, draws: Sequence[float]
+    ) -> UInt8[NDArray[np.uint8], "3 height width"]:
+        present = set(place.reader.extensions(place.member))
+        extension = next((name for name in IMAGE_EXTENSIONS if name in present), None)
+        if extension is None:
+            raise BadSample("has no picture")
+        data = place.reader.read(place.member, extension)
+        pixels = decode_image(data, self.decode, smallest_side=self.transform.smallest_side)
+        return self.transform(pixels, draws).transpose(2, 0, 1)
+
+
+def _read_together(
+    places: Sequence[SampleLocation], extensions: tuple[str, ...], bad: dict[int, str]
+) -> dict[str, dict[int, bytes]]:
+    """Contents by extension and row; rows that lack one have none, and are added to ``bad``."""
+    contents: dict[str, dict[int, bytes]] = {extension: {} for extension in extensions}
+    for row, place in enumerate(places):
+        try:
+            read = place.reader.read_together(place.member, extensions)
+        except BadSample as error:
+            bad[row] = str(error)
+            continue
+        for extension, content in zip(extensions, read, strict=True):
+            contents[extension][row] = content
+    return contents
+
+
+def _integers(
+    contents: Mapping[int, bytes],
+    batch: int,
+    length: int,
+    bad: dict[int, str],
+    captions: Sequence[int] | None = None,
+) -> Integer[NDArray[np.integer], "batch length"]:
+    """A row of integers of each sample, of the type they are stored in; what is wrong is added to ``bad``.
+
+    With ``captions``, a member may hold a row of integers for each caption, of which this is the wanted one.
+    """
+    numbered = list(contents)
+    found: list[tuple[list[int], NDArray[np.integer]]] = []
+    for numbers, arrays in decode_arrays(list(contents.values())):
+        rows = [numbered[number] for number in numbers]
+        if isinstance(arrays, BadSample):
+            bad |= {row: str(arrays) for row in rows if row not in bad}
+            continue
+        if captions is not None:
+            several = arrays if arrays.ndim == 3 else arrays[:, None]
+            arrays, rows = _of_captions(several, rows, captions, bad)
+        if arrays.shape[1:] == (length,) and arrays.dtype.kind in "iu":
+            found.append((rows, arrays))
+            continue
+        kind = f"type {arrays.dtype} and shape {arrays.shape[1:]}"
+        bad |= {row: f"has an array of {kind}, not {length} integers" for row in rows if row not in bad}
+    # What goes from process to process should be small, but 64 bits hold whatever is mixed.
+    types = {arrays.dtype for _, arrays in found}
+    is_small = len(types) == 1 and max(types).itemsize < np.dtype(np.int64).itemsize
+    column = np.zeros((batch, length), types.pop() if is_small else np.int64)
+    for rows, arrays in found:
+        column[rows] = arrays
+    return column
+
+
+def caption_of(place: SampleLocation) -> str:
+    """The caption that a place names: the first is the sample's ``txt``, the others are in its ``json``.
+
+    Raises:
+        BadSample: The sample has no such caption.
+    """
+    if place.caption == 0:
+        return decode_text(place.reader.read(place.member, "txt"))
+    listed = decode_json(place.reader.read(place.member, "json"))
+    try:
+        return decode_text(listed["captions"][place.caption].encode())
+    except (TypeError, KeyError, IndexError, AttributeError):
+        raise BadSample(f"has no caption {place.caption} in its 'json'") from None
+
+
+def _of_captions(
+    arrays: NDArray[np.integer], rows: Sequence[int], captions: Sequence[int], bad: dict[int, str]
+) -> tuple[NDArray[np.integer], list[int]]:
+    """Of each sample's rows of integers that of its caption, and the rows that have it."""
+    several = arrays.shape[1]
+    bad |= {
+        row: f"has the ids of {several} captions, not of all that it has; tokenize its pictures again"
+        for row in rows
+        if captions[row] >= several and row not in bad
+    }
+    there = [number for number, row in enumerate(rows) if captions[row] < several]
+    wanted = [captions[rows[number]] for number in there]
+    return arrays[there, wanted], [rows[number] for number in there]
+
+
+def _labels(
+    contents: Mapping[int, bytes], batch: int, classes: int, bad: dict[int, str]
+) -> Int64[NDArray[np.int64], " batch"]:
+    labels = np.zeros(batch, np.int64)
+    for row, content in contents.items():
+        text = content.strip()
+        if text.isdigit() and int(text) < classes:
+            labels[row] = int(text)
+        else:
+            bad.setdefault(row, f"has a class that is none of 0 to {classes - 1}")
+    return labels
+
+
+def _int64(column: Integer[NDArray[np.integer], "batch length"]) -> Int64[Tensor, "batch length"]:
+    return torch.from_numpy(column.astype(np.int64, copy=False))

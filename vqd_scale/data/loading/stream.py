@@ -1,0 +1,359 @@
+"""The endless, exactly resumable stream of batches that a rank trains on."""
+
+import itertools
+import threading
+from collections import Counter, OrderedDict, deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Literal, TypeVar, cast
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from vqd_scale.core.arrays import NDArray
+from vqd_scale.core.atomic_io import Location
+from vqd_scale.core.config import Config
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.rng import Purpose, uniforms
+from vqd_scale.core.s3 import S3Path
+from vqd_scale.data.loading.batch import pinned
+from vqd_scale.data.loading.prefetch import in_processes, in_thread
+from vqd_scale.data.loading.sample_readers import Columns, SampleKind, SampleLocation, Slots
+from vqd_scale.data.order.balance import BalancedOrder, classes_of
+from vqd_scale.data.order.mixture import shares
+from vqd_scale.data.order.plan import LaneOrder, Order, Plan, SampleLocations, names_of, owned_lanes
+from vqd_scale.data.shards.quarantine import Quarantine
+from vqd_scale.data.shards.ranged_reader import RangedReadConfig, RangedReader
+from vqd_scale.data.shards.shard_index import ShardSet
+from vqd_scale.data.shards.shard_io import ShardReader
+
+BatchType = TypeVar("BatchType")
+_ShardNumber = tuple[int, int]
+"""A set's number and that of a shard in it."""
+
+OPEN_SHARDS = 64
+"""At least so many shards a reader keeps open, tables included; two per lane where there are more lanes."""
+
+OPEN_SHARDS_BALANCED = 512
+"""The same where classes are balanced, and samples are read from anywhere."""
+
+OPENED_AT_ONCE = 16
+"""A distant shard takes two round trips to open, and a reader begins with one or more for each lane."""
+
+
+SLOTS_AT_ONCE = 2048
+"""For at most about so many slots the plan is made at a time."""
+
+
+class SourceConfig(Config):
+    """One of several sets that are mixed.
+
+    Attributes:
+        path: Folder of the shards, here or in S3.
+        weight: Its part of every batch, in proportion to the other weights; kept exactly.
+    """
+
+    path: Location
+    weight: float = Field(default=1.0, gt=0)
+
+
+class StreamConfig(Config):
+    """Shards that training reads, and the order of their samples.
+
+    Attributes:
+        path: Folder of the shards, local or in S3.
+        sources: Several sets to mix, in place of ``path``.
+        global_batch_size: Samples in a batch, over all ranks. The plan cuts an epoch into this many lanes,
+            and a batch takes one sample from each lane. Part of the order.
+        shuffle_window: Number of neighboring samples of a lane among which a sample is shuffled. Part of the
+            order.
+        captions: Caption of an image that has several: the ``first``, a ``random`` one at each visit, or
+            ``each``, which makes every caption an item, so that an epoch visits the image once per caption.
+        class_balanced: Sample classes equally often instead of every sample once per epoch. Reads at random
+            offsets, so shards should be local.
+        num_workers: Reading processes per rank; 0 reads in a thread of the rank. Not part of the order.
+        prefetch_batches: Batches read ahead.
+        max_bad_fraction: Largest fraction of unusable samples in an epoch; above it the run stops.
+        ranged_reads: Ranged reads of shards in S3. Not part of the order.
+    """
+
+    path: Location | None = None
+    sources: tuple[SourceConfig, ...] | None = Field(default=None, min_length=1)
+    global_batch_size: int = Field(default=128, ge=1)
+    shuffle_window: int = Field(default=256, ge=1)
+    captions: Literal["first", "random", "each"] = "first"
+    class_balanced: bool = False
+    num_workers: int = Field(default=0, ge=0, le=64)
+    prefetch_batches: int = Field(default=4, ge=1)
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    ranged_reads: RangedReadConfig = RangedReadConfig()
+
+    @model_validator(mode="after")
+    def _either_one_or_several(self) -> Self:
+        if (self.path is None) == (self.sources is None):
+            raise ValueError("give either path, one set of shards, or sources, several that are mixed")
+        # Weights that cannot be kept exactly stop here, and not where they are needed.
+        shares([source.weight for source in self.mixed], self.global_batch_size)
+        return self
+
+    @model_validator(mode="after")
+    def _no_captions_where_classes_count(self) -> Self:
+        if self.class_balanced and self.captions == "each":
+            raise ValueError("captions=each and class_balanced=true define an epoch differently; give one")
+        return self
+
+    @property
+    def mixed(self) -> tuple[SourceConfig, ...]:
+        """The sets that are read, be it one."""
+        return self.sources or (SourceConfig(path=cast(Location, self.path)),)
+
+
+class Stream(Generic[BatchType]):
+    """This rank's part of the global batches, from a cursor on, for ever.
+
+    Global batch k holds slots ``k * lanes`` to ``(k + 1) * lanes - 1`` and is the same at any number of ranks
+    and workers: rank r's part is the slots of its lanes, and the ranks' parts one after the other are the
+    batch. A sample that cannot be used keeps its slot with ``valid`` false and is reported to the quarantine.
+
+    Args:
+        config: What is read, and in which order.
+        kind: What the samples are.
+        seed: The run's seed.
+        rank: This rank.
+        ranks: Number of ranks; divides the lanes.
+        cursor: Global slots consumed before; a multiple of the lanes.
+        quarantine: This rank's report of bad samples.
+        pinned: Whether batches are to lie where a GPU fetches them while others are computed.
+
+    Raises:
+        UserError: A set cannot be opened, the ranks do not divide the lanes, or the cursor was reached with
+            another number of lanes; while iterating, if too many samples are bad or a shard is damaged.
+    """
+
+    def __init__(
+        self,
+        config: StreamConfig,
+        kind: SampleKind[BatchType],
+        *,
+        seed: int,
+        rank: int,
+        ranks: int,
+        cursor: int,
+        quarantine: Path,
+        pinned: bool = False,
+    ) -> None:
+        if cursor % config.global_batch_size:
+            raise UserError(
+                f"data.global_batch_size: a run at slot {cursor} cannot resume with "
+                f"{config.global_batch_size}, which does not divide it; set it to what the run began with."
+            )
+        self._sets = tuple(ShardSet.open(source.path, look=rank == 0) for source in config.mixed)
+        self._config = config
+        self._kind = kind
+        self._seed = seed
+        self._lanes = owned_lanes(config.global_batch_size, rank, ranks)
+        self._tolerated = [
+            config.max_bad_fraction * sum(_counts(config, shards)) / ranks for shards in self._sets
+        ]
+        self._classes = [classes_of(shards) for shards in self._sets] if config.class_balanced else None
+        self._cursor = cursor
+        self._quarantine = Quarantine(quarantine)
+        self._pinned = pinned
+
+    @property
+    def items(self) -> int:
+        """What all sets hold together: samples, or with ``captions=each`` captions."""
+        return sum(sum(_counts(self._config, shards)) for shards in self._sets)
+
+    def __iter__(self) -> Generator[BatchType]:
+        """Batches for ever; closing the iterator ends its thread and processes."""
+        bad_by_epoch = Counter[tuple[int, int]]()
+        with closing(in_thread(self._batches, self._config.prefetch_batches)) as batches:
+            for batch, found in batches:
+                for bad in found:
+                    bad_by_epoch[bad.set, bad.epoch] += 1
+                    self._report(bad, bad_by_epoch[bad.set, bad.epoch])
+                yield batch
+
+    def _batches(self, is_closed: threading.Event) -> "Generator[tuple[BatchType, list[_Bad]]]":
+        workers = min(self._config.num_workers, len(self._lanes))
+        lanes = np.array_split(np.asarray(self._lanes, dtype=np.int64), max(1, workers))
+        readers = [
+            _PartReader(self._sets, self._classes, self._config, self._kind, self._seed, self._cursor + own)
+            for own in lanes
+        ]
+        parts = in_processes(readers, self._config.prefetch_batches, is_closed) if workers else readers[0]()
+        with closing(parts):
+            while group := list(itertools.islice(parts, len(readers))):
+                batch = self._kind.batch(_joined([part.columns for part in group]))
+                yield pinned(batch) if self._pinned else batch, [bad for part in group for bad in part.bad]
+
+    def _report(self, bad: "_Bad", count: int) -> None:
+        self._quarantine.add(bad.shard, bad.key, bad.reason)
+        if count > self._tolerated[bad.set]:
+            raise UserError(
+                f"{self._sets[bad.set].folder}: more than max_bad_fraction="
+                f"{self._config.max_bad_fraction} of the samples cannot "
+                f"be used; '{bad.key}' for one {bad.reason}; {self._quarantine.path} lists "
+                "them."
+            )
+
+
+@dataclass(frozen=True)
+class _Bad:
+    set: int
+    epoch: int
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The rows of a batch that one reader read."""
+
+    columns: Columns
+    bad: list[_Bad]
+
+
+@dataclass(frozen=True)
+class _PartReader:
+    """One reader's part of every global batch, its ``slots`` being those of the first; picklable."""
+
+    sets: Sequence[ShardSet]
+    classes: Sequence[NDArray[np.int32]] | None
+    config: StreamConfig
+    kind: SampleKind[object]
+    seed: int
+    slots: Slots
+
+    def __call__(self) -> Generator[_Part]:
+        lanes = len(self.slots)
+        window = 1 if self.config.class_balanced else self.config.shuffle_window
+        reading = RangedReader.in_lanes(self.sets, lanes, window, self.config.ranged_reads)
+        opened = _OpenShards(self.sets, reading, self._most_open())
+        ahead = deque[_Planned]()
+        for planned in self._planned(self._plan()):
+            planned.places.extend(self._places(planned, opened))
+            for place in planned.places if reading.tempo.turns else ():
+                place.reader.expect(place.member)
+            ahead.append(planned)
+            if len(ahead) > reading.tempo.turns:
+                yield self._read(ahead.popleft())
+
+    def _plan(self) -> Plan:
+        config, seed = self.config, self.seed
+        mixed = shares([source.weight for source in config.mixed], config.global_batch_size)
+        orders: list[Order] = []
+        for number, (shards, share) in enumerate(zip(self.sets, mixed, strict=True)):
+            counts, name = _counts(config, shards), names_of(number)
+            if self.classes is None:
+                orders.append(LaneOrder(counts, share, config.shuffle_window, seed, name))
+            else:
+                orders.append(BalancedOrder(self.classes[number], counts, share, seed, name))
+        return Plan(mixed, orders)
+
+    def _most_open(self) -> int:
+        return max(OPEN_SHARDS_BALANCED if self.config.class_balanced else OPEN_SHARDS, 2 * len(self.slots))
+
+    def _places(self, planned: "_Planned", opened: "_OpenShards") -> list[SampleLocation]:
+        """The samples in their shards, and which of their captions are wanted."""
+        readers, members = opened.readers(planned.found), planned.found.members.tolist()
+        if self.config.captions == "each":
+            return [
+                SampleLocation(reader, *reader.captioned(n))
+                for reader, n in zip(readers, members, strict=True)
+            ]
+        if self.config.captions == "first":
+            return list(map(SampleLocation, readers, members))
+        slots = torch.from_numpy(planned.slots)
+        drawn = uniforms(self.seed, Purpose.CAPTION_CHOICE, slots, 1)[:, 0].tolist()
+        return [
+            SampleLocation(reader, member, int(share * reader.captions(member)))
+            for reader, member, share in zip(readers, members, drawn, strict=True)
+        ]
+
+    def _planned(self, plan: Plan) -> Iterator["_Planned"]:
+        """One batch after the other, located more and more at a time: the first should not wait."""
+        lanes, first, batches = len(self.slots), 0, 1
+        while True:
+            turns = np.arange(first, first + batches, dtype=np.int64)
+            slots = (turns[:, None] * self.config.global_batch_size + self.slots).reshape(-1)
+            found = plan.locate(slots)
+            for start in range(0, len(slots), lanes):
+                rows = slice(start, start + lanes)
+                yield _Planned(slots[rows], found[rows], [])
+            first += batches
+            batches = max(1, min(2 * batches, SLOTS_AT_ONCE // lanes))
+
+    def _read(self, planned: "_Planned") -> _Part:
+        places, slots = planned.places, planned.slots
+        columns, bad = self.kind.read(places, slots, self.seed)
+        valid = np.ones(len(slots), np.bool_)
+        valid[list(bad)] = False
+        keys = np.array([place.reader.key(place.member) for place in places], dtype=np.object_)
+        found = planned.found
+        reports = [
+            _Bad(
+                int(found.sets[row]),
+                int(found.epochs[row]),
+                places[row].reader.shard.path.name,
+                keys[row],
+                reason,
+            )
+            for row, reason in bad.items()
+        ]
+        return _Part({**columns, "slots": slots, "valid": valid, "keys": keys}, reports)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A batch that is to be read; its shards are opened when its turn comes nearer."""
+
+    slots: Slots
+    found: SampleLocations
+    places: list[SampleLocation]
+
+
+class _OpenShards:
+    """The shards that a reader keeps open; those used longest ago are closed first."""
+
+    def __init__(self, sets: Sequence[ShardSet], reading: RangedReader, most: int) -> None:
+        self._sets, self._reading, self._most = [shards.shards for shards in sets], reading, most
+        self._open = OrderedDict[_ShardNumber, ShardReader]()
+
+    def readers(self, found: SampleLocations) -> list[ShardReader]:
+        """The samples' shards, which are opened where they are not."""
+        numbers = list(zip(found.sets.tolist(), found.shards.tolist(), strict=True))
+        absent = list({number: None for number in numbers if number not in self._open})
+        if len(absent) > 1 and any(isinstance(shards[0].path, S3Path) for shards in self._sets):
+            with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
+                self._open.update(zip(absent, pool.map(self._opened, absent), strict=True))
+        else:
+            self._open.update({number: self._opened(number) for number in absent})
+        for number in numbers:
+            self._open.move_to_end(number)
+        readers = [self._open[number] for number in numbers]
+        while len(self._open) > self._most:
+            self._open.popitem(last=False)
+        return readers
+
+    def _opened(self, number: _ShardNumber) -> ShardReader:
+        of, shard = number
+        return ShardReader(self._sets[of][shard], self._reading)
+
+
+def _counts(config: StreamConfig, shards: ShardSet) -> tuple[int, ...]:
+    """What each shard of a set holds: samples, or captions where each is an item."""
+    return shards.captions if config.captions == "each" else shards.counts
+
+
+def _joined(parts: Sequence[Columns]) -> Columns:
+    if len(parts) == 1:
+        return parts[0]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

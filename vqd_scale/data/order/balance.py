@@ -1,0 +1,90 @@
+"""Classes that are drawn equally often, however many samples they have, as a pure function of the slot."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from jaxtyping import Int32
+
+from vqd_scale.core.arrays import NDArray
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.rng import Purpose, permutation
+from vqd_scale.data.order.mixture import MixtureShare, Slots
+from vqd_scale.data.shards.shard_index import Shard, ShardSet, read_table
+
+_READ_AT_ONCE = 16
+
+
+class BalancedOrder:
+    """The order of a set whose classes take turns: in each round every class once, in a random order.
+
+    Each class goes through its samples in a random order of its own, every one exactly once before any comes
+    again. Samples lie wherever they lie: nothing is read sequentially.
+
+    Args:
+        classes: The class of each sample, in the index's order; any numbers.
+        counts: Samples in each shard.
+        share: The set's slots.
+        seed: The run's seed.
+        name: What no other set's orders are named: added to the numbers of rounds and epochs.
+    """
+
+    def __init__(
+        self, classes: NDArray[np.int32], counts: Sequence[int], share: MixtureShare, seed: int, name: int = 0
+    ) -> None:
+        present, numbers = np.unique(classes, return_inverse=True)
+        self._classes = len(present)
+        self._members = np.argsort(numbers, kind="stable")
+        self._sizes = np.bincount(numbers)
+        self._begins = np.cumsum(self._sizes) - self._sizes
+        self._shards = np.cumsum(counts) - np.asarray(counts)
+        self._share = share
+        self._seed = seed
+        self._name = name
+        # A cache of what is a pure function anyway: each class's present order.
+        self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}
+
+    def locate(self, slots: Slots) -> tuple[Slots, Slots, Slots]:
+        """See `vqd_scale.data.order.plan.Order`; an epoch is as many slots as there are samples."""
+        numbers = self._share.before(slots)
+        rounds, turns = np.divmod(numbers, self._classes)
+        drawn = np.empty_like(slots)
+        for number in np.unique(rounds).tolist():
+            here = rounds == number
+            order = permutation(self._seed, Purpose.CLASS_ORDER, self._name + number, self._classes)
+            drawn[here] = order[turns[here]]
+        epochs, places = np.divmod(rounds, self._sizes[drawn])
+        columns = (drawn.tolist(), epochs.tolist(), places.tolist())
+        chosen = [self._order(of, epoch).item(place) for of, epoch, place in zip(*columns, strict=True)]
+        samples = self._members[self._begins[drawn] + np.array(chosen, np.int64)]
+        shards = np.searchsorted(self._shards, samples, side="right") - 1
+        return numbers // len(self._members), shards, samples - self._shards[shards]
+
+    def _order(self, of: int, epoch: int) -> NDArray[np.int64]:
+        """The order of a class's samples in one of its epochs."""
+        cached = self._orders.get(of)
+        if cached is None or cached[0] != epoch:
+            name = self._name + epoch * self._classes + of
+            cached = epoch, permutation(self._seed, Purpose.CLASS_MEMBERS, name, int(self._sizes[of]))
+            self._orders[of] = cached
+        return cached[1]
+
+
+def classes_of(shards: ShardSet) -> NDArray[np.int32]:
+    """The class of each sample of a set, in the index's order; reads every shard's table.
+
+    Raises:
+        UserError: A sample has none.
+    """
+
+    def read(shard: Shard) -> Int32[NDArray[np.int32], " count"]:
+        classes = read_table(shard).columns.get("class", np.full(shard.count, np.nan))
+        if np.isnan(classes).any():
+            raise UserError(
+                f"{shard.path}: holds samples without a class, so that classes cannot be balanced; their "
+                "'json' must name their 'class' when the set is made or indexed."
+            )
+        return classes.astype(np.int32)
+
+    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+        return np.concatenate(list(pool.map(read, shards.shards)))

@@ -1,0 +1,58 @@
+"""Pictures that must not be trained on, since they are those of an evaluation."""
+
+import numpy as np
+
+from vqd_scale.core.atomic_io import Location
+from vqd_scale.core.config import Config
+from vqd_scale.core.errors import UserError
+from vqd_scale.data.process_pool import each
+from vqd_scale.data.shards.decode import IMAGE_EXTENSIONS, BadSample, decode_image
+from vqd_scale.data.shards.perceptual_hash import KnownPictures, margin_hashes
+from vqd_scale.data.shards.shard_index import Shard, ShardSet
+from vqd_scale.data.shards.shard_io import KEY, read_shard
+
+
+class DuplicatesConfig(Config):
+    """Which pictures must not occur, not even re-encoded, resized or with a narrower margin.
+
+    Attributes:
+        evaluation_set: Image shards to keep out of training, such as COCO's validation set.
+        max_hamming_distance: Largest number of the 64 hash bits in which two copies differ. Unrelated images
+            differ in 32 bits on average; a larger value takes more of them for copies.
+    """
+
+    evaluation_set: Location
+    max_hamming_distance: int = 8
+
+
+def known_pictures(config: DuplicatesConfig, workers: int) -> KnownPictures:
+    """Hash a set's pictures; those that cannot be read cannot be found either.
+
+    Raises:
+        UserError: There is no such set, or no picture in it.
+    """
+    shards = ShardSet.open(config.evaluation_set).shards
+    keys: list[str] = []
+    hashes: list[np.uint64] = []
+    for shard_keys, shard_hashes in each(_hashes_of, shards, workers):
+        keys += shard_keys
+        hashes += shard_hashes
+    if not keys:
+        raise UserError(f"{config.evaluation_set}: holds no readable picture.")
+    return KnownPictures(np.array(hashes, dtype=np.uint64), tuple(keys), config.max_hamming_distance)
+
+
+def _hashes_of(shard: Shard) -> tuple[list[str], list[np.uint64]]:
+    keys: list[str] = []
+    hashes: list[np.uint64] = []
+    for sample in read_shard(shard):
+        extension = next((name for name in IMAGE_EXTENSIONS if name in sample), None)
+        if extension is None:
+            continue
+        try:
+            pixels = decode_image(sample[extension])
+        except BadSample:
+            continue
+        keys.append(sample[KEY])
+        hashes += margin_hashes(pixels)
+    return keys, hashes

@@ -1,0 +1,166 @@
+"""A set of shards that several processes write, on one machine or on many: each has every so-manyth shard.
+
+Nobody waits and nothing is locked. A worker whose shards are done publishes what it knows of them as its
+part; whoever then finds the parts of all workers can publish the set's index from them. Two who find them at
+the same time publish the same bytes. One that is killed is started again and does what is left of its own.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from jaxtyping import Int64
+
+from vqd_scale.core.arrays import NDArray
+from vqd_scale.core.atomic_io import Location, file_sizes, publish_json
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.progress import progress_bar
+from vqd_scale.data.shards.index_builder import check_share, left_out_of
+from vqd_scale.data.shards.quarantine import QUARANTINE, publish_report
+from vqd_scale.data.shards.shard_index import IndexedShard, Shard, SkippedSample, table_name
+from vqd_scale.data.shards.shard_io import ShardRecipe, written_or_write
+
+_PART = re.compile(r"worker-\d+-of-\d+\.json")
+
+Item = TypeVar("Item")
+Totals = Int64[NDArray[np.int64], " numbers"]
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of several workers.
+
+    Attributes:
+        number: Which one, from 0.
+        workers: How many there are.
+
+    Raises:
+        UserError: There is no such worker.
+    """
+
+    number: int = 0
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.workers:
+            raise UserError(
+                f"worker {self.number} of {self.workers}: workers are numbered from 0 to {self.workers - 1}."
+            )
+
+    def of(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This worker's items: every so-manyth."""
+        return items[self.number :: self.workers]
+
+
+@dataclass(frozen=True)
+class WorkerIndex:
+    """What is known of some shards of a set.
+
+    Attributes:
+        shards: The shards, in their order.
+        totals: Numbers that were counted in them.
+    """
+
+    shards: tuple[IndexedShard, ...]
+    totals: Totals
+
+
+def write_own_shards(
+    folder: Location,
+    recipes: Sequence[ShardRecipe],
+    worker: Worker,
+    count: Callable[[Shard], Totals],
+    title: str,
+    *,
+    max_bad_fraction: float,
+) -> WorkerIndex | None:
+    """Write a worker's shards into a set that was begun; shards that are done are kept.
+
+    Args:
+        folder: Where the set is.
+        recipes: All its shards, in order.
+        worker: Whose shards are to be written.
+        count: What is counted in a shard once it is there, whoever wrote it and when.
+        title: What the progress bar says.
+        max_bad_fraction: Which share of the set's samples may be left out for being bad.
+
+    Returns:
+        What is known of the whole set if all workers are done, else None.
+
+    Raises:
+        UserError: The folder cannot be written, or too many samples are bad; they are reported.
+    """
+    total = sum(recipe.count for recipe in recipes)
+    own = worker.of(recipes)
+    shards: list[IndexedShard] = []
+    totals: Totals = np.zeros(1, np.int64)
+    with progress_bar(title, sum(recipe.count for recipe in own), unit="sample") as bar:
+        for recipe in own:
+            shards.append(written_or_write(folder, recipe))
+            _check(shards, total, max_bad_fraction, folder)
+            totals = totals + count(_placed(shards[-1], folder))
+            bar.update(recipe.count)
+    part = {"shards": [asdict(shard) for shard in shards], "totals": totals.tolist()}
+    publish_json(_path(folder, worker), part)
+    whole = _merged(folder, worker.workers)
+    if whole is not None:
+        _check(whole.shards, total, max_bad_fraction, folder)
+        publish_report(folder / QUARANTINE, left_out_of(whole.shards, is_bad=True))
+    return whole
+
+
+def forget_parts(folder: Location) -> None:
+    """Delete what workers, of however many, said of their shards; the set's index says it by now.
+
+    Raises:
+        UserError: The store cannot be reached or refuses.
+    """
+    for name in file_sizes(folder):
+        if _PART.fullmatch(name):
+            with suppress(FileNotFoundError):
+                (folder / name).unlink()
+
+
+def _merged(folder: Location, workers: int) -> WorkerIndex | None:
+    """The parts of all workers as one; None while some are missing, or if another has just merged them."""
+    parts: list[WorkerIndex] = []
+    for number in range(workers):
+        path = _path(folder, Worker(number, workers))
+        if not path.exists():
+            return None
+        try:
+            parts.append(_part(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+    count = sum(len(part.shards) for part in parts)
+    shards = tuple(parts[number % workers].shards[number // workers] for number in range(count))
+    return WorkerIndex(shards, sum((part.totals for part in parts), np.zeros(1, np.int64)))
+
+
+def _part(text: str) -> WorkerIndex:
+    content: dict[str, Any] = json.loads(text)
+    shards: list[IndexedShard] = []
+    for shard in content["shards"]:
+        left_out = tuple(SkippedSample(**left) for left in shard.pop("left_out"))
+        shards.append(IndexedShard(**shard, left_out=left_out))
+    return WorkerIndex(tuple(shards), np.array(content["totals"], np.int64))
+
+
+def _check(shards: Sequence[IndexedShard], total: int, max_bad_fraction: float, folder: Location) -> None:
+    try:
+        check_share(shards, total, max_bad_fraction, folder)
+    except UserError:
+        publish_report(folder / QUARANTINE, left_out_of(shards, is_bad=True))
+        raise
+
+
+def _placed(shard: IndexedShard, folder: Location) -> Shard:
+    return Shard(folder / shard.name, folder / table_name(shard.name), shard.count, shard.size, shard.sha256)
+
+
+def _path(folder: Location, worker: Worker) -> Location:
+    return folder / f"worker-{worker.number}-of-{worker.workers}.json"

@@ -1,0 +1,246 @@
+"""Shards are written with webdataset's writer and published whole; they are read at indexed offsets."""
+
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+from tqdm import tqdm
+from webdataset.writer import ShardWriter
+
+from vqd_scale.core.arrays import NDArray
+from vqd_scale.core.atomic_io import Location, published, sha256_of
+from vqd_scale.data.process_pool import each
+from vqd_scale.data.shards.decode import BadSample
+from vqd_scale.data.shards.index_builder import check_share, index_tar, report
+from vqd_scale.data.shards.ranged_reader import Extents, RangedReader
+from vqd_scale.data.shards.shard_index import (
+    ABSENT,
+    IndexedShard,
+    Shard,
+    ShardSet,
+    SkippedSample,
+    begin_set,
+    decoded,
+    finish_set,
+    read_indexed,
+    read_table,
+    table_name,
+)
+
+KEY = "__key__"
+Sample = Mapping[str, Any]
+"""webdataset's convention: the key under `KEY`; a member per extension, bytes or what webdataset encodes."""
+
+
+@dataclass(frozen=True)
+class ShardRecipe:
+    """How one shard of a set is made.
+
+    Attributes:
+        name: The tar's file name, such as ``000012.tar``.
+        count: How many samples are expected; some may be left out.
+        samples: Makes the samples, the same ones at each call, and says which were left out; picklable where
+            several processes write.
+    """
+
+    name: str
+    count: int
+    samples: Callable[[], Iterable[Sample | SkippedSample]]
+
+
+def shard_name(number: int) -> str:
+    """File name of a set's shard; names sort like numbers."""
+    return f"{number:06d}.tar"
+
+
+def write_shard_set(
+    folder: Location,
+    meta: Mapping[str, Any],
+    recipes: Sequence[ShardRecipe],
+    title: str,
+    *,
+    workers: int = 1,
+    max_bad_fraction: float = 0.0,
+) -> ShardSet:
+    """Write a set of shards; run again after a kill, it goes on with the first unfinished shard.
+
+    Args:
+        folder: Where the set is to be.
+        meta: What the set is, as JSON holds it; a folder made with another ``meta`` is refused.
+        recipes: The shards, in order.
+        title: What the progress bar says.
+        workers: Processes that write at the same time.
+        max_bad_fraction: Which share of the samples may be left out for being bad; they are reported.
+
+    Raises:
+        UserError: The folder holds another set, or cannot be written; too many samples are bad.
+    """
+    begin_set(folder, meta)
+    shards: list[IndexedShard] = []
+    total = sum(recipe.count for recipe in recipes)
+    made = each(functools.partial(written_or_write, folder), recipes, workers)
+    with tqdm(total=total, desc=title, unit="sample", disable=None) as bar:
+        for recipe, shard in zip(recipes, made, strict=True):
+            shards.append(shard)
+            report(shards[-1:], folder)
+            check_share(shards, total, max_bad_fraction, folder)
+            bar.update(recipe.count)
+    return finish_set(folder, meta, shards)
+
+
+def write_shard(path: Location, samples: Iterable[Sample | SkippedSample]) -> IndexedShard:
+    """Write one tar and its table; the same samples give the same bytes.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    left_out: list[SkippedSample] = []
+    # The pattern is never used: the opener gives the one file, whatever characters its path has.
+    with (
+        published(path) as partial,
+        partial.open("wb") as file,
+        ShardWriter(
+            "%d",
+            maxcount=sys.maxsize,
+            maxsize=float("inf"),
+            verbose=0,
+            opener=lambda _: file,
+            mtime=0,
+            user="",
+            group="",
+        ) as writer,
+    ):
+        for sample in samples:
+            if isinstance(sample, SkippedSample):
+                left_out.append(sample)
+            else:
+                writer.write(dict(sample))
+    return index_tar(path, path.with_name(table_name(path.name)), left_out=left_out)
+
+
+def written_or_write(folder: Location, recipe: ShardRecipe) -> IndexedShard:
+    """A shard that was finished under this name before, if its table is there and its bytes are as then.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    path, table = folder / recipe.name, folder / table_name(recipe.name)
+    if path.is_file() and table.is_file():
+        found = read_indexed(recipe.name, table)
+        if sha256_of(path) == found.sha256:
+            return found
+    return write_shard(path, recipe.samples())
+
+
+class ShardReader:
+    """Random access to the samples of one shard.
+
+    Args:
+        shard: The shard.
+        reading: How this process reads shards; by default, in their order.
+
+    Raises:
+        UserError: The shard or its table is missing or damaged.
+    """
+
+    def __init__(self, shard: Shard, reading: RangedReader | None = None) -> None:
+        self.shard = shard
+        self._table = read_table(shard)
+        self._columns = {extension: column for column, extension in enumerate(self._table.extensions)}
+        self._spans: dict[tuple[str, ...], Int64[NDArray[np.int64], "count places"]] = {}
+        self._bytes = (reading or RangedReader.in_order(shard)).open(shard, self._extents)
+
+    def key(self, member: int) -> str:
+        """The key of a sample."""
+        return decoded(self._table.keys[member])
+
+    def captions(self, member: int) -> int:
+        """How many captions a sample has, as the table counted them."""
+        return self._caption_ends.item(member) - self._captions_before(member)
+
+    def captioned(self, caption: int) -> tuple[int, int]:
+        """The sample that has the shard's so-manyth caption, and which of its own that is."""
+        member = int(np.searchsorted(self._caption_ends, caption, side="right"))
+        return member, caption - self._captions_before(member)
+
+    def extensions(self, member: int) -> list[str]:
+        """The members that a sample has."""
+        return [name for name, column in self._columns.items() if self._table.sizes[member, column] != ABSENT]
+
+    def expect(self, member: int) -> None:
+        """Say that a sample will be read soon: a distant one is asked for without waiting."""
+        self._bytes.expect(member)
+
+    def read(self, member: int, extension: str) -> bytes:
+        """The content of one member of a sample.
+
+        Raises:
+            BadSample: The sample has no such member.
+            UserError: The shard is missing or not what it was; its store cannot be reached.
+        """
+        return self.read_together(member, (extension,))[0]
+
+    def read_together(self, member: int, extensions: tuple[str, ...]) -> list[bytes]:
+        """The contents of small members of a sample: they lie beside each other, and one read brings all.
+
+        Raises:
+            BadSample: The sample lacks one.
+            UserError: The shard is missing or not what it was; its store cannot be reached.
+        """
+        begin, end, *within = self._spans_of(extensions)[member].tolist()
+        if begin == ABSENT:
+            present = self.extensions(member)
+            raise BadSample(f"has no '{next(name for name in extensions if name not in present)}'")
+        content = self._bytes.read(member, begin, end)
+        return [content[first:last] for first, last in zip(within[::2], within[1::2], strict=True)]
+
+    def _spans_of(self, extensions: tuple[str, ...]) -> Int64[NDArray[np.int64], "count places"]:
+        """From where to where some members of each sample are read, or `ABSENT`, and where in it each one is.
+
+        Made for all samples at once, since single numbers of an array take longer than reading does.
+        """
+        if extensions not in self._spans:
+            columns = [self._columns.get(extension, ABSENT) for extension in extensions]
+            begins, sizes = self._table.offsets[:, columns], self._table.sizes[:, columns]
+            ends = begins + sizes
+            firsts, lasts = begins.min(axis=1, keepdims=True), ends.max(axis=1, keepdims=True)
+            within = np.stack([begins - firsts, ends - firsts], axis=2).reshape(self.shard.count, -1)
+            spans = np.concatenate([firsts, lasts, within], axis=1)
+            spans[(sizes == ABSENT).any(axis=1) | (ABSENT in columns)] = ABSENT
+            self._spans[extensions] = spans
+        return self._spans[extensions]
+
+    @functools.cached_property
+    def _caption_ends(self) -> Int64[NDArray[np.int64], " count"]:
+        """How many captions the samples up to each have together."""
+        counted = self._table.columns.get("captions", np.full(self.shard.count, np.nan))
+        return np.cumsum(np.nan_to_num(counted, nan=1.0).astype(np.int64))
+
+    def _captions_before(self, member: int) -> int:
+        return self._caption_ends.item(member - 1) if member else 0
+
+    def _extents(self) -> Extents:
+        offsets, sizes = self._table.offsets, self._table.sizes
+        begins = np.where(offsets == ABSENT, self.shard.size, offsets).min(axis=1)
+        ends = np.where(offsets == ABSENT, 0, offsets + sizes).max(axis=1)
+        return np.stack([begins, ends], axis=1)
+
+
+def read_shard(shard: Shard) -> Iterator[dict[str, Any]]:
+    """All samples of a shard in order: the key under `KEY`, each member's bytes under its extension.
+
+    Raises:
+        UserError: The shard or its table is missing or damaged, or its store cannot be reached.
+    """
+    reading = RangedReader.in_order(shard)
+    reader, step = ShardReader(shard, reading), reading.tempo.samples
+    for member in range(shard.count):
+        if member % step == 0:
+            for ahead in range(member, min(member + (1 + reading.tempo.turns) * step, shard.count), step):
+                reader.expect(ahead)
+        members = {extension: reader.read(member, extension) for extension in reader.extensions(member)}
+        yield {KEY: reader.key(member), **members}

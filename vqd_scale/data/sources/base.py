@@ -1,0 +1,241 @@
+"""What the sources of picture files share: how a list of pictures becomes a set of shards."""
+
+import functools
+import hashlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from PIL import Image
+from pydantic import Field
+
+from vqd_scale.core.atomic_io import Location
+from vqd_scale.core.config import Config
+from vqd_scale.core.errors import UserError
+from vqd_scale.data.shards.decode import IMAGE_EXTENSIONS, BadSample, Pixels, decode_image, decode_text
+from vqd_scale.data.shards.near_duplicates import DuplicatesConfig, known_pictures
+from vqd_scale.data.shards.perceptual_hash import KnownPictures
+from vqd_scale.data.shards.shard_index import ShardSet, SkippedSample
+from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, shard_name, write_shard_set
+from vqd_scale.data.transforms import fitted
+
+
+class Kept(Config):
+    """The file's own bytes at its own size, once it was seen that they can be unpacked."""
+
+    kind: Literal["kept"] = "kept"
+
+
+class Png(Config):
+    """Lossless, fitted to ``image_size``."""
+
+    kind: Literal["png"] = "png"
+
+
+class Jpeg(Config):
+    """Lossy and smaller, fitted to ``image_size``."""
+
+    kind: Literal["jpeg"] = "jpeg"
+    quality: int = Field(default=95, ge=1, le=100)
+
+
+Encoding = Annotated[Kept | Png | Jpeg, Field(discriminator="kind")]
+
+
+class PackingConfig(Config):
+    """How picture files become shards.
+
+    Attributes:
+        encoding: How the pictures are stored. Kept ones leave the choice of crops to training.
+        image_size: The short side is resized to this and the centre square cut, unless pictures are kept.
+        samples_per_shard: Pictures per shard.
+        max_bad_fraction: Which share of the pictures may be unusable; they are left out and reported.
+        near_duplicates: Pictures that must not occur; those like them are left out and reported.
+        num_workers: Processes that work at the same time.
+    """
+
+    encoding: Encoding = Kept()
+    image_size: int = Field(default=256, ge=8, le=4096)
+    samples_per_shard: int = Field(default=1_000, ge=1)
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    near_duplicates: DuplicatesConfig | None = None
+    num_workers: int = Field(default=1, ge=1)
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """A picture file of a source and what is known about it.
+
+    Attributes:
+        path: The file.
+        key: Its sample's key.
+        source: What reports call it.
+        captions: Its captions, or the text file that holds them.
+        facts: What else its sample's ``json`` says, such as ``class``.
+    """
+
+    path: Path
+    key: str
+    source: str
+    captions: "tuple[str, ...] | CaptionFile" = ()
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class CaptionFile:
+    """A text file with one caption, or with one on each line."""
+
+    path: Path
+    by_line: bool
+
+    def read(self) -> tuple[str, ...]:
+        """The captions.
+
+        Raises:
+            BadSample: The file cannot be read, is not UTF-8 or holds nothing.
+        """
+        text = decode_text(_read(self.path))
+        return tuple(filter(None, map(str.strip, text.splitlines()))) if self.by_line else (text,)
+
+
+def write_pictures(
+    config: PackingConfig, name: str, pictures: Sequence[SourceImage], folder: Location, *, root: Path
+) -> ShardSet:
+    """Write pictures as a set of shards.
+
+    Args:
+        config: How.
+        name: The source's name.
+        pictures: The pictures, in the order of their samples.
+        folder: Where the set is to be.
+        root: The folder that the source was found in.
+
+    Raises:
+        UserError: Too many pictures are unusable, or ``folder`` holds another set or cannot be written.
+    """
+    known = None
+    if config.near_duplicates is not None:
+        known = known_pictures(config.near_duplicates, config.num_workers)
+    recipes = [
+        ShardRecipe(shard_name(shard), len(part), functools.partial(_samples, config, known, part))
+        for shard, first in enumerate(range(0, len(pictures), config.samples_per_shard))
+        for part in [pictures[first : first + config.samples_per_shard]]
+    ]
+    # How many bad pictures are tolerated, and who does the work, does not change what a shard holds.
+    settings = config.model_dump(mode="json", exclude={"max_bad_fraction", "num_workers", "near_duplicates"})
+    meta = {
+        "content": "images",
+        "source": {
+            "name": name,
+            "pictures": _fingerprint(pictures, root),
+            "config": settings,
+            "near_duplicates": None if known is None else known.fingerprint,
+        },
+    }
+    return write_shard_set(
+        folder,
+        meta,
+        recipes,
+        title=f"packing {name}",
+        workers=config.num_workers,
+        max_bad_fraction=config.max_bad_fraction,
+    )
+
+
+def pictures_below(folder: Path) -> list[Path]:
+    """All picture files below a folder, sorted by path.
+
+    Raises:
+        UserError: There is no such folder, or no picture.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder; name the folder that holds the pictures.")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower()[1:] in IMAGE_EXTENSIONS)
+    if not found:
+        raise UserError(f"{folder}: holds no picture ({', '.join(IMAGE_EXTENSIONS)}).")
+    return found
+
+
+def existing(*candidates: Path, what: str) -> Path:
+    """The first of some paths that is there.
+
+    Raises:
+        UserError: None is.
+    """
+    for path in candidates:
+        if path.exists():
+            return path
+    looked = ", ".join(str(path) for path in candidates[1:])
+    also = f" (nor {looked})" if looked else ""
+    raise UserError(f"{candidates[0]}: {what} is not here{also}; name the folder that holds it.")
+
+
+def _samples(
+    config: PackingConfig, known: KnownPictures | None, pictures: Sequence[SourceImage]
+) -> Iterator[Sample | SkippedSample]:
+    for picture in pictures:
+        try:
+            data = _read(picture.path)
+            pixels = decode_image(data)
+            near = None if known is None else known.nearest(pixels)
+            if near is None:
+                yield {KEY: picture.key, **_image(config, picture.path, data, pixels), **_words(picture)}
+            else:
+                likeness = f"is nearly the picture '{near[0]}' ({near[1]} of 64 bits differ)"
+                yield SkippedSample(picture.source, likeness, is_bad=False)
+        except BadSample as error:
+            yield SkippedSample(picture.source, str(error))
+
+
+def _words(picture: SourceImage) -> dict[str, Any]:
+    """The members besides the picture: ``json``, the first caption, and the class as webdataset names it."""
+    of = picture.captions
+    captions = of.read() if isinstance(of, CaptionFile) else of
+    facts: dict[str, Any] = {"source": picture.source, **picture.facts}
+    if captions and not (isinstance(of, CaptionFile) and not of.by_line):
+        facts["captions"] = list(captions)
+    members: dict[str, Any] = {"json": facts}
+    if captions:
+        members["txt"] = captions[0]
+    if "class" in facts:
+        members["cls"] = str(facts["class"])
+    return members
+
+
+def _image(config: PackingConfig, path: Path, data: bytes, pixels: Pixels) -> dict[str, bytes]:
+    if isinstance(config.encoding, Kept):
+        return {path.suffix.lower()[1:]: data}
+    image = Image.fromarray(fitted(pixels, config.image_size))
+    with io.BytesIO() as file:
+        if isinstance(config.encoding, Png):
+            image.save(file, format="PNG")
+            return {"png": file.getvalue()}
+        image.save(file, format="JPEG", quality=config.encoding.quality)
+        return {"jpg": file.getvalue()}
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadSample(f"cannot be read ({error.strerror})") from None
+
+
+def _fingerprint(pictures: Sequence[SourceImage], root: Path) -> str:
+    """Names, sizes and times of files, and captions: shards finished from others must not be kept."""
+    digest = hashlib.sha256()
+    for picture in pictures:
+        files = [picture.path]
+        if isinstance(picture.captions, CaptionFile):
+            files.append(picture.captions.path)
+        else:
+            digest.update(repr((picture.key, picture.captions, sorted(picture.facts.items()))).encode())
+        for file in files:
+            state = file.stat()
+            place = file.relative_to(root)
+            digest.update(
+                f"{place}\0{state.st_size}\0{state.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
+            )
+    return digest.hexdigest()

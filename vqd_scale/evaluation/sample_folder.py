@@ -1,0 +1,116 @@
+"""How good generated pictures are: what they show, and how far they are from real ones."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from vqd_scale.core.errors import UserError
+from vqd_scale.data.loading.sample_readers import IMAGE_EXTENSIONS
+from vqd_scale.data.shards.decode import decode_image, decode_json
+from vqd_scale.data.shards.shard_index import ShardSet
+from vqd_scale.data.shards.shard_io import KEY, read_shard
+from vqd_scale.data.sources.shapes import Scene
+from vqd_scale.evaluation.extractors import latent_moments
+from vqd_scale.evaluation.frechet import FeatureStatistics, frechet_distance
+from vqd_scale.evaluation.reconstruction import psnr, ssim
+from vqd_scale.evaluation.scene_reader import attribute_accuracy, chance_accuracy
+from vqd_scale.models.generate import read_generated
+from vqd_scale.tokenizers.base import to_bytes, to_signal
+from vqd_scale.tokenizers.registry import Tokenizer
+
+_BATCH = 64
+
+Images = UInt8[Tensor, "count 3 height width"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found.
+
+    Attributes:
+        figures: Nested plain values, ready for JSON.
+        real: The real pictures of the prompts.
+        reconstructed: What the tokenizer makes of them.
+    """
+
+    figures: dict[str, Any]
+    real: Images
+    reconstructed: Images
+
+
+def evaluate_samples(samples: Path, data: Path, tokenizer: Tokenizer) -> Evaluation:
+    """Compare generated pictures with the samples whose captions were their prompts.
+
+    The attributes are read where the shards' JSON describes a scene of the embedded set.
+
+    Args:
+        samples: A folder that `vqd_scale.models.generate.generate` filled.
+        data: The shards that the captions came from.
+        tokenizer: The model's tokenizer, also the source of features for the Fréchet distance.
+
+    Raises:
+        UserError: Samples are missing, or do not belong to these shards.
+    """
+    prompts, generated = read_generated(samples)
+    images = torch.from_numpy(generated).permute(0, 3, 1, 2).contiguous()
+    real, scenes = _read([prompt.key for prompt in prompts], ShardSet.open(data))
+    reconstructed = _reconstruct(tokenizer, real)
+    figures: dict[str, Any] = {
+        "count": len(prompts),
+        "tokenizer_psnr": float(psnr(real, reconstructed).mean()),
+        "tokenizer_ssim": float(ssim(real, reconstructed).mean()),
+        "frechet_distance_of_tokenizer_features": frechet_distance(
+            FeatureStatistics.of(_features(tokenizer, images)),
+            FeatureStatistics.of(_features(tokenizer, real)),
+        ),
+    }
+    if scenes:
+        accuracy = attribute_accuracy(images, scenes)
+        figures["attribute_accuracy"] = {
+            "mean": accuracy.mean,
+            "all": accuracy.all,
+            "shuffled": chance_accuracy(images, scenes).mean,
+            "per_attribute": accuracy.per_attribute,
+        }
+        figures["reader_on_truth"] = attribute_accuracy(real, scenes).mean
+        figures["tokenizer_ceiling"] = attribute_accuracy(reconstructed, scenes).mean
+    return Evaluation(figures, real, reconstructed)
+
+
+def _read(keys: list[str], shards: ShardSet) -> tuple[Images, list[Scene]]:
+    """The pictures of these keys, and their scenes if all samples have one."""
+    wanted = set(keys)
+    pictures: dict[str, Tensor] = {}
+    scenes: dict[str, Scene] = {}
+    for shard in shards.shards:
+        for sample in read_shard(shard):
+            if sample[KEY] in wanted:
+                extension = next(name for name in IMAGE_EXTENSIONS if name in sample)
+                pixels = decode_image(sample[extension])
+                pictures[sample[KEY]] = torch.from_numpy(pixels).permute(2, 0, 1)
+                described = decode_json(sample["json"]) if "json" in sample else {}
+                if "figures" in described:
+                    scenes[sample[KEY]] = Scene.from_json(described)
+    missing = [key for key in keys if key not in pictures]
+    if missing:
+        raise UserError(
+            f"{shards.folder}: has no sample '{missing[0]}'; these pictures were drawn for other shards."
+        )
+    real = torch.stack([pictures[key] for key in keys])
+    return real, [scenes[key] for key in keys] if len(scenes) == len(keys) else []
+
+
+@torch.no_grad()
+def _reconstruct(tokenizer: Tokenizer, images: Images) -> Images:
+    return torch.cat(
+        [to_bytes(tokenizer.decode(tokenizer.encode(to_signal(part)))) for part in images.split(_BATCH)]
+    )
+
+
+@torch.no_grad()
+def _features(tokenizer: Tokenizer, images: Images) -> Float[Tensor, "count features"]:
+    return torch.cat([latent_moments(tokenizer, part) for part in images.split(_BATCH)])

@@ -1,0 +1,434 @@
+"""What a trained model is on disk: a folder of safetensors and one JSON that says everything else.
+
+``config.json`` says what the weights need to mean something; the weights name the schedule they were trained
+under, so that neither can be exchanged for another without a word. ``README.md`` says it to people.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeAlias, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import PositiveInt
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from typing_extensions import TypeVar
+
+from vqd_scale.core.atomic_io import publish_json, publish_text, published_folder, read_json, sha256_of
+from vqd_scale.core.config import Config, ConfigType, validated
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.tensors import write_tensors
+from vqd_scale.diffusion.schedule import Schedule
+from vqd_scale.models.model_card import AUTOREGRESSION, DENOISING, model_card
+from vqd_scale.nn.autoregressive import Autoregressive, AutoregressiveConfig
+from vqd_scale.nn.denoiser import ClassCondition, Condition, TextCondition
+from vqd_scale.nn.network import Network, NetworkConfig, build_network
+from vqd_scale.nn.param_sharding import HERE, ParamSharding
+from vqd_scale.text.clip import Pretrained, TextConfig, TextEncoder
+from vqd_scale.tokenizers.fsq import FSQConfig
+from vqd_scale.tokenizers.registry import ReducedConfig, Tokenizer, TokenizerConfig, build_tokenizer
+from vqd_scale.tokenizers.taming import TamingGumbelConfig, TamingVQConfig
+from vqd_scale.tokenizers.vqgan import VQGANConfig
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+_CARD = "README.md"
+_TOKENIZER = "tokenizer"
+_SCHEDULE = "schedule"
+_TOKENIZERS = (VQGANConfig, TamingVQConfig, TamingGumbelConfig, FSQConfig, ReducedConfig)
+
+_TRAINED = "Trained with vqd_scale. Who trained it decides on its licence, within that of the training data."
+
+
+class BundleConfig(Config):
+    """All that a model's weights need to mean something, the schedule's constants among it."""
+
+    kind: Literal["denoising"] = "denoising"
+    codebook_size: PositiveInt
+    """K, the number of codes."""
+    grid: tuple[PositiveInt, PositiveInt]
+    """Rows and columns of tokens."""
+    denoiser: NetworkConfig
+    text: TextConfig | None = None
+    """The encoder of captions; none for a model that takes no text."""
+    diffusion: Schedule
+    origin: str = _TRAINED
+    """Where the weights come from, and what is known of their licence."""
+
+
+class AutoregressiveBundleConfig(Config):
+    """The same for a model that draws token by token."""
+
+    kind: Literal["autoregression"] = "autoregression"
+    codebook_size: PositiveInt
+    grid: tuple[PositiveInt, PositiveInt]
+    network: AutoregressiveConfig
+    text: TextConfig | None = None
+    origin: str = _TRAINED
+
+
+class ConditionalModel(nn.Module):
+    """What is trained together and saved together: a network, and the encoder of captions if it takes text.
+
+    Args:
+        text: The encoder.
+        condition: What the network is conditioned on.
+        key: Where a configuration says so.
+
+    Attributes:
+        condition: As given.
+        text: The encoder of captions; only a model of a text condition has one.
+
+    Raises:
+        UserError: The network takes text and there is no encoder of that width, or takes none and there is
+            one.
+    """
+
+    def __init__(self, text: TextConfig | None, condition: Condition, key: str) -> None:
+        super().__init__()
+        self.condition = condition
+        if text is not None:
+            self.text = TextEncoder(text)
+        width = None if text is None else self.text.width
+        if width != (condition.width if isinstance(condition, TextCondition) else None):
+            wanted = "another kind than 'text'" if width is None else f"kind 'text' of width {width}"
+            raise UserError(f"{key}: must be {wanted} to go with the text encoder, not {condition!r}.")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the network computes; the text encoder may have another."""
+        # By name: inside the engine's forward DeepSpeed gathers a ZeRO-3 weight that is read as an attribute.
+        return next(value.dtype for name, value in self.named_parameters() if not name.startswith("text."))
+
+    def text_features(
+        self, captions: Int[Tensor, "batch positions"], dropped: Bool[Tensor, " batch"]
+    ) -> Float[Tensor, "batch positions width"]:
+        """Features from the text encoder, see `TextEncoder.forward`, in the dtype of the network.
+
+        Args:
+            captions: Token ids.
+            dropped: Samples that get the null condition.
+        """
+        return self.text(captions, dropped).to(self.dtype)
+
+    def condition_inputs(self, given: Tensor, dropped: Bool[Tensor, " batch"]) -> Tensor | None:
+        """What the network takes for its condition.
+
+        Args:
+            given: Caption ids [batch, positions] or classes [batch]; an unconditional model looks at neither.
+            dropped: Which samples are to see the null condition instead.
+        """
+        if isinstance(self.condition, TextCondition):
+            return self.text_features(given, dropped)
+        if isinstance(self.condition, ClassCondition):
+            return torch.where(dropped, self.condition.classes, given)
+        return None
+
+
+class Model(ConditionalModel):
+    """Denoiser and text encoder.
+
+    Args:
+        config: Their shapes.
+        placement: Where the network's weights are while it is built.
+
+    Attributes:
+        denoiser: The network.
+
+    Raises:
+        UserError: See `ConditionalModel`.
+    """
+
+    def __init__(self, config: BundleConfig, placement: ParamSharding = HERE) -> None:
+        super().__init__(config.text, config.denoiser.condition, "denoiser.condition")
+        self.denoiser = build_network(
+            config.denoiser, config.codebook_size, config.grid, config.diffusion.steps, placement
+        )
+
+    @property
+    def network(self) -> Network:
+        """The denoiser."""
+        return self.denoiser
+
+
+class AutoregressiveModel(ConditionalModel):
+    """Autoregressive transformer and text encoder.
+
+    Args:
+        config: Their shapes.
+        placement: Where the transformer's weights are while it is built.
+
+    Attributes:
+        network: The transformer.
+
+    Raises:
+        UserError: See `ConditionalModel`.
+    """
+
+    def __init__(self, config: AutoregressiveBundleConfig, placement: ParamSharding = HERE) -> None:
+        super().__init__(config.text, config.network.condition, "network.condition")
+        self.network = Autoregressive(config.network, config.codebook_size, config.grid, placement)
+
+
+_MODELS = (BundleConfig, AutoregressiveBundleConfig)
+AnyBundleConfig = TypeVar("AnyBundleConfig", BundleConfig, AutoregressiveBundleConfig, default=BundleConfig)
+AnyModel = TypeVar("AnyModel", Model, AutoregressiveModel, default=Model)
+
+
+@dataclass(frozen=True)
+class Bundle(Generic[AnyBundleConfig, AnyModel]):
+    """A loaded model, for inference only.
+
+    Attributes:
+        config: Its shapes, and the schedule of a denoiser.
+        model: Network and text encoder.
+        tokenizer: Tokens to pictures.
+
+    Raises:
+        UserError: The tokenizer has another number of codes than the model.
+    """
+
+    config: AnyBundleConfig
+    model: AnyModel
+    tokenizer: Tokenizer
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.codes != self.config.codebook_size:
+            raise UserError(
+                f"the tokenizer has {self.tokenizer.codes} codes, but the model was made for "
+                f"{self.config.codebook_size}; they do not belong together (a reduction map may be missing)."
+            )
+        for module in (self.model, self.tokenizer):
+            module.eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks lie."""
+        return self.model.network.code_tables[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the network computes."""
+        return self.model.dtype
+
+    def to(self, place: torch.dtype | torch.device | str) -> None:
+        """Move everything to a device; or let network and convolutions compute in another dtype.
+
+        The text encoder, run once for a prompt, stays as it is, and so does what chooses a code.
+        """
+        if isinstance(place, torch.dtype):
+            cast(nn.Module, self.model.network).to(dtype=place)
+            self.tokenizer.compute_in(place)
+        else:
+            self.model.to(device=place)
+            self.tokenizer.to(device=place)
+
+
+AutoregressiveBundle: TypeAlias = Bundle[AutoregressiveBundleConfig, AutoregressiveModel]
+
+
+@dataclass(frozen=True)
+class TokenizerWeights:
+    """A tokenizer that is not yet a bundle.
+
+    Attributes:
+        config: Its shape.
+        tensors: Its module's state.
+    """
+
+    config: TokenizerConfig
+    tensors: Mapping[str, Tensor]
+
+
+def save_bundle(
+    folder: Path,
+    config: BundleConfig | AutoregressiveBundleConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer: Path | TokenizerWeights,
+) -> None:
+    """Write a model's bundle, the tokenizer's within it: all of it or nothing.
+
+    Args:
+        folder: Where; what is there is replaced.
+        config: What the model is.
+        weights: The state of its model.
+        tokenizer: A tokenizer's bundle to be copied, or its weights.
+
+    Raises:
+        UserError: The disk is full or the folder cannot be written.
+    """
+    if isinstance(config.text, Pretrained):
+        config = config.model_copy(update={"text": config.text.without_weights()})
+    with published_folder(folder) as partial:
+        schedule = {_SCHEDULE: _fingerprint(config.diffusion)} if isinstance(config, BundleConfig) else {}
+        _save(partial, config, weights, schedule)
+        if isinstance(tokenizer, TokenizerWeights):
+            (partial / _TOKENIZER).mkdir()
+            _save(partial / _TOKENIZER, tokenizer.config, tokenizer.tensors)
+        else:
+            shutil.copytree(tokenizer, partial / _TOKENIZER)
+        described = json.dumps(read_json(partial / _TOKENIZER / CONFIG, "tokenizer bundle"))
+        parameters = sum(tensor.numel() for tensor in weights.values())
+        publish_text(partial / _CARD, _card(config, parameters, described))
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Read a denoiser's bundle, or that of a finished run, into float32 on the CPU.
+
+    Raises:
+        UserError: There is none, a file is missing, damaged or of another shape, or the weights were trained
+            under another schedule than the configuration says.
+    """
+    folder = _exported(folder)
+    config = _load_config(_MODELS, folder, "model bundle")
+    if not isinstance(config, BundleConfig):
+        raise UserError(
+            f"{folder}: holds an autoregressive model, which has no schedule to sample by; load it with "
+            f"vqd_scale.models.autoregressive_sampling.AutoregressiveTextToImage."
+        )
+    model = Model(config)
+    _load_weights(model, folder)
+    _check_schedule(config, folder)
+    return Bundle(config, model, load_tokenizer(folder / _TOKENIZER, torch.device("cpu")))
+
+
+def is_autoregressive(folder: Path) -> bool:
+    """Whether a folder is the bundle of an autoregressive model, or holds a run's.
+
+    Raises:
+        UserError: Its configuration cannot be read.
+    """
+    path = _exported(folder) / CONFIG
+    tag = AutoregressiveBundleConfig.model_fields["kind"].default
+    return path.exists() and read_json(path, "model bundle").get("kind") == tag
+
+
+def load_autoregressive_bundle(folder: Path) -> AutoregressiveBundle:
+    """Read an autoregressive model's bundle, or that of a finished run, into float32 on the CPU.
+
+    Raises:
+        UserError: There is none, or a file is missing, damaged or of another shape.
+    """
+    folder = _exported(folder)
+    config = _load_config(_MODELS, folder, "model bundle")
+    if not isinstance(config, AutoregressiveBundleConfig):
+        raise UserError(f"{folder}: holds a denoiser; load it with vqd_scale.TextToImage.")
+    model = AutoregressiveModel(config)
+    _load_weights(model, folder)
+    return Bundle(config, model, load_tokenizer(folder / _TOKENIZER, torch.device("cpu")))
+
+
+def save_tokenizer(folder: Path, config: TokenizerConfig, weights: Mapping[str, Tensor]) -> None:
+    """Write a tokenizer's bundle.
+
+    Raises:
+        UserError: The disk is full or the folder cannot be written.
+    """
+    with published_folder(folder) as partial:
+        _save(partial, config, weights)
+
+
+def load_tokenizer(folder: Path, device: torch.device) -> Tokenizer:
+    """Read a tokenizer's bundle.
+
+    Raises:
+        UserError: There is none, or a file is missing, damaged or of another shape.
+    """
+    tokenizer = build_tokenizer(_load_config(_TOKENIZERS, folder, "tokenizer bundle"))
+    _load_weights(tokenizer, folder)
+    return tokenizer.to(device).eval().requires_grad_(False)
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """Hex SHA-256 of a tokenizer's weights: token shards carry it, and training checks it.
+
+    Raises:
+        UserError: There is no tokenizer bundle in the folder.
+    """
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder}: there is no tokenizer bundle here; train_tokenizer.py makes one.")
+    return sha256_of(folder / WEIGHTS)
+
+
+def weights_file(folder: Path) -> Path:
+    """The weights in a bundle, or in that of a finished run."""
+    return _exported(folder) / WEIGHTS
+
+
+def schedule_of(folder: Path) -> Schedule:
+    """The schedule that a denoiser's bundle, or that of a finished run, was trained under.
+
+    Raises:
+        UserError: There is none.
+    """
+    return _load_config(BundleConfig, _exported(folder), "model bundle").diffusion
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """The tokenizer's bundle in that of a model, or of a finished run."""
+    return _exported(folder) / _TOKENIZER
+
+
+def _exported(folder: Path) -> Path:
+    return folder / "export" if (folder / "export").is_dir() else folder
+
+
+def _save(
+    folder: Path, config: Config, weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    publish_json(folder / CONFIG, config.model_dump(mode="json"))
+    write_tensors(folder / WEIGHTS, weights, metadata)
+
+
+def _load_config(
+    kind: type[ConfigType] | tuple[type[ConfigType], ...], folder: Path, what: str
+) -> ConfigType:
+    values: Any = read_json(folder / CONFIG, what)
+    return validated(kind, values, str(folder / CONFIG))
+
+
+def _load_weights(module: nn.Module, folder: Path) -> None:
+    path = folder / WEIGHTS
+    try:
+        module.load_state_dict(load_file(path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: the weights are missing; export or copy the bundle again.") from None
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{path}: the weights do not fit their config.json or are damaged ({reason})."
+        ) from None
+
+
+def _fingerprint(schedule: Schedule) -> str:
+    """A schedule's constants as the weights carry them."""
+    return json.dumps(schedule.model_dump(mode="json"), sort_keys=True)
+
+
+def _check_schedule(config: BundleConfig, folder: Path) -> None:
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        trained = (file.metadata() or {}).get(_SCHEDULE)
+    if trained != _fingerprint(config.diffusion):
+        raise UserError(
+            f"{folder}: config.json says the schedule {_fingerprint(config.diffusion)}, but the weights were "
+            f"trained under {trained}; sampling under another one gives pictures of no meaning, put it back."
+        )
+
+
+def _card(config: BundleConfig | AutoregressiveBundleConfig, parameters: int, tokenizer: str) -> str:
+    is_denoiser = isinstance(config, BundleConfig)
+    network = config.denoiser if is_denoiser else config.network
+    facts = {
+        "parameters": f"{parameters:,}",
+        "network": f"`{network.model_dump_json()}`",
+        "text encoder": "none" if config.text is None else f"`{config.text.model_dump_json()}`",
+        **({"schedule": f"`{config.diffusion.model_dump_json()}`"} if is_denoiser else {}),
+        "tokenizer": f"`{tokenizer}`, in `{_TOKENIZER}/`",
+    }
+    kind = DENOISING if is_denoiser else AUTOREGRESSION
+    return model_card(kind, config.grid, config.codebook_size, network.condition.kind, facts, config.origin)

@@ -1,0 +1,82 @@
+"""Published tokenizers: their shape read off their weights, or off the YAML file beside them."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from vqd_scale.core.config import read_yaml
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.safe_load import read_saved, tensors_in
+from vqd_scale.models.exchange.conversion import TokenizerPlan, wanted_tokenizer
+from vqd_scale.models.exchange.key_mapping import Exchange
+from vqd_scale.tokenizers.taming import TamingGumbelConfig, TamingVQConfig, taming_config
+from vqd_scale.tokenizers.vqgan import VQGANConfig
+from vqd_scale.tokenizers.weights import from_taming
+
+_NOT_OURS = (
+    # What a GAN is trained with, and the transformer whose first stage a tokenizer is.
+    r"loss\..+",
+    r"(transformer|cond_stage_model)\..+",
+    r"first_stage_model\.loss\..+",
+)
+
+
+def plan_taming(path: Path, description: Path) -> TokenizerPlan:
+    """What a ``.ckpt`` file of taming-transformers and its YAML file hold, as a tokenizer.
+
+    Raises:
+        UserError: A file is missing, damaged, or of another kind.
+    """
+    config = taming_config(read_yaml(description), str(description))
+    loaded = read_saved(path)
+    found = tensors_in(loaded.get("state_dict")) if isinstance(loaded, dict) else {}
+    if not found:
+        raise UserError(f"{path}: holds no 'state_dict' as taming's checkpoints do.")
+    exchange = Exchange(str(path), found, wanted_tokenizer(config), from_taming, _NOT_OURS)
+    return TokenizerPlan(config, exchange)
+
+
+def autoencoder_config(
+    state: Mapping[str, Tensor], source: str
+) -> VQGANConfig | TamingVQConfig | TamingGumbelConfig:
+    """The shape of a published tokenizer, of whatever codebook, from its weights under their own names.
+
+    Raises:
+        UserError: They are none.
+    """
+
+    def shape(name: str) -> list[int]:
+        if name not in state:
+            raise UserError(
+                f"{source}: its tokenizer has no weight '{name}', so that its shape is not known."
+            )
+        return list(state[name].shape)
+
+    def count(pattern: str) -> int:
+        found = [re.match(pattern, name) for name in state]
+        return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+    channels = shape("encoder.conv_in.weight")[0]
+    levels = count(r"encoder\.down\.(\d+)\.")
+    convolutions = {
+        "channels": channels,
+        "channel_multipliers": [
+            shape(f"encoder.down.{level}.block.0.conv1.weight")[0] // channels for level in range(levels)
+        ],
+        "num_res_blocks": count(r"encoder\.down\.0\.block\.(\d+)\."),
+        "attention": [
+            level for level in range(levels) if f"encoder.down.{level}.attn.0.norm.weight" in state
+        ],
+        "mid_attention": True,
+        "latent_channels": shape("quant_conv.weight")[1],
+    }
+    if "quantize.proj.weight" in state:
+        codes, width = shape("quantize.embed.weight")
+        return TamingGumbelConfig.model_validate({"codebook_size": codes, "code_dim": width, **convolutions})
+    if "quantize.embedding" in state:
+        codes, width = shape("quantize.embedding")
+        return VQGANConfig.model_validate({"codebook_size": codes, "code_dim": width, **convolutions})
+    codes, width = shape("quantize.embedding.weight")
+    return TamingVQConfig.model_validate({"codebook_size": codes, "code_dim": width, **convolutions})

@@ -1,0 +1,284 @@
+"""diffusers' ``VQDiffusionPipeline`` as a folder on disk: taken over as a model, and written from one.
+
+Nothing of diffusers is imported: the folder is JSON and safetensors. It knows text-conditional models of
+fully connected blocks under the released schedule only; anything else is refused in a sentence.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vqd_scale.core.atomic_io import read_json
+from vqd_scale.core.config import validated
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.tensors import read_tensors
+from vqd_scale.diffusion.schedule import Released
+from vqd_scale.models.bundle import Bundle, BundleConfig
+from vqd_scale.models.exchange.conversion import MODEL, TOKENIZER, ModelPlan, wanted_weights
+from vqd_scale.models.exchange.key_mapping import Exchange, Prefixes, part_of, under
+from vqd_scale.nn.denoiser import DenoiserConfig, TextCondition
+from vqd_scale.text.clip import CaptionTokenizer, Tower
+from vqd_scale.text.weights import from_transformers
+from vqd_scale.tokenizers.taming import TamingVQConfig
+from vqd_scale.tokenizers.weights import from_diffusers
+
+INDEX = "model_index.json"
+NULL = "learned_classifier_free_sampling_embeddings"
+COMPONENTS = {
+    "transformer": ("diffusers", "Transformer2DModel"),
+    "vqvae": ("diffusers", "VQModel"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "scheduler": ("diffusers", "VQDiffusionScheduler"),
+    NULL: (
+        "diffusers.pipelines.deprecated.vq_diffusion.pipeline_vq_diffusion",
+        "LearnedClassifierFreeSamplingEmbeddings",
+    ),
+}
+"""Library and class of each part. The last is named by its module: what diffusers 0.42 writes there itself
+it does not find again."""
+PAD = "!"
+"""CLIP's token 0, which fills captions up; any other conditions the network on what it never saw."""
+
+TRANSFORMER = Prefixes(
+    ("content_emb.", "latent_image_embedding."),
+    ("blocks.*.ln1.", "transformer_blocks.*.norm1."),
+    ("blocks.*.ln1_1.", "transformer_blocks.*.norm2."),
+    ("blocks.*.ln2.", "transformer_blocks.*.norm3."),
+    *(
+        (f"blocks.*.attn{number}.{ours}.", f"transformer_blocks.*.attn{number}.{theirs}.")
+        for number in (1, 2)
+        for ours, theirs in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj", "to_out.0"))
+    ),
+    ("blocks.*.mlp.0.", "transformer_blocks.*.ff.net.0.proj."),
+    ("blocks.*.mlp.2.", "transformer_blocks.*.ff.net.2."),
+    ("norm.", "norm_out."),
+    ("head.", "out."),
+)
+
+_ORIGIN = (
+    "Converted from the diffusers folder '{name}'; the licence of these weights is that under which they "
+    "were published."
+)
+_FIXED: Mapping[str, Mapping[str, Any]] = {
+    "transformer": {
+        "activation_fn": "geglu-approximate",
+        "attention_bias": True,
+        "in_channels": None,
+        "double_self_attention": False,
+        "only_cross_attention": False,
+        "norm_elementwise_affine": True,
+        "norm_eps": 1e-5,
+    },
+    "vqvae": {
+        "in_channels": 3,
+        "out_channels": 3,
+        "act_fn": "silu",
+        "norm_num_groups": 32,
+        "norm_type": "group",
+        "mid_block_add_attention": True,
+    },
+    "text_encoder": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+}
+"""What must be so, if it is said, for our networks to be the same functions."""
+
+_REQUIRED: Mapping[str, tuple[str, ...]] = {
+    "transformer": (
+        "num_vector_embeds",
+        "sample_size",
+        "num_attention_heads",
+        "attention_head_dim",
+        "num_layers",
+        "cross_attention_dim",
+        "num_embeds_ada_norm",
+        "activation_fn",
+    ),
+    "vqvae": (
+        "block_out_channels",
+        "down_block_types",
+        "layers_per_block",
+        "latent_channels",
+        "num_vq_embeddings",
+    ),
+    "text_encoder": (
+        "hidden_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "max_position_embeddings",
+        "vocab_size",
+        "hidden_act",
+    ),
+    "scheduler": (
+        "num_vec_classes",
+        "num_train_timesteps",
+        "alpha_cum_start",
+        "alpha_cum_end",
+        "gamma_cum_start",
+        "gamma_cum_end",
+    ),
+    NULL: ("learnable",),
+}
+
+
+def plan_diffusers(folder: Path) -> ModelPlan:
+    """What a ``VQDiffusionPipeline`` folder holds, as a model.
+
+    Raises:
+        UserError: It is no such folder, a part is missing or damaged, or a network is of another kind than
+            VQ-Diffusion's.
+    """
+    index = read_json(folder / INDEX, "diffusers pipeline")
+    if index.get("_class_name") != "VQDiffusionPipeline":
+        raise UserError(
+            f"{folder / INDEX}: describes a {index.get('_class_name')}, not a VQDiffusionPipeline."
+        )
+    for component in COMPONENTS:
+        if index.get(component) is None:
+            hint = " (the published fp16 revision has none; take the main one)" if component == NULL else ""
+            raise UserError(f"{folder / INDEX}: lacks the key '{component}'{hint}.")
+    _check_padding(folder / "tokenizer")
+    learned = bool(_config_of(folder, NULL)["learnable"])
+    transformer = _config_of(folder, "transformer")
+    config = BundleConfig(
+        codebook_size=transformer["num_vector_embeds"] - 1,
+        grid=(transformer["sample_size"], transformer["sample_size"]),
+        denoiser=_denoiser(folder),
+        text=_tower(folder, learned=learned),
+        diffusion=_schedule(folder),
+        origin=_ORIGIN.format(name=folder.resolve().name),
+    )
+    tokenizer = _autoencoder(folder)
+    found: dict[str, Tensor] = {}
+    for component in ("transformer", "vqvae", "text_encoder", NULL):
+        found |= under(f"{component}/", _weights_of(folder / component))
+    # Older versions of transformers save the numbers 0, 1, 2, ... along.
+    dropped = [r"text_encoder/(text_model\.)?embeddings\.position_ids"]
+    if not learned:
+        dropped.append(f"{NULL}/embeddings")
+    wanted = wanted_weights(config, tokenizer)
+    return ModelPlan(config, tokenizer, Exchange(str(folder), found, wanted, _to_ours, dropped))
+
+
+def read_diffusers(folder: Path) -> Bundle:
+    """Load a ``VQDiffusionPipeline`` folder without writing anything.
+
+    Raises:
+        UserError: See `plan_diffusers`; or weights are missing, unknown or of another shape.
+    """
+    return plan_diffusers(folder).bundle()
+
+
+def _to_ours(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    null = part_of(found, f"{NULL}/")
+    text = {"null": null["embeddings"]} if "embeddings" in null else {}
+    text |= under("tower.", from_transformers(part_of(found, "text_encoder/")))
+    return {
+        **under(f"{MODEL}denoiser.", TRANSFORMER.to_ours(part_of(found, "transformer/"))),
+        **under(f"{MODEL}text.", text),
+        **under(TOKENIZER, from_diffusers(part_of(found, "vqvae/"))),
+    }
+
+
+def _denoiser(folder: Path) -> DenoiserConfig:
+    config = _config_of(folder, "transformer")
+    heads = config["num_attention_heads"]
+    return DenoiserConfig(
+        width=heads * config["attention_head_dim"],
+        heads=heads,
+        layers=config["num_layers"],
+        condition=TextCondition(width=config["cross_attention_dim"]),
+    )
+
+
+def _tower(folder: Path, *, learned: bool) -> Tower:
+    config = _config_of(folder, "text_encoder")
+    described = {
+        "width": config["hidden_size"],
+        "heads": config["num_attention_heads"],
+        "layers": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "bpe_merges": config["vocab_size"] - CaptionTokenizer(merges=0).vocabulary,
+        "null_condition": "learned" if learned else "empty",
+    }
+    return validated(Tower, described, f"{folder}/text_encoder/config.json")
+
+
+def _schedule(folder: Path) -> Released:
+    config = _config_of(folder, "scheduler")
+    described = {
+        "steps": config["num_train_timesteps"],
+        "keep_first": config["alpha_cum_start"],
+        "keep_last": config["alpha_cum_end"],
+        "mask_first": config["gamma_cum_start"],
+        "mask_last": config["gamma_cum_end"],
+    }
+    trained = _config_of(folder, "transformer")
+    if trained["num_embeds_ada_norm"] != described["steps"]:
+        raise UserError(
+            f"{folder}: the scheduler has {described['steps']} timesteps, but the transformer was trained "
+            f"with {trained['num_embeds_ada_norm']}; they do not belong together."
+        )
+    if config["num_vec_classes"] != trained["num_vector_embeds"]:
+        raise UserError(
+            f"{folder}: the scheduler has {config['num_vec_classes']} classes, but the transformer was "
+            f"trained with {trained['num_vector_embeds']}; they do not belong together."
+        )
+    return validated(Released, described, f"{folder}/scheduler/scheduler_config.json")
+
+
+def _autoencoder(folder: Path) -> TamingVQConfig:
+    config = _config_of(folder, "vqvae")
+    widths = config["block_out_channels"]
+    attention = [n for n, kind in enumerate(config["down_block_types"]) if kind == "AttnDownEncoderBlock2D"]
+    if any(width % widths[0] for width in widths):
+        raise UserError(f"{folder}/vqvae/config.json: block_out_channels must be multiples of the first.")
+    described = {
+        "codebook_size": config["num_vq_embeddings"],
+        "code_dim": config.get("vq_embed_dim") or config["latent_channels"],
+        "channels": widths[0],
+        "channel_multipliers": [width // widths[0] for width in widths],
+        "num_res_blocks": config["layers_per_block"],
+        "attention": attention,
+        "latent_channels": config["latent_channels"],
+    }
+    return validated(TamingVQConfig, described, f"{folder}/vqvae/config.json")
+
+
+def _config_of(folder: Path, component: str) -> dict[str, Any]:
+    """A component's settings, looked through for what is needed and what must be so."""
+    name = "scheduler_config.json" if component == "scheduler" else "config.json"
+    path = folder / component / name
+    config: dict[str, Any] = read_json(path, f"configuration of the {component}")
+    missing = [key for key in _REQUIRED[component] if config.get(key) is None]
+    if missing:
+        raise UserError(f"{path}: lacks {', '.join(missing)}.")
+    for key, value in _FIXED.get(component, {}).items():
+        if config.get(key, value) != value:
+            raise UserError(
+                f"{path}: {key} is {config[key]!r}, but VQ-Diffusion's {component} needs {value!r}."
+            )
+    return config
+
+
+def _check_padding(folder: Path) -> None:
+    """See that captions are filled up with token 0 (diffusers' own conversion names it by its text)."""
+    config = read_json(folder / "tokenizer_config.json", "configuration of the tokenizer")
+    pad = config.get("pad_token")
+    if pad is None and (folder / "special_tokens_map.json").is_file():
+        pad = read_json(folder / "special_tokens_map.json", "table of special tokens").get("pad_token")
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    if pad != PAD:
+        raise UserError(
+            f"{folder}: captions are padded with {pad!r}, but VQ-Diffusion was trained with {PAD!r}, token 0."
+        )
+
+
+def _weights_of(folder: Path) -> dict[str, Tensor]:
+    """A component's weights from one file or several; of another precision only if there is no other."""
+    for pattern in ("*model.safetensors", "*model-*-of-*.safetensors", "*model*.safetensors", "*model*.bin"):
+        files = sorted(folder.glob(pattern))
+        if files:
+            return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+    raise UserError(f"{folder}: there are no weights (*.safetensors or *.bin) here.")

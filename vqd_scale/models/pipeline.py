@@ -1,0 +1,351 @@
+"""From prompts to pictures with a trained model."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TypedDict, overload
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+from typing_extensions import Self, Unpack
+
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.progress import progress_bar
+from vqd_scale.diffusion.guidance import (
+    ConstantGuidance,
+    GuidanceScale,
+    Predict,
+    PredictPair,
+    TopP,
+    Truncation,
+    guided_pair,
+    truncated,
+)
+from vqd_scale.diffusion.samplers import KnownTokens, Sampler, Start, Strided, sample
+from vqd_scale.diffusion.transition import MaskAndReplace
+from vqd_scale.models.bundle import Bundle, load_bundle
+from vqd_scale.models.conditions import Conditions, Prompts, conditions_of
+from vqd_scale.models.exchange.diffusers import COMPONENTS, INDEX, read_diffusers
+from vqd_scale.models.s3_download import fetched
+from vqd_scale.tokenizers.base import to_bytes, to_signal
+
+FOLDERS = ("export", "export/tokenizer", *COMPONENTS)
+"""What a model's folder may hold beside its own files, by any of the layouts that can be loaded."""
+_SEEDS = 1 << 32
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How to draw; every method of `TextToImage` that draws takes these keywords."""
+
+    steps: int
+    """Network evaluations, 1 to the schedule's T; the default, 25, is for the exact strided posterior."""
+    sampler: Sampler
+    """Another way to take them, instead of ``steps``: any of `vqd_scale.diffusion.samplers`."""
+    guidance: float | GuidanceScale
+    """Scale of classifier-free guidance, 1 is none; or a schedule of it. The default is 3."""
+    truncation: float | Truncation
+    """Share of the probability that each prediction keeps (0.86 is the papers' 0.86r); without it, all."""
+    negative: str | Sequence[str]
+    """What not to draw, for all pictures or one for each; it takes the place of the null condition."""
+    seed: int | Sequence[int]
+    """Below 2**31. Picture i under a seed is the same in whatever batch; a list has a seed for each picture,
+    and draws each like the first picture under that seed alone."""
+    batch: int
+    """How many pictures are drawn at once; the default is 16."""
+    progress: bool
+    """Whether a bar follows the steps; the default is yes."""
+
+
+class Pictures(Sequence[Image.Image]):
+    """Pictures as PIL images by place, and all of them as one tensor.
+
+    Args:
+        tensor: The pixels, on the CPU.
+    """
+
+    def __init__(self, tensor: UInt8[Tensor, "count 3 height width"]) -> None:
+        self.tensor = tensor
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Pictures": ...
+    def __getitem__(self, index: int | slice) -> "Image.Image | Pictures":
+        if isinstance(index, slice):
+            return Pictures(self.tensor[index])
+        return Image.fromarray(self.tensor[index].permute(1, 2, 0).numpy())
+
+
+class TextToImage:
+    """Prompts to pictures.
+
+    >>> pipe = TextToImage.load("runs/demo/model")  # doctest: +SKIP
+    >>> pipe("a red circle on white", steps=25, guidance=2.0)[0].save("circle.png")  # doctest: +SKIP
+
+    A class-conditional model takes labels for prompts, an unconditional one an empty prompt for each picture.
+
+    Args:
+        bundle: A loaded model.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.transition = MaskAndReplace(bundle.config.diffusion, bundle.config.codebook_size)
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Load a bundle, the one that a finished run exported, or a diffusers VQDiffusionPipeline folder.
+
+        Args:
+            path: The folder; ``s3://`` is fetched first.
+            dtype: In which the networks compute: float32 unless told otherwise; bfloat16 or float16.
+            device: A GPU if there is one, unless told otherwise.
+
+        Raises:
+            UserError: There is no such model, or a file of it is missing or damaged.
+        """
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        with fetched(path, FOLDERS) as folder:
+            bundle = read_diffusers(folder) if (folder / INDEX).is_file() else load_bundle(folder)
+        return cls(bundle).to(dtype or torch.float32, chosen)
+
+    def to(self, *places: torch.dtype | torch.device | str) -> Self:
+        """Move the networks to a device, or let them compute in another dtype, in place.
+
+        What decides a token (softmax, guidance, posterior) stays in float32 and float64.
+        """
+        for place in places:
+            self.bundle.to(place)
+        return self
+
+    def __call__(self, prompts: Prompts, **drawing: Unpack[SamplingOptions]) -> Pictures:
+        """Draw one picture for each prompt.
+
+        Args:
+            prompts: A caption or several; an empty one is no caption.
+            **drawing: See `SamplingOptions`.
+
+        Raises:
+            UserError: The sampler does not fit the schedule, or lengths do not fit the prompts.
+        """
+        return self._drawn(listed(prompts), None, None, drawing)
+
+    def inpaint(
+        self, image: Image.Image, mask: Image.Image, prompts: Prompts, **drawing: Unpack[SamplingOptions]
+    ) -> Pictures:
+        """Draw anew what the mask covers, and keep the rest of the image.
+
+        The network sees a token as known where the mask leaves all its pixels; all others are drawn.
+
+        Args:
+            image: Fitted to the model's size: its largest centred part of that shape, resized.
+            mask: Of the image's size; white (128 and more) is drawn, black stays pixel for pixel.
+            prompts: What the whole is to show, a picture for each.
+            **drawing: See `SamplingOptions`.
+
+        Raises:
+            UserError: Image and mask differ in size, the mask is all black, or see `__call__`.
+        """
+        if image.size != mask.size:
+            raise UserError(f"the image has {image.size} pixels and its mask {mask.size}; make them alike.")
+        pixels, drawn = self._fitted(image), self._fitted(mask.convert("L"))[0] >= 128
+        if not drawn.any():
+            raise UserError("the mask covers nothing; paint white what is to be drawn.")
+        factor = self.bundle.tokenizer.factor
+        free = drawn.unflatten(0, (-1, factor)).unflatten(2, (-1, factor)).any(3).any(1)
+        known = KnownTokens(self._tokens(pixels), ~free.flatten()[None].to(self.bundle.device))
+        pictures = self._drawn(listed(prompts), known, None, drawing)
+        return Pictures(torch.where(drawn, pictures.tensor, pixels))
+
+    def vary(
+        self, image: Image.Image, prompts: Prompts, strength: float = 0.5, **drawing: Unpack[SamplingOptions]
+    ) -> Pictures:
+        """Draw pictures that begin from an image: noise is added to it, and undone under the prompt.
+
+        Args:
+            image: Fitted as in `inpaint`.
+            prompts: A picture for each.
+            strength: Which share of the noise is added, above 0 and up to 1; so many of the steps are taken.
+            **drawing: See `SamplingOptions`.
+
+        Raises:
+            UserError: The sampler cannot begin from an image, or see `__call__`.
+        """
+        start = Start(self._tokens(self._fitted(image)), strength)
+        return self._drawn(listed(prompts), None, start, drawing)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        prompts: Sequence[str] | Sequence[int],
+        slots: Int[Tensor, " batch"],
+        sampler: Sampler,
+        *,
+        guidance: GuidanceScale,
+        truncation: Truncation | None = None,
+        negative: Sequence[str] | None = None,
+        known: KnownTokens | None = None,
+        start: Start | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> UInt8[Tensor, "batch 3 height width"]:
+        """Draw one batch: what all the other methods come down to.
+
+        Args:
+            prompts: Captions, or labels.
+            slots: int64, each picture's own number, which names its random numbers; see `picture_slots`.
+            sampler: Which steps are taken.
+            guidance: Scale of classifier-free guidance.
+            truncation: Which codes each prediction keeps; all if not given.
+            negative: Takes the place of the null condition.
+            known: Tokens that stay.
+            start: Tokens to begin from.
+            on_step: Called after each step with the number of steps done and of all.
+
+        Returns:
+            Pixels, on the CPU.
+
+        Raises:
+            UserError: The sampler does not fit the schedule.
+        """
+        rows, columns = self.bundle.config.grid
+        conditions = conditions_of(self.bundle, prompts, negative)
+        predict = guided_pair(*self.predictions(conditions), guidance)
+        if truncation is not None:
+            predict = truncated(predict, truncation)
+        slots = slots.to(self.bundle.device)
+        tokens = sample(
+            predict,
+            sampler,
+            self.transition,
+            slots,
+            rows * columns,
+            seed=0,
+            known=known,
+            start=start,
+            on_step=on_step,
+        )
+        return to_bytes(self.bundle.tokenizer.decode(tokens.unflatten(1, (rows, columns)))).cpu()
+
+    def _drawn(
+        self,
+        prompts: Sequence[str] | Sequence[int],
+        known: KnownTokens | None,
+        start: Start | None,
+        drawing: SamplingOptions,
+    ) -> Pictures:
+        """All pictures, batch by batch."""
+        count = len(prompts)
+        size = drawing.get("batch", 16)
+        if size < 1 or not count:
+            raise UserError("batch must be at least 1, and there must be a prompt.")
+        sampler = drawing.get("sampler") or Strided(steps=drawing.get("steps", 25))
+        guidance = drawing.get("guidance", 3.0)
+        truncation = drawing.get("truncation")
+        negative = _for_each(drawing.get("negative"), count)
+        slots = picture_slots(drawing.get("seed", 0), count)
+        parts = [slice(first, first + size) for first in range(0, count, size)]
+        with progress_bar("draw", 0, unit="step", quiet=not drawing.get("progress", True)) as bar:
+
+            def on_step(done: int, steps: int) -> None:
+                bar.total = steps * len(parts)
+                bar.update()
+
+            images = [
+                self.draw(
+                    prompts[part],
+                    slots[part],
+                    sampler,
+                    guidance=guidance
+                    if not isinstance(guidance, float | int)
+                    else ConstantGuidance(scale=guidance),
+                    truncation=TopP(p=truncation) if isinstance(truncation, float | int) else truncation,
+                    negative=negative and negative[part],
+                    known=known and _repeated(known, len(slots[part])),
+                    start=start and Start(start.tokens.expand(len(slots[part]), -1), start.strength),
+                    on_step=on_step,
+                )
+                for part in parts
+            ]
+        return Pictures(torch.cat(images))
+
+    def predictions(self, conditions: Conditions) -> tuple[Predict, PredictPair]:
+        """Log p(x0 | x_t, prompt), and both that and log p(x0 | x_t) from one pass over twice the batch."""
+
+        @cache
+        def prepared(doubled: bool) -> Callable[[Tensor, int], Tensor]:
+            given, absent = conditions.given, conditions.absent
+            both = torch.cat([given, absent]) if given is not None and absent is not None else None
+            return self.bundle.model.denoiser.prepared(both if doubled else given)
+
+        def evaluate(tokens: Tensor, t: int, *, doubled: bool) -> Float[Tensor, "batch length codes"]:
+            return prepared(doubled)(tokens, t).float().log_softmax(dim=-1)
+
+        def conditional(tokens: Tensor, t: int) -> Tensor:
+            return evaluate(tokens, t, doubled=False)
+
+        def pair(tokens: Tensor, t: int) -> tuple[Tensor, Tensor]:
+            if conditions.given is None:
+                # Without a condition there is nothing to lead away from.
+                alone = conditional(tokens, t)
+                return alone, alone
+            given, absent = evaluate(torch.cat([tokens, tokens]), t, doubled=True).chunk(2)
+            return given, absent
+
+        return conditional, pair
+
+    def _fitted(self, image: Image.Image) -> UInt8[Tensor, "channels height width"]:
+        """The largest centred part of the model's shape, at its size."""
+        rows, columns = self.bundle.config.grid
+        factor = self.bundle.tokenizer.factor
+        mode = image.convert("L" if image.mode == "L" else "RGB")
+        return pil_to_tensor(ImageOps.fit(mode, (columns * factor, rows * factor), Image.Resampling.LANCZOS))
+
+    @torch.no_grad()
+    def _tokens(self, pixels: UInt8[Tensor, "3 height width"]) -> Int[Tensor, "1 length"]:
+        return self.bundle.tokenizer.encode(to_signal(pixels[None].to(self.bundle.device))).flatten(1)
+
+
+def picture_slots(seed: int | Sequence[int], count: int) -> Int[Tensor, " count"]:
+    """The numbers that name pictures' random numbers: ``seed`` above, place below.
+
+    Raises:
+        UserError: A seed is out of range, or there are not as many as pictures.
+    """
+    seeds = [seed] * count if isinstance(seed, int) else list(seed)
+    if len(seeds) != count:
+        raise UserError(f"seed: given {len(seeds)} seeds for {count} pictures; give one, or one for each.")
+    if any(not 0 <= each < 1 << 31 for each in seeds):
+        raise UserError("seed: every seed lies between 0 and 2**31 - 1.")
+    places = torch.arange(count) if isinstance(seed, int) else torch.zeros(count, dtype=torch.int64)
+    return torch.tensor(seeds) * _SEEDS + places
+
+
+def listed(prompts: Prompts) -> Sequence[str] | Sequence[int]:
+    """One prompt or several as several."""
+    if isinstance(prompts, str):
+        return [prompts]
+    return [prompts] if isinstance(prompts, int) else prompts
+
+
+def _for_each(negative: str | Sequence[str] | None, count: int) -> Sequence[str] | None:
+    if negative is None or isinstance(negative, str):
+        return negative and [negative] * count
+    if len(negative) != count:
+        raise UserError(f"negative: given {len(negative)} for {count} prompts; give one, or one for each.")
+    return negative
+
+
+def _repeated(known: KnownTokens, count: int) -> KnownTokens:
+    return KnownTokens(known.tokens.expand(count, -1), known.known.expand(count, -1))

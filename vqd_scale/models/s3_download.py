@@ -1,0 +1,46 @@
+"""Models in S3: fetched whole, since a network is read whole anyway."""
+
+import tempfile
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from vqd_scale.core.atomic_io import file_sizes, parse_location, read_in_order, writing
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.progress import progress_bar
+from vqd_scale.core.s3 import S3Path
+
+
+@contextmanager
+def fetched(location: Path | S3Path | str, subfolders: Sequence[str]) -> Generator[Path]:
+    """Give a folder of this machine that holds what lies at a location.
+
+    Args:
+        location: A folder here, given as it is; or one in S3, copied for as long as it is needed.
+        subfolders: Which of its subfolders are wanted, where they are there.
+
+    Raises:
+        UserError: There is nothing, the disk is full, or the store cannot be reached or refuses.
+    """
+    try:
+        place = parse_location(location)
+    except ValueError as error:
+        raise UserError(f"model: {error}.") from None
+    if isinstance(place, Path):
+        yield place
+        return
+    sizes = file_sizes(place)
+    for subfolder in subfolders:
+        sizes |= {f"{subfolder}/{name}": size for name, size in file_sizes(place / subfolder).items()}
+    if not sizes:
+        raise UserError(f"{place}: there is no model here.")
+    with tempfile.TemporaryDirectory(prefix="vqd-scale-") as folder:
+        with progress_bar("fetch", sum(sizes.values()), unit="B") as bar:
+            for name in sizes:
+                copy = Path(folder, name)
+                with writing(copy):
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    with copy.open("wb") as file:
+                        for block in read_in_order(place / name):
+                            bar.update(file.write(block))
+        yield Path(folder)

@@ -1,0 +1,168 @@
+"""Fewer codes for a tokenizer, and token shards that follow without a picture being encoded again.
+
+Codes are counted over token shards, a tokenizer is reduced to those that occur
+(`vqd_scale.tokenizers.codebook.reduction`), and the shards are mapped to the reduced codes. Fingerprints in
+both bundles tie a map to its tokenizer; a map of another tokenizer is refused.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from vqd_scale.core.arrays import NDArray
+from vqd_scale.core.atomic_io import Location
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.progress import progress_bar
+from vqd_scale.data.shards.decode import BadSample, decode_array
+from vqd_scale.data.shards.shard_index import Shard, ShardSet
+from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, read_shard, write_shard_set
+from vqd_scale.models.bundle import load_tokenizer, save_tokenizer, tokenizer_fingerprint
+from vqd_scale.preparation.tokenize_shards import TokenSetMeta, code_counts
+from vqd_scale.tokenizers.codebook.reduction import (
+    Reduced,
+    Unused,
+    check_map,
+    kept_codes,
+    map_from_counts,
+    map_to_nearest,
+)
+from vqd_scale.tokenizers.registry import FullTokenizer, ReducedConfig
+
+_TOKENS = "tokens.npy"
+_CPU = torch.device("cpu")
+
+
+def count_codes(tokens: Location) -> Int[Tensor, " codes"]:
+    """How often each code occurs in a set of token shards.
+
+    Raises:
+        UserError: The set is not there, holds no tokens, or holds one that is no code of its tokenizer.
+    """
+    shards = ShardSet.open(tokens)
+    codes = TokenSetMeta.of(shards).codes
+    counts = np.zeros(codes, np.int64)
+    with progress_bar("count codes", shards.count, unit="sample") as bar:
+        for shard in shards.shards:
+            counts += code_counts(shard, codes)
+            bar.update(shard.count)
+    return torch.from_numpy(counts)
+
+
+def reduce_tokenizer(
+    full: Path, out: Path, counts: Int[Tensor, " codes"], least: int = 1, unused: Unused = "bucket"
+) -> Reduced:
+    """Write the bundle of a tokenizer with only those codes that occur.
+
+    Args:
+        full: Bundle of the tokenizer with all codes.
+        out: The bundle to be written.
+        counts: How often each code occurs; see `count_codes`.
+        least: Codes that occur less often are left out.
+        unused: What becomes of these.
+
+    Raises:
+        UserError: The counts are not of this tokenizer's codes, it is reduced already, or there is nothing to
+            leave out.
+    """
+    tokenizer = _full(full)
+    if len(counts) != tokenizer.codes:
+        raise UserError(
+            f"{full}: has {tokenizer.codes} codes, but those of {len(counts)} were counted; count on shards "
+            f"that this tokenizer made."
+        )
+    if unused == "bucket":
+        return _save(tokenizer, out, map_from_counts(counts, least), unused)
+    map = map_to_nearest(counts, tokenizer.code_vectors(), least)
+    return _save(tokenizer, out, map, unused, kept_codes(counts, least))
+
+
+def reduce_by_map(full: Path, out: Path, map: Int[Tensor, " full"]) -> Reduced:
+    """The same by a map that somebody else made, such as one of the published ones.
+
+    Raises:
+        UserError: It is the map of another number of codes, or the tokenizer is reduced already.
+    """
+    tokenizer = _full(full)
+    check_map(map, tokenizer.codes, int(map.max()) + 1, "the map")
+    return _save(tokenizer, out, map, "bucket")
+
+
+def remap_shards(tokens: Location, out: Location, full: Path, reduced: Path) -> ShardSet:
+    """Write a set of token shards in a reduced tokenizer's codes; resumable shard by shard.
+
+    Args:
+        tokens: The set in all codes.
+        out: The set to be written; everything else in a sample stays what it is.
+        full: Bundle of the tokenizer that the set was made with.
+        reduced: Bundle of the same tokenizer, reduced.
+
+    Raises:
+        UserError: The tokens are another tokenizer's, or the reduced tokenizer is not a reduction of it; the
+            folder holds another set, or cannot be written.
+    """
+    source = ShardSet.open(tokens)
+    meta = TokenSetMeta.of(source)
+    meta.check(full, None, tokens)
+    whole, fewer = _full(full), load_tokenizer(reduced, _CPU)
+    if not isinstance(fewer, Reduced) or not _is_same(
+        cast(nn.Module, fewer.full).state_dict(), whole.state_dict()
+    ):
+        raise UserError(
+            f"{reduced}: is no reduction of the tokenizer in {full}, so that its map does not fit; reduce "
+            f"this tokenizer, or name the one that was reduced."
+        )
+    map = fewer.map.numpy().astype(np.uint16 if fewer.codes <= np.iinfo(np.uint16).max + 1 else np.uint32)
+    recipes = [
+        ShardRecipe(shard.path.name, shard.count, lambda shard=shard: _mapped(shard, map))
+        for shard in source.shards
+    ]
+    described = replace(meta, codes=fewer.codes, tokenizer=tokenizer_fingerprint(reduced))
+    return write_shard_set(out, {**source.meta, **asdict(described)}, recipes, "remap")
+
+
+def _mapped(shard: Shard, map: NDArray[np.unsignedinteger[Any]]) -> Iterator[Sample]:
+    for sample in read_shard(shard):
+        yield {**sample, _TOKENS: map[_tokens(sample, shard)]}
+
+
+def _tokens(sample: Sample, shard: Shard) -> NDArray[Any]:
+    try:
+        return decode_array(sample[_TOKENS])
+    except (KeyError, BadSample) as error:
+        raise UserError(
+            f"{shard.path}: the tokens of sample '{sample[KEY]}' cannot be read ({error}); make the shard "
+            f"again."
+        ) from None
+
+
+def _full(folder: Path) -> FullTokenizer:
+    tokenizer = load_tokenizer(folder, _CPU)
+    if isinstance(tokenizer, Reduced):
+        raise UserError(f"{folder}: this tokenizer is reduced already; name the one with all its codes.")
+    return tokenizer
+
+
+def _save(
+    tokenizer: FullTokenizer,
+    out: Path,
+    map: Int[Tensor, " full"],
+    unused: Unused,
+    kept: Int[Tensor, " codes"] | None = None,
+) -> Reduced:
+    codes = int(map.max()) + 1
+    reduced = Reduced(tokenizer, codes, unused)
+    inner = {} if kept is None else {"kept": kept}
+    reduced.load_state_dict({**reduced.state_dict(), "map": map, **inner})
+    config = ReducedConfig(codebook_size=codes, unused=unused, full=tokenizer.config)
+    save_tokenizer(out, config, reduced.state_dict())
+    return reduced
+
+
+def _is_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,409 @@
+"""Image shards to token shards: what the denoiser trains on."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from vqd_scale.core.arrays import NDArray
+from vqd_scale.core.atomic_io import Location, publish_json
+from vqd_scale.core.config import Config
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.rng import Purpose, uniforms
+from vqd_scale.data.shards.decode import (
+    IMAGE_EXTENSIONS,
+    BadSample,
+    Pixels,
+    decode_arrays,
+    decode_image,
+    decode_json,
+    decode_text,
+)
+from vqd_scale.data.shards.parallel_writer import Worker, WorkerIndex, forget_parts, write_own_shards
+from vqd_scale.data.shards.shard_index import (
+    Shard,
+    ShardSet,
+    SkippedSample,
+    begin_set,
+    finish_set,
+    is_complete,
+)
+from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, read_shard
+from vqd_scale.data.transforms import NearCenterCrop, RandomResizedCrop, fitted
+from vqd_scale.models.bundle import load_tokenizer, tokenizer_fingerprint
+from vqd_scale.text.clip import CaptionTokenizer
+from vqd_scale.tokenizers.base import Draws, to_signal
+from vqd_scale.tokenizers.codebook.usage import usage_of
+from vqd_scale.tokenizers.registry import Tokenizer
+
+STATISTICS = "statistics.json"
+"""Name of what is known of a set of tokens as a whole."""
+
+CENTER = "center"
+"""What a set says whose pictures were encoded as they are evaluated, their centre alone."""
+
+_UINT16_CODES = 1 << 16
+
+
+class CaptionsConfig(Config):
+    """The caption vocabulary; must be that of the text tower to be trained."""
+
+    context_length: PositiveInt = 77
+    bpe_merges: NonNegativeInt = CaptionTokenizer().merges
+
+
+class EncodingConfig(Config):
+    """How a tokenizer is used; it decides the codes, so that token shards say it."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the convolutions; bf16 is faster on GPUs, and a few codes differ."""
+    sample_codes: int | None = Field(default=None, ge=0, lt=2**32)
+    """A seed by which codes are drawn from a Gumbel tokenizer's probabilities, as its published code does;
+    none: the best codes."""
+
+    def __str__(self) -> str:
+        """In a few words, as token shards say it."""
+        codes = "best codes" if self.sample_codes is None else f"codes drawn with seed {self.sample_codes}"
+        return f"{codes}, {self.precision}"
+
+
+class ViewsConfig(Config):
+    """Several random crops of each picture instead of its centre, each a sample of its own."""
+
+    count: PositiveInt
+    """How many; an epoch is so many times longer."""
+    crop: Literal["near_center", "random_resized"] = "near_center"
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+    def __str__(self) -> str:
+        """In a few words, as token shards say it."""
+        return f"{self.count} {self.crop} crops by seed {self.seed}"
+
+
+class TokenizeConfig(Config):
+    """From which pictures to which tokens."""
+
+    images: Location
+    """Folder of image shards, here or in S3."""
+    output: Location
+    """Folder for the token shards, here or in S3; shards that are done are not done again."""
+    tokenizer: Path
+    """The tokenizer's bundle."""
+    size: PositiveInt = 256
+    """Pictures are fitted to a square of so many pixels."""
+    augmented_views: ViewsConfig | None = None
+    """Random crops to be encoded; none: the centre alone."""
+    captions: CaptionsConfig | None = CaptionsConfig()
+    """How captions, without which a sample is a bad one, become ids; ``null`` for sets without captions."""
+    encoding: EncodingConfig = EncodingConfig()
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    """More samples that cannot be used than this share end the work."""
+    batch_size: PositiveInt = 64
+
+
+@dataclass(frozen=True)
+class TokenSetMeta:
+    """What a set of token shards says of itself.
+
+    Attributes:
+        codes: K, the number of codes.
+        grid: Rows and columns of tokens.
+        tokenizer: Fingerprint of the tokenizer's weights, the map of a reduced codebook among them.
+        captions: Fingerprint of the caption vocabulary; empty where captions have no ids.
+        source: Digests of the image shards' tars.
+        encoding: How the tokenizer was used.
+        device: The kind of device that it ran on: another kind rounds otherwise, and a few codes differ.
+        views: Which squares of the pictures were encoded.
+    """
+
+    codes: int
+    grid: tuple[int, int]
+    tokenizer: str
+    captions: str
+    source: dict[str, str]
+    encoding: str = str(EncodingConfig())
+    device: str = "cpu"
+    views: str = CENTER
+
+    @classmethod
+    def of(cls, shards: ShardSet) -> "TokenSetMeta":
+        """Read it from a set.
+
+        Raises:
+            UserError: The set does not hold tokens.
+        """
+        meta = shards.meta
+        if meta.get("kind") != "tokens":
+            raise UserError(f"{shards.folder}: these shards hold no tokens; tokenize_shards.py makes them.")
+        rows, columns = meta["grid"]
+        return cls(
+            meta["codes"],
+            (rows, columns),
+            meta["tokenizer"],
+            meta["captions"],
+            meta["source"],
+            meta.get("encoding", str(EncodingConfig())),
+            meta.get("device", "cpu"),
+            meta.get("views", CENTER),
+        )
+
+    def check(self, tokenizer: Path, captions: CaptionTokenizer | None, folder: Location) -> None:
+        """See that the tokens are this tokenizer's and the caption ids, if they are read, this vocabulary's.
+
+        Raises:
+            UserError: They are not.
+        """
+        if tokenizer_fingerprint(tokenizer) != self.tokenizer:
+            raise UserError(
+                f"{folder}: these tokens were made by another tokenizer than {tokenizer}; tokenize the "
+                f"pictures again, or name the tokenizer they were made with."
+            )
+        if captions is not None and not self.captions:
+            raise UserError(
+                f"{folder}: these tokens have no captions' ids; tokenize the pictures with captions, or "
+                f"train a network whose condition is no text."
+            )
+        if captions is not None and captions.fingerprint != self.captions:
+            raise UserError(
+                f"{folder}: the captions were tokenized otherwise than text.context_length="
+                f"{captions.context_length} and text.bpe_merges={captions.merges}; make both alike."
+            )
+
+
+def tokenize_shards(
+    config: TokenizeConfig, device: torch.device, worker: Worker | None = None
+) -> ShardSet | None:
+    """Write a token shard for every image shard of a worker; resumable shard by shard.
+
+    Any number of workers make the same bytes. Whichever finds that all are done publishes the set's index,
+    quarantine report and statistics.
+
+    Args:
+        config: From what to what.
+        device: Where the tokenizer runs.
+        worker: Which one this is; the only one if not given.
+
+    Returns:
+        The set, or None while other workers are not done.
+
+    Raises:
+        UserError: The pictures or the tokenizer are missing, sizes do not fit, the disk is full, too many
+            samples are bad, or the folder holds tokens of other pictures, another tokenizer or vocabulary.
+    """
+    source = ShardSet.open(config.images)
+    tokenizer = load_tokenizer(config.tokenizer, device)
+    if config.encoding.precision == "bf16":
+        tokenizer.compute_in(torch.bfloat16)
+    if config.size % tokenizer.factor:
+        raise UserError(
+            f"size: {config.size} is not a multiple of the tokenizer's factor {tokenizer.factor}."
+        )
+    vocabulary = config.captions
+    captions = (
+        None if vocabulary is None else CaptionTokenizer(vocabulary.context_length, vocabulary.bpe_merges)
+    )
+    side = config.size // tokenizer.factor
+    described = TokenSetMeta(
+        codes=tokenizer.codes,
+        grid=(side, side),
+        tokenizer=tokenizer_fingerprint(config.tokenizer),
+        captions="" if captions is None else captions.fingerprint,
+        source={shard.path.name: shard.sha256 for shard in source.shards},
+        encoding=str(config.encoding),
+        device=device.type,
+        views=CENTER if config.augmented_views is None else str(config.augmented_views),
+    )
+    meta = {"kind": "tokens", **asdict(described)}
+    encode = _ShardEncoder(config, tokenizer, captions, device)
+    views = 1 if config.augmented_views is None else config.augmented_views.count
+    first_slots = accumulate((shard.count for shard in source.shards), initial=0)
+    recipes = [
+        ShardRecipe(shard.path.name, views * shard.count, lambda shard=shard, slot=slot: encode(shard, slot))
+        for shard, slot in zip(source.shards, first_slots, strict=False)
+    ]
+    begin_set(config.output, meta)
+    whole = write_own_shards(
+        config.output,
+        recipes,
+        Worker() if worker is None else worker,
+        lambda shard: code_counts(shard, tokenizer.codes),
+        "tokenize",
+        max_bad_fraction=config.max_bad_fraction,
+    )
+    if whole is not None:
+        publish_json(config.output / STATISTICS, statistics_of(whole), shared=True)
+        finish_set(config.output, meta, whole.shards)
+    elif not is_complete(config.output):
+        return None
+    forget_parts(config.output)
+    return ShardSet.open(config.output)
+
+
+def code_counts(shard: Shard, codes: int) -> Int64[NDArray[np.int64], " codes"]:
+    """How often each code occurs in a token shard.
+
+    Raises:
+        UserError: The shard cannot be read, or is no token shard of so many codes.
+    """
+    counts = np.zeros(codes, np.int64)
+    samples = list(read_shard(shard))
+    for rows, tokens in decode_arrays([sample["tokens.npy"] for sample in samples]):
+        if isinstance(tokens, BadSample):
+            raise UserError(
+                f"{shard.path}: the tokens of sample '{samples[rows[0]][KEY]}' cannot be read ({tokens}); "
+                f"delete the shard and make it again."
+            )
+        found = np.bincount(tokens.reshape(-1), minlength=codes)
+        if len(found) > codes:
+            row = rows[int(tokens.reshape(len(rows), -1).max(axis=1).argmax())]
+            raise UserError(
+                f"{shard.path}: sample '{samples[row][KEY]}' has the token {len(found) - 1}, but its "
+                f"tokenizer has {codes} codes; delete the shard and make it again."
+            )
+        counts += found
+    return counts
+
+
+def statistics_of(whole: WorkerIndex) -> dict[str, Any]:
+    """What is known of a set of tokens: samples, failures by reason, use of the codes, as JSON holds it."""
+    failures = Counter(
+        # What differs in numbers only is one reason.
+        re.sub(r"\d+", "N", left.reason)
+        for shard in whole.shards
+        for left in shard.left_out
+    )
+    return {
+        "samples": sum(shard.count for shard in whole.shards),
+        "captions": sum(shard.captions for shard in whole.shards),
+        "failures": dict(sorted(failures.items())),
+        "usage": asdict(usage_of(torch.from_numpy(whole.totals))),
+        "counts": whole.totals.tolist(),
+    }
+
+
+@dataclass(frozen=True)
+class _View:
+    """A square of a picture, to be a sample.
+
+    Attributes:
+        number: Which it is of all views of all pictures.
+        key: The sample's key.
+        pixels: uint8 [size, size, 3].
+        captions: The picture's captions, the first that in its ``txt``; empty where they get no ids.
+        is_list: Whether its ``json`` lists them.
+        rest: What is kept as it is, by extension.
+    """
+
+    number: int
+    key: str
+    pixels: Pixels
+    captions: list[str]
+    is_list: bool
+    rest: dict[str, bytes | str]
+
+
+class _ShardEncoder:
+    """All samples of an image shard as samples of a token shard; batches never cross a shard."""
+
+    def __init__(
+        self,
+        config: TokenizeConfig,
+        tokenizer: Tokenizer,
+        captions: CaptionTokenizer | None,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.captions = captions
+        self.device = device
+
+    def __call__(self, shard: Shard, first_slot: int) -> Iterator[Sample | SkippedSample]:
+        left_out: list[SkippedSample] = []
+        views = self._views(shard, first_slot, left_out)
+        while batch := list(islice(views, self.config.batch_size)):
+            for view, codes, ids in zip(batch, self._encode(batch), self._ids(batch), strict=True):
+                yield {KEY: view.key, "tokens.npy": codes, **ids, **view.rest}
+        yield from left_out
+
+    def _views(self, shard: Shard, first_slot: int, left_out: list[SkippedSample]) -> Iterator[_View]:
+        for slot, sample in enumerate(read_shard(shard), first_slot):
+            try:
+                captions, is_list = _captions(sample) if self.captions is not None else ([], False)
+                squares = self._squares(sample, slot)
+            except BadSample as error:
+                left_out.append(SkippedSample(sample[KEY], str(error)))
+                continue
+            rest = {name: sample[name] for name in ("txt", "json", "cls") if name in sample}
+            if captions:
+                rest["txt"] = captions[0]
+            for number, pixels in enumerate(squares):
+                key = sample[KEY] if self.config.augmented_views is None else f"{sample[KEY]}_{number}"
+                yield _View(slot * len(squares) + number, key, pixels, captions, is_list, rest)
+
+    def _squares(self, sample: dict[str, Any], slot: int) -> list[Pixels]:
+        """The squares of a picture that are to be encoded."""
+        extension = next((name for name in IMAGE_EXTENSIONS if name in sample), None)
+        if extension is None:
+            raise BadSample("has no picture")
+        pixels = decode_image(sample[extension])
+        size, views = self.config.size, self.config.augmented_views
+        if views is None:
+            return [fitted(pixels, size)]
+        crop = NearCenterCrop(size=size) if views.crop == "near_center" else RandomResizedCrop(size=size)
+        return [
+            crop(
+                pixels,
+                uniforms(views.seed, Purpose.CROP, torch.tensor([slot]), crop.draws, draw=view)[0].tolist(),
+            )
+            for view in range(views.count)
+        ]
+
+    def _ids(self, views: list[_View]) -> Iterator[dict[str, NDArray[np.int32]]]:
+        """Each sample's caption ids: of its one caption, or a row for each that its ``json`` lists."""
+        if self.captions is None:
+            yield from ({} for _ in views)
+            return
+        ids = self.captions([caption for view in views for caption in view.captions]).astype(np.int32)
+        end = 0
+        for view in views:
+            begin, end = end, end + len(view.captions)
+            yield {"text.npy": ids[begin:end] if view.is_list else ids[begin]}
+
+    @torch.no_grad()
+    def _encode(self, views: list[_View]) -> NDArray[np.unsignedinteger[Any]]:
+        # Always a whole batch, the last one padded: a picture's codes do not depend on its neighbours then.
+        padded = views + [views[-1]] * (self.config.batch_size - len(views))
+        pixels = np.stack([view.pixels for view in padded])
+        signal = to_signal(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device))
+        slots = torch.tensor([view.number for view in padded], device=self.device)
+        seed = self.config.encoding.sample_codes
+        draws = None if seed is None else Draws(seed, slots)
+        codes = self.tokenizer.encode(signal, draws).flatten(1)[: len(views)].cpu().numpy()
+        return codes.astype(np.uint16 if self.tokenizer.codes <= _UINT16_CODES else np.uint32)
+
+
+def _captions(sample: dict[str, Any]) -> tuple[list[str], bool]:
+    """A sample's captions, the first that in its ``txt``, and whether its ``json`` lists them.
+
+    Raises:
+        BadSample: One is missing or empty.
+    """
+    if "txt" not in sample:
+        raise BadSample("has no 'txt'")
+    first = decode_text(sample["txt"])
+    content = decode_json(sample["json"]) if "json" in sample else None
+    listed = cast("dict[str, Any]", content).get("captions") if isinstance(content, dict) else None
+    if not isinstance(listed, list) or not listed:
+        return [first], False
+    others = [caption for caption in cast("list[Any]", listed)[1:] if isinstance(caption, str)]
+    if len(others) < len(cast("list[Any]", listed)) - 1:
+        raise BadSample("has captions in its 'json' that are no text")
+    return [first, *(decode_text(caption.encode()) for caption in others)], True

@@ -1,0 +1,175 @@
+"""Curves and image grids as PNG files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from vqd_scale.core.arrays import NDArray
+from vqd_scale.core.atomic_io import published
+
+_MARGIN = 16
+_FONT_SIZE = 13
+_LINE_HEIGHT = 18
+_CAPTION_LINES = 5
+_CAPTION_COLOUR = (60, 60, 60)
+_WHITE = (255, 255, 255)
+_FEW = 20
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve: ``values`` over ``positions``, of the same length, perhaps with what they lie between."""
+
+    name: str
+    positions: Sequence[float]
+    values: Sequence[float]
+    between: tuple[Sequence[float], Sequence[float]] | None = None
+
+
+def plot_curves(path: Path, series: Sequence[Series], *, title: str, x_label: str, y_label: str) -> None:
+    """Draw curves into one PNG file: the values pale, their running mean over a fiftieth of them strong.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    # Imported here because it takes half a second that a tool without curves need not wait for.
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    colours = colormaps["tab10" if len(series) <= 10 else "tab20"]
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel=x_label, ylabel=y_label)
+    for number, curve in enumerate(series):
+        colour = colours(number % colours.N)
+        values = np.asarray(curve.values, dtype=np.float64)
+        if curve.between is not None:
+            axes.fill_between(curve.positions, *curve.between, color=colour, alpha=0.15, linewidth=0)
+            axes.vlines(curve.positions, *curve.between, color=colour, alpha=0.3)
+        axes.plot(curve.positions, values, color=colour, alpha=0.25, linewidth=1)
+        marker = "o" if len(values) <= _FEW else None
+        strong = _running_mean(values)
+        axes.plot(curve.positions, strong, color=colour, linewidth=2, marker=marker, label=curve.name)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    with published(path) as partial:
+        figure.savefig(partial, format="png")
+
+
+def image_grid(
+    images: UInt8[NDArray[np.uint8], "count height width 3"],
+    captions: Sequence[str] | None = None,
+    *,
+    columns: int,
+    scale: int = 1,
+) -> Image.Image:
+    """Lay pictures out in rows on white, each with its caption wrapped beneath it.
+
+    Args:
+        images: uint8 RGB, at least one.
+        captions: One for each picture; what does not fit into five lines ends in an ellipsis.
+        columns: Pictures in a row.
+        scale: How many times to enlarge, by repeating pixels, so that small pictures stay sharp.
+
+    Raises:
+        ValueError: There are no images, or not as many captions.
+    """
+    count, height, width, _ = images.shape
+    if count == 0 or (captions is not None and len(captions) != count):
+        raise ValueError(f"a grid of {count} images with {captions and len(captions)} captions")
+    font = _caption_font()
+    lines = [_wrapped(caption, font, width * scale) for caption in captions or [""] * count]
+    rows = [range(start, min(start + columns, count)) for start in range(0, count, columns)]
+    text_heights = [_LINE_HEIGHT * max(len(lines[index]) for index in row) for row in rows]
+    pitch = width * scale + _MARGIN
+    canvas = Image.new(
+        "RGB",
+        (
+            _MARGIN + pitch * min(columns, count),
+            _MARGIN + sum(height * scale + text_height + _MARGIN for text_height in text_heights),
+        ),
+        _WHITE,
+    )
+    draw = ImageDraw.Draw(canvas)
+    top = _MARGIN
+    for row, text_height in zip(rows, text_heights, strict=True):
+        for column, index in enumerate(row):
+            left = _MARGIN + pitch * column
+            canvas.paste(_enlarged(images[index], scale), (left, top))
+            for number, line in enumerate(lines[index]):
+                position = (left, top + height * scale + 3 + _LINE_HEIGHT * number)
+                draw.text(position, line, font=font, fill=_CAPTION_COLOUR)
+        top += height * scale + text_height + _MARGIN
+    return canvas
+
+
+def comparison_grid(
+    originals: UInt8[NDArray[np.uint8], "count height width 3"],
+    reconstructions: UInt8[NDArray[np.uint8], "count height width 3"],
+    *,
+    columns: int,
+    scale: int = 1,
+) -> Image.Image:
+    """A grid of pairs, each original directly above its reconstruction.
+
+    Raises:
+        ValueError: There are no images, or the two sets differ in shape.
+    """
+    if originals.shape != reconstructions.shape:
+        raise ValueError(f"originals {originals.shape} and reconstructions {reconstructions.shape} differ")
+    gap = np.full_like(originals[:, :1], 255)
+    return image_grid(np.concatenate([originals, gap, reconstructions], axis=1), columns=columns, scale=scale)
+
+
+def publish_image(path: Path, image: Image.Image) -> None:
+    """Write a PNG file at once.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    with published(path) as partial:
+        image.save(partial, format="PNG")
+
+
+def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean of each value and those before it, over a window that grows to a fiftieth of them all."""
+    window = max(1, len(values) // 50)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _caption_font() -> ImageFont.FreeTypeFont:
+    """DejaVu Sans out of matplotlib: Pillow's own font has no letters beyond ASCII."""
+    from matplotlib import get_data_path
+
+    return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", _FONT_SIZE)
+
+
+def _enlarged(image: UInt8[NDArray[np.uint8], "height width 3"], scale: int) -> Image.Image:
+    return Image.fromarray(image.repeat(scale, axis=0).repeat(scale, axis=1))
+
+
+def _wrapped(caption: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Break a caption into lines of at most ``width`` pixels; a word longer than a line is broken, too."""
+    lines: list[str] = []
+    for word in caption.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        while len(word) > 1 and font.getlength(word) > width:
+            fitting = max(1, next(end for end in range(len(word)) if font.getlength(word[: end + 1]) > width))
+            lines.append(word[:fitting])
+            word = word[fitting:]
+        lines.append(word)
+    if len(lines) <= _CAPTION_LINES:
+        return lines
+    last = lines[_CAPTION_LINES - 1]
+    while last and font.getlength(f"{last}…") > width:
+        last = last[:-1]
+    return [*lines[: _CAPTION_LINES - 1], f"{last.rstrip()}…"]

@@ -1,0 +1,143 @@
+"""Published CLIP text towers: their shapes by open_clip's names, their weights by its tags or from a file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from vqd_scale.core.atomic_io import read_json
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.tensors import read_tensors
+from vqd_scale.text.weights import PREFIX, from_transformers
+
+_SHAPE = {"context_length", "vocab_size", "width", "heads", "layers"}
+_FILES = {".safetensors", ".pt", ".pth", ".bin"}
+_TRANSFORMERS = "embeddings.token_embedding.weight"
+"""A name by which transformers' files are known, behind their prefix or without."""
+_PROGRAMS_REST = {"input_resolution", "context_length", "vocab_size"}
+"""What OpenAI's TorchScript programs leave among the weights when they are converted."""
+
+
+class Shape(NamedTuple):
+    """What a text tower is made of.
+
+    Attributes:
+        context_length: Positions per caption.
+        vocabulary: Number of token ids.
+        width: Channels.
+        heads: Attention heads of a layer.
+        layers: Number of layers.
+        quick_gelu: Whether it was trained with x * sigmoid(1.702 x) instead of GELU.
+    """
+
+    context_length: int
+    vocabulary: int
+    width: int
+    heads: int
+    layers: int
+    quick_gelu: bool
+
+
+def published_shape(model: str) -> Shape:
+    """The shape of the text tower of an open_clip model.
+
+    Raises:
+        UserError: There is no such model, or its text tower is not CLIP's.
+    """
+    import open_clip
+
+    described = open_clip.get_model_config(model)
+    if described is None:
+        raise UserError(f"text.model: open_clip knows no model '{model}'; see open_clip.list_models().")
+    text = described["text_cfg"]
+    if text.keys() != _SHAPE:
+        more = ", ".join(sorted(text.keys() ^ _SHAPE))
+        raise UserError(
+            f"text.model: the text tower of '{model}' is not CLIP's (it differs in {more}); take one such as "
+            f"'ViT-B-32-quickgelu' or 'ViT-L-14'."
+        )
+    return Shape(
+        text["context_length"],
+        text["vocab_size"],
+        text["width"],
+        text["heads"],
+        text["layers"],
+        bool(described.get("quick_gelu", False)),
+    )
+
+
+def published_weights(model: str, pretrained: str) -> dict[str, Tensor]:
+    """The weights of a text tower under our names, perhaps with others beside them.
+
+    Args:
+        model: An open_clip model.
+        pretrained: One of its tags, or a file of weights under OpenAI's, open_clip's or transformers' names.
+
+    Raises:
+        UserError: There is no such tag or file, the weights cannot be had, or they were trained with another
+            activation than the model has.
+    """
+    if Path(pretrained).suffix in _FILES or Path(pretrained).is_file():
+        return _from_file(model, Path(pretrained))
+    return _from_tag(model, pretrained)
+
+
+def _from_tag(model: str, tag: str) -> dict[str, Tensor]:
+    from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+
+    described = get_pretrained_cfg(model, tag)
+    if not described:
+        tags = ", ".join(list_pretrained_tags_by_model(model)) or "none"
+        raise UserError(
+            f"text.pretrained: '{model}' has no weights '{tag}'; give one of its tags ({tags}) or a file."
+        )
+    _check_activation(model, bool(described.get("quick_gelu", False)), f"the weights '{tag}'")
+    try:
+        file = download_pretrained(described)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"text.pretrained: the weights '{tag}' of '{model}' cannot be loaded ({reason}); give a local "
+            f"file."
+        ) from None
+    return _named_as_ours(read_tensors(Path(file)))
+
+
+def _from_file(model: str, file: Path) -> dict[str, Tensor]:
+    state = read_tensors(file)
+    if state.keys() >= _PROGRAMS_REST:
+        _check_activation(model, True, f"OpenAI's weights in {file}")
+    beside = file.with_name("config.json")
+    if _is_transformers(state) and beside.is_file():
+        described: Any = read_json(beside, "configuration of these weights")
+        activation = (described.get("text_config") or described).get("hidden_act", "quick_gelu")
+        _check_activation(model, activation == "quick_gelu", f"the weights in {file}")
+    return _named_as_ours(state)
+
+
+def _check_activation(model: str, quick_gelu: bool, weights: str) -> None:
+    """Weights under another activation than their own run without a word and give other features."""
+    if published_shape(model).quick_gelu == quick_gelu:
+        return
+    other = f"{model}-quickgelu" if quick_gelu else model.removesuffix("-quickgelu")
+    trained, has = ("QuickGELU", "GELU") if quick_gelu else ("GELU", "QuickGELU")
+    raise UserError(
+        f"text.model: {weights} were trained with {trained}, but '{model}' has {has}; take '{other}'."
+    )
+
+
+def _named_as_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take off what wraps the text tower in whole models; whatever else is there stays."""
+    if _is_transformers(state):
+        has_prefix = any(name.startswith(PREFIX) for name in state)
+        text = {name: value for name, value in state.items() if name.startswith(PREFIX) or not has_prefix}
+        return from_transformers(text)
+    for prefix in ("module.", "text."):
+        if any(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return dict(state)
+
+
+def _is_transformers(state: Mapping[str, Tensor]) -> bool:
+    return _TRANSFORMERS in state or PREFIX + _TRANSFORMERS in state

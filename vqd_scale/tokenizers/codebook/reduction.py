@@ -1,0 +1,181 @@
+"""A tokenizer with the codes left out that a data set hardly uses.
+
+A large codebook has many codes that no picture of a data set needs, and a denoiser would learn them in vain.
+The published VQ-Diffusion models of COCO, CUB-200 and CC keep 2,886 of 8,192 codes, that of ImageNet 973 of
+16,384. A *map* says the reduced id of every full code: 0 for all unused ones together, then 1, 2, ... for the
+used ones in their order. Or, with no bucket, 0, 1, ... for the used ones, that of the nearest of these for
+an unused one: no token of the counted data changes then what it decodes as, and a new picture loses little.
+"""
+
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.tensors import read_tensors
+from vqd_scale.tokenizers.base import Draws, ImageTokenizer, check_tokens
+from vqd_scale.tokenizers.codebook.quantizer import nearest_codes
+
+Unused = Literal["bucket", "nearest"]
+"""What becomes of unused codes: one id for all of them, as published, or the id of the nearest used one."""
+
+
+class Reduced(nn.Module):
+    """A tokenizer seen through a map; the map is part of its state and moves with it.
+
+    The unused bucket, id 0, decodes as the first code in it, as with the published models. Before weights are
+    loaded the map keeps the last codes.
+
+    Args:
+        full: The tokenizer with all its codes, a module.
+        codes: K, how many ids are left, the unused bucket among them.
+        unused: What became of unused codes.
+
+    Raises:
+        UserError: There are not more codes than are to be left.
+    """
+
+    def __init__(self, full: ImageTokenizer, codes: int, unused: Unused = "bucket") -> None:
+        super().__init__()
+        if not 0 < codes <= full.codes:
+            raise UserError(f"codes: {codes} of the tokenizer's {full.codes} codes cannot be left.")
+        self.codes = codes
+        self.factor = full.factor
+        self.full = full
+        last = torch.arange(full.codes) - (full.codes - codes)
+        self.register_buffer("map", last.clamp(min=0))
+        self.map: Tensor
+        if unused == "nearest":
+            # An unused code may come before the one that it joins: the first of an id is not what it means.
+            self.register_buffer("kept", torch.arange(full.codes - codes, full.codes))
+        self.register_load_state_dict_post_hook(_check_loaded)
+
+    def encode(
+        self, images: Float[Tensor, "batch 3 height width"], draws: Draws | None = None
+    ) -> Int[Tensor, "batch rows columns"]:
+        """Images in [-1, 1] to reduced codes, 0 where the full code is unused; see `ImageTokenizer`."""
+        return self.map[self.full.encode(images, draws)]
+
+    def decode(self, tokens: Int[Tensor, "batch rows columns"]) -> Float[Tensor, "batch 3 height width"]:
+        """Reduced codes to float32 images in about [-1, 1]."""
+        check_tokens(tokens, self.codes)
+        return self.full.decode(self.meant[tokens])
+
+    @property
+    def meant(self) -> Int[Tensor, " codes"]:
+        """The full code that each reduced one decodes as."""
+        return cast(Tensor, self.kept) if hasattr(self, "kept") else inverse(self.map)
+
+    def code_vectors(self) -> Float[Tensor, "codes width"]:
+        """The vector that each reduced code decodes as."""
+        return self.full.code_vectors()[self.meant]
+
+    def latents(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch code rows columns"]:
+        """What the tokenizer with all its codes quantises."""
+        return self.full.latents(images)
+
+    def compute_in(self, dtype: torch.dtype) -> Self:
+        """See `Autoencoder.compute_in`."""
+        self.full.compute_in(dtype)
+        return self
+
+
+def _check_loaded(module: nn.Module, _: object) -> None:
+    if isinstance(module, Reduced):
+        check_map(module.map, module.full.codes, module.codes, "map")
+        if not torch.equal(module.map[module.meant.clamp(0, len(module.map) - 1)], _ids(module)):
+            raise UserError("kept: is no inverse of the map; the tokenizer's bundle is damaged.")
+
+
+def _ids(module: Reduced) -> Int[Tensor, " codes"]:
+    return torch.arange(module.codes, device=module.map.device)
+
+
+def map_from_counts(counts: Int[Tensor, " full"], least: int = 1) -> Int[Tensor, " full"]:
+    """The map that keeps what a data set uses.
+
+    Args:
+        counts: How often each code of the full codebook occurs.
+        least: Codes that occur less often are unused.
+
+    Raises:
+        UserError: No code is used, or all are.
+    """
+    used = counts >= least
+    if not used.any() or used.all():
+        raise UserError(
+            f"codes: {int(used.sum())} of {len(used)} codes occur at least {least} times, so that there is "
+            f"nothing to reduce; count on more data or choose another threshold."
+        )
+    return torch.where(used, used.long().cumsum(0), 0)
+
+
+def map_to_nearest(
+    counts: Int[Tensor, " full"], vectors: Float[Tensor, "full width"], least: int = 1
+) -> Int[Tensor, " full"]:
+    """The map without a bucket: what a data set uses stays, the rest joins its nearest neighbour among it.
+
+    Args:
+        counts: How often each code of the full codebook occurs.
+        vectors: What each code decodes as.
+        least: Codes that occur less often are unused.
+
+    Raises:
+        UserError: No code is used, or all are.
+    """
+    is_used = map_from_counts(counts, least) > 0
+    return nearest_codes(vectors, vectors[is_used]).where(~is_used, is_used.long().cumsum(0) - 1)
+
+
+def kept_codes(counts: Int[Tensor, " full"], least: int = 1) -> Int[Tensor, " codes"]:
+    """The full codes that are used, in their order."""
+    return (counts >= least).nonzero()[:, 0]
+
+
+def inverse(map: Int[Tensor, " full"]) -> Int[Tensor, " codes"]:
+    """The full code of every reduced id, the first where several share one."""
+    full = torch.arange(len(map), device=map.device)
+    first = full.new_full((int(map.max()) + 1,), len(map))
+    return first.scatter_reduce(0, map, full, "amin")
+
+
+def check_map(map: Int[Tensor, " full"], full: int, codes: int, source: str) -> None:
+    """See that a map leads from one number of codes onto all of another.
+
+    Raises:
+        UserError: It does not.
+    """
+    if map.dtype != torch.int64 or map.ndim != 1:
+        raise UserError(f"{source}: expected one row of int64, found {map.dtype} {list(map.shape)}.")
+    if len(map) != full:
+        raise UserError(
+            f"{source}: maps {len(map)} codes, but the tokenizer has {full}; take the map of this tokenizer."
+        )
+    if int(map.min()) != 0 or int(map.max()) + 1 != codes:
+        raise UserError(
+            f"{source}: leads to the ids {int(map.min())}..{int(map.max())}, but the model has {codes} "
+            f"codes, 0..{codes - 1}; take the map that the model was trained with."
+        )
+    absent = codes - len(map.unique())
+    if absent:
+        raise UserError(f"{source}: no code leads to {absent} of the ids 0..{codes - 1}; the map is damaged.")
+
+
+def read_map(path: Path) -> Int[Tensor, " full"]:
+    """A map from a safetensors file, or from a ``.pt`` file as the published ones, of one tensor.
+
+    Raises:
+        UserError: The file is missing or damaged, or holds anything else.
+    """
+    tensors = list(read_tensors(path).values())
+    if len(tensors) != 1:
+        raise UserError(f"{path}: expected a file of one tensor, a map of codes, found {len(tensors)}.")
+    map = tensors[0].long() if not tensors[0].is_floating_point() else tensors[0]
+    check_map(map, map.numel(), int(map.max()) + 1 if map.numel() else 0, str(path))
+    return map

@@ -1,0 +1,73 @@
+"""The weights of a trained model as those that a run starts from, read by each rank for its own share."""
+
+import math
+from collections.abc import Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vqd_scale.core.config import Config
+from vqd_scale.core.errors import UserError
+from vqd_scale.training.partition import Partition, Piece
+
+
+class StartConfig(Config):
+    """A trained model that a run goes on from, as fine-tuning does."""
+
+    bundle: Path
+    """Its bundle, or the folder of the finished run that exported it."""
+    init_missing: tuple[str, ...] = ()
+    """Names of weights that it lacks and this run adds, such as ``text.null``; they start as in any run."""
+
+
+@torch.no_grad()
+def start_from(path: Path, partition: Partition, prefix: str = "", fresh: Sequence[str] = ()) -> None:
+    """Fill the weights with a bundle's; no rank reads more of a tensor than the rows that its piece touches.
+
+    Args:
+        path: A safetensors file of whole tensors.
+        partition: This rank's pieces, which are overwritten.
+        prefix: What the trained module's names have before those of the file.
+        fresh: Weights that the file lacks, by the names that it would give them; they stay as they are.
+
+    Raises:
+        UserError: The file cannot be read, or holds other tensors than the module trains.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = {f"{prefix}{key}": file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            untouched = {f"{prefix}{name}" for name in fresh}
+            _check(path, stored, partition, untouched)
+            for piece in partition.pieces:
+                if piece.length and piece.name not in untouched:
+                    target = partition.view(partition.masters, piece)
+                    target.copy_(_elements(stored[piece.name], piece))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: the weights to start from cannot be read ({error}).") from None
+    partition.masters_changed()
+
+
+def _check(path: Path, stored: dict[str, Any], partition: Partition, untouched: Set[str]) -> None:
+    theirs = {name: tuple(tensor.get_shape()) for name, tensor in stored.items()}
+    ours = {piece.name: piece.shape for piece in partition.pieces if piece.name not in untouched}
+    differing = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+    if differing:
+        listed = ", ".join(
+            f"{name} ({theirs.get(name, 'absent')} there, {ours.get(name, 'absent')} here)"
+            for name in differing[:5]
+        )
+        raise UserError(
+            f"{path}: {len(differing)} of its tensors are not those that this run trains: {listed}; give the "
+            f"run the shape that its config.json says, and name in init_from.init_missing what it adds."
+        )
+
+
+def _elements(stored: Any, piece: Piece) -> Tensor:  # noqa: ANN401 - a slice of a file, untyped upstream
+    """A piece's elements, of the rows of the stored tensor that they lie in."""
+    row = math.prod(piece.shape[1:])
+    first, last = piece.start // row, -(-(piece.start + piece.length) // row)
+    before = piece.start - first * row
+    return stored[first:last].flatten()[before : before + piece.length]

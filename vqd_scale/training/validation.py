@@ -1,0 +1,117 @@
+"""What runs and seeds are judged by: the bound on held-out samples, fixed in everything but the weights."""
+
+from contextlib import closing
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Generic
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from vqd_scale.core.config import Config
+from vqd_scale.core.world import World
+from vqd_scale.data.loading.stream import Stream, StreamConfig
+from vqd_scale.training.tasks.base import BatchType, Forward, Task
+
+_SEED = 0
+"""Of the order of the samples, whatever the run's seed is: all seeds are judged by the same ones."""
+
+
+class ValidationConfig(Config):
+    """Which samples are held out, and how often they are looked at."""
+
+    path: Path
+    """Shards of the kind that the run trains on, of other samples."""
+    every_images: PositiveInt = 1_000_000
+    """Images between two looks; the last one is at the end of the run."""
+    samples: PositiveInt = 2048
+    """The first so many in a fixed order, or all that there are."""
+    batch_size: PositiveInt = 64
+    """How many a rank computes at once."""
+
+
+class ValidationSet(Generic[BatchType]):
+    """The held-out samples, read once and kept.
+
+    Every rank takes every so-manyth sample, all ranks run the same number of forwards (under ZeRO-3 each is a
+    conversation), and float64 sums are brought together: the figures are equal at any number of ranks.
+
+    Args:
+        config: Which samples.
+        task: What is judged.
+        world: This process's place among the ranks.
+        quarantine: Report of bad samples.
+    """
+
+    def __init__(
+        self, config: ValidationConfig, task: Task[BatchType], world: World, quarantine: Path
+    ) -> None:
+        self._task = task
+        self._world = world
+        lanes = config.batch_size
+        stream = Stream(
+            StreamConfig(path=config.path, global_batch_size=lanes, shuffle_window=1, max_bad_fraction=1.0),
+            task.samples(),
+            seed=_SEED,
+            rank=0,
+            ranks=1,
+            cursor=0,
+            quarantine=quarantine,
+        )
+        count = min(config.samples, stream.items)
+        share = -(-count // world.size)
+        mine = torch.arange(share) * world.size + world.rank
+        with closing(iter(stream)) as batches:
+            read = [next(batches) for _ in range(-(-count // lanes))]
+        # Where samples and ranks do not come out even, a rank repeats its first sample without weight.
+        counted = mine < count
+        rows = torch.where(counted, mine, mine[0].clamp(max=count - 1))
+        whole = _joined(read)
+        own = _chosen(whole, rows, counted)
+        self._parts = [_chosen(own, part) for part in torch.arange(share).split(config.batch_size)]
+
+    @torch.no_grad()
+    def measured(self, forward: Forward) -> dict[str, float]:
+        """The task's figures, each a mean over all held-out samples; all ranks call it together."""
+        sums: dict[str, Tensor] = {}
+        for part in self._parts:
+            for name, value in self._task.validate(forward, part).items():
+                sums[name] = sums.get(name, torch.zeros(2, dtype=torch.float64)) + value.double().cpu()
+        names = sorted(sums)
+        totals = self._world.sum(torch.stack([sums[name] for name in names]).to(self._world.device)).cpu()
+        return {name: float(total / count) for name, (total, count) in zip(names, totals, strict=True)}
+
+
+def _joined(batches: list[BatchType]) -> BatchType:
+    first = batches[0]
+    return type(first)(
+        **{
+            field.name: _concatenated([getattr(batch, field.name) for batch in batches])
+            for field in fields(first)
+        }
+    )
+
+
+def _concatenated(values: list[Any]) -> Any:  # noqa: ANN401 - the type of a batch's field
+    if values[0] is None:
+        return None
+    if isinstance(values[0], Tensor):
+        return torch.cat(values)
+    return [item for value in values for item in value]
+
+
+def _chosen(batch: BatchType, rows: Tensor, counted: Tensor | None = None) -> BatchType:
+    """Rows of a batch, those not counted without weight."""
+    values = {field.name: _rows(getattr(batch, field.name), rows) for field in fields(batch)}
+    if counted is not None:
+        values["valid"] = values["valid"] & counted
+    return type(batch)(**values)
+
+
+def _rows(value: Any, rows: Tensor) -> Any:  # noqa: ANN401 - the type of a batch's field
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        return value[rows]
+    return [value[row] for row in rows.tolist()]
