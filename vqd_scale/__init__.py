@@ -1,7 +1,6 @@
 """Text-to-image training by discrete diffusion, from two CPU cores to a thousand GPUs.
 
-The public names are imported when they are first used, so that a tool which needs no network does not wait
-for torch.
+Public names are imported at first use, so a tool that needs no network does not wait for torch.
 """
 
 import importlib

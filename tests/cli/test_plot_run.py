@@ -9,7 +9,9 @@ from vqd_scale.cli.plot_run import main
 
 def run_folder(path: Path) -> Path:
     path.mkdir()
-    rows = [{"images": 8 * n, "loss": 1 / n} | ({"held_out_bound": 2.0} if n == 2 else {}) for n in (1, 2, 3)]
+    rows = [
+        {"images": 8 * n, "loss": 1 / n} | ({"validation_bound": 2.0} if n == 2 else {}) for n in (1, 2, 3)
+    ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -19,7 +21,7 @@ def test_one_run_and_several(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     main([str(first)])
     assert capsys.readouterr().out.strip() == str(first / "curves.png")
     assert Image.open(first / "curves.png").format == "PNG"
-    main([str(first), str(second), "--figures", "loss", "held_out_bound", "--out", str(tmp_path / "c.png")])
+    main([str(first), str(second), "--figures", "loss", "validation_bound", "--out", str(tmp_path / "c.png")])
     assert (tmp_path / "c.png").exists()
 
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.ranks
 
 TOKENIZE = {"size": 32, "captions": {"context_length": 8, "bpe_merges": 300}, "batch_size": 4}
 TRAIN = {
-    "images": 32,
+    "total_images": 32,
     "engine": {"precision": "fp32", "param_persistence_threshold": 0},
     "denoiser": {"width": 16, "layers": 1, "heads": 2, "condition": {"kind": "text", "width": 16}},
     "text": {"kind": "tower", "context_length": 8, "width": 16, "heads": 2, "layers": 1, "bpe_merges": 300},

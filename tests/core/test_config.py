@@ -1,3 +1,5 @@
+import importlib
+import pkgutil
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -6,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
+import vqd_scale
 from vqd_scale.core.config import Config, kind_or, load_config, to_yaml, validated
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.renamed_keys import RENAMED
 
 
 class Linear(Config):
@@ -248,3 +252,48 @@ def test_a_whole_file_may_be_one_of_several_kinds() -> None:
         load_config((Linear, Cosine), None, ["kind=square"])
     with pytest.raises(UserError, match="steps: unknown key; allowed here: kind, offset"):
         load_config((Linear, Cosine), None, ["kind=cosine", "steps=3"])
+
+
+class Data(Config):
+    path: Path = Path("x")
+    global_batch_size: int = 1
+
+
+class Renamed(Config):
+    data: Data = Data()
+    total_images: int = 1
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("data.lanes=4", "the overrides: data.lanes: this key is called 'global_batch_size' now."),
+        ("images=4", "the overrides: images: this key is called 'total_images' now."),
+    ],
+)
+def test_a_former_name_is_refused_with_the_present_one(override: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(Renamed, None, [override])
+    assert str(caught.value) == sentence
+
+
+def test_a_former_name_whose_successor_is_not_allowed_here_is_an_unknown_key() -> None:
+    with pytest.raises(UserError, match=r"data\.images: unknown key; allowed here: global_batch_size, path"):
+        load_config(Renamed, None, ["data.images=4"])
+
+
+def configs_of(config: type[Config]) -> list[type[Config]]:
+    return [each for own in config.__subclasses__() for each in (own, *configs_of(own))]
+
+
+def test_every_successor_is_a_key_of_the_package() -> None:
+    for module in pkgutil.walk_packages(vqd_scale.__path__, "vqd_scale."):
+        importlib.import_module(module.name)
+    keys = {
+        name
+        for config in configs_of(Config)
+        if config.__module__.startswith("vqd_scale.")
+        for name in config.model_fields
+    }
+    assert len(keys) > 100
+    assert [name for names in RENAMED.values() for name in names if name not in keys] == []

@@ -22,6 +22,11 @@ OTHERS = {
 PROTOCOLS = [path for path in FILES if path.stem not in OTHERS]
 
 
+def test_the_extractors_file_can_be_given_alone() -> None:
+    config = load_config(EvaluationConfig, overrides=["extractor.weights=inception.pth"])
+    assert config.extractor == Inception(weights=Path("inception.pth"))
+
+
 @pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.stem)
 def test_a_protocol_is_named_as_its_file(path: Path) -> None:
     config = load_config(EvaluationConfig, path)

@@ -187,7 +187,7 @@ def test_sinusoids_are_the_published_ones_in_any_precision() -> None:
     )
 
 
-OPTIONS = ("query_key_norm", "rotary_positions", "zero_modulation", "checkpoint_blocks")
+OPTIONS = ("qk_norm", "rope_2d", "adaln_zero", "gradient_checkpointing")
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -196,7 +196,7 @@ def test_options_are_off_unless_asked_for(option: str) -> None:
     assert not getattr(DenoiserConfig(), option)
     plain, changed = build(), build(SMALL.model_copy(update={option: True}))
     expected = set(plain.state_dict())
-    if option == "query_key_norm":
+    if option == "qk_norm":
         expected |= {
             f"blocks.{block}.{attention}.{part}_norm.weight"
             for block in (0, 1)
@@ -205,7 +205,7 @@ def test_options_are_off_unless_asked_for(option: str) -> None:
         }
     assert set(changed.state_dict()) == expected
     same = torch.allclose(changed(tokens, t, text), plain(tokens, t, text), atol=1e-6)
-    assert same == (option == "checkpoint_blocks")
+    assert same == (option == "gradient_checkpointing")
 
 
 def test_normalised_queries_and_keys_do_not_grow_with_their_weights() -> None:
@@ -237,7 +237,7 @@ def test_rotary_positions_need_pairs_of_pairs() -> None:
         DenoiserConfig(width=12, heads=2, rope_2d=True)
 
 
-def test_zero_modulation_starts_as_a_plain_layer_norm() -> None:
+def test_adaln_zero_starts_as_a_plain_layer_norm() -> None:
     denoiser = build(SMALL.model_copy(update={"adaln_zero": True}))
     tokens, t, text = inputs()
     torch.testing.assert_close(denoiser(tokens, t, text), denoiser(tokens, t.flip(0), text))
@@ -254,8 +254,8 @@ def test_checkpointed_blocks_compute_the_same_with_less_kept() -> None:
     text.requires_grad_()
     results: list[tuple[torch.Tensor, ...]] = []
     kept: list[int] = []
-    for checkpoint_blocks in (False, True):
-        denoiser = build(SMALL.model_copy(update={"gradient_checkpointing": checkpoint_blocks}))
+    for gradient_checkpointing in (False, True):
+        denoiser = build(SMALL.model_copy(update={"gradient_checkpointing": gradient_checkpointing}))
         sizes: list[int] = []
 
         def packed(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:

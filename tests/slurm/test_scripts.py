@@ -167,7 +167,7 @@ def test_a_dry_run_shows_what_would_run(script: Path, tmp_path: Path) -> None:
     [
         ("train_s.sh", "seeds=2", "train.py: configs/published/cub200-s.yaml: seeds: unknown key"),
         ("tokenize_laion.sh", "sizes=3", "tokenize_shards.py: configs/tokenize/laion400m.yaml: sizes: unk"),
-        ("eval_coco.sh", "drawing.step=3", "eval_coco_fid.py: the overrides: drawing.step: unknown key"),
+        ("eval_coco.sh", "sampling.step=3", "eval_coco_fid.py: the overrides: sampling.step: unknown key"),
     ],
 )
 def test_a_dry_run_names_a_mistake_in_the_configuration(script: str, override: str, sentence: str) -> None:

@@ -186,7 +186,7 @@ def held_out(runner: Runner) -> Result:
     without = runner.run("not-held-out")
     return {
         "figures": [
-            {name: value for name, value in row.items() if name.startswith("held_out_")}
+            {name: value for name, value in row.items() if name.startswith("validation_")}
             for row in with_it["rows"]
         ],
         "losses": [row["loss"] for row in with_it["rows"]],

@@ -135,13 +135,13 @@ def test_held_out_samples_are_judged_alike_on_any_number_of_ranks(results: Calla
     assert looked == [3, 7]
     for index in looked:
         assert one[index] == pytest.approx(two[index], rel=1e-5)
-        names = {f"held_out_{name}" for name in ("bound", "cross_entropy")}
+        names = {f"validation_{name}" for name in ("bound", "cross_entropy")}
         assert names <= one[index].keys()
         assert len(one[index]) == 2 + 2 * 8
         # The means over all times are those of the means at each.
-        at_times = [one[index][f"held_out_bound_t{number}"] for number in range(8)]
-        assert one[index]["held_out_bound"] == pytest.approx(sum(at_times) / 8)
-    assert one[7]["held_out_bound"] < one[3]["held_out_bound"]
+        at_times = [one[index][f"validation_bound_t{number}"] for number in range(8)]
+        assert one[index]["validation_bound"] == pytest.approx(sum(at_times) / 8)
+    assert one[7]["validation_bound"] < one[3]["validation_bound"]
 
 
 def test_a_look_at_held_out_samples_leaves_every_bit_of_the_run(results: Callable[..., Results]) -> None:

@@ -282,7 +282,7 @@ def test_one_batch_can_be_learned_by_heart(token_world: Path, tmp_path: Path) ->
     ]
     path = tmp_path / "train.yaml"
     values = yaml.safe_load((token_world / "train.yaml").read_text())
-    values["times"] = {"kind": "uniform"}
+    values["timestep_sampler"] = {"kind": "uniform"}
     path.write_text(yaml.safe_dump(values))
     config = load_config(TrainConfig, path, overrides)
     task = DenoisingTask(config, Alone(0, 1, torch.device("cpu")))

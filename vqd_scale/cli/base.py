@@ -1,4 +1,4 @@
-"""What every tool shares: its arguments, and how it ends."""
+"""Functions shared by all command-line tools: argument parsing and exit codes."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ USER_MISTAKE = 2
 
 
 def tool_parser(description: str, example: str) -> argparse.ArgumentParser:
-    """A parser whose ``--help`` ends with an example that can be typed as it stands."""
+    """Return an argument parser whose ``--help`` ends with a complete example command."""
     return argparse.ArgumentParser(
         description=description,
         epilog=f"example:\n  {example}",
@@ -23,7 +23,7 @@ def tool_parser(description: str, example: str) -> argparse.ArgumentParser:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, file_required: bool) -> None:
-    """Add the configuration file, ``a.b=value`` overrides and ``--print-config``."""
+    """Add arguments for the configuration file, ``a.b=value`` overrides and ``--print-config``."""
     parser.add_argument(
         "config",
         type=Path,
@@ -34,7 +34,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, file_required: bool
 
 
 def add_override_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``a.b=value`` overrides and ``--print-config`` for a tool whose defaults suffice."""
+    """Add arguments for ``a.b=value`` overrides and ``--print-config``, without a configuration file."""
     parser.add_argument(
         "overrides", nargs="*", metavar="a.b=value", help="configuration keys to set, last wins"
     )
@@ -44,11 +44,11 @@ def add_override_arguments(parser: argparse.ArgumentParser) -> None:
 def config_from(
     kind: type[ConfigType] | tuple[type[ConfigType], ...], arguments: argparse.Namespace
 ) -> ConfigType:
-    """The configuration that the arguments of `add_config_arguments` describe; prints it and leaves if asked.
+    """Load the configuration from parsed arguments; with ``--print-config``, print it and exit.
 
     Args:
         kind: As for `load_config`.
-        arguments: What was typed.
+        arguments: Parsed arguments of `add_config_arguments` or `add_override_arguments`.
 
     Raises:
         UserError: A key or value is wrong.
@@ -63,10 +63,10 @@ def config_from(
 
 
 def location_from(text: str) -> Location:
-    """Where a typed path or address leads.
+    """Parse a path or an S3 address given as an argument.
 
     Raises:
-        UserError: It is neither a path nor one of S3.
+        UserError: The text is neither.
     """
     try:
         return parse_location(text)
@@ -79,7 +79,7 @@ def run_tool(
     command: Callable[[argparse.Namespace], None],
     arguments: Sequence[str] | None,
 ) -> None:
-    """Parse, run, and end as every tool does: a user's mistake is one sentence and exit code 2.
+    """Parse arguments and run a command; a `UserError` becomes one sentence on stderr and exit code 2.
 
     Raises:
         SystemExit: With code 2 after a `UserError`; with 130 after Ctrl-C.
@@ -96,6 +96,6 @@ def run_tool(
 
 
 def _is_an_echo() -> bool:
-    """Whether every rank found the same mistake, before any talked to another, and this is not the first."""
+    """Return whether this rank repeats rank 0's error, raised before the process group was initialized."""
     distributed = sys.modules.get("torch.distributed")
     return int(os.environ.get("RANK", "0")) > 0 and not (distributed and distributed.is_initialized())

@@ -1,4 +1,4 @@
-"""``convert_checkpoint``: public checkpoints in, a diffusers folder out. Each kind is one function."""
+"""``convert_checkpoint``: checkpoint import, diffusers export, consolidation; one function per subcommand."""
 
 import argparse
 import sys
@@ -26,12 +26,12 @@ Tool = tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], None]]
 
 
 WEIGHTS = {"average": "ema", "raw": "master"}
-"""What a checkpoint holds of each weight, by what a person calls it."""
+"""Name of each kind of weights in a checkpoint, by the value of ``--weights``."""
 ALONE = World(0, 1, torch.device("cpu"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the tool; ``arguments`` default to the command line's."""
+    """Entry point of ``tools/convert_checkpoint.py``."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     tools = {
         "microsoft": _microsoft(),
@@ -181,7 +181,7 @@ def _deepspeed() -> Tool:
         if not arguments.trust_pickle:
             raise UserError(
                 f"{arguments.folder}: DeepSpeed's files are pickles, and reading them executes whatever code "
-                "is in them; if you trust whoever made them, say --trust-pickle."
+                "is in them; if you trust their author, give --trust-pickle."
             )
         task = token_task(load_config(TOKEN_RUNS, arguments.config), ALONE)
         weights = imported_weights(arguments.folder)

@@ -1,4 +1,4 @@
-"""``cost``: what a denoiser is and does for a picture, counted or measured before any training."""
+"""``cost``: parameters, FLOPs and sampling time of an untrained denoiser."""
 
 import argparse
 import statistics
@@ -20,7 +20,7 @@ from vqd_scale.nn.network import build_network
 from vqd_scale.training.tasks.denoising import TrainConfig
 
 _PICTURES = 50_000
-"""Of how many the hours are said: what a published FID takes."""
+"""Number of images for which hours are reported: the sample count of a published FID."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[100], help="evaluations of a picture (100)")
     parser.add_argument("--positions", type=int, default=77, help="of a caption, where there is one (77)")
     parser.add_argument(
-        "--measure", type=int, metavar="BATCH", help="time an evaluation of so many pictures here, for hours"
+        "--measure",
+        type=int,
+        metavar="BATCH",
+        help="batch size of a forward pass to time on this machine, for hours",
     )
     parser.add_argument("--json", type=Path, help="write the result there")
     run_tool(parser, _count, arguments)
@@ -84,7 +87,7 @@ def _row(steps: int, flops: int, seconds: float | None) -> dict[str, Any]:
 def _seconds(
     network: nn.Module, config: TrainConfig, grid: tuple[int, int], arguments: argparse.Namespace
 ) -> float:
-    """Of one picture's evaluation within a batch, with weights that nobody trained; the median of five."""
+    """Measure the seconds per image of one forward pass with untrained weights; median of five batches."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch, condition = arguments.measure, config.denoiser.condition
     network = network.to(device).eval()

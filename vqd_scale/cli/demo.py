@@ -1,4 +1,4 @@
-"""The whole road on two cores, each stage through its own tool, as a user would type them in turn."""
+"""``demo``: the full pipeline on two CPU cores, each stage through its own command-line tool."""
 
 import argparse
 import sys
@@ -22,13 +22,13 @@ _STAGES_FILE = "stages.json"
 
 @dataclass(frozen=True)
 class Stage:
-    """One tool's part of the road.
+    """One stage of the pipeline, run by one tool.
 
     Attributes:
-        name: What it is called in the report.
-        tool: The file in ``tools/``.
-        arguments: What is typed after it.
-        ranks: On how many processes it runs.
+        name: Name of the stage in the report.
+        tool: File name in ``tools/``.
+        arguments: Command-line arguments of the tool.
+        ranks: Number of ranks.
     """
 
     name: str
@@ -39,15 +39,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """Where the demo lies and how much of it there is.
+    """Settings of the demo.
 
     Attributes:
         configs: Folder of the stages' configurations.
-        out: Folder for everything it makes.
-        prompts: How many held-out prompts are drawn and scored.
-        shards: Overrides of the data set.
-        precision: What the denoiser is trained in.
-        bar: Least share of attributes, and of pictures with all attributes, that must be right.
+        out: Output folder of all stages.
+        prompts: Number of held-out prompts to sample and score.
+        shards: Configuration overrides of the dataset.
+        precision: Training precision of the denoiser.
+        bar: Minimum attribute accuracy, and minimum fraction of images with all attributes right.
     """
 
     configs: Path
@@ -58,7 +58,7 @@ class DemoPlan:
     bar: tuple[float, float]
 
     def stages(self) -> list[Stage]:
-        """The road, in order."""
+        """Return the stages in order."""
         out, configs = self.out, self.configs
         held_out, tokenizer = out / "shards" / "held_out", out / "tokenizer" / "export"
         images = f"data.path={out / 'shards' / 'train'}"
@@ -145,7 +145,7 @@ def _demo(arguments: argparse.Namespace) -> None:
             arguments.out or Path("runs/demo"),
             256,
             ["train_samples=8192"],
-            # Without such instructions bfloat16 is the slower one, and the road takes longer in any case.
+            # On CPUs without bfloat16 instructions bf16 is slower than fp32; the demo is slower with either.
             "bf16" if computes_bfloat16() else "fp32",
             bar=(0.95, 0.8),
         )
@@ -164,7 +164,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _run(stages: list[Stage], tools: Path, out: Path) -> dict[str, float]:
-    """Run the stages that are not done; returns the seconds of each (of its last start, if it was killed)."""
+    """Run the unfinished stages; returns the seconds of each (of the last start for a resumed stage)."""
     record = out / _STAGES_FILE
     seconds: dict[str, float] = read_json(record, "list of stages") if record.exists() else {}
     for number, stage in enumerate(stages, start=1):

@@ -31,18 +31,18 @@ _NOTE = (
 
 
 class AblationConfig(Config):
-    """The paper's ablation: what the noise does, in how many steps it is learned, and in how many undone.
+    """Configuration of the paper's ablation over noise type, training steps and inference steps.
 
     Attributes:
-        output: Folder for all models and figures.
-        train: A training configuration; its schedule, seed and folder are set here.
-        overrides: More ``a.b=value`` of it.
-        mask_rates: The share of masks in x_T by the name of the noise; the rest is replaced.
-        trained_steps: T of the chain.
-        inference_steps: Of the sampler; those above T are left out.
-        seeds: Of training and of drawing.
-        evaluation: How the models are scored.
-        metrics: Which figures are shown.
+        output: Output folder of all models and results.
+        train: Training configuration file; noise schedule, seed and run folder are overridden per model.
+        overrides: Further ``a.b=value`` overrides of the training configuration.
+        mask_rates: Fraction of masked tokens in x_T, by noise name; the other tokens are replaced.
+        trained_steps: Values of T, the number of steps of the trained chain.
+        inference_steps: Numbers of sampling steps; values above T are reduced to T.
+        seeds: Seeds of training and sampling.
+        evaluation: Evaluation protocol of every model.
+        metrics: Metrics in the table and plots.
     """
 
     output: Path
@@ -85,10 +85,12 @@ def _ablate(arguments: argparse.Namespace) -> None:
 
 
 def _begin(config: AblationConfig, world: World) -> None:
-    """Say what all models share, or see that the folder holds models of the same; more of them may be added.
+    """Write the settings shared by all models, or check that an existing folder has the same settings.
+
+    Models may be added to an existing folder.
 
     Raises:
-        UserError: It holds models that were trained or scored otherwise.
+        UserError: The folder's models were trained or scored with other settings.
     """
     path = config.output / "shared.json"
     train = load_config(TrainConfig, config.train, config.overrides)
@@ -105,7 +107,7 @@ def _begin(config: AblationConfig, world: World) -> None:
 
 
 def _rows(config: AblationConfig, world: World) -> Iterator[Row]:
-    """Every evaluation, models of the first seed first."""
+    """Train and evaluate all models; yield the results, all models of the first seed first."""
     for seed, (noise, mask_rate), trained in product(
         config.seeds, config.mask_rates.items(), config.trained_steps
     ):

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the model, the data, the protocol and where results go."""
+    """Add arguments for the model, data, evaluation protocol, output folder and overrides."""
     add_model_arguments(parser)
     parser.add_argument("--data", help="shards of captions and real pictures; a folder or s3://bucket/key")
     parser.add_argument("--config", type=Path, help="a protocol's YAML; COCO's 30,000 captions if not given")
@@ -43,10 +43,10 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_from(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What ``--data`` adds to the overrides.
+    """Return the configuration values set by ``--data``.
 
     Raises:
-        UserError: It is no path.
+        UserError: ``--data`` is neither a path nor an S3 address.
     """
     if arguments.data is not None:
         return {"data": location_from(arguments.data)}
@@ -54,10 +54,10 @@ def settings_from(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def out_folder(arguments: argparse.Namespace, name: str) -> Path:
-    """Where the results go.
+    """Return the output folder of the results.
 
     Raises:
-        UserError: The model is not on this machine, and nobody said where.
+        UserError: The model is in S3 and ``--out`` is not given.
     """
     if arguments.out is not None:
         return arguments.out
@@ -67,7 +67,7 @@ def out_folder(arguments: argparse.Namespace, name: str) -> Path:
 
 
 def model_identity(name: str) -> dict[str, Any]:
-    """What a model is called, and digests of its and its tokenizer's weights where it is on this machine."""
+    """Return a model's name and, for a local model, the SHA-256 digests of model and tokenizer weights."""
     folder = Path(name)
     if name.startswith(SCHEME):
         return {"name": name}
@@ -86,7 +86,7 @@ def model_identity(name: str) -> dict[str, Any]:
 def evaluate_and_publish(
     config: EvaluationConfig, pipe: Pipeline, model: dict[str, Any], out: Path, world: World, stop: StopFlag
 ) -> None:
-    """Evaluate; the first rank writes the report.
+    """Evaluate a model and write the report on rank 0.
 
     Raises:
         UserError: See `evaluate`.

@@ -41,7 +41,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
         print(to_yaml(config), end="")
         return
     if config.x_axis not in config.axes:
-        raise UserError(f"x: '{config.x_axis}' is none of the axes, {', '.join(config.axes)}.")
+        raise UserError(f"x_axis: '{config.x_axis}' is none of the axes, {', '.join(config.axes)}.")
     out = out_folder(arguments, f"{evaluation.name}-sweep")
     every = points(config, out)
     world, stop = join_world(), StopFlag()

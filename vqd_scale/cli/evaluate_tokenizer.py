@@ -1,4 +1,4 @@
-"""``evaluate_tokenizer``: what tokenizers make of pictures that they never saw, side by side."""
+"""``evaluate_tokenizer``: comparison of tokenizers by their reconstructions of unseen images."""
 
 import argparse
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("tokenizers", nargs="+", type=Path, metavar="BUNDLE", help="one or several")
     parser.add_argument("--data", required=True, help="image shards, or s3://bucket/key")
     parser.add_argument("--size", type=int, default=256, help="side of the squares in pixels (256)")
-    parser.add_argument("--count", type=int, help="only the first so many pictures")
+    parser.add_argument("--count", type=int, help="number of images, the first of the set")
     parser.add_argument("--out", type=Path, required=True, help="folder for report.json, .html and pictures")
     parser.add_argument("--vgg", type=Path, help="for LPIPS: torchvision's weights of VGG-16")
     parser.add_argument("--lpips", type=Path, help="for LPIPS: its own weights; those of the package lpips")

@@ -1,4 +1,4 @@
-"""``launch``: a tool as a job, on a cluster or on this machine, through Submitit."""
+"""``launch``: submission of a tool as a job through Submitit, on a cluster or on this machine."""
 
 import argparse
 import contextlib
@@ -33,14 +33,14 @@ Tool = tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], None]]
 
 @dataclass(frozen=True)
 class _Work:
-    """What a job is to do.
+    """Work of a launch.
 
     Attributes:
-        what: In words.
-        folder: Where its files go; a folder for each launch is made in it.
-        result: The folder of the run, or of what is made.
-        config: If given, is written beside the code and is the tool's first argument.
-        commands: A tool's file and its further arguments, for each job.
+        what: Name of the work, such as ``train``.
+        folder: Parent folder of the launch folders.
+        result: Folder of the run or of its results.
+        config: Configuration, written to a file that is the tool's first argument; None for no file.
+        commands: Tool file name and further arguments, for each job.
     """
 
     what: str
@@ -51,7 +51,7 @@ class _Work:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``tools/launch.py``; what is no other word is a training run's configuration."""
+    """Entry point of ``tools/launch.py``; the subcommand ``train`` may be omitted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     tools = {
         "train": _train(),
@@ -177,10 +177,10 @@ def _cancel() -> Tool:
 
 
 def _check_data(data: StreamConfig) -> None:
-    """See that the shards are there before a job waits for its turn to find out.
+    """Check that the shards exist, before the job is queued.
 
     Raises:
-        UserError: They are not.
+        UserError: Shards are missing.
     """
     for source in data.mixed:
         ShardSet.open(source.path)
@@ -257,10 +257,10 @@ def _resources(arguments: argparse.Namespace) -> Resources:
 
 
 def _follow(launch: Launch) -> None:
-    """Show what the first ranks write until all jobs have ended.
+    """Print the logs of each job's rank 0 until all jobs have ended.
 
     Raises:
-        SystemExit: Some job did not end well; with its exit code.
+        SystemExit: A job failed; with the largest exit code.
     """
     shown: dict[Path, int] = {}
     while True:
@@ -278,7 +278,7 @@ def _follow(launch: Launch) -> None:
 
 
 def _show(log: Path, start: int) -> int:
-    """Print what a log has beyond its first so many bytes; returns how many it has now."""
+    """Print a log from byte ``start`` on; returns the new end position."""
     if not log.exists():
         return start
     with log.open("rb") as file:
@@ -295,7 +295,7 @@ def _progress(launch: Launch) -> str:
 
 
 def _beside(out: Location) -> Path:
-    """A folder on this file system for the jobs that fill another, wherever that is."""
+    """Return a local folder for the launches of jobs whose output may be in S3."""
     return Path("runs") / _JOBS / out.name
 
 

@@ -1,4 +1,4 @@
-"""``make_shards``: a source becomes a set of WebDataset shards with an index."""
+"""``make_shards``: conversion of an image source to indexed WebDataset shards."""
 
 import argparse
 import sys
@@ -33,7 +33,7 @@ ConfigType = TypeVar("ConfigType", bound=Config)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the tool; ``arguments`` default to the command line's."""
+    """Entry point of ``tools/make_shards.py``."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     tools = {
         "shapes": _shapes(),
@@ -125,7 +125,7 @@ def _pictures(
     description: str,
     example: str,
 ) -> Tool:
-    """A source that is a local folder of picture files."""
+    """Return the subcommand for a source that is a local folder of image files."""
     parser = tool_parser(description, example)
     parser.add_argument("source", type=Path, metavar="DIR", help="folder of the source")
     parser.add_argument("out", metavar="OUT", help="folder for the set, or s3://bucket/key")

@@ -1,4 +1,4 @@
-"""What the tools that draw share: which model, and in which precision."""
+"""Model and precision arguments, shared by the sampling tools."""
 
 import argparse
 
@@ -11,7 +11,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the model and ``--dtype``."""
+    """Add arguments for the model and ``--dtype``."""
     parser.add_argument(
         "model", help="a run's folder, a model bundle, a diffusers folder, or s3://bucket/key"
     )
@@ -21,18 +21,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_any_model(arguments: argparse.Namespace) -> Pipeline:
-    """The pipeline that the arguments of `add_model_arguments` name, whatever kind of model it is.
+    """Load the pipeline named by the arguments of `add_model_arguments`, for any kind of model.
 
     Raises:
-        UserError: There is no such model, or a file of it is damaged.
+        UserError: The model does not exist, or one of its files is damaged.
     """
     return load_pipeline(arguments.model, dtype=_DTYPES[arguments.dtype])
 
 
 def load_model(arguments: argparse.Namespace) -> TextToImage:
-    """The same of a model that denoises, for what no other can do.
+    """Load the pipeline of a diffusion model, for features that other models lack, such as inpainting.
 
     Raises:
-        UserError: There is no such model, or a file of it is damaged.
+        UserError: The model does not exist, or one of its files is damaged.
     """
     return TextToImage.load(arguments.model, dtype=_DTYPES[arguments.dtype])

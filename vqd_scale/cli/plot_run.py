@@ -39,6 +39,6 @@ def _plot(arguments: argparse.Namespace) -> None:
 
 
 def _curve(rows: Sequence[Mapping[str, float]], name: str, title: str) -> Series:
-    """A figure over images, of the rows that have it."""
+    """Return the curve of a metric over images seen, from the rows that contain the metric."""
     having = [row for row in rows if name in row]
     return Series(title, [row["images"] for row in having], [row[name] for row in having])

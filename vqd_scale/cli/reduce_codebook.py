@@ -1,4 +1,4 @@
-"""``reduce_codebook``: count codes, leave out what is not used, let token shards follow."""
+"""``reduce_codebook``: code counts, removal of unused codes from a tokenizer, remapping of token shards."""
 
 import argparse
 import sys
@@ -18,7 +18,7 @@ Tool = tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], None]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the tool; ``arguments`` default to the command line's."""
+    """Entry point of ``tools/reduce_codebook.py``."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     tools = {"count": _count(), "reduce": _reduce(), "remap": _remap()}
     overview = tool_parser(

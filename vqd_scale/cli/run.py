@@ -1,4 +1,4 @@
-"""What the training tools share: join the ranks, train, leave."""
+"""Functions shared by the training tools: task selection and the training run."""
 
 import logging
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from vqd_scale.training.tasks.denoising import DenoisingTask, TrainConfig
 from vqd_scale.training.tasks.refitting import RefitConfig, RefitTask
 
 TOKEN_RUNS = (TrainConfig, AutoregressionConfig)
-"""What can be trained on token shards."""
+"""Configuration classes of runs on token shards."""
 
 
 def token_task(
     config: TrainConfig | AutoregressionConfig, world: World
 ) -> DenoisingTask | AutoregressionTask:
-    """The task of a run on token shards.
+    """Build the task of a run on token shards.
 
     Raises:
         UserError: The shards do not fit the configuration.
@@ -31,14 +31,14 @@ def token_task(
 
 
 TOKENIZER_RUNS = (TokenizerTrainConfig, RefitConfig)
-"""What can be trained on pictures."""
+"""Configuration classes of runs on image shards."""
 
 
 def tokenizer_task(config: TokenizerTrainConfig | RefitConfig, world: World) -> AutoencodingTask | RefitTask:
-    """The task of a run on pictures.
+    """Build the task of a run on image shards.
 
     Raises:
-        UserError: Pictures and tokenizer do not fit.
+        UserError: Images and tokenizer do not match.
     """
     if isinstance(config, RefitConfig):
         return RefitTask(config, world)
@@ -46,14 +46,14 @@ def tokenizer_task(config: TokenizerTrainConfig | RefitConfig, world: World) -> 
 
 
 def run_task(build: Callable[[World], Task[BatchType]], config: RunConfig, title: str) -> bool:
-    """Train what ``build`` builds.
+    """Join the process group, train the task that ``build`` returns, and leave the process group.
 
     Returns:
-        Whether this process was the first rank, which says and writes what comes after.
+        True on rank 0, which prints and writes all further results.
 
     Raises:
         UserError: See `train`.
-        SystemExit: With `REQUEUE_EXIT_CODE` after a signal: the run saved itself and can be started again.
+        SystemExit: With `REQUEUE_EXIT_CODE` after a signal and a saved checkpoint; a restart resumes the run.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("vqd_scale").setLevel(logging.INFO)

@@ -40,10 +40,10 @@ def _tokenize(arguments: argparse.Namespace) -> None:
 
 
 def _worker(arguments: argparse.Namespace) -> tuple[int, int]:
-    """Which worker of how many, as was typed, or as a Slurm array says.
+    """Return worker index and worker count, from the arguments or from the Slurm array's variables.
 
     Raises:
-        UserError: Half of it was typed, or the array has gaps.
+        UserError: Only one of the two arguments is given, or the array has gaps.
     """
     if (arguments.worker is None) != (arguments.workers is None):
         raise UserError("--worker and --workers: give both or neither.")

@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "torchrun --nproc-per-node 2 tools/train.py configs/demo/train.yaml optim.lr=2e-3",
     )
     add_config_arguments(parser, file_required=True)
-    # DeepSpeed's launcher adds it; every launcher sets LOCAL_RANK, which is what counts.
+    # DeepSpeed's launcher passes --local_rank. It is ignored: LOCAL_RANK, which all launchers set, is used.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     run_tool(parser, _train, arguments)
 

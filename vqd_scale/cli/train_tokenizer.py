@@ -19,7 +19,7 @@ from vqd_scale.training.tasks.autoencoding import AutoencodingConfig
 from vqd_scale.training.tasks.refitting import RefitConfig
 
 _COUNTED = 1024
-"""Training pictures over which the use of codes is counted."""
+"""Number of training images for the codebook usage statistics."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,7 +43,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _report(config: AutoencodingConfig, seconds: float) -> None:
-    """What the run made of its held-out pictures; of a refit, what the one before it made, too."""
+    """Report the reconstructions of the validation images; after a refit, also those of the old tokenizer."""
     if config.validation is None:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,7 +70,7 @@ def _report(config: AutoencodingConfig, seconds: float) -> None:
 
 
 def _usage(config: AutoencodingConfig, device: torch.device) -> dict[str, float]:
-    """How many codes pictures of the training set use: a few held-out ones may need only some of them."""
+    """Measure codebook usage on training images: a few validation images may use only part of the codes."""
     pictures = config.data.mixed[0].path
     size = config.transform.size
     tokenizer = load_tokenizer(config.run / "export", device)

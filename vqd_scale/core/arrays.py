@@ -1,7 +1,7 @@
-"""Types of numpy arrays, for annotations with shapes.
+"""Numpy array types for annotations with shapes.
 
-numpy's own `NDArray` is not a class: since numpy 2.5 it is the alias of a `type` statement on Python 3.12 and
-newer, which jaxtyping cannot take. `NDArray` here subscripts the class itself, as numpy 2.0 and newer allow.
+jaxtyping needs a class. `numpy.typing.NDArray` is a `type` alias since numpy 2.5 on Python 3.12 and newer.
+`NDArray` here subscripts `numpy.ndarray` itself, as numpy 2.0 and newer allow.
 """
 
 from typing import Any, TypeVar

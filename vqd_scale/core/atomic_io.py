@@ -1,8 +1,9 @@
-"""Files that are published, not written: nothing half-written is ever taken for whole.
+"""Atomic file writes: readers never see a half-written file.
 
-On a file system, a file is written beside its place under a name that nobody reads, flushed to the disk, and
-renamed. What a full disk or a kill leaves behind is a ``*.partial`` file, which readers ignore and the next
-writer replaces. In S3, it is written to a temporary file here, and then uploaded: an object appears whole.
+On a file system, a file is written to ``*.partial`` in the same folder, flushed to the disk, and renamed
+atomically. A full disk or a kill can leave a ``*.partial`` file; readers ignore it and the next writer
+replaces it. For S3, the file is written to a local temporary folder and then uploaded; an object appears
+only when the upload is complete.
 """
 
 import errno
@@ -29,10 +30,10 @@ _BLOCK_BYTES = 1 << 20
 
 
 def parse_location(text: object) -> Path | S3Path:
-    """A path of the file system, or of S3 where it begins with ``s3://``.
+    """Parse a file system path, or an S3 path if the text begins with ``s3://``.
 
     Raises:
-        ValueError: It is neither; ``pipe:`` is a shell command, and no other scheme is known.
+        ValueError: Empty text, another type, a ``pipe:`` command, or a URL of another scheme.
     """
     if isinstance(text, Path | S3Path):
         return text
@@ -46,21 +47,21 @@ def parse_location(text: object) -> Path | S3Path:
 
 
 Location = Annotated[Path | S3Path, PlainValidator(parse_location), PlainSerializer(str)]
-"""Where a file or a folder lies; in configurations, a string."""
+"""Path of a file or folder, on the file system or in S3; serialized as a string in configurations."""
 
 
 @contextmanager
 def published(path: Location, *, shared: bool = False) -> Generator[Path]:
-    """Give a path to write to; on success the file appears at ``path`` at once, on failure not at all.
+    """Yield a temporary path to write to; rename it atomically to ``path`` on success, delete it on failure.
 
     Args:
-        path: The file.
-        shared: Whether several processes may write it at the same time: the last one wins. What a kill leaves
-            behind then has a name of its own and is not replaced, hence for small files only.
+        path: Final path of the file.
+        shared: Allow concurrent writers; the last one wins. Each writer's partial file then has a unique
+            name, and later writers do not replace one that a kill left behind: for small files only.
 
     Raises:
-        UserError: The disk is full, the folder is read-only or missing rights; the store cannot be reached or
-            refuses.
+        UserError: The disk is full, the folder is read-only, or permission is denied; the S3 store cannot be
+            reached or refuses.
     """
     if isinstance(path, S3Path):
         with tempfile.TemporaryDirectory(prefix="vqd-scale-") as folder:
@@ -76,7 +77,7 @@ def published(path: Location, *, shared: bool = False) -> Generator[Path]:
         try:
             yield partial
             sync_to_disk(partial)
-            # Whoever waits for the file may rename its folder as soon as it appears.
+            # A process that waits for the file may rename the folder as soon as the file appears.
             with _synced_after(path.parent):
                 partial.replace(path)
         except BaseException:
@@ -86,10 +87,12 @@ def published(path: Location, *, shared: bool = False) -> Generator[Path]:
 
 @contextmanager
 def published_folder(path: Path) -> Generator[Path]:
-    """Give a folder to fill; on success it takes the place of ``path`` at once, on failure not at all.
+    """Yield a temporary folder to fill; rename it to ``path`` on success, delete it on failure.
+
+    An existing folder at ``path`` is deleted before the rename.
 
     Raises:
-        UserError: The disk is full, or the place is read-only or missing rights.
+        UserError: The disk is full, the parent folder is read-only, or permission is denied.
     """
     partial = path.with_name(path.name + PARTIAL)
     with writing(path):
@@ -110,7 +113,7 @@ def published_folder(path: Path) -> Generator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Generator[None]:
-    """Turn what a user can mend (a full disk, missing rights) into one sentence that names ``path``.
+    """Convert OS errors that a user can fix (full disk, missing permission) to a `UserError` naming ``path``.
 
     Raises:
         UserError: The operating system refused the write.
@@ -135,7 +138,7 @@ def writing(path: Path) -> Generator[None]:
 
 
 def publish_text(path: Location, text: str, *, shared: bool = False) -> None:
-    """Write a small text file at once; ``shared`` as for `published`.
+    """Write a small text file atomically; ``shared`` as for `published`.
 
     Raises:
         UserError: See `published`.
@@ -150,7 +153,7 @@ def publish_json(
     *,
     shared: bool = False,
 ) -> None:
-    """Write a JSON file at once; ``shared`` as for `published`.
+    """Write a JSON file atomically; ``shared`` as for `published`.
 
     Raises:
         UserError: See `published`.
@@ -159,10 +162,10 @@ def publish_json(
 
 
 def read_json(path: Location, what: str) -> Any:  # noqa: ANN401 - whatever JSON can hold
-    """Read a JSON file; ``what`` says in errors what the file should have been.
+    """Read a JSON file; ``what`` is the kind of file named in error messages.
 
     Raises:
-        UserError: The file is missing or not JSON.
+        UserError: The file is missing, unreadable or invalid JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -173,7 +176,7 @@ def read_json(path: Location, what: str) -> Any:  # noqa: ANN401 - whatever JSON
 
 
 def file_sizes(folder: Location) -> dict[str, int]:
-    """Bytes of each file directly in a folder, by name; empty where there is no such folder.
+    """Return the size in bytes of each file directly in a folder, by name; empty if the folder is missing.
 
     Raises:
         UserError: The store cannot be reached or refuses.
@@ -185,7 +188,7 @@ def file_sizes(folder: Location) -> dict[str, int]:
     sizes: dict[str, int] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
-            # Others may publish or delete meanwhile.
+            # Other processes may rename or delete files during the scan.
             with suppress(FileNotFoundError):
                 if entry.is_file():
                     sizes[entry.name] = entry.stat().st_size
@@ -193,7 +196,7 @@ def file_sizes(folder: Location) -> dict[str, int]:
 
 
 def read_in_order(path: Location) -> Iterator[bytes]:
-    """A file's bytes from the first to the last, in blocks of any length.
+    """Yield a file's bytes in order, in blocks of any length.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -208,7 +211,7 @@ def read_in_order(path: Location) -> Iterator[bytes]:
 
 
 def sha256_of(path: Location) -> str:
-    """Hex SHA-256 of a file's bytes; raises what `read_in_order` raises."""
+    """Return the hex SHA-256 digest of a file; raises what `read_in_order` raises."""
     digest = hashlib.sha256()
     for block in read_in_order(path):
         digest.update(block)
@@ -216,14 +219,14 @@ def sha256_of(path: Location) -> str:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Make a file's bytes, or a folder's entries, survive a power cut."""
+    """Flush a file's bytes, or a folder's entries, to the disk (fsync)."""
     with _synced_after(path):
         pass
 
 
 @contextmanager
 def _synced_after(path: Path) -> Generator[None]:
-    """Do something, then `sync_to_disk` what was at ``path`` before, under whatever name it is by then."""
+    """Open ``path`` before the ``with`` body and fsync it afterwards, even if the body renamed it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         yield

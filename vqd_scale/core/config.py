@@ -1,7 +1,7 @@
 """Strict, typed configuration: defaults < YAML file < ``a.b=value`` overrides.
 
-A configuration is a tree of frozen pydantic models, each declared beside what it configures. A choice
-between components is a tagged union with the tag ``kind``. Nothing else in the package reads YAML.
+A configuration is a tree of frozen pydantic models, each declared beside the component that it configures. A
+choice between components is a tagged union with the tag ``kind``. No other module of the package reads YAML.
 """
 
 import difflib
@@ -20,13 +20,13 @@ ConfigType = TypeVar("ConfigType", bound="Config")
 
 
 class Config(BaseModel):
-    """Base of every configuration: immutable, and unknown keys are errors."""
+    """Base class of all configurations: immutable; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML where a key given twice is an error instead of a silent override."""
+    """YAML loader that rejects duplicate keys instead of keeping the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [cast(str, self.construct_object(key, deep=True)) for key, _ in node.value]
@@ -39,7 +39,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def kind_or(default: str) -> Callable[[Any], Any]:
-    """For `pydantic.Discriminator`: a choice whose tag ``kind`` may be left out, for this one."""
+    """Return a function for `pydantic.Discriminator` that reads the tag ``kind``; ``default`` if missing."""
 
     def kind_of(value: Any) -> Any:  # noqa: ANN401 - before validation it may be anything
         if isinstance(value, Mapping):
@@ -54,17 +54,17 @@ def load_config(
     path: Path | None = None,
     overrides: Sequence[str] = (),
 ) -> ConfigType:
-    """Read a configuration file, apply overrides, validate everything.
+    """Load a configuration file, apply overrides and validate the result.
 
     Args:
-        kind: The configuration class, or several that differ by their tag ``kind``, which may be left out for
-            the first of them.
-        path: A YAML file that holds differences from the defaults; ``None`` starts from the defaults.
-        overrides: ``a.b=value`` strings, values in YAML syntax, later ones win.
+        kind: Configuration class, or several classes distinguished by the tag ``kind``; without a tag, the
+            first class is used.
+        path: YAML file with differences from the defaults; ``None`` for the defaults alone.
+        overrides: ``a.b=value`` strings with values in YAML syntax; the last one wins.
 
     Raises:
-        UserError: The file is missing or not YAML, or a key or value is wrong; the message names the dotted
-            path, what was given and what is allowed.
+        UserError: The file is missing or invalid YAML, or a key or value is wrong; the message names the
+            dotted path, the given value and the allowed values.
     """
     values = read_yaml(path) if path is not None else {}
     for override in overrides:
@@ -75,12 +75,12 @@ def load_config(
 def validated(
     kind: type[ConfigType] | tuple[type[ConfigType], ...], values: Mapping[str, Any], source: str
 ) -> ConfigType:
-    """Build ``kind``, or that one of several which ``values`` name, from plain values.
+    """Build and validate a configuration from plain values.
 
     Args:
         kind: As for `load_config`.
-        values: Keys and values.
-        source: Is named in errors.
+        values: Nested keys and values.
+        source: Origin of the values, named in error messages.
 
     Raises:
         UserError: A key or value is wrong.
@@ -104,22 +104,22 @@ def _named(kinds: tuple[type[ConfigType], ...], values: Mapping[str, Any], sourc
 
 
 def to_yaml(config: Config) -> str:
-    """The whole resolved configuration as YAML, defaults included; `load_config` reads it back equal."""
+    """Return the resolved configuration as YAML, with defaults; `load_config` reads back an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The plain values of a YAML file.
+    """Load the plain values of a YAML file.
 
     Raises:
-        UserError: The file is missing, or holds no mapping, or names a key twice.
+        UserError: The file is missing or invalid YAML, is not a mapping, or has a duplicate key.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the configuration file cannot be read ({error}).") from None
     try:
-        # A SafeLoader: no tag of the file constructs anything but plain values.
+        # _UniqueKeyLoader is a SafeLoader: tags in the file construct only plain values.
         values = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from None
@@ -149,7 +149,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _describe(kind: type[Config], values: Mapping[str, Any], error: ErrorDetails) -> str:
-    """One sentence for one of pydantic's findings: dotted path, what was given, what is allowed."""
+    """Format one pydantic error as a sentence: dotted path, given value, allowed values."""
     path = _dotted(values, error["loc"])
     if error["type"] == "extra_forbidden":
         allowed = _fields_at(kind, error["loc"][:-1])
@@ -175,7 +175,7 @@ def _describe(kind: type[Config], values: Mapping[str, Any], error: ErrorDetails
 
 
 def _dotted(values: Mapping[str, Any], location: tuple[int | str, ...]) -> str:
-    """Leave out the tags and types of unions, which pydantic names but no user typed."""
+    """Return the dotted path of an error, without the union tags and types that pydantic adds."""
     parts: list[str] = []
     node: Any = values
     for position, key in enumerate(location):
@@ -204,7 +204,7 @@ def _tags_at(kind: type[Config], location: tuple[int | str, ...]) -> str:
 
 
 def _models_at(kind: type[Config], location: tuple[int | str, ...]) -> list[type[BaseModel]]:
-    """The classes of which a value at a location of pydantic's can be, union tags included in it."""
+    """Return the model classes allowed at a pydantic error location (which includes union tags)."""
     candidates: list[type[BaseModel]] = [kind]
     for key in location:
         following: list[type[BaseModel]] = []

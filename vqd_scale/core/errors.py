@@ -1,11 +1,10 @@
 class UserError(Exception):
-    """A mistake that only the person at the keyboard can mend.
+    """Error that the user can fix.
 
-    The message is one sentence that says what was found and what to do. Every tool prints it and leaves with
-    exit code 2, without a traceback; anything else that is raised is a defect of this package and keeps its
-    traceback.
+    The message is one sentence with the problem and the remedy. Every tool prints the message without a
+    traceback and exits with code 2. Any other exception is a bug in this package and keeps its traceback.
     """
 
 
 class FirstRankError(UserError):
-    """What went wrong on the first rank, as the other ranks learn of it: that rank says it, once."""
+    """Error of rank 0, raised on the other ranks; only rank 0 prints the message."""

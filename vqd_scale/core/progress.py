@@ -1,4 +1,4 @@
-"""Progress with the time left, for everything that takes over two seconds."""
+"""Progress bars with the estimated time left, for every operation longer than two seconds."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -12,16 +12,16 @@ Item = TypeVar("Item")
 def progress_bar(
     description: str, total: int, *, done: int = 0, unit: str = "it", quiet: bool = False
 ) -> "tqdm[Any]":
-    """A bar on the standard error stream; a line every ten seconds where that is no terminal.
+    """Return a progress bar on stderr; it updates every ten seconds if stderr is not a terminal.
 
     Args:
-        description: What is going on.
-        total: How many units there are.
-        done: How many were done before this process started; not counted into the speed.
-        unit: What one unit is called.
-        quiet: Show nothing (ranks other than the first).
+        description: Label of the bar.
+        total: Total number of units.
+        done: Units finished before this process started; excluded from the speed.
+        unit: Name of one unit.
+        quiet: Disable the bar (ranks other than 0).
     """
-    # A bar without items to go through: the stubs know it as one of no type.
+    # The stubs leave the item type of a bar without an iterable unknown.
     bar: tqdm[Any] = tqdm(
         total=total,
         initial=done,
@@ -39,7 +39,7 @@ def progress_bar(
 def progress(
     items: Iterable[Item], description: str, total: int, *, done: int = 0, unit: str = "it"
 ) -> Iterator[Item]:
-    """Yield items while a bar follows."""
+    """Yield items and advance a progress bar after each."""
     with progress_bar(description, total, done=done, unit=unit) as bar:
         for item in items:
             yield item

@@ -1,4 +1,4 @@
-"""Where a figure comes from: machine, versions, and the state of the source tree."""
+"""Provenance of results: machine, package versions and state of the source tree."""
 
 import platform
 import shutil
@@ -13,12 +13,12 @@ _PACKAGES = ("torch", "deepspeed", "xformers", "webdataset", "open-clip-torch", 
 
 
 def provenance() -> dict[str, Any]:
-    """Machine, versions and commit; every benchmark's result and every run's folder carries them."""
+    """Return machine, versions and commit, as stored with every benchmark result and in every run folder."""
     return {"machine": _machine(), "versions": _versions(), "commit": _git("rev-parse", "HEAD")}
 
 
 def modified_files() -> list[str]:
-    """Files of the source tree that differ from its commit; none where there is no source tree."""
+    """Return the tracked files that differ from the commit; empty outside a source tree."""
     return [line[3:] for line in _git("status", "--porcelain", "--untracked-files=no").splitlines()]
 
 
@@ -47,11 +47,11 @@ def _versions() -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str:
-    """What git says of the source tree; empty where there is none, as in an installed wheel."""
+    """Return git's output for the source tree; empty without one, as in an installed wheel."""
     git = shutil.which("git")
     if git is None:
         return ""
-    # Reading takes no lock: a run that is killed in the middle must not leave one in a user's checkout.
+    # Without locks: a run killed during this call must not leave a lock file in the user's checkout.
     command = [git, "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
     found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - fixed words
     return found.stdout.strip("\n")

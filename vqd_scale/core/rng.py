@@ -1,12 +1,12 @@
-"""Randomness as a function of (seed, purpose, slot, draw, position), never a state.
+"""Stateless (counter-based) random numbers: a function of (seed, purpose, slot, draw, position).
 
-Nothing random is saved or restored anywhere in the package: whoever needs a number asks for it by name, so a
-resumed run, another number of ranks or another batch composition sees the same numbers.
+There is no generator state to save or restore. A resumed run, another number of ranks and another batch
+composition all use the same numbers.
 
 The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). One
-implementation serves numpy arrays and torch tensors on any device: it uses 64-bit integer arithmetic that
-wraps alike everywhere, so the results are equal bit for bit. `vqd_scale.diffusion.kernels.philox` gives the
-same bits in one launch on a GPU.
+implementation serves numpy arrays and torch tensors on any device: 64-bit integer arithmetic wraps
+identically everywhere, so the results are bit-identical. `vqd_scale.diffusion.kernels.philox` computes the
+same bits in one kernel launch on a GPU.
 """
 
 from enum import IntEnum
@@ -28,7 +28,7 @@ _ROUNDS = 10
 
 
 class Purpose(IntEnum):
-    """What a random number is for; purposes never share numbers. Values are frozen: runs depend on them."""
+    """Use of a random number; purposes never share numbers. Values must not change: runs depend on them."""
 
     SCENE = 1
     CAPTION = 2
@@ -57,19 +57,19 @@ class Purpose(IntEnum):
 def philox4x32(
     counter: tuple[Words, Words, Words, Words], key: tuple[int, int]
 ) -> tuple[Words, Words, Words, Words]:
-    """Philox4x32-10: four 32-bit words from a 128-bit counter and a 64-bit key.
+    """Compute Philox4x32-10: four 32-bit words from a 128-bit counter and a 64-bit key.
 
     Args:
-        counter: Four int64 arrays or tensors of one shape that hold unsigned 32-bit values.
+        counter: Four int64 arrays or tensors of the same shape with unsigned 32-bit values.
         key: Two unsigned 32-bit values.
 
     Returns:
-        Four int64 arrays or tensors of the same shape, unsigned 32-bit values.
+        Four int64 arrays or tensors of the same shape with unsigned 32-bit values.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # The 64-bit product may wrap into the sign bit; shift and mask give the unsigned halves back.
+        # The 64-bit product may wrap into the sign bit; shift and mask recover the unsigned halves.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((product1 >> 32) & _MASK) ^ c1 ^ k0,
@@ -90,21 +90,21 @@ def uniforms(
     draw: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "batch count"]:
-    """Uniform numbers in [0, 1), a row for each slot, on the device of ``slots``.
+    """Return uniform random numbers in [0, 1), one row per slot, on the device of ``slots``.
 
     Args:
-        seed: The run's seed, 0 to 2**32 - 1.
-        purpose: What the numbers are for.
-        slots: int64, the global number of each sample (not its place in a batch), >= 0.
-        count: How many numbers per slot (its positions).
-        draw: Which draw of this purpose, such as a sampler's step; 0 to 2**32 - 1.
+        seed: Seed of the run, 0 to 2**32 - 1.
+        purpose: Use of the numbers.
+        slots: int64, global index of each sample (not the index in the batch), >= 0.
+        count: Number of random numbers per slot (positions).
+        draw: Index of the draw within the purpose, such as the sampling step; 0 to 2**32 - 1.
         dtype: float32 (24 random bits) or float64 (53 random bits).
 
     Returns:
-        A tensor of ``dtype``, [batch, count].
+        Tensor of ``dtype``, [batch, count].
 
     Raises:
-        ValueError: ``dtype`` is a low-precision type, whose few bits would distort a distribution's tail.
+        ValueError: ``dtype`` has low precision, which would distort the tail of a distribution.
     """
     each = words_of(dtype)
     words = _torch_words(seed, purpose, slots, each * count, draw).view(len(slots), count, each)
@@ -116,16 +116,16 @@ def uniforms(
 def drawn_codes(
     chances: Float[Tensor, "*shape states"], drawn: Float[Tensor, "*shape"]
 ) -> Int[Tensor, "*shape"]:
-    """One state for each uniform number, by inverse CDF in float64; ``chances`` need not add up to one."""
+    """Sample one state per uniform number by inverse CDF in float64; ``chances`` may be unnormalized."""
     cumulative = chances.cumsum(-1, dtype=torch.float64)
     total = cumulative[..., -1:]
-    # Rounding must not lead past the last state that has a chance at all.
+    # Rounding must not select a state past the last one of nonzero probability.
     place = torch.minimum(drawn.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, place, right=True).squeeze(-1)
 
 
 def integers(seed: int, purpose: Purpose, slot: int, count: int, *, draw: int = 0) -> NDArray[np.int64]:
-    """Random 32-bit words for one slot, as numpy int64 in [0, 2**32), shape [count]."""
+    """Return random 32-bit words for one slot, as numpy int64 in [0, 2**32), shape [count]."""
     blocks = np.arange(-(-count // 4), dtype=np.int64)
     constant = np.zeros_like(blocks)
     counter = (blocks, constant + draw, constant + (slot & _MASK), constant + (slot >> 32))
@@ -133,17 +133,17 @@ def integers(seed: int, purpose: Purpose, slot: int, count: int, *, draw: int = 
 
 
 def permutation(seed: int, purpose: Purpose, slot: int, length: int) -> NDArray[np.int64]:
-    """A random order of ``range(length)``; each ``slot`` (an epoch, a lane) has one of its own."""
+    """Return a random permutation of ``range(length)``, independent for each ``slot`` (an epoch, a lane)."""
     words = integers(seed, purpose, slot, 2 * length).reshape(length, 2)
-    # 63 random bits as sort keys; the stable sort makes a tie, should one ever come, harmless.
+    # Sort keys of 63 random bits; the stable sort keeps ties deterministic.
     return np.argsort((words[:, 0] >> 1 << 32) | words[:, 1], kind="stable")
 
 
 def key_of(seed: int, purpose: Purpose) -> tuple[int, int]:
-    """Philox's key.
+    """Return the Philox key of a seed and a purpose.
 
     Raises:
-        ValueError: The seed has no 32 bits.
+        ValueError: The seed is not an unsigned 32-bit value.
     """
     if not 0 <= seed <= _MASK:
         raise ValueError(f"seed {seed}: a seed lies between 0 and 2**32 - 1")
@@ -151,10 +151,10 @@ def key_of(seed: int, purpose: Purpose) -> tuple[int, int]:
 
 
 def words_of(dtype: torch.dtype) -> int:
-    """How many 32-bit words make a uniform number of ``dtype``.
+    """Return the number of 32-bit words per uniform number of ``dtype``.
 
     Raises:
-        ValueError: It is a low-precision type, whose few bits would distort a distribution's tail.
+        ValueError: ``dtype`` has low precision, which would distort the tail of a distribution.
     """
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"uniforms are drawn in float32 or float64, not {dtype}")

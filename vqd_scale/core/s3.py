@@ -1,7 +1,8 @@
-"""Objects in S3 and in whatever speaks its protocol: whole writes, and reads that outlive their connections.
+"""S3 objects (and S3-compatible stores): atomic writes, and reads that resume after a broken connection.
 
-A read is a GET of a range that insists on the version met first (``If-Match``), whose length is checked, and
-which goes on at the byte after the last one received when the connection breaks. Nothing short is given out.
+A read is a ranged GET that requires the object version of the first answer (``If-Match``). The length is
+checked. After a broken connection, the read resumes at the byte after the last one received. A short read is
+never returned.
 """
 
 import base64
@@ -22,7 +23,7 @@ from vqd_scale.core.s3_client import Answer, BrokenOffError, S3Endpoint, with_re
 SCHEME = "s3://"
 
 PIECE_BYTES = 32 << 20
-"""What is read in order is read in requests of so many bytes, `PIECES_AHEAD` of them at once."""
+"""Size in bytes of one request of a sequential read; up to `PIECES_AHEAD` further requests are prefetched."""
 PIECES_AHEAD = 2
 
 _RECEIVED_AT_ONCE = 1 << 18
@@ -34,10 +35,10 @@ _LISTED_AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class S3Path:
-    """``s3://bucket/key``, with as much of pathlib's `Path`, under its names, as published files need.
+    """S3 path ``s3://bucket/key`` with the part of the `pathlib.Path` interface that atomic writes need.
 
-    How to reach the store may follow a question mark, so that several stores can be used at once, and a path
-    is all that a reading process must be told: ``s3://bucket/key?endpoint_url=https://…&anonymous=true``.
+    The endpoint may follow as a query: ``s3://bucket/key?endpoint_url=https://…&anonymous=true``. One process
+    can thus use several stores, and a reader process needs nothing but the path.
     """
 
     bucket: str
@@ -46,10 +47,10 @@ class S3Path:
 
     @classmethod
     def parse(cls, text: str) -> "S3Path":
-        """Read what `str` writes.
+        """Parse the format that `str` writes.
 
         Raises:
-            ValueError: Not such a path; the message says what is allowed.
+            ValueError: The text is not an S3 path; the message names the allowed format.
         """
         place, _, query = text.removeprefix(SCHEME).partition("?")
         bucket, _, key = place.partition("/")
@@ -80,25 +81,25 @@ class S3Path:
 
     @property
     def name(self) -> str:
-        """What follows the last slash."""
+        """Part of the key after the last slash."""
         return self.key.rpartition("/")[2]
 
     @property
     def parent(self) -> "S3Path":
-        """What precedes the last slash."""
+        """Path of the parent folder: the key up to the last slash."""
         return replace(self, key=self.key.rpartition("/")[0])
 
     def with_name(self, name: str) -> "S3Path":
-        """Another object of the same folder."""
+        """Return the path of another object in the same folder."""
         return self.parent / name
 
     def with_suffix(self, suffix: str) -> "S3Path":
-        """The same name up to its last dot, with another ending."""
+        """Return the path with its file suffix replaced (or appended, if it has none)."""
         stem, dot, _ = self.name.rpartition(".")
         return self.with_name((stem if dot else self.name) + suffix)
 
     def exists(self) -> bool:
-        """Whether such an object is there; folders do not exist by themselves.
+        """Return whether the object exists; False for folders.
 
         Raises:
             UserError: The store cannot be reached or refuses.
@@ -106,30 +107,30 @@ class S3Path:
         return self.endpoint.waited(_size(self)) is not None
 
     def is_file(self) -> bool:
-        """The same: objects are files."""
+        """Return whether the object exists; every object is a file."""
         return self.exists()
 
     def read_bytes(self) -> bytes:
-        """The object's bytes.
+        """Return the object's bytes.
 
         Raises:
-            FileNotFoundError: There is none.
+            FileNotFoundError: The object does not exist.
             UserError: The store cannot be reached or refuses.
         """
         found = S3Object(self)
         return bytes(found.read(0, found.size))
 
     def read_text(self, encoding: str = "utf-8") -> str:
-        """The object's text.
+        """Return the object's text.
 
         Raises:
-            FileNotFoundError: There is none.
+            FileNotFoundError: The object does not exist.
             UserError: The store cannot be reached or refuses.
         """
         return self.read_bytes().decode(encoding)
 
     def unlink(self) -> None:
-        """Delete the object; nothing happens where there is none.
+        """Delete the object, if it exists.
 
         Raises:
             UserError: The store cannot be reached or refuses.
@@ -138,14 +139,14 @@ class S3Path:
 
 
 class S3Object:
-    """The bytes of one object, all of the version that is met first.
+    """Reader of one object; all bytes come from the version of the first answer.
 
     Args:
-        path: Where it is.
-        size: How many bytes it must have; asked for where not given.
+        path: Path of the object.
+        size: Expected size in bytes; requested from the store if not given.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: The object does not exist.
         UserError: The store cannot be reached or refuses.
     """
 
@@ -159,23 +160,23 @@ class S3Object:
         self._version: str | None = None
 
     def read(self, begin: int, end: int) -> bytes:
-        """Bytes ``begin`` to ``end - 1``, all of them.
+        """Read bytes ``begin`` to ``end - 1``; never a short read.
 
         Raises:
-            FileNotFoundError: There is no such object.
-            UserError: The store cannot be reached or refuses; the object has another size than it must have,
-                or was replaced since it was met.
+            FileNotFoundError: The object does not exist.
+            UserError: The store cannot be reached or refuses; the size of the object differs from the
+                expected one, or the object was replaced since the first answer.
         """
         return self.fetch(begin, end).read(0, end - begin)
 
     def fetch(self, begin: int, end: int) -> "PartialDownload":
-        """Start to `read`; what has arrived can be had at once, waiting for more raises what `read` would."""
+        """Start a `read` in the background; waiting for missing bytes raises the errors of `read`."""
         received = PartialDownload(end - begin)
         received.follow(self.path.endpoint.started(self._receive(begin, end, received)))
         return received
 
     def blocks(self) -> Iterator[bytes]:
-        """All bytes in order, read ahead; raises what `read` raises."""
+        """Yield all bytes in order, with prefetch; raises what `read` raises."""
         ahead: list[PartialDownload] = []
         for begin in range(0, self.size, PIECE_BYTES):
             ahead.append(self.fetch(begin, min(begin + PIECE_BYTES, self.size)))
@@ -213,19 +214,20 @@ class S3Object:
             )
         if self._version is None:
             self._version = answer["ETag"]
-        # Two first requests at once had no version to insist on.
+        # Two concurrent first requests are sent without `If-Match`.
         if self._version != answer["ETag"]:
             raise UserError(f"{self.path}: was replaced while it was read; start again.")
 
 
 class PartialDownload:
-    """A range of bytes while it is received, in the blocks in which it comes.
+    """Byte range during its download, as the list of received blocks.
 
-    One thread appends, others read. The blocks are not joined, which would touch all of them once more.
+    One thread appends, other threads read. Blocks are not joined, which would copy all bytes once more.
 
     Args:
-        size: How many bytes the range has.
-        step: Who waits is woken whenever so many more have come; to wake keeps the other from receiving.
+        size: Size of the range in bytes.
+        step: Number of new bytes after which waiting readers are notified; frequent notification slows the
+            receiving thread.
     """
 
     def __init__(self, size: int, step: int = _GIVEN_OUT_AT_ONCE) -> None:
@@ -238,11 +240,11 @@ class PartialDownload:
         self._end: Future[None] = Future()
 
     def __len__(self) -> int:
-        """How many bytes there are by now."""
+        """Return the number of bytes received so far."""
         return self._length
 
     def __iter__(self) -> Iterator[bytes]:
-        """The blocks, as they come; raises what ended them too early."""
+        """Yield the blocks as they arrive; raises the error that ended the download early."""
         position = 0
         for number in itertools.count():
             self._await(position + 1)
@@ -252,13 +254,13 @@ class PartialDownload:
             position += len(self._blocks[number])
 
     def follow(self, end: "Future[None]") -> None:
-        """Say what ends when all was received; if it fails, so does waiting for what did not come."""
+        """Set the future of the download; its error is raised to readers that wait for missing bytes."""
         self._end = end
-        # Not a method of this object: in a circle with it, the bytes would stay until they are looked for.
+        # Not a bound method: a reference cycle would keep the bytes alive until garbage collection.
         end.add_done_callback(functools.partial(_tell, self._changed))
 
     def append(self, block: bytes) -> None:
-        """Add what was received next."""
+        """Append the next received block."""
         self._starts.append(self._length)
         self._blocks.append(block)
         with self._changed:
@@ -268,17 +270,17 @@ class PartialDownload:
                 self._changed.notify_all()
 
     def read(self, begin: int, end: int) -> bytes:
-        """Bytes ``begin`` to ``end - 1`` of the range; waits for them, raises what ended them too early."""
+        """Return bytes ``begin`` to ``end - 1``, waiting for them; raises the error of a failed download."""
         self._await(end)
         first, last = max(0, bisect_right(self._starts, begin) - 1), bisect_left(self._starts, end)
         return b"".join(
-            # A view: the bytes are copied once, be they in one block or in several.
+            # A view, so that the bytes are copied only once.
             memoryview(block)[max(0, begin - start) : end - start]
             for block, start in zip(self._blocks[first:last], self._starts[first:last], strict=True)
         )
 
     def _await(self, length: int) -> None:
-        """Wait for so many bytes, or for the end."""
+        """Wait until ``length`` bytes are received; raises the error if the download failed before."""
         if self._length >= length:
             return
         enough = min(self._size, -(-length // self._step) * self._step)
@@ -297,7 +299,7 @@ def _tell(changed: threading.Condition, end: object = None) -> None:
 
 
 def write_object(path: S3Path, file: Path) -> None:
-    """Upload a file: the object appears whole, or not at all.
+    """Upload a file atomically: the object appears only when complete.
 
     Raises:
         UserError: The store cannot be reached or refuses.
@@ -306,7 +308,7 @@ def write_object(path: S3Path, file: Path) -> None:
 
 
 def object_sizes(folder: S3Path) -> dict[str, int]:
-    """Bytes of each object directly in a folder, by name.
+    """Return the size in bytes of each object directly in a folder, by name.
 
     Raises:
         UserError: The store cannot be reached or refuses.
@@ -337,7 +339,7 @@ async def _listed(folder: S3Path) -> dict[str, int]:
         )
         sizes |= {entry["Key"].removeprefix(prefix): entry["Size"] for entry in page.get("Contents", [])}
         if not page["IsTruncated"]:
-            # Some tools keep an empty object in the place of a folder.
+            # Some tools create an empty object as a folder marker.
             sizes.pop("", None)
             return sizes
         following = {"ContinuationToken": page["NextContinuationToken"]}
@@ -359,13 +361,13 @@ async def _write(path: S3Path, file: Path) -> None:
                 parts.append({**number, "ETag": sent["ETag"]})
         await _complete(path, upload, parts, size)
     except BaseException:
-        # Else the store would keep the parts, which are no object, for ever.
+        # The store would keep the parts of an unfinished upload forever.
         await _called(path, "written", "abort_multipart_upload", **_place(path), **upload)
         raise
 
 
 async def _sent(path: S3Path, operation: str, content: bytes, **arguments: object) -> Answer:
-    """Send bytes with a digest that the store checks."""
+    """Send bytes with an MD5 digest that the store verifies."""
     digest = base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
     return await _called(
         path, "written", operation, **_place(path), Body=content, ContentMD5=digest, **arguments
@@ -383,7 +385,7 @@ async def _complete(path: S3Path, upload: dict[str, str], parts: list[dict[str, 
             MultipartUpload={"Parts": parts},
         )
     except FileNotFoundError:
-        # The upload is gone. Then an attempt whose answer was lost has completed it.
+        # The upload is missing if an earlier attempt completed it and the answer was lost.
         if await _size(path) != size:
             raise UserError(f"{path}: its upload was ended by another; write it again.") from None
 

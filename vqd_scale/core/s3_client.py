@@ -1,7 +1,7 @@
-"""A store that speaks S3's protocol, and how long it is tried when it fails.
+"""S3 client with retries.
 
-Every process has its own client, made when it is first needed. What may pass (a reset, a stall, a truncated
-answer, 500, 503 SlowDown) is tried again, with growing and jittered waits and a bound; what will not pass is
+Every process creates its own client on first use. Transient errors (connection reset, stall, truncated
+answer, 500, 503 SlowDown) are retried with bounded, jittered exponential backoff. A permanent error becomes
 one sentence that names the object.
 """
 
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 Answer = dict[str, Any]
-"""What the store says to a request, as botocore gives it."""
+"""Response of the store to a request, as parsed by botocore."""
 
 logger = logging.getLogger(__name__)
 
 _CONNECTIONS = 32
 _SLOWEST = 1 << 18
-"""Bytes a second below which sending counts as broken."""
+"""Minimum upload speed in bytes per second; a slower request times out."""
 _PASSING_CODES = {"SlowDown", "RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
 _entropy = random.SystemRandom()
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long a store that fails is tried; the defaults outlive about a minute of outage.
+    """Retry policy of requests to a store; the defaults survive an outage of about a minute.
 
     Attributes:
-        attempts: Failures in a row after which a request is given up.
-        progress: An attempt that brought so many bytes ends the row.
-        first_wait: Seconds before the second attempt; twice as many before each further one, or down to half
-            of that by chance.
-        longest_wait: Seconds at most.
-        silence: Seconds without a byte after which a connection counts as broken.
+        attempts: Number of consecutive failures after which a request fails.
+        progress: Number of received bytes in one attempt that resets the failure count.
+        first_wait: Seconds of backoff before the second attempt, doubled before each further one; random
+            jitter shortens each wait by up to half.
+        longest_wait: Maximum backoff in seconds.
+        silence: Seconds without a received byte after which a connection times out.
     """
 
     attempts: int = 12
@@ -53,7 +53,7 @@ class RetryPolicy:
     silence: float = 30.0
 
     def wait(self, failures: int) -> float:
-        """Seconds to wait after so many failures in a row; random, so that clients do not return together."""
+        """Return the backoff in seconds after consecutive failures; jitter spreads the clients' retries."""
         longest = min(self.longest_wait, self.first_wait * 2 ** (failures - 1))
         return longest * _entropy.uniform(0.5, 1.0)
 
@@ -63,12 +63,12 @@ PATIENCE = RetryPolicy()
 
 @dataclass(frozen=True)
 class S3Endpoint:
-    """Which store, and as whom; what is not given is found as AWS's tools do (``AWS_ENDPOINT_URL``, …).
+    """Endpoint and credentials of a store; defaults as for AWS's own tools (``AWS_ENDPOINT_URL``, …).
 
     Attributes:
-        endpoint_url: The server, where it is not AWS's own.
-        profile: A profile of ``~/.aws/config``.
-        anonymous: Sign nothing; for public buckets.
+        endpoint_url: URL of the server, if it is not AWS.
+        profile: Name of a profile in ``~/.aws/config``.
+        anonymous: Send unsigned requests, for public buckets.
     """
 
     endpoint_url: str | None = None
@@ -76,32 +76,32 @@ class S3Endpoint:
     anonymous: bool = False
 
     async def call(self, operation: str, **arguments: object) -> Answer:
-        """One attempt of one of S3's operations, by botocore's name for it."""
+        """Call one S3 operation, by its botocore name, without retries."""
         client: Any = await self._filesystem().set_session()
         body = arguments.get("Body", b"")
         sent = len(body) if isinstance(body, bytes) else 0
-        # The client bounds connecting and receiving, but would send into a dead connection for ever.
+        # The client has timeouts for connecting and receiving, but none for sending.
         longest = 2 * PATIENCE.silence + sent / _SLOWEST
         return await asyncio.wait_for(getattr(client, operation)(**arguments), longest)
 
     def started(self, coroutine: Coroutine[Any, Any, Result]) -> "Future[Result]":
-        """Run a coroutine that calls the store; the future has its result."""
+        """Start a coroutine on the client's event loop and return its future."""
         loop = cast("asyncio.AbstractEventLoop", self._filesystem().loop)
         return asyncio.run_coroutine_threadsafe(coroutine, loop)
 
     def waited(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        """Run a coroutine that calls the store to its end."""
+        """Run a coroutine on the client's event loop and return its result."""
         return self.started(coroutine).result()
 
     def _filesystem(self) -> "S3FileSystem":
-        # Neither the connections nor the thread of a client survive a fork: a child is to have its own.
+        # A client's connections and thread do not survive a fork: each child process needs its own client.
         return filesystem_of(self, os.getpid())
 
 
 @functools.cache
 def filesystem_of(endpoint: S3Endpoint, process: int) -> "S3FileSystem":
-    """A process's client for an endpoint, as patient as `PATIENCE` was when it was made."""
-    # Here, since it takes half a second that nobody without S3 need spend.
+    """Return the cached client of a process for an endpoint; timeouts are `PATIENCE`'s at creation."""
+    # Imported here because the import takes half a second, which users without S3 should not pay.
     from s3fs import S3FileSystem
 
     del process
@@ -114,9 +114,9 @@ def filesystem_of(endpoint: S3Endpoint, process: int) -> "S3FileSystem":
             "connect_timeout": PATIENCE.silence,
             "read_timeout": PATIENCE.silence,
             "max_pool_connections": _CONNECTIONS,
-            # Attempts are counted in one place, `with_retries`.
+            # Only `with_retries` retries.
             "retries": {"total_max_attempts": 1},
-            # Stores other than AWS's know no newer digest than Content-MD5, which is sent.
+            # Other stores than AWS support no digest newer than Content-MD5, which is sent.
             "request_checksum_calculation": "when_required",
             "response_checksum_validation": "when_required",
         },
@@ -124,7 +124,7 @@ def filesystem_of(endpoint: S3Endpoint, process: int) -> "S3FileSystem":
 
 
 class BrokenOffError(Exception):
-    """An answer ended early, although it says that it is whole."""
+    """Truncated answer: the body ended early without a connection error."""
 
 
 async def with_retries(
@@ -133,16 +133,16 @@ async def with_retries(
     attempt: Callable[[], Awaitable[Result]],
     received: Callable[[], int] = lambda: 0,
 ) -> Result:
-    """Try until it succeeds, or has failed too often in a row.
+    """Retry an attempt with backoff until it succeeds or `PATIENCE.attempts` consecutive failures occur.
 
     Args:
-        place: What the errors name.
-        deed: What is done with it, as in "could not be read".
-        attempt: Does it; called again after what may pass.
-        received: How many bytes the attempts have brought so far.
+        place: Path of the object, named in error messages.
+        deed: Past participle for error messages, as in "could not be read".
+        attempt: Coroutine function of one attempt; called again after a transient error.
+        received: Function that returns the number of bytes received by all attempts so far.
 
     Raises:
-        FileNotFoundError: There is no such object.
+        FileNotFoundError: The object does not exist.
         UserError: The store refuses, or failed `PATIENCE.attempts` times in a row.
     """
     failures, before = 0, received()
@@ -168,7 +168,7 @@ async def with_retries(
 
 @functools.cache
 def _failures() -> tuple[type[Exception], ...]:
-    """What an attempt can end with that is no defect of this package."""
+    """Return the exception types of failed requests; any other exception is a bug in this package."""
     from aiohttp import ClientError as HTTPError
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -176,7 +176,7 @@ def _failures() -> tuple[type[Exception], ...]:
 
 
 def _lasting(place: object, deed: str, error: Exception) -> Exception | None:
-    """What to raise if another attempt would end the same way; None if it may pass."""
+    """Return the exception to raise for a permanent error; None for a transient one."""
     from botocore.exceptions import (
         BotoCoreError,
         ClientError,
@@ -195,7 +195,7 @@ def _lasting(place: object, deed: str, error: Exception) -> Exception | None:
 
 
 def _refusal(place: object, deed: str, error: Exception, answer: Answer) -> Exception | None:
-    """The same for what the store itself answers."""
+    """Return the exception to raise for a permanent error response of the store; None for a transient one."""
     status, code = int(answer["ResponseMetadata"]["HTTPStatusCode"]), str(answer["Error"].get("Code", ""))
     if status >= 500 or status == 429 or code in _PASSING_CODES:
         return None

@@ -1,8 +1,8 @@
-"""Somebody else's checkpoint, read without running what is in it.
+"""Safe loading of third-party checkpoints, without executing code in them.
 
-A ``.pth`` or ``.ckpt`` file is a pickle: a program that names functions and calls them. torch's reader for
-weights calls nothing but what builds tensors. Old checkpoints of taming also hold settings and callbacks of
-omegaconf and Lightning; where those are named, an object that does nothing is put in their place.
+A ``.pth`` or ``.ckpt`` file is a pickle, which can name and call any function. torch's ``weights_only``
+reader calls only functions that build tensors. Old taming checkpoints also contain settings and callbacks of
+omegaconf and Lightning; these objects are replaced by inert placeholders.
 """
 
 import re
@@ -22,16 +22,16 @@ _INERT = re.compile(
     r"(omegaconf|pytorch_lightning|lightning|lightning_fabric|numpy|typing|enum|pathlib|argparse)\..+"
     r"|builtins\.(dict|list|tuple|int|float|str|bool|object|slice)"
 )
-"""What may be named beside tensors, and is never called: settings, callbacks and scalars."""
+"""Names allowed beside tensors and replaced by placeholders, never called: settings, callbacks, scalars."""
 
 _INERT_MAPPINGS = re.compile(r"collections\.defaultdict|.+\.AttributeDict")
-"""The same, where torch's reader wants to put entries into it."""
+"""Names of mapping types, replaced by a dictionary because torch's reader inserts entries."""
 
 _BLOCK = 1 << 24
 
 
 class _Inert:
-    """Takes whatever it is given and keeps nothing."""
+    """Inert placeholder that accepts any arguments and state and stores nothing."""
 
     def __new__(cls, *arguments: object) -> "_Inert":
         del arguments
@@ -42,7 +42,7 @@ class _Inert:
 
 
 class _InertMapping:
-    """Makes a plain dictionary instead of an instance: torch's reader fills no other class than its own."""
+    """Placeholder that creates an `OrderedDict`: torch's reader fills only the classes that it allows."""
 
     def __new__(cls, *arguments: object) -> "OrderedDict[Any, Any]":
         del arguments
@@ -50,15 +50,15 @@ class _InertMapping:
 
 
 def read_saved(path: Path) -> object:
-    """What ``torch.save`` wrote into a file; tensors stay on the disk until they are used.
+    """Load a ``torch.save`` file; tensors of zip archives are memory-mapped.
 
     Raises:
-        UserError: There is no such file, it is damaged, or it asks for more than tensors and inert settings.
+        UserError: The file is missing, damaged, or names more than tensors and inert settings.
     """
     if not path.is_file():
         raise UserError(f"{path}: there is no such file of weights.")
     try:
-        # The file is a program: what its errors and warnings advise (to trust it) is not to be passed on.
+        # torch's warnings and errors advise trusting the file; that advice must not reach the user.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _load(path)
@@ -71,13 +71,13 @@ def read_saved(path: Path) -> object:
 
 
 def tensors_in(value: object) -> dict[str, Tensor]:
-    """The named tensors of a state dictionary; other entries are no weights and are left out."""
+    """Return the named tensors of a state dictionary, without its other entries."""
     entries = cast(dict[Any, Any], value).items() if isinstance(value, dict) else ()
     return {str(name): entry.detach() for name, entry in entries if isinstance(entry, Tensor)}
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of the last of torch's paragraphs that is not about its documentation."""
+    """Return the first sentence of torch's last message line that does not mention its documentation."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and "documentation" not in line]
     sentence = lines[-1].removeprefix("WeightsUnpickler error: ").partition(". ")[0] if lines else ""
     return sentence[:150] or type(error).__name__
@@ -106,7 +106,7 @@ def _stand_in(name: str) -> tuple[type, str]:
 
 
 def _check_sums(path: Path) -> None:
-    """Read the whole archive against its checksums, which torch's reader ignores."""
+    """Verify the checksums of the whole archive, which torch's reader ignores."""
     with zipfile.ZipFile(path) as archive, progress_bar("check", path.stat().st_size, unit="B") as bar:
         for member in archive.infolist():
             with archive.open(member) as file:

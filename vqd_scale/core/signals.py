@@ -1,20 +1,20 @@
-"""Signals set a flag; what to do about it is decided at a step boundary, by all ranks together."""
+"""Signal handling: signals only set a flag, which all ranks evaluate together at a step boundary."""
 
 import signal
 from types import FrameType
 
 REQUEUE_EXIT_CODE = 75
-"""Exit code of a run that was asked to stop and saved itself: start it again and it goes on (EX_TEMPFAIL)."""
+"""Exit code after a stop signal and a saved checkpoint; a restart resumes the run (EX_TEMPFAIL)."""
 
 HUNG_EXIT_CODE = 76
-"""Exit code of a run in which nothing happened any more; started again it goes on from its last save."""
+"""Exit code of a run that hung; a restart resumes from the last checkpoint."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""What asks a run to save and leave."""
+"""Signals that request a checkpoint and an exit."""
 
 
 class StopFlag:
-    """Becomes true at the first of `STOP_SIGNALS`."""
+    """Flag ``requested``, set by the first of `STOP_SIGNALS`."""
 
     def __init__(self) -> None:
         self.requested = False

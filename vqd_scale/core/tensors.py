@@ -1,4 +1,4 @@
-"""Named tensors in files: written, and read without running what is in somebody else's."""
+"""Reading and writing of files of named tensors, without executing code in them."""
 
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -14,13 +14,13 @@ from vqd_scale.core.safe_load import read_saved
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of what ``torch.save`` wrote: a mapping of them, or a single one.
+    """Load the tensors of a safetensors file or of a ``torch.save`` file (a mapping or a single tensor).
 
-    A mapping may lie under the key ``state_dict``. Entries that are no tensors are left out; the name of a
-    single tensor is empty. See `vqd_scale.core.safe_load` for what is not run.
+    A mapping may be nested under the key ``state_dict``. Other entries than tensors are dropped. A single
+    tensor gets the empty name. `vqd_scale.core.safe_load` reads ``torch.save`` files without executing code.
 
     Raises:
-        UserError: The file is missing, damaged, a TorchScript program, or holds something else.
+        UserError: The file is missing, damaged, a TorchScript program, or contains no tensors.
     """
     if not path.is_file():
         raise UserError(f"{path}: there is no such file of weights.")
@@ -48,13 +48,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, readable for whom the umask lets read.
+    """Write a safetensors file with the permissions of the umask.
 
     Raises:
         UserError: The disk is full.
     """
     path.touch()
-    # safetensors itself lets nobody but the writer read what it wrote.
+    # safetensors creates files that only the owner can read.
     mode = path.stat().st_mode
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, dict(metadata or {}))
@@ -64,10 +64,10 @@ def write_tensors(
 
 
 def check_names(state: Mapping[str, Tensor], expected: Iterable[str], whose: str) -> None:
-    """See that a state dictionary has the entries that it should have and no others.
+    """Check that a state dictionary has exactly the expected entries.
 
     Raises:
-        UserError: Entries are unknown or missing; all are listed.
+        UserError: Entries are unknown or missing; the message lists all of them.
     """
     known = set(expected)
     unknown, missing = sorted(state.keys() - known), sorted(known - state.keys())

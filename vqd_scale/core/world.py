@@ -1,4 +1,4 @@
-"""Who this process is among the ranks of a run, and the few things that ranks say to each other."""
+"""Distributed setup: rank and device of this process, and the collective operations between ranks."""
 
 import functools
 import os
@@ -17,21 +17,21 @@ from torch._C._distributed_c10d import HashStore
 from vqd_scale.core.errors import FirstRankError, UserError
 
 _PATIENCE = timedelta(hours=1)
-"""How long a message between ranks may take before the library gives up: longer than any watchdog of ours,
-which says where each rank is."""
+"""Timeout of a collective operation: longer than the package's watchdogs, which report the position of each
+rank."""
 
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
-"""From here on Slurm numbers the steps that are no srun's: a job's script, an interactive shell."""
+"""First of Slurm's special step IDs, which are not srun steps: a batch script, an interactive shell."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place in the run.
+    """Rank, world size and device of this process.
 
     Attributes:
-        rank: 0 to size - 1.
+        rank: Index of this process, 0 to size - 1.
         size: Number of ranks.
-        device: Where this rank computes.
+        device: Device on which this rank computes.
     """
 
     rank: int
@@ -40,29 +40,29 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that writes, prints and decides."""
+        """True on rank 0, which writes, prints and decides."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks (a new tensor; equal bits on every rank)."""
+        """Return the all-reduced sum of a tensor (a new tensor; bit-identical on every rank)."""
         total = tensor.clone()
         distributed.all_reduce(total)
         return total
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
+        """Return whether the flag is set on any rank (all-reduce)."""
         flags = torch.tensor([float(flag)], device=self.device)
         distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
         return bool(flags.item())
 
     def concatenated(self, tensor: Tensor) -> Tensor:
-        """The tensors of all ranks along dimension 0, in the order of ranks; all must have one shape."""
+        """All-gather tensors of equal shape and concatenate them along dimension 0 in rank order."""
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         distributed.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
 
     def gathered(self, value: dict[str, Any]) -> list[dict[str, Any]]:
-        """Small plain values of all ranks, in the order of ranks."""
+        """All-gather small dictionaries of plain values, in rank order."""
         values: list[dict[str, Any] | None] = [None] * self.size
         distributed.all_gather_object(values, value)
         return cast(list[dict[str, Any]], values)
@@ -72,10 +72,10 @@ class World:
         distributed.barrier()
 
     def on_first_rank(self, act: Callable[[], object]) -> None:
-        """Let the first rank do something for all, such as write a file, while the others wait for it.
+        """Run a function on rank 0, such as writing a file, while the other ranks wait.
 
         Raises:
-            UserError: It could not; every rank learns why and leaves.
+            UserError: The function raised one on rank 0; it is raised on every rank.
         """
         mistake: UserError | None = None
         if self.is_first:
@@ -89,11 +89,11 @@ class World:
 
 
 def join_world() -> World:
-    """Join the ranks that the launcher (torchrun, srun, or nobody) started; gloo on CPU, NCCL on GPU.
+    """Initialize the process group (torchrun, srun or a single process); gloo on CPU, NCCL on GPU.
 
     Raises:
-        UserError: srun started several ranks and nobody said where they meet.
-        ValueError: Another launcher did not say so; torch says which variable is missing.
+        UserError: srun started several ranks, but ``MASTER_ADDR`` is not set.
+        ValueError: Another launcher did not set the rendezvous; torch names the missing variable.
     """
     rank, size, local_rank = place_among_ranks()
     if size > 1 and "MASTER_ADDR" not in os.environ and _is_srun_task():
@@ -118,7 +118,7 @@ def join_world() -> World:
 
 
 def place_among_ranks() -> tuple[int, int, int]:
-    """This process's rank, the number of ranks, and its rank on this machine, as its launcher says them."""
+    """Return rank, world size and local rank from the launcher's environment variables."""
     return (
         _from_environment("RANK", "SLURM_PROCID", 0),
         _from_environment("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1),
@@ -127,10 +127,10 @@ def place_among_ranks() -> tuple[int, int, int]:
 
 
 def leave_world() -> None:
-    """Say goodbye to the other ranks; a world can be joined anew afterwards."""
+    """Destroy the process group; `join_world` may be called again afterwards."""
     if not distributed.is_initialized():
         return
-    # DeepSpeed keeps groups of this world for the next one, where they are none, unless it is what ends them.
+    # DeepSpeed must destroy the groups itself: it would otherwise reuse its stale groups in the next world.
     deepspeed = sys.modules.get("deepspeed.comm")
     if deepspeed is not None and deepspeed.is_initialized():
         deepspeed.destroy_process_group()
@@ -139,13 +139,13 @@ def leave_world() -> None:
 
 
 def computes_bfloat16() -> bool:
-    """Whether this machine's processor multiplies bfloat16 in hardware, several times faster than else."""
+    """Return whether the CPU multiplies bfloat16 in hardware, several times faster than without."""
     return not processor_features().isdisjoint(("avx512_bf16", "amx_bf16", "bf16", "svebf16"))
 
 
 @functools.cache
 def processor_features() -> frozenset[str]:
-    """What this machine's processor can do, by Linux's names; torch 2.10 does not say it."""
+    """Return the CPU feature flags by their Linux names, which torch 2.10 does not expose."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, features = line.partition(":")
         if name.strip() in ("flags", "Features"):
@@ -158,6 +158,6 @@ def _from_environment(torchrun: str, slurm: str, alone: int) -> int:
 
 
 def _is_srun_task() -> bool:
-    """Whether srun started this process; a job's script and an interactive shell have its other variables."""
+    """Return whether srun started this process, as opposed to a batch script or an interactive shell."""
     step = os.environ.get("SLURM_STEP_ID", "")
     return step.isdigit() and int(step) < _FIRST_SPECIAL_STEP

@@ -1,4 +1,4 @@
-"""The same work on many things, in several processes if asked for."""
+"""Ordered parallel map over processes."""
 
 import multiprocessing
 import signal
@@ -13,21 +13,21 @@ Result = TypeVar("Result")
 
 
 def each(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
-    """The function's results in the order of the items.
+    """Yield the function's results in the order of the items.
 
     Args:
-        function: Picklable, as the items and results are, where there are several workers.
-        items: What it is called with.
-        workers: Processes that work at the same time; 1 works in this process.
+        function: Function of one item. With several workers, function, items and results must be picklable.
+        items: Arguments, one per call.
+        workers: Number of processes; 1 runs in the calling process.
 
     Raises:
-        Exception: The first that the function raises; items that nobody has begun are dropped then.
+        Exception: First exception that the function raised; items not yet started are canceled.
     """
     workers = min(workers, len(items))
     if workers <= 1:
         yield from map(function, items)
         return
-    # Spawned, since neither S3 clients nor the threads of torch survive a fork.
+    # spawn: neither S3 clients nor torch's threads survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin) as pool:
         results = [pool.submit(function, item) for item in items]
@@ -39,6 +39,6 @@ def each(function: Callable[[Item], Result], items: Sequence[Item], workers: int
 
 
 def _begin() -> None:
-    # Ctrl-C reaches every process of the terminal; the parent alone answers it.
+    # Ctrl-C reaches every process of the terminal; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""From a picture to the square that a network sees; random ones get their numbers, they draw none."""
+"""Image transforms to the network's square input; random numbers are passed as arguments."""
 
 import math
 from collections.abc import Sequence
@@ -14,53 +14,54 @@ from vqd_scale.data.shards.decode import Pixels
 
 
 class CenterCrop(Config):
-    """Resize the short side to ``size``, cut the centre square: how pictures are evaluated.
+    """Resize of the short side to ``size`` and center crop, as used in evaluation.
 
     Attributes:
-        size: Height and width of the result.
+        size: Height and width of the result in pixels.
     """
 
     kind: Literal["center"] = "center"
     size: int = Field(default=256, ge=1)
 
     draws: ClassVar[int] = 0
-    """Uniform numbers that one picture takes."""
+    """Number of uniform random numbers per image."""
 
     @property
     def smallest_side(self) -> int:
-        """A picture whose shorter side has so many pixels loses nothing by being no larger."""
+        """Sufficient shorter side of the input in pixels; a larger image adds no detail."""
         return self.size
 
     def __call__(self, pixels: Pixels, uniforms: Sequence[float]) -> Pixels:
-        """The square; the numbers are not used."""
+        """Return the center crop; ``uniforms`` is unused."""
         del uniforms
         return fitted(pixels, self.size)
 
 
 class NearCenterCrop(Config):
-    """The released VQ-Diffusion code's training crop: nearly central, slightly zoomed, never mirrored.
+    """Training crop of the released VQ-Diffusion code: near-center, slightly zoomed, no horizontal flip.
 
-    The largest square, between 3/8 and 5/8 of the room that the longer side leaves, is resized to a side
-    drawn from ``size`` to 9/8 of it (no more than the square has), and a random ``size`` square is cut from
-    that. Captions say "left" and "right", hence no mirroring.
+    The largest square is cut at a random offset, between 3/8 and 5/8 of the slack along the longer side, and
+    resized to a random side between ``size`` and 9/8 ``size`` (at most its own side if that is larger than
+    ``size``). A random ``size`` square is cut from the result. There is no flip because captions contain
+    "left" and "right".
 
     Attributes:
-        size: Height and width of the result.
+        size: Height and width of the result in pixels.
     """
 
     kind: Literal["near_center"] = "near_center"
     size: int = Field(default=256, ge=1)
 
     draws: ClassVar[int] = 5
-    """Uniform numbers that one picture takes."""
+    """Number of uniform random numbers per image."""
 
     @property
     def smallest_side(self) -> int:
-        """A picture whose shorter side has so many pixels loses nothing by being no larger."""
+        """Sufficient shorter side of the input in pixels; a larger image adds no detail."""
         return round(9 / 8 * self.size)
 
     def __call__(self, pixels: Pixels, uniforms: Sequence[float]) -> Pixels:
-        """The square that five numbers in [0, 1) choose: offsets of the square, its side, offsets in it."""
+        """Return the crop for five numbers in [0, 1): square offsets (2), resized side, crop offsets (2)."""
         height, width = pixels.shape[:2]
         square = min(height, width)
         top, left = (
@@ -75,12 +76,12 @@ class NearCenterCrop(Config):
 
 
 class RandomResizedCrop(Config):
-    """A random share of the picture in a random shape, resized to a square (Szegedy et al., 2014).
+    """Crop of random area and aspect ratio, resized to a square (Szegedy et al., 2014).
 
     Attributes:
-        size: Height and width of the result.
-        scale: Smallest and largest share of the picture's area.
-        ratio: Smallest and largest width over height.
+        size: Height and width of the result in pixels.
+        scale: Minimum and maximum crop area, as a fraction of the image area.
+        ratio: Minimum and maximum aspect ratio (width / height) of the crop.
     """
 
     kind: Literal["random_resized"] = "random_resized"
@@ -90,15 +91,15 @@ class RandomResizedCrop(Config):
 
     tries: ClassVar[int] = 10
     draws: ClassVar[int] = 2 * tries + 2
-    """Uniform numbers that one picture takes."""
+    """Number of uniform random numbers per image."""
 
     @property
     def smallest_side(self) -> int:
-        """A picture whose shorter side has so many pixels loses nothing by being no larger."""
+        """Sufficient shorter side of the input in pixels; a larger image adds no detail."""
         return math.ceil(self.size / math.sqrt(self.scale[0] * self.ratio[0]))
 
     def __call__(self, pixels: Pixels, uniforms: Sequence[float]) -> Pixels:
-        """The square that numbers in [0, 1) choose; the centre one if no try fits into the picture."""
+        """Return the crop for numbers in [0, 1); the center crop if none of the ``tries`` fits the image."""
         height, width = pixels.shape[:2]
         low, high = self.scale
         narrow, wide = (math.log(ratio) for ratio in self.ratio)
@@ -123,11 +124,11 @@ Transform = Annotated[
     | Annotated[RandomResizedCrop, Tag("random_resized")],
     Discriminator(kind_or("center")),
 ]
-"""How a picture becomes the network's square."""
+"""Transform from an image to the network's square input."""
 
 
 def fitted(pixels: Pixels, size: int) -> Pixels:
-    """Resize the short side to ``size`` and cut the centre square."""
+    """Resize the short side to ``size`` and cut the center square."""
     height, width = pixels.shape[:2]
     short = min(height, width)
     zoomed = resized(pixels, size * height // short, size * width // short)
@@ -138,8 +139,8 @@ def fitted(pixels: Pixels, size: int) -> Pixels:
 def resized(pixels: Pixels, height: int, width: int) -> Pixels:
     """Resize, bicubic and anti-aliased, three times as fast as Pillow and within two levels of it.
 
-    Both round to bytes between the rows and the columns. Of pictures much higher than wide Pillow takes
-    the columns first, and their sharpest edges can differ by more.
+    Both round to bytes between the row pass and the column pass. For images much taller than wide, Pillow
+    resizes the columns first, and the sharpest edges can differ by more than two levels.
     """
     if pixels.shape[:2] == (height, width):
         return pixels
@@ -149,5 +150,5 @@ def resized(pixels: Pixels, height: int, width: int) -> Pixels:
 
 
 def _integer(uniform: float, low: int, high: int) -> int:
-    """An integer from ``low`` to ``high - 1``."""
+    """Map a uniform number to an integer from ``low`` to ``high - 1``."""
     return low + int(uniform * (high - low))

@@ -1,6 +1,6 @@
-"""The numbers that the objective needs from the logits, as one autograd function that never stores these.
+"""Logit statistics of the objective, as one autograd function that never stores the logits.
 
-Chunk by chunk the head's logits are made, read off, and let go; backward makes them once more.
+Logits are computed, reduced and freed in chunks; backward recomputes them.
 """
 
 from collections.abc import Iterator
@@ -19,19 +19,21 @@ from vqd_scale.diffusion.logit_statistics import (
     TorchRows,
 )
 
-# Elements of a chunk of logits: what stays in a CPU's cache, and what fills a GPU.
+# Elements per chunk of logits: fits in a CPU's cache; saturates a GPU.
 _CHUNK_ON_CPU = 2**20
 _CHUNK_ON_GPU = 2**26
 
 
 class RowStatistics(torch.autograd.Function):
-    """log p(x_0), log p(x_t), Σ log(1 + γ p_k) and "x_0 is the likeliest code" of every token.
+    """log p(x_0), log p(x_t), Σ log(1 + γ p_k) and "x_0 is the most likely code" of every token.
 
-    Backward gets another factor for every image, and the weight's gradient mixes images: no gradient can be
-    prepared in forward without keeping one per image. Computing a chunk's logits again is exact and cheaper.
+    Gradients cannot be precomputed in forward: backward receives one factor per image, and the weight's
+    gradient sums over images, so forward would have to store one gradient per image. Recomputing a chunk's
+    logits is exact and cheaper.
 
-    Where logits are given instead of a head, their gradient needs a tensor of their size in any case. Without
-    kernels it is there from forward on and holds the softmax; backward turns that into the gradient in place.
+    If logits are given instead of a head, their gradient needs a tensor of their size in any case. Without
+    Triton kernels, forward allocates this tensor and stores the softmax in it; backward converts the softmax
+    to the gradient in place.
     """
 
     @staticmethod
@@ -45,7 +47,7 @@ class RowStatistics(torch.autograd.Function):
         reach: Float[Tensor, " tokens"],
         log_ratio: Float[Tensor, " tokens"],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Four tensors [tokens], the last one boolean; without a weight ``hidden`` is the logits."""
+        """Return four tensors [tokens], the last one boolean; without ``weight``, ``hidden`` holds logits."""
         rows = LogitRows(true, seen, reach, log_ratio)
         reading = LogitStatistics.empty_for(rows)
         kernels = _kernels_for(hidden.device)
@@ -63,9 +65,9 @@ class RowStatistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        """The gradients of ``hidden``, ``weight`` and ``bias``."""
+        """Return the gradients of ``hidden``, ``weight`` and ``bias``."""
         hidden, weight, bias, true, seen, reach, log_ratio, log_seen = ctx.saved_tensors
-        # A second backward through a retained graph finds nothing kept and computes the softmax again.
+        # A second backward through a retained graph recomputes the softmax.
         softmax, ctx.softmax = ctx.softmax, None
         rows = LogitRows(true, seen, reach, log_ratio)
         of_true, of_seen, of_sum, _ = gradients
@@ -91,10 +93,10 @@ class RowStatistics(torch.autograd.Function):
 
 
 class _Head:
-    """Logits of some tokens at a time; without a weight they are what is given.
+    """Linear head evaluated in chunks of tokens; without a weight, ``hidden`` holds the logits.
 
-    Products are taken in the dtype of the sums, but for bfloat16 on a GPU: its tensor cores multiply exactly
-    and add in float32, in which the logits stay.
+    Products run in the dtype of the sums, except for bfloat16 on a GPU: tensor cores multiply exactly and
+    accumulate in float32, and the logits stay in float32.
     """
 
     def __init__(
@@ -114,11 +116,11 @@ class _Head:
         self._buffer = None if weight is None else hidden.new_empty(self.size, codes, dtype=dtype)
 
     def chunks(self) -> Iterator[slice]:
-        """The tokens, in pieces whose logits may exist at one time."""
+        """Return slices of the tokens, one per chunk of logits."""
         return (slice(first, first + self.size) for first in range(0, len(self.hidden), self.size))
 
     def logits(self, part: slice) -> Float[Tensor, "chunk codes"]:
-        """A chunk's logits, until the next call."""
+        """Compute a chunk's logits; valid until the next call."""
         hidden = self.hidden[part]
         if self.weight is None or self._buffer is None:
             return hidden
@@ -135,7 +137,7 @@ class _Head:
         to_logits: Float[Tensor, "chunk codes"],
         to_weight: Float[Tensor, "codes width"],
     ) -> Float[Tensor, "chunk width"]:
-        """The gradient of a chunk of ``hidden``; the weight's is added to ``to_weight``."""
+        """Compute the gradient of a chunk of ``hidden``; adds the weight's gradient to ``to_weight``."""
         if self.weight is None:
             return to_logits
         hidden = self.hidden[part]

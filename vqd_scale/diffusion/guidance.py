@@ -1,7 +1,7 @@
-"""What is done to a prediction before a sampler uses it: classifier-free guidance, then truncation.
+"""Classifier-free guidance and truncation of a prediction, applied before the sampler.
 
-Pure functions from `Predict` to `Predict`; nothing is patched, and nothing is remembered between calls. The
-order is the reference code's: log-softmax, combine, renormalise, clamp, truncate, and then the posterior.
+Pure, stateless functions from `Predict` to `Predict`. The order is that of the reference code: log-softmax,
+combine, renormalize, clamp, truncate, posterior.
 """
 
 from collections.abc import Callable
@@ -16,33 +16,34 @@ from typing_extensions import Self
 from vqd_scale.core.config import Config
 
 Predict = Callable[[Int[Tensor, "batch length"], int], Float[Tensor, "batch length codes"]]
-"""log p(x_0 | x_t), log-softmaxed over the K codes, from x_t (masks are K) and the time t."""
+"""Function (x_t with mask id K, time t) -> log p(x_0 | x_t), log-softmaxed over the K codes."""
 
 PredictPair = Callable[
     [Int[Tensor, "batch length"], int],
     tuple[Float[Tensor, "batch length codes"], Float[Tensor, "batch length codes"]],
 ]
-"""The conditional and the unconditional log p(x_0 | x_t), such as the halves of one doubled batch."""
+"""Function (x_t, t) -> conditional and unconditional log p(x_0 | x_t), e.g. from one doubled batch."""
 
 _LOWEST_LOG = -70.0
 
 
 class ConstantGuidance(Config):
-    """The same scale at every time. 1 is the conditional prediction, 0 the unconditional one.
+    """Guidance with the same scale at every time.
 
-    It is the released code's scale; the scale s in the Improved VQ-Diffusion paper is one less.
+    Scale 1 is the conditional prediction, 0 the unconditional one. The convention is that of the released
+    code; the scale s of the Improved VQ-Diffusion paper is smaller by 1.
     """
 
     kind: Literal["constant"] = "constant"
     scale: float = Field(default=3.0, ge=0)
 
     def at(self, t: int) -> float:
-        """The scale at time ``t``."""
+        """Return the guidance scale at time ``t``."""
         return self.scale
 
 
 class Linear(Config):
-    """A straight line from ``clean`` at t = 0 to ``noisy`` at ``noisy_time``, and ``noisy`` before it."""
+    """Guidance scale linear in time: ``clean`` at t = 0, ``noisy`` at t >= ``noisy_time``."""
 
     kind: Literal["linear"] = "linear"
     noisy: float = Field(default=1.0, ge=0)
@@ -50,12 +51,15 @@ class Linear(Config):
     noisy_time: int = Field(default=99, ge=1)
 
     def at(self, t: int) -> float:
-        """The scale at time ``t``."""
+        """Return the guidance scale at time ``t``."""
         return self.clean + (self.noisy - self.clean) * min(t / self.noisy_time, 1.0)
 
 
 class IntervalGuidance(Config):
-    """Guidance only from time ``first`` down to ``last`` (Kynkäänniemi et al., arXiv 2404.07724)."""
+    """Guidance limited to times ``first`` down to ``last`` (Kynkäänniemi et al., arXiv 2404.07724).
+
+    The scale is 1 at all other times.
+    """
 
     kind: Literal["interval"] = "interval"
     scale: float = Field(default=3.0, ge=0)
@@ -71,7 +75,7 @@ class IntervalGuidance(Config):
         return self
 
     def at(self, t: int) -> float:
-        """The scale at time ``t``."""
+        """Return the guidance scale at time ``t``."""
         return self.scale if self.last <= t <= self.first else 1.0
 
 
@@ -79,13 +83,16 @@ GuidanceScale = Annotated[ConstantGuidance | Linear | IntervalGuidance, Field(di
 
 
 class TopP(Config):
-    """Keep the likeliest codes until their probabilities reach ``rate`` (the reference's "0.86r")."""
+    """Top-p truncation: the most likely codes with total probability ``p`` (the reference's "0.86r")."""
 
     kind: Literal["top_p"] = "top_p"
     p: float = Field(default=0.86, ge=0, le=1)
 
     def keeps(self, sorted_log: Float[Tensor, "batch length codes"]) -> Tensor:
-        """Which places, likeliest first, stay: the first, and those with less than ``rate`` before them."""
+        """Return a boolean mask of the kept codes, for codes in order of descending probability.
+
+        The first code is kept, and every code whose predecessors sum to less than ``p``.
+        """
         if self.p == 1:
             return torch.ones_like(sorted_log, dtype=torch.bool)
         before = sorted_log.exp().cumsum(-1, dtype=torch.float64).roll(1, -1)
@@ -94,13 +101,13 @@ class TopP(Config):
 
 
 class TopK(Config):
-    """Keep the ``count`` likeliest codes."""
+    """Top-k truncation: the ``k`` most likely codes."""
 
     kind: Literal["top_k"] = "top_k"
     k: int = Field(default=100, ge=1)
 
     def keeps(self, sorted_log: Float[Tensor, "batch length codes"]) -> Tensor:
-        """Which places, likeliest first, stay."""
+        """Return a boolean mask of the kept codes, for codes in order of descending probability."""
         places = torch.arange(sorted_log.shape[-1], device=sorted_log.device)
         return (places < self.k).expand_as(sorted_log)
 
@@ -109,12 +116,12 @@ Truncation = Annotated[TopP | TopK, Field(discriminator="kind")]
 
 
 def guided(conditional: Predict, unconditional: Predict, scale: GuidanceScale) -> Predict:
-    """Classifier-free guidance with two evaluations; where the scale is 1 the second one is left out.
+    """Apply classifier-free guidance with two forward passes (one where the scale is 1).
 
     Args:
         conditional: log p(x_0 | x_t, caption).
         unconditional: log p(x_0 | x_t, null).
-        scale: How far to go from the second towards, and past, the first.
+        scale: Guidance scale: 0 is unconditional, 1 conditional, above 1 extrapolates.
     """
     return guided_pair(
         conditional, lambda tokens, t: (conditional(tokens, t), unconditional(tokens, t)), scale
@@ -122,12 +129,12 @@ def guided(conditional: Predict, unconditional: Predict, scale: GuidanceScale) -
 
 
 def guided_pair(conditional: Predict, pair: PredictPair, scale: GuidanceScale) -> Predict:
-    """Classifier-free guidance where both predictions come from one evaluation of a doubled batch.
+    """Apply classifier-free guidance with both predictions from one forward pass of a doubled batch.
 
     Args:
-        conditional: Used alone where the scale is 1.
-        pair: Gives the conditional and the unconditional prediction.
-        scale: As in `guided`.
+        conditional: log p(x_0 | x_t, caption); called alone where the scale is 1.
+        pair: Returns the conditional and the unconditional prediction.
+        scale: Guidance scale, see `guided`.
     """
 
     def predict(tokens: Int[Tensor, "batch length"], t: int) -> Float[Tensor, "batch length codes"]:
@@ -138,9 +145,9 @@ def guided_pair(conditional: Predict, pair: PredictPair, scale: GuidanceScale) -
 
 
 def truncated(predict: Predict, truncation: Truncation) -> Predict:
-    """Take the chance from all but the likeliest codes.
+    """Set the probability of all truncated codes to zero.
 
-    The rest is not renormalised: samplers and the posterior are linear in p, so it makes no difference.
+    The result is not renormalized: samplers and the posterior are linear in p.
     """
 
     def truncate(tokens: Int[Tensor, "batch length"], t: int) -> Float[Tensor, "batch length codes"]:
@@ -157,5 +164,5 @@ def _combined(
     unconditional: Float[Tensor, "batch length codes"],
     scale: float,
 ) -> Float[Tensor, "batch length codes"]:
-    """Improved VQ-Diffusion's guidance, on p(x_0) as in its code: log p ∝ u + scale (c - u)."""
+    """Combine log p(x_0) as in Improved VQ-Diffusion's code: log p ∝ u + scale (c - u)."""
     return torch.lerp(unconditional, conditional, scale).log_softmax(-1).clamp(min=_LOWEST_LOG)

@@ -1,6 +1,6 @@
-"""What the objective needs from rows of logits, and the gradient back to them, in PyTorch's operations.
+"""Statistics of logit rows for the objective, and the gradient of the logits, in PyTorch operations.
 
-`vqd_scale.diffusion.kernels.logit_statistics` is the same as Triton kernels; `statistics` chooses.
+`vqd_scale.diffusion.kernels.logit_statistics` has the Triton kernels; `fused_loss` selects between them.
 """
 
 import math
@@ -11,19 +11,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# The largest log γ: two factors 1 + γ p may be multiplied in float32.
+# Upper bound of log γ: the product of two factors 1 + γ p must fit in float32.
 LOG_HUGE = 40.0
 
 
 @dataclass(frozen=True)
 class LogitRows:
-    """What the schedule says of each token, beside its row of logits.
+    """Tokens and schedule coefficients, one per row of logits.
 
     Attributes:
         true: x_0, int64.
-        seen: x_t where it is a code, any code where it is the mask; int64.
-        reach: 1 for a mask; of a visible x_t see `transition.PosteriorRates`.
-        log_ratio: log(match / spread), of the dtype in which everything is summed.
+        seen: x_t where it is a code, an arbitrary code where it is the mask; int64.
+        reach: 1 for a mask; for a visible x_t see `transition.PosteriorRates`.
+        log_ratio: log(match / spread), in the dtype of the sums.
     """
 
     true: Int[Tensor, " tokens"]
@@ -32,19 +32,19 @@ class LogitRows:
     log_ratio: Float[Tensor, " tokens"]
 
     def part(self, rows: slice) -> "LogitRows":
-        """Some of the tokens."""
+        """Return the rows of a slice."""
         return LogitRows(self.true[rows], self.seen[rows], self.reach[rows], self.log_ratio[rows])
 
 
 @dataclass(frozen=True)
 class LogitStatistics:
-    """What is read off a row of logits.
+    """Statistics of rows of logits.
 
     Attributes:
         log_true: log p(x_0).
         log_seen: log p(x_t).
         code_sum: Σ_k log(1 + γ p_k), see `code_ratio`.
-        correct: x_0 is the likeliest code; a tie is no hit.
+        correct: True if x_0 is the most likely code; false for a tie.
     """
 
     log_true: Float[Tensor, " tokens"]
@@ -53,27 +53,27 @@ class LogitStatistics:
     correct: Bool[Tensor, " tokens"]
 
     def part(self, rows: slice) -> "LogitStatistics":
-        """Views of some of the tokens."""
+        """Return views of the rows of a slice."""
         return LogitStatistics(
             self.log_true[rows], self.log_seen[rows], self.code_sum[rows], self.correct[rows]
         )
 
     @staticmethod
     def empty_for(rows: LogitRows) -> "LogitStatistics":
-        """Room for one reading per token."""
+        """Allocate uninitialized statistics, one per row."""
         log_true, log_seen, code_sum = (torch.empty_like(rows.reach) for _ in range(3))
         return LogitStatistics(log_true, log_seen, code_sum, torch.empty_like(rows.true, dtype=torch.bool))
 
 
 @dataclass(frozen=True)
 class LossFactors:
-    """What a row's gradient is made of: the gradients of its reading, and how γ answers to p(x_t).
+    """Factors of a row's gradient: the gradients of its statistics, and the derivative of γ.
 
     Attributes:
         of_true: d loss / d log p(x_0).
         of_seen: d loss / d log p(x_t).
         of_sum: d loss / d code_sum.
-        ratio: γ.
+        ratio: γ, see `code_ratio`.
         slope: d log γ / d log p(x_t), zero for masks.
     """
 
@@ -91,14 +91,14 @@ class LossFactors:
         of_seen: Float[Tensor, " tokens"],
         of_sum: Float[Tensor, " tokens"],
     ) -> "LossFactors":
-        """Of these gradients, at the ``log_seen`` that was read."""
+        """Combine the gradients with γ and its derivative at ``log_seen``."""
         ratio = code_ratio(rows, log_seen)
         slope = (1 - rows.reach) * (log_seen - log_share(rows.reach, log_seen)).exp()
         slope = torch.where(ratio < math.exp(LOG_HUGE), slope, 0.0)
         return LossFactors(of_true, of_seen, of_sum, ratio, slope)
 
     def part(self, rows: slice) -> "LossFactors":
-        """Some of the tokens."""
+        """Return the rows of a slice."""
         return LossFactors(
             self.of_true[rows], self.of_seen[rows], self.of_sum[rows], self.ratio[rows], self.slope[rows]
         )
@@ -107,21 +107,21 @@ class LossFactors:
 def log_share(
     reach: Float[Tensor, " *shape"], log_seen: Float[Tensor, " *shape"]
 ) -> Float[Tensor, " *shape"]:
-    """Log V = log(1 - (1 - reach) p(x_t)), what of p could have become the visible x_t by replacement."""
+    """Compute log V = log(1 - (1 - reach) p(x_t)), V being the mass of p that can be replaced by x_t."""
     share = reach * log_seen.exp() - torch.expm1(log_seen)
     return share.clamp(min=torch.finfo(share.dtype).tiny).log()
 
 
 def code_ratio(rows: LogitRows, log_seen: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
-    """γ in ``p(x_{t-1} = k) = spread V (1 + γ p_k)``: match / (spread V)."""
+    """Compute γ = match / (spread V), as in ``p(x_{t-1} = k) = spread V (1 + γ p_k)``."""
     return (rows.log_ratio - log_share(rows.reach, log_seen)).clamp(max=LOG_HUGE).exp()
 
 
 class RowKernels(Protocol):
-    """One pass over the rows, chunk after chunk; see `TorchRows` for what the arguments mean."""
+    """Interface of one pass over the rows in chunks; see `TorchRows` for the arguments."""
 
     keeps_softmax: bool
-    """Whether `read` leaves the softmax for `gradient`, where there is room for it."""
+    """True if `read` stores the softmax for `gradient` when given a buffer."""
 
     def read(
         self,
@@ -130,7 +130,7 @@ class RowKernels(Protocol):
         into: LogitStatistics,
         kept: Float[Tensor, "tokens codes"] | None,
     ) -> None:
-        """Read each row off."""
+        """Compute the statistics of each row."""
         ...
 
     def gradient(
@@ -142,12 +142,12 @@ class RowKernels(Protocol):
         *,
         kept: bool,
     ) -> Float[Tensor, "tokens codes"]:
-        """The gradient of each row's logits."""
+        """Compute the gradient of each row's logits."""
         ...
 
 
 class TorchRows:
-    """PyTorch's operations, for one pass over the chunks; the buffers are made once and stay in the cache."""
+    """PyTorch operations for one pass over the chunks; buffers are reused and stay in the CPU cache."""
 
     keeps_softmax = True
 
@@ -161,13 +161,13 @@ class TorchRows:
         into: LogitStatistics,
         kept: Float[Tensor, "tokens codes"] | None,
     ) -> None:
-        """Read each row off.
+        """Compute the statistics of each row.
 
         Args:
-            logits: Of any float dtype; the sums run in that of ``rows.reach``.
-            rows: The tokens.
-            into: Where the results go.
-            kept: Where to leave the softmax for `gradient`, in the dtype of the sums.
+            logits: Logits of any float dtype; sums run in the dtype of ``rows.reach``.
+            rows: Tokens and coefficients of the rows.
+            into: Output, written in place.
+            kept: Output buffer of the softmax for `gradient`, in the dtype of the sums.
         """
         logits = logits.to(rows.reach.dtype)
         scratch = self._buffer(0, logits)
@@ -176,7 +176,7 @@ class TorchRows:
         believed = softmax.gather(-1, at_true)
         rival = softmax.scatter_(-1, at_true, 0.0).amax(-1, keepdim=True)
         softmax.scatter_(-1, at_true, believed)
-        # The largest probability is at least 1/K: its logarithm is exact where others underflow.
+        # The largest probability is at least 1/K, so its logarithm is exact where others underflow.
         log_norm = logits.amax(-1, keepdim=True) - torch.maximum(believed, rival).log()
         into.log_true.copy_((logits.gather(-1, at_true) - log_norm).squeeze(-1))
         into.log_seen.copy_((logits.gather(-1, at_seen) - log_norm).squeeze(-1))
@@ -193,14 +193,14 @@ class TorchRows:
         *,
         kept: bool,
     ) -> Float[Tensor, "tokens codes"]:
-        """The gradient of each row's logits.
+        """Compute the gradient of each row's logits.
 
         Args:
-            logits: As they were read; without ``out`` they may be overwritten.
-            rows: The tokens.
-            factors: What the gradient is made of.
-            out: Where to build it; without it the result lasts until the next call.
-            kept: ``out`` holds what `read` kept.
+            logits: Logits passed to `read`; may be overwritten without ``out``.
+            rows: Tokens and coefficients of the rows.
+            factors: Factors of the gradient.
+            out: Output buffer; without it the result is valid until the next call.
+            kept: True if ``out`` holds the softmax stored by `read`.
         """
         if out is None or not kept:
             logits = logits.to(rows.reach.dtype)
@@ -219,12 +219,12 @@ class TorchRows:
     def _buffer(self, number: int, like: Float[Tensor, "tokens codes"]) -> Float[Tensor, "tokens codes"]:
         if number not in self._buffers:
             self._buffers[number] = torch.empty_like(like)
-        # Only a last chunk is shorter than the first.
+        # Only the last chunk can be shorter than the first.
         return self._buffers[number][: len(like)]
 
 
 def _log_product(factors: Float[Tensor, "tokens codes"]) -> Float[Tensor, " tokens"]:
-    """Σ log over the codes, one logarithm for two factors, which it overwrites."""
+    """Compute Σ log over the codes with one logarithm per two factors; overwrites ``factors``."""
     half = factors.shape[-1] // 2
     pairs = factors[:, :half].mul_(factors[:, half : 2 * half])
     return pairs.log_().sum(-1) + factors[:, 2 * half :].log().sum(-1)

@@ -1,4 +1,4 @@
-"""Random numbers on the device that they are for."""
+"""Random numbers generated on the device that uses them."""
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +18,7 @@ def uniforms(
     draw: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "batch count"]:
-    """`vqd_scale.core.rng.uniforms`, which see; by a Triton kernel where one runs, bit for bit the same."""
+    """Return `vqd_scale.core.rng.uniforms`, by a bit-identical Triton kernel where available."""
     if not has_kernels(slots.device):
         return rng.uniforms(seed, purpose, slots, count, draw=draw, dtype=dtype)
     from vqd_scale.diffusion.kernels import philox

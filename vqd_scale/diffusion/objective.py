@@ -1,9 +1,10 @@
-"""The training objective: the variational bound by the closed-form KL, and the auxiliary x_0 term.
+"""Training objective: the variational bound by the closed-form KL, and the auxiliary x_0 term.
 
-Three numbers per token carry everything the loss needs from a row of logits: log p(x_0), log p(x_t), and one
-sum over the codes. `statistics` computes them chunk by chunk, and again in backward, so that the logits
-[batch, length, codes] never exist as a whole. What follows them is ordinary differentiable arithmetic on
-[batch, length] tensors. ``docs/maths.md`` derives the formulas; `dense.divergence` is their slow twin.
+The loss needs three numbers per token from a row of logits: log p(x_0), log p(x_t), and one sum over the
+codes. `fused_loss.RowStatistics` computes them in chunks and recomputes them in backward, so the logits
+[batch, length, codes] are never materialized. All later arithmetic is differentiable and runs on
+[batch, length] tensors. ``docs/maths.md`` derives the formulas; `reference.divergence` implements them with
+dense matrices.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from vqd_scale.diffusion.logit_statistics import log_share
 from vqd_scale.diffusion.schedule import Rates
 from vqd_scale.diffusion.transition import MaskAndReplace, PosteriorRates, posterior_rates
 
-# The logarithm of a rate that is zero: finite, so that zero times it is zero.
+# Logarithm of a zero rate; finite, so that 0 * _LOG_ZERO is 0.
 _LOG_ZERO = -600.0
 
 
@@ -28,11 +29,11 @@ class ObjectiveConfig(Config):
     """Weights of the objective's terms.
 
     Attributes:
-        auxiliary_weight: Weight of the cross entropy of x_0 (VQ-Diffusion: 5e-4 for text, 1e-3 for classes).
-        adaptive_auxiliary: Multiply that weight by ``2 - t / T``, as the released code does.
-        mask_weight: Weight of the KL of masked tokens; the decoder term at t = 0 is never weighted.
+        auxiliary_weight: Weight of the cross-entropy of x_0 (VQ-Diffusion: 5e-4 for text, 1e-3 for classes).
+        adaptive_auxiliary: Multiply the auxiliary weight by ``2 - t / T``, as in the released code.
+        mask_weight: Weight of the KL of masked tokens; the decoder term at t = 0 has weight 1.
         visible_weight: Weight of the KL of visible tokens.
-        check_values: Look at every batch's tokens, times and losses, which waits for the device each step.
+        check_values: Check tokens, times and losses of every batch; synchronizes with the device each step.
     """
 
     auxiliary_weight: float = Field(default=0.0005, ge=0)
@@ -44,17 +45,17 @@ class ObjectiveConfig(Config):
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """What a batch of images costs, in nats per token, and how well x_0 is read.
+    """Losses of a batch in nats per token, and counts for the accuracy of x_0.
 
     Attributes:
-        loss_per_image: Differentiable: (weighted KL or decoder term, plus the auxiliary term). Divided by
+        loss_per_image: Differentiable loss: weighted KL or decoder term, plus the auxiliary term. Divided by
             p(t) and averaged over images it estimates the bound per token, a sum over all T times.
-        vlb_per_image: The unweighted KL or decoder term alone, detached.
-        cross_entropy_per_image: -log p(x_0 | x_t) over all tokens, detached.
-        masked_correct: How many masked tokens' most likely code is x_0.
-        masked_count: How many tokens are masked.
-        visible_correct: How many visible tokens' most likely code is x_0.
-        visible_count: How many tokens are visible.
+        vlb_per_image: Unweighted KL or decoder term, detached.
+        cross_entropy_per_image: Mean of -log p(x_0 | x_t) over all tokens, detached.
+        masked_correct: Number of masked tokens whose most likely code is x_0.
+        masked_count: Number of masked tokens.
+        visible_correct: Number of visible tokens whose most likely code is x_0.
+        visible_count: Number of visible tokens.
     """
 
     loss_per_image: Float[Tensor, " batch"]
@@ -67,9 +68,9 @@ class ObjectiveOutput:
 
 
 class Objective:
-    """Bound plus auxiliary term of VQ-Diffusion (arXiv 2111.14822), from the last hidden layer.
+    """Variational bound plus auxiliary term of VQ-Diffusion (arXiv 2111.14822), from the last hidden layer.
 
-    Call it inside the network's own forward: under ZeRO-3 the head's weight is empty elsewhere.
+    Must be called inside the network's forward: under ZeRO-3 the head's weight is empty elsewhere.
     """
 
     def __init__(self, transition: MaskAndReplace, config: ObjectiveConfig) -> None:
@@ -85,19 +86,19 @@ class Objective:
         noisy: Int[Tensor, "batch length"],
         t: Int[Tensor, " batch"],
     ) -> ObjectiveOutput:
-        """The objective of ``logits = hidden @ weight.T + bias``, which are never stored.
+        """Compute the objective of ``logits = hidden @ weight.T + bias`` without storing the logits.
 
         Args:
-            hidden: The network's last layer, any float dtype; the sums run in float32 (float64 for float64).
-            weight: The head's weight.
-            bias: The head's bias.
+            hidden: Last hidden layer, any float dtype; sums run in float32 (float64 for float64).
+            weight: Weight of the linear head.
+            bias: Bias of the linear head.
             tokens: x_0, int64, 0 to K-1.
             noisy: x_t, int64, 0 to K.
-            t: int64, 0 to T-1.
+            t: Times, int64, 0 to T-1.
 
         Raises:
             UserError: The head has another number of codes than the schedule; with ``check_values`` also a
-                token or time out of range, or a loss that is not finite.
+                token or time out of range, or a non-finite loss.
         """
         self.transition.check_codes(weight.shape[0], "the network's head")
         return self._evaluate(hidden, weight, bias, tokens, noisy, t)
@@ -109,16 +110,16 @@ class Objective:
         noisy: Int[Tensor, "batch length"],
         t: Int[Tensor, " batch"],
     ) -> ObjectiveOutput:
-        """The objective of logits that exist already, from a head that is no linear layer.
+        """Compute the objective from given logits, for a head that is not a linear layer.
 
         Args:
-            logits: Unnormalised, any float dtype.
+            logits: Unnormalized logits, any float dtype.
             tokens: x_0, int64, 0 to K-1.
             noisy: x_t, int64, 0 to K.
-            t: int64, 0 to T-1.
+            t: Times, int64, 0 to T-1.
 
         Raises:
-            UserError: As when called.
+            UserError: See `__call__`.
         """
         self.transition.check_codes(logits.shape[-1], "the logits")
         return self._evaluate(logits, None, None, tokens, noisy, t)
@@ -173,10 +174,10 @@ class Objective:
 
 @dataclass(frozen=True)
 class _Case:
-    """A batch's tokens and the coefficients of their KL: [batch, length], or [batch, 1] of t alone.
+    """Tokens of a batch and the coefficients of their KL: [batch, length], or [batch, 1] if functions of t.
 
-    With p = p(x_0 | x_t), every code but a visible x_t itself has ``p(x_{t-1} = k) = match p_k + spread V``,
-    ``V = 1 - (1 - reach) p(x_t)``; a mask takes reach = 1 and so V = 1. See `PosteriorRates`.
+    With p = p(x_0 | x_t), every code except a visible x_t has ``p(x_{t-1} = k) = match p_k + spread V`` with
+    ``V = 1 - (1 - reach) p(x_t)``. A mask has reach = 1 and V = 1. See `PosteriorRates`.
     """
 
     codes: int
@@ -219,10 +220,15 @@ class _Case:
         log_seen: Float[Tensor, "batch length"],
         code_sum: Float[Tensor, "batch length"],
     ) -> Float[Tensor, "batch length"]:
-        """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), nats per token; at t = 0 it is the decoder term.
+        """Compute KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats per token; the decoder term at t = 0.
 
-        The states are of three kinds: x_0 (or a visible x_t that equals it), a visible x_t that does not, and
-        the rest, whose logarithms ``code_sum`` adds up. A masked state has the same chance on both sides.
+        The codes x_0 and a visible x_t have their own terms; the other codes share ``code_sum``, the sum of
+        their logarithms. The mask state has the same probability on both sides. Example with K = 4, mask 4:
+
+            x_0  x_t            own terms  shared by
+            2    4    masked    2          0, 1, 3
+            0    0    kept      0          1, 2, 3
+            3    1    moved     3, 1       0, 2
         """
         rates = self.rates
         share = log_share(self.reach, log_seen)
@@ -259,7 +265,7 @@ class _Case:
 def _cross(
     chance: Float[Tensor, "batch length"], log_model: Float[Tensor, "batch length"]
 ) -> Float[Tensor, "batch length"]:
-    """One state's part of a KL: chance · (log chance - log model)."""
+    """Compute one state's KL term: chance · (log chance - log model)."""
     return torch.xlogy(chance, chance).to(log_model) - chance.to(log_model) * log_model
 
 

@@ -1,6 +1,6 @@
-"""The slow, obvious twins: everything as products of (K+1) x (K+1) matrices, in float64.
+"""Reference implementation of the diffusion formulas with dense (K+1) x (K+1) matrices, in float64.
 
-Nothing but tests and readers use this module; each function is one sentence of ``docs/maths.md``.
+Slow and simple; used by tests only. Each function implements one statement of ``docs/maths.md``.
 """
 
 import torch
@@ -11,7 +11,7 @@ from vqd_scale.diffusion.schedule import Rates
 
 
 def step_matrix(rates: Rates, t: int) -> Float[Tensor, "to from"]:
-    """Q_t[m, n] = q(x_t = m | x_{t-1} = n); the last row and column are the mask."""
+    """Return Q_t[m, n] = q(x_t = m | x_{t-1} = n); the last row and column are the mask."""
     chances = rates.between(t, t - 1)
     codes = rates.codes
     matrix = torch.zeros(codes + 1, codes + 1, dtype=torch.float64)
@@ -22,7 +22,7 @@ def step_matrix(rates: Rates, t: int) -> Float[Tensor, "to from"]:
 
 
 def chain_matrix(rates: Rates, t: int, s: int) -> Float[Tensor, "to from"]:
-    """q(x_t | x_s) as the product of the one-step matrices Q_t · … · Q_{s+1}; the identity for t = s."""
+    """Return q(x_t | x_s), the product of one-step matrices Q_t · … · Q_{s+1}; the identity for t = s."""
     matrix = torch.eye(rates.codes + 1, dtype=torch.float64)
     for time in range(s + 1, t + 1):
         matrix = step_matrix(rates, time) @ matrix
@@ -30,7 +30,7 @@ def chain_matrix(rates: Rates, t: int, s: int) -> Float[Tensor, "to from"]:
 
 
 def posterior(rates: Rates, t: int, s: int) -> Float[Tensor, "x_t x_s x_0"]:
-    """q(x_s | x_t, x_0) by Bayes' rule for every pair; NaN where x_0 cannot become x_t."""
+    """Compute q(x_s | x_t, x_0) by Bayes' rule for every pair; NaN where x_0 cannot become x_t."""
     step = chain_matrix(rates, t, s)
     start = chain_matrix(rates, s, -1)[:, : rates.codes]
     end = chain_matrix(rates, t, -1)[:, : rates.codes]
@@ -40,14 +40,14 @@ def posterior(rates: Rates, t: int, s: int) -> Float[Tensor, "x_t x_s x_0"]:
 def mixture(
     rates: Rates, probabilities: Float[Tensor, "*batch codes"], x_t: Int[Tensor, "*batch"], t: int, s: int
 ) -> Float[Tensor, "*batch states"]:
-    """p(x_s | x_t) = Σ over x_0 of q(x_s | x_t, x_0) p(x_0)."""
+    """Compute p(x_s | x_t) = Σ over x_0 of q(x_s | x_t, x_0) p(x_0)."""
     return (posterior(rates, t, s)[x_t] * probabilities[..., None, :]).sum(-1)
 
 
 def plug_in(
     rates: Rates, probabilities: Float[Tensor, "*batch codes"], x_t: Int[Tensor, "*batch"], t: int, s: int
 ) -> Float[Tensor, "*batch states"]:
-    """VQ-DDM's θ(x_t, p): q(x_t | x_s) · q(x_s | x_0 ~ p), renormalised over x_s."""
+    """Compute VQ-DDM's θ(x_t, p): q(x_t | x_s) · q(x_s | x_0 ~ p), renormalized over x_s."""
     step = chain_matrix(rates, t, s)[x_t]
     start = probabilities @ chain_matrix(rates, s, -1)[:, : rates.codes].T
     joint = step * start
@@ -61,7 +61,7 @@ def divergence(
     x_t: Int[Tensor, "*batch"],
     t: int,
 ) -> Float[Tensor, "*batch"]:
-    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats; at t = 0 that is -log p(x_0 | x_t)."""
+    """Compute KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats; -log p(x_0 | x_t) at t = 0."""
     truth = posterior(rates, t, t - 1)[x_t, :, x_0]
     model = mixture(rates, logits.double().softmax(-1), x_t, t, t - 1)
     possible = truth > 0

@@ -1,7 +1,7 @@
-"""From noise to tokens: one loop, and the steps that it can take.
+"""Sampling loop and samplers, from noise to tokens.
 
-Every random number is a function of (seed, purpose, slot, step, position). So an image is the same in
-whatever batch it is drawn, if ``predict`` gives it the same predictions there.
+Every random number is a function of (seed, purpose, slot, step, position). An image therefore does not depend
+on its batch, if ``predict`` returns the same predictions in every batch.
 """
 
 from collections.abc import Callable
@@ -30,11 +30,11 @@ from vqd_scale.diffusion.unmasking import Confidence, Halton, Purity, Remask
 
 @dataclass(frozen=True)
 class KnownTokens:
-    """Inpainting: tokens that stay. They are noised to each step's level, so that the network sees its like.
+    """Known tokens for inpainting, noised to each step's level as in training.
 
     Attributes:
-        tokens: int64 [batch, length], 0 to K-1 where known.
-        known: True where the token stays.
+        tokens: Tokens, int64 [batch, length], 0 to K-1 where known.
+        known: True for tokens to keep.
     """
 
     tokens: Int[Tensor, "batch length"]
@@ -43,11 +43,11 @@ class KnownTokens:
 
 @dataclass(frozen=True)
 class Start:
-    """Image-to-image: begin from this image with noise, instead of from noise alone.
+    """Initial image for image-to-image, to which noise is added before sampling.
 
     Attributes:
-        tokens: int64 [batch, length], 0 to K-1.
-        strength: Which share of the T noise steps is added and undone, 0 < strength <= 1.
+        tokens: Tokens of the image, int64 [batch, length], 0 to K-1.
+        strength: Fraction of the T noise steps that is added and removed, 0 < strength <= 1.
     """
 
     tokens: Int[Tensor, "batch length"]
@@ -55,13 +55,13 @@ class Start:
 
 
 class Ancestral(Config):
-    """All T steps, one by one."""
+    """Ancestral sampling with all T steps."""
 
     kind: Literal["ancestral"] = "ancestral"
     starts_masked: ClassVar[bool] = False
 
     def plan(self, transition: MaskAndReplace, first: int) -> list[SamplingStep]:
-        """The steps from time ``first`` to the clean image."""
+        """Return the steps from time ``first`` to the clean image."""
         return [SamplingStep(t, t, t - 1) for t in range(first, -1, -1)]
 
     def advance(
@@ -70,15 +70,15 @@ class Ancestral(Config):
         log_p: Float[Tensor, "batch length codes"],
         moment: SamplerContext,
     ) -> Int[Tensor, "batch length"]:
-        """x_s from x_t."""
+        """Sample x_s from x_t."""
         return _drawn_from_posterior(tokens, log_p, moment)
 
 
 class Strided(Config):
-    """Any number of steps from 1 to T, each drawn from the exact posterior over its stride.
+    """Sampling with 1 to T steps, each from the exact posterior over its stride.
 
-    Source: VQ-Diffusion's fast inference as the paper has it. Unlike `LegacyFast` and `LegacyDiffusers` it
-    follows the schedule.
+    Source: the fast inference of the VQ-Diffusion paper. Unlike `LegacyFast` and `LegacyDiffusers`, the
+    sampler follows the noise schedule.
     """
 
     kind: Literal["strided"] = "strided"
@@ -86,10 +86,10 @@ class Strided(Config):
     starts_masked: ClassVar[bool] = False
 
     def plan(self, transition: MaskAndReplace, first: int) -> list[SamplingStep]:
-        """The steps from time ``first`` to the clean image.
+        """Return the steps from time ``first`` to the clean image.
 
         Raises:
-            UserError: More steps than the schedule has.
+            UserError: ``steps`` exceeds the schedule's number of steps.
         """
         return even_steps(transition, first, self.steps)
 
@@ -99,14 +99,15 @@ class Strided(Config):
         log_p: Float[Tensor, "batch length codes"],
         moment: SamplerContext,
     ) -> Int[Tensor, "batch length"]:
-        """x_s from x_t."""
+        """Sample x_s from x_t."""
         return _drawn_from_posterior(tokens, log_p, moment)
 
 
 class LegacyFast(Config):
-    """The released code's "fast" sampling, for comparison: it tells the network t, but undoes one early step.
+    """Fast sampling of the released code, for comparison only.
 
-    With speed 4 a quarter of the tokens is still masked before the last step; use `Strided` instead.
+    The network receives t, but the posterior undoes one step at the earlier time t - (speed - 1). With speed
+    4 a quarter of the tokens is still masked before the last step; use `Strided` instead.
     """
 
     kind: Literal["legacy_fast"] = "legacy_fast"
@@ -114,10 +115,10 @@ class LegacyFast(Config):
     starts_masked: ClassVar[bool] = True
 
     def plan(self, transition: MaskAndReplace, first: int) -> list[SamplingStep]:
-        """The steps of the released code.
+        """Return the steps of the released code.
 
         Raises:
-            UserError: Image-to-image was asked for.
+            UserError: Image-to-image is not supported.
         """
         _check_whole(transition, first, self.kind)
         times = list(range(first, -1, -self.speed))
@@ -132,14 +133,14 @@ class LegacyFast(Config):
         log_p: Float[Tensor, "batch length codes"],
         moment: SamplerContext,
     ) -> Int[Tensor, "batch length"]:
-        """One step's posterior."""
+        """Sample from one step's posterior, with Gumbel noise."""
         return _gumbel_from_posterior(tokens, log_p, moment)
 
 
 class LegacyDiffusers(Config):
-    """What diffusers' VQDiffusionScheduler does with fewer steps, for comparison: the last times only.
+    """Fewer steps as in diffusers' VQDiffusionScheduler (the last times only), for comparison only.
 
-    It starts from nothing but masks at a time at which most tokens should be visible; use `Strided` instead.
+    Sampling starts from masks only, at a time when most tokens should be visible; use `Strided` instead.
     """
 
     kind: Literal["legacy_diffusers"] = "legacy_diffusers"
@@ -147,10 +148,10 @@ class LegacyDiffusers(Config):
     starts_masked: ClassVar[bool] = True
 
     def plan(self, transition: MaskAndReplace, first: int) -> list[SamplingStep]:
-        """The steps of diffusers.
+        """Return the steps of diffusers.
 
         Raises:
-            UserError: Image-to-image was asked for, or more steps than the schedule has.
+            UserError: Image-to-image is not supported, or ``steps`` exceeds the schedule's number of steps.
         """
         _check_whole(transition, first, self.kind)
         check_steps(transition, self.steps)
@@ -162,7 +163,7 @@ class LegacyDiffusers(Config):
         log_p: Float[Tensor, "batch length codes"],
         moment: SamplerContext,
     ) -> Int[Tensor, "batch length"]:
-        """One step's posterior."""
+        """Sample from one step's posterior, with Gumbel noise."""
         return _gumbel_from_posterior(tokens, log_p, moment)
 
 
@@ -185,26 +186,26 @@ def sample(
     start: Start | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Int[Tensor, "batch length"]:
-    """Draw images as tokens.
+    """Generate images as tokens.
 
     Args:
         predict: log p(x_0 | x_t), log-softmaxed; compose it with `guidance.guided` and `guidance.truncated`.
-        sampler: Which steps are taken.
-        transition: The chain that the network was trained on.
-        slots: Each image's global number, int64; with ``seed`` it names the image's random numbers. All runs
-            on its device.
-        length: Tokens of an image.
-        seed: 0 to 2**32 - 1.
-        known: Tokens to keep.
-        start: An image to begin from.
-        on_step: Called after each step with the number of steps done and of all.
+        sampler: Sampler that plans and computes the steps.
+        transition: Forward chain of the training.
+        slots: Global image numbers, int64; with ``seed`` they determine the random numbers. All computation
+            runs on the device of ``slots``.
+        length: Tokens per image.
+        seed: Random seed, 0 to 2**32 - 1.
+        known: Tokens to keep (inpainting).
+        start: Initial image (image-to-image).
+        on_step: Called after each step with the number of completed steps and the total.
 
     Returns:
-        int64 tokens, 0 to K-1.
+        Tokens, int64, 0 to K-1.
 
     Raises:
         UserError: The sampler does not fit the schedule, the prediction has another number of codes or is not
-            finite, or a given token is no code.
+            finite, or a given token is not a code.
     """
     first = transition.steps - 1 if start is None else _first_time(transition, start)
     plan = sampler.plan(transition, first)
@@ -252,9 +253,10 @@ def _beginning(
 def _restorer(
     transition: MaskAndReplace, known: KnownTokens | None, noise: SamplerNoise
 ) -> Callable[[Int[Tensor, "batch length"], int], Int[Tensor, "batch length"]]:
-    """Puts known tokens back, noised to a time; a token's uniform number is the same at all times.
+    """Return a function that restores known tokens, noised to a given time.
 
-    So a known token that has become visible stays visible: its noise is one path of the forward chain.
+    A token's uniform number is the same at all times, so its noise is one path of the forward chain: a
+    visible known token stays visible.
     """
     if known is None:
         return lambda tokens, time: tokens

@@ -1,4 +1,4 @@
-"""What all samplers share: the times of their steps and the random numbers of a step."""
+"""Sampling steps, their times, and their random numbers; shared by all samplers."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +15,7 @@ from vqd_scale.diffusion.transition import MaskAndReplace
 
 @dataclass(frozen=True)
 class SamplingStep:
-    """Times of one step: what the network is told, and between which times the posterior is taken."""
+    """Times of one step: the network's timestep, and the posterior's times ``t`` and ``s``."""
 
     network_time: int
     t: int
@@ -24,13 +24,13 @@ class SamplingStep:
 
 @dataclass(frozen=True)
 class SamplerNoise:
-    """The random numbers of one step, for all its images.
+    """Random numbers of one sampling step, for all images of a batch.
 
     Attributes:
-        seed: The seed.
-        slots: The images' global numbers, int64 [batch].
-        length: Tokens of an image.
-        draw: The number of the step.
+        seed: Random seed.
+        slots: Global image numbers, int64 [batch].
+        length: Tokens per image.
+        draw: Index of the sampling step.
     """
 
     seed: int
@@ -39,26 +39,26 @@ class SamplerNoise:
     draw: int
 
     def uniforms(self, purpose: Purpose) -> Float[Tensor, "batch length"]:
-        """One float64 number per token: a codebook's tail needs the digits."""
+        """Return one uniform number per token; float64, as rare codes need the precision."""
         return uniforms(self.seed, purpose, self.slots, self.length, draw=self.draw, dtype=torch.float64)
 
     def gumbel(self, states: int) -> Float[Tensor, "batch length states"]:
-        """One float32 Gumbel number per token and state, as the reference draws them."""
+        """Return one float32 Gumbel number per token and state, as in the reference code."""
         drawn = uniforms(self.seed, Purpose.GUMBEL, self.slots, self.length * states, draw=self.draw)
         return -torch.log(-torch.log(drawn.view(-1, self.length, states) + 1e-30) + 1e-30)
 
 
 @dataclass(frozen=True)
 class SamplerContext:
-    """What a step knows besides the tokens and the prediction.
+    """Inputs of a sampling step besides the tokens and the prediction.
 
     Attributes:
-        transition: The chain.
-        step: The times.
-        noise: The random numbers.
-        free: Which tokens are to be found; the others are known.
-        first_masks: How many free tokens were masked when sampling began.
-        first: The time at which it began.
+        transition: Forward chain of the diffusion.
+        step: Times of the step.
+        noise: Random numbers of the step.
+        free: True for tokens to generate, false for known (inpainting) tokens.
+        first_masks: Number of masked free tokens at the start of sampling.
+        first: Time at which sampling starts.
     """
 
     transition: MaskAndReplace
@@ -69,16 +69,18 @@ class SamplerContext:
     first: int
 
     def masked_share(self, time: int) -> float:
-        """Of the masks that sampling began with, the share that the schedule still has at ``time``."""
+        """Return the schedule's masked fraction at ``time``, relative to the start of sampling."""
         rates = self.transition.rates
         return float(rates.at(time).mask / rates.at(self.first).mask)
 
 
 def even_steps(transition: MaskAndReplace, first: int, steps: int) -> list[SamplingStep]:
-    """Equal strides from ``first`` to -1; image-to-image takes its share of the steps.
+    """Divide the times from ``first`` to -1 into equal strides.
+
+    Image-to-image takes a proportional part of the steps.
 
     Raises:
-        UserError: More steps than the schedule has.
+        UserError: ``steps`` exceeds the schedule's number of steps.
     """
     check_steps(transition, steps)
     span = first + 1
@@ -88,10 +90,10 @@ def even_steps(transition: MaskAndReplace, first: int, steps: int) -> list[Sampl
 
 
 def check_steps(transition: MaskAndReplace, steps: int) -> None:
-    """Compare a sampler's number of steps with the schedule's.
+    """Check a sampler's number of steps.
 
     Raises:
-        UserError: There are more.
+        UserError: ``steps`` exceeds the schedule's number of steps.
     """
     if steps > transition.steps:
         raise UserError(

@@ -1,6 +1,6 @@
-"""How fast tokens are masked and replaced: the constants of the forward chain, and its rates in float64.
+"""Noise schedules of the forward chain: parameters, and transition probabilities in float64.
 
-Time ``t`` is 0-based: at ``t = 0`` one step of noise was added, and ``-1`` is the clean image.
+Time ``t`` is 0-based: at ``t = 0`` one step of noise was added; ``-1`` is the clean image.
 """
 
 import math
@@ -18,10 +18,10 @@ from vqd_scale.core.config import Config
 
 @dataclass(frozen=True)
 class TransitionProbabilities:
-    """What happens to a code between two times: it is kept, redrawn uniformly, or masked.
+    """Probabilities that a code is kept, resampled uniformly, or masked between two times.
 
-    The three are float64 tensors of one shape and add up to one. ``replace`` is the whole chance of a redraw
-    (K times the papers' β); a redraw may give the same code again. A masked token stays masked.
+    The three float64 tensors have the same shape and sum to 1. ``replace`` is the total probability of
+    resampling (K times the papers' β); resampling may give the same code again. A masked token stays masked.
     """
 
     keep: Float[Tensor, " *times"]
@@ -30,7 +30,7 @@ class TransitionProbabilities:
 
 
 class Released(Config):
-    """The constants in the public checkpoints: all but mask-only, as ``replace`` is 1e-6 at every time.
+    """Noise schedule of the public checkpoints: almost mask-only, ``replace`` is 1e-6 at every time.
 
     Source: the code released with VQ-Diffusion; the paper describes `Paper` instead.
     """
@@ -52,11 +52,11 @@ class Released(Config):
 
     @property
     def prior_mask(self) -> float:
-        """The masked share of x_T; the reference starts from nothing but masks."""
+        """Masked fraction of x_T; the reference code starts from masks only."""
         return 1.0
 
     def cumulative(self) -> TransitionProbabilities:
-        """From the clean image to each t, shape [steps]: two straight lines."""
+        """Return the probabilities from the clean image to each t, shape [steps]; linear in t."""
         fraction = torch.arange(self.steps, dtype=torch.float64) / (self.steps - 1)
         keep = self.keep_first + fraction * (self.keep_last - self.keep_first)
         mask = self.mask_first + fraction * (self.mask_last - self.mask_first)
@@ -64,9 +64,9 @@ class Released(Config):
 
 
 class Paper(Config):
-    """The schedule of the VQ-Diffusion paper: mask 0 → ``mask_rate``, replace 0 → the rest.
+    """Noise schedule of the VQ-Diffusion paper: mask 0 → ``mask_rate``, replace 0 → 1 - ``mask_rate``.
 
-    ``mask_rate`` 1 only masks, 0 only replaces: the paper's ablation (arXiv 2111.14822).
+    ``mask_rate`` 1 is mask-only, 0 is replace-only: the paper's ablation (arXiv 2111.14822).
     """
 
     kind: Literal["paper"] = "paper"
@@ -75,24 +75,25 @@ class Paper(Config):
 
     @property
     def replace_rate(self) -> float:
-        """The chance of a redraw at the last time."""
+        """Probability of resampling at the last time."""
         return 1 - self.mask_rate
 
     @property
     def prior_mask(self) -> float:
-        """The masked share of x_T."""
+        """Masked fraction of x_T."""
         return self.mask_rate
 
     def cumulative(self) -> TransitionProbabilities:
-        """From the clean image to each t, shape [steps]."""
+        """Return the probabilities from the clean image to each t, shape [steps]."""
         noise = torch.arange(1, self.steps + 1, dtype=torch.float64) / self.steps
         return TransitionProbabilities(1 - noise, self.replace_rate * noise, self.mask_rate * noise)
 
 
 class UniformCosine(Config):
-    """VQ-DDM's schedule: no mask, replacement along a squared cosine (its square root, step by step).
+    """Noise schedule of VQ-DDM: replacement only, along a squared cosine.
 
-    ``offset`` keeps the first steps from being too small; ``least_ratio`` bounds the last one.
+    Each step keeps a code with the square root of the squared cosine's ratio. ``offset`` keeps the first
+    steps from being too small; ``min_ratio`` bounds the last one.
     Source: the code of VQ-DDM (arXiv 2112.01799), after Hoogeboom et al., arXiv 2102.05379.
     """
 
@@ -103,11 +104,11 @@ class UniformCosine(Config):
 
     @property
     def prior_mask(self) -> float:
-        """The masked share of x_T."""
+        """Masked fraction of x_T."""
         return 0.0
 
     def cumulative(self) -> TransitionProbabilities:
-        """From the clean image to each t, shape [steps]."""
+        """Return the probabilities from the clean image to each t, shape [steps]."""
         fraction = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
         cosine = torch.cos((fraction + self.offset) / (1 + self.offset) * math.pi / 2) ** 2
         ratio = (cosine[1:] / cosine[:-1]).clamp(self.min_ratio, 1)
@@ -116,7 +117,7 @@ class UniformCosine(Config):
 
 
 class Absorbing(Config):
-    """Only masks, a straight line from 0 to 1: MaskGIT and MDLM in this frame.
+    """Mask-only noise schedule, linear from 0 to 1: MaskGIT and MDLM in this formulation.
 
     Source: the absorbing state of D3PM (arXiv 2107.03006).
     """
@@ -126,11 +127,11 @@ class Absorbing(Config):
 
     @property
     def prior_mask(self) -> float:
-        """The masked share of x_T."""
+        """Masked fraction of x_T."""
         return 1.0
 
     def cumulative(self) -> TransitionProbabilities:
-        """From the clean image to each t, shape [steps]."""
+        """Return the probabilities from the clean image to each t, shape [steps]."""
         mask = torch.arange(1, self.steps + 1, dtype=torch.float64) / self.steps
         return TransitionProbabilities(1 - mask, torch.zeros_like(mask), mask)
 
@@ -140,13 +141,13 @@ Schedule = Annotated[Released | Paper | UniformCosine | Absorbing, Field(discrim
 
 @dataclass(frozen=True)
 class Rates:
-    """A schedule's chances between any two times, float64.
+    """Transition probabilities of a schedule between any two times, float64.
 
     Attributes:
-        codes: K, how many codes a redraw chooses from.
-        prior_mask: The masked share of x_T; its other tokens are uniform codes.
-        cumulative: From the clean image to time ``index - 1``, shape [steps + 1]. Entry 0 is the clean image
-            itself (keep 1), so that no time needs a special case.
+        codes: K, the number of codes.
+        prior_mask: Masked fraction of x_T; the other tokens of x_T are uniform codes.
+        cumulative: Probabilities from the clean image to time ``index - 1``, shape [steps + 1]. Entry 0 is
+            the clean image itself (keep 1), so no time needs a special case.
     """
 
     codes: int
@@ -159,7 +160,7 @@ class Rates:
         return len(self.cumulative.keep) - 1
 
     def to(self, device: torch.device) -> "Rates":
-        """The same rates on another device."""
+        """Return a copy on another device."""
         chances = self.cumulative
         moved = TransitionProbabilities(
             chances.keep.to(device), chances.replace.to(device), chances.mask.to(device)
@@ -167,17 +168,17 @@ class Rates:
         return Rates(self.codes, self.prior_mask, moved)
 
     def at(self, t: "int | Int[Tensor, ' *times']") -> TransitionProbabilities:
-        """From the clean image to ``t``, -1 <= t < T; float64 in the shape of ``t``."""
+        """Return the probabilities from the clean image to ``t``, -1 <= t < T; float64, shape of ``t``."""
         chances = self.cumulative
         return TransitionProbabilities(chances.keep[t + 1], chances.replace[t + 1], chances.mask[t + 1])
 
     def between(
         self, t: "int | Int[Tensor, ' *times']", s: "int | Int[Tensor, ' *times']"
     ) -> TransitionProbabilities:
-        """From ``s`` to ``t``, -1 <= s < t < T; float64 in the shape of the times.
+        """Return the probabilities from ``s`` to ``t``, -1 <= s < t < T; float64, shape of the times.
 
-        The differences are taken between products of rates, not from 1, so that a tiny ``replace`` keeps its
-        digits.
+        Differences are taken between products of rates, not from 1, so a tiny ``replace`` keeps its
+        precision.
         """
         start, end = self.at(s), self.at(t)
         visible = start.keep + start.replace
@@ -190,7 +191,7 @@ class Rates:
 
 
 def rates_of(schedule: Schedule, codes: int) -> Rates:
-    """The rates of ``schedule`` over ``codes`` codes, on the CPU."""
+    """Compute the rates of ``schedule`` over ``codes`` codes, on the CPU."""
     chances = schedule.cumulative()
     identity = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
     return Rates(

@@ -1,4 +1,4 @@
-"""Which time each image is trained at: uniform, or by importance (Improved DDPM, arXiv 2102.09672)."""
+"""Timestep sampling for training: uniform, or by importance (Improved DDPM, arXiv 2102.09672)."""
 
 from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
@@ -13,15 +13,15 @@ from vqd_scale.core.errors import UserError
 
 
 class Uniform(Config):
-    """Every time alike."""
+    """Uniform timestep sampling."""
 
     kind: Literal["uniform"] = "uniform"
 
 
 class Importance(Config):
-    """Times whose loss is large more often: p(t) ∝ sqrt(history of squared losses), as VQ-Diffusion trains.
+    """Importance sampling of VQ-Diffusion: p(t) ∝ sqrt(running mean of squared losses).
 
-    Until every time was observed more than ``warm_up`` times it is uniform.
+    Uniform until every time has been observed more than ``warmup`` times.
     """
 
     kind: Literal["importance"] = "importance"
@@ -34,14 +34,14 @@ Times = Annotated[Uniform | Importance, Field(discriminator="kind")]
 
 
 class TimeSampler:
-    """Draws times and learns from their losses, alike on all ranks.
+    """Timestep sampler that adapts to the losses, identically on all ranks.
 
-    Ranks observe for themselves and fold their sums together once per optimizer step (`synchronise`); what is
-    drawn in between depends on the folded history alone. The state lives on ``device``; nothing waits for it.
+    Each rank accumulates its own losses; `synchronise` all-reduces them once per optimizer step. Sampling
+    uses only the all-reduced history. The state lives on ``device``, without host synchronization.
 
     Attributes:
-        history: Running mean of squared losses at each time, float64 [steps].
-        count: How many losses the history has seen, float64 [steps].
+        history: Running mean of squared losses per time, float64 [steps].
+        count: Number of observed losses per time, float64 [steps].
     """
 
     def __init__(self, times: Times, steps: int, device: torch.device | None = None) -> None:
@@ -52,22 +52,22 @@ class TimeSampler:
         self._observed = torch.zeros(2, steps, dtype=torch.float64, device=device)
 
     def distribution(self) -> Float[Tensor, " steps"]:
-        """p(t), float64, on the device of the state."""
+        """Return p(t), float64, on the device of the state."""
         uniform = torch.full_like(self.history, 1 / self.steps)
         if not isinstance(self.times, Importance):
             return uniform
         weight = self.history.sqrt() + self.times.floor
-        # The decoder term at t = 0 is no KL; the reference gives it its neighbour's weight.
+        # The decoder term at t = 0 is not a KL; the reference code gives it the weight of t = 1.
         weight = torch.cat([weight[1:2], weight[1:]]) if self.steps > 1 else weight
         return torch.where((self.count > self.times.warmup).all(), weight / weight.sum(), uniform)
 
     def draw(
         self, uniforms: Float[Tensor, " batch"]
     ) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"]]:
-        """Times by inverse CDF, one uniform number per image.
+        """Sample times by inverse CDF, with one uniform number per image.
 
         Args:
-            uniforms: In [0, 1), on the device of the state.
+            uniforms: Uniform numbers in [0, 1), on the device of the state.
 
         Returns:
             t, int64, 0 to steps-1, and its probability p(t), float32: ``loss / probability`` is unbiased.
@@ -84,14 +84,14 @@ class TimeSampler:
         loss: Float[Tensor, " batch"],
         weight: Float[Tensor, " batch"] | None = None,
     ) -> None:
-        """Add this rank's losses to its sums; the next `synchronise` puts them to use.
+        """Accumulate this rank's losses for the next `synchronise`.
 
         Args:
-            t: The times drawn.
-            loss: Each image's bound at its time, summed over its tokens as in the reference (``floor`` is in
-                this unit) and before any weighting by probability. One that is not finite is left out: it
-                must not spoil the distribution of all that follow.
-            weight: 1 for images that count and 0 for the places of bad samples; ``None`` counts all.
+            t: Sampled times.
+            loss: Bound of each image at its time, summed over tokens as in the reference code (``floor`` has
+                this unit), before any weighting by probability. Non-finite losses are skipped, because they
+                would corrupt the distribution permanently.
+            weight: 1 for valid images, 0 for slots of bad samples; ``None`` counts all images.
         """
         finite = loss.detach().isfinite()
         counted = finite.double() if weight is None else finite * weight.double()
@@ -100,13 +100,13 @@ class TimeSampler:
         self._observed[1].index_add_(0, t, counted)
 
     def synchronise(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
-        """Fold the sums of all ranks into the history, once per optimizer step.
+        """All-reduce the accumulated losses into the history, once per optimizer step.
 
-        n losses at one time enter as their mean with weight ``1 - decay ** n``, so that neither the order nor
-        the number of ranks nor that of accumulation steps matters.
+        n losses at one time enter as their mean with weight ``1 - decay ** n``. The result does not depend on
+        their order, the number of ranks, or the number of gradient accumulation steps.
 
         Args:
-            all_reduce: Gives the sum over ranks of a float64 tensor [2, steps]; the identity on one rank.
+            all_reduce: Returns the sum over ranks of a float64 tensor [2, steps]; the identity on one rank.
         """
         squared, count = all_reduce(self._observed)
         if isinstance(self.times, Importance):
@@ -117,14 +117,14 @@ class TimeSampler:
         self._observed = torch.zeros_like(self._observed)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The history and its counts, the same on all ranks; take it after `synchronise`."""
+        """Return the history and its counts; equal on all ranks after `synchronise`."""
         return {"history": self.history.clone(), "count": self.count.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state_dict`.
+        """Restore the state from a `state_dict`.
 
         Raises:
-            UserError: It is another schedule's: its number of times differs.
+            UserError: The state has another number of times than the schedule.
         """
         for name in ("history", "count"):
             if state[name].shape != (self.steps,):

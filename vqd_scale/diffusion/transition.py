@@ -1,7 +1,7 @@
-"""Mask-and-replace diffusion: the forward chain and its posteriors, in closed form.
+"""Mask-and-replace diffusion: the forward chain and its posteriors in closed form.
 
-K codes 0 to K-1 and the mask, K. Everything here costs O(K) per token. `vqd_scale.diffusion.reference` has
-the same quantities as products of (K+1) x (K+1) matrices, for the tests. ``docs/maths.md`` derives them.
+Codes are 0 to K-1, the mask is K. Every operation costs O(K) per token. `vqd_scale.diffusion.reference`
+computes the same quantities with (K+1) x (K+1) matrices, for the tests. ``docs/maths.md`` derives them.
 """
 
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ from torch import Tensor
 from vqd_scale.core.errors import UserError
 from vqd_scale.diffusion.schedule import Rates, Schedule, rates_of
 
-# Stands in for a chance of zero where it divides and the quotient is not used.
+# Replaces a denominator of zero where the quotient is not used.
 _NEVER = 1e-30
 
 
 @dataclass(frozen=True)
 class PosteriorRates:
-    """The coefficients of q(x_s | x_t, x_0) and of its mixture over p(x_0), float64, for each time asked.
+    """Coefficients of q(x_s | x_t, x_0) and of its mixture over p(x_0), float64, one per time.
 
-    Where x_t is masked: ``P(k) = masked_match · p_k + masked_spread`` and ``P(mask) = masked_stay``.
-    Where x_t is the code i, with ``V = 1 - (1 - reach) · p_i``:
-    ``P(k) = other_match · p_k + other_spread · V`` for k other than i, and
+    If x_t is the mask: ``P(k) = masked_match · p_k + masked_spread`` and ``P(mask) = masked_stay``.
+    If x_t is the code i, with ``V = 1 - (1 - reach) · p_i``:
+    ``P(k) = other_match · p_k + other_spread · V`` for k != i, and
     ``P(i) = stay_match · p_i + stay_spread · V``.
-    A known x_0 is the one-hot p.
+    For a known x_0, p is one-hot.
     """
 
     masked_match: Float[Tensor, " *times"]
@@ -41,10 +41,10 @@ class PosteriorRates:
 def posterior_rates(
     rates: Rates, t: "int | Int[Tensor, ' *times']", s: "int | Int[Tensor, ' *times']"
 ) -> PosteriorRates:
-    """Bayes' rule for the chain between any two times: the coefficients of ``docs/maths.md`` (6) and (7).
+    """Compute the posterior coefficients between two times, equations (6) and (7) of ``docs/maths.md``.
 
-    Where a schedule never masks or never replaces, some states cannot occur and Bayes' rule says 0/0. Then a
-    mask counts as new in this step, and a visible code stays as it is.
+    If a schedule never masks or never replaces, some states cannot occur and Bayes' rule gives 0/0. Then a
+    mask counts as new in this step, and a visible code stays unchanged.
     """
     step, start, end = rates.between(t, s), rates.at(s), rates.at(t)
     codes = rates.codes
@@ -65,16 +65,16 @@ def posterior_rates(
 
 
 class MaskAndReplace:
-    """The forward chain of VQ-Diffusion over images of discrete tokens.
+    """Forward chain of VQ-Diffusion over images of discrete tokens.
 
     Attributes:
-        codes: K, the number of codes; tokens of an image are 0 to K-1.
-        mask: The mask's token, K.
+        codes: K, the number of codes; image tokens are 0 to K-1.
+        mask: Token id of the mask, K.
         steps: T, the number of noise steps; times run from 0 to T-1, and -1 is the clean image.
-        rates: The schedule's rates, on the CPU.
+        rates: Transition probabilities of the schedule, on the CPU.
 
     Raises:
-        UserError: Fewer than two codes.
+        UserError: ``codes`` is less than 2.
     """
 
     def __init__(self, schedule: Schedule, codes: int) -> None:
@@ -87,7 +87,7 @@ class MaskAndReplace:
         self._rates_on = {torch.device("cpu"): self.rates}
 
     def rates_on(self, device: torch.device) -> Rates:
-        """The rates on ``device``, copied there once."""
+        """Return the rates on ``device``; the copy is cached."""
         if device not in self._rates_on:
             self._rates_on[device] = self.rates.to(device)
         return self._rates_on[device]
@@ -98,12 +98,12 @@ class MaskAndReplace:
         t: Int[Tensor, " batch"],
         uniforms: Float[Tensor, "batch length"],
     ) -> Int[Tensor, "batch length"]:
-        """Draw x_t from q(x_t | x_0), one uniform number per token.
+        """Sample x_t from q(x_t | x_0) with one uniform number per token.
 
         Args:
             tokens: x_0, int64, 0 to K-1.
-            t: Times, int64, -1 to T-1; -1 changes nothing.
-            uniforms: In [0, 1). Below float64 the codes that a rare replacement can draw are few.
+            t: Times, int64, -1 to T-1; -1 returns x_0.
+            uniforms: In [0, 1). Below float64 precision a rare replacement reaches only few of the codes.
 
         Returns:
             x_t, int64, 0 to K.
@@ -115,7 +115,7 @@ class MaskAndReplace:
         return torch.where(uniforms < masked, self.mask, noisy)
 
     def prior(self, uniforms: Float[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
-        """Draw x_T from the schedule's prior: masks in its share, else uniform codes.
+        """Sample x_T from the schedule's prior: masks with probability ``prior_mask``, else uniform codes.
 
         Args:
             uniforms: In [0, 1).
@@ -134,20 +134,19 @@ class MaskAndReplace:
         t: int,
         s: int,
     ) -> Float[Tensor, "batch length states"]:
-        """p(x_s | x_t) = Σ q(x_s | x_t, x_0) p(x_0): the mixture over what the network believes.
+        """Compute p(x_s | x_t) = Σ q(x_s | x_t, x_0) p(x_0), the mixture over the prediction.
 
-        Exact for any stride: t - s steps at once are as good as one by one (VQ-Diffusion eq. 11 and
-        its fast inference).
+        Exact for any stride t - s (VQ-Diffusion eq. 11 and its fast inference).
 
         Args:
-            probabilities: p(x_0 | x_t) over the K codes; rows that do not add up to one (a truncated
-                distribution) give a result scaled alike.
+            probabilities: p(x_0 | x_t) over the K codes. A row that does not sum to 1 (truncated
+                distribution) scales its result by the same factor.
             x_t: int64, 0 to K.
-            t: The time of ``x_t``, 0 to T-1.
-            s: The time wanted, -1 to t-1.
+            t: Time of ``x_t``, 0 to T-1.
+            s: Target time, -1 to t-1.
 
         Returns:
-            Probabilities over the K codes and, last, the mask; the dtype of ``probabilities``.
+            Probabilities over the K codes followed by the mask, in the dtype of ``probabilities``.
 
         Raises:
             UserError: The times are out of order or range, or ``probabilities`` has another number of codes.
@@ -177,19 +176,19 @@ class MaskAndReplace:
         t: int,
         s: int,
     ) -> Float[Tensor, "batch length states"]:
-        """VQ-DDM's form: p(x_0) put in the place of the one-hot x_0, then renormalised.
+        """Compute VQ-DDM's posterior: p(x_0) replaces the one-hot x_0, followed by renormalization.
 
-        It equals `posterior` where p(x_0) is one-hot or x_t is masked, and differs elsewhere (Hoogeboom et
+        Equal to `posterior` where p(x_0) is one-hot or x_t is masked, different elsewhere (Hoogeboom et
         al., arXiv 2102.05379).
 
         Args:
-            probabilities: p(x_0 | x_t) over the K codes, adding up to one.
+            probabilities: p(x_0 | x_t) over the K codes, summing to 1.
             x_t: int64, 0 to K.
-            t: The time of ``x_t``, 0 to T-1.
-            s: The time wanted, -1 to t-1.
+            t: Time of ``x_t``, 0 to T-1.
+            s: Target time, -1 to t-1.
 
         Returns:
-            Probabilities over the K codes and, last, the mask; the dtype of ``probabilities``.
+            Probabilities over the K codes followed by the mask, in the dtype of ``probabilities``.
 
         Raises:
             UserError: The times are out of order or range, or ``probabilities`` has another number of codes.
@@ -208,10 +207,10 @@ class MaskAndReplace:
         return (joint / joint.sum(-1, keepdim=True)).to(dtype)
 
     def check_tokens(self, tokens: Int[Tensor, "batch length"], *, masks_allowed: bool) -> None:
-        """Look at the values, which waits for the device: for first batches and debugging.
+        """Check token values; synchronizes with the device (for first batches and debugging).
 
         Raises:
-            UserError: A token is no code (nor, where allowed, the mask).
+            UserError: A token is neither a code nor, where allowed, the mask.
         """
         highest = self.codes if masks_allowed else self.codes - 1
         wrong = tokens[(tokens < 0) | (tokens > highest)]
@@ -222,7 +221,7 @@ class MaskAndReplace:
             )
 
     def check_times(self, t: Int[Tensor, " batch"]) -> None:
-        """Look at the values, which waits for the device: for first batches and debugging.
+        """Check time values; synchronizes with the device (for first batches and debugging).
 
         Raises:
             UserError: A time is not between 0 and T-1.
@@ -234,10 +233,10 @@ class MaskAndReplace:
             )
 
     def check_codes(self, codes: int, what: str) -> None:
-        """Compare a number of classes with K; cheap.
+        """Check that a number of classes equals K.
 
         Raises:
-            UserError: They differ.
+            UserError: The number differs from K.
         """
         if codes != self.codes:
             raise UserError(
@@ -257,6 +256,6 @@ class MaskAndReplace:
 def _ratio(
     numerator: Float[Tensor, " *times"], denominator: Float[Tensor, " *times"], otherwise: float
 ) -> Float[Tensor, " *times"]:
-    """Their quotient, or ``otherwise`` where the state that the denominator weighs cannot occur."""
+    """Return the quotient, or ``otherwise`` where the denominator is zero (an impossible state)."""
     possible = denominator > 0
     return torch.where(possible, numerator / torch.where(possible, denominator, 1.0), otherwise)

@@ -1,4 +1,4 @@
-"""Samplers that decide where the next tokens appear; the codes come straight from p(x_0 | x_t)."""
+"""Samplers that choose which positions to unmask; codes are sampled directly from p(x_0 | x_t)."""
 
 from math import isqrt
 from typing import ClassVar, Literal
@@ -16,16 +16,16 @@ from vqd_scale.diffusion.transition import MaskAndReplace
 
 
 class _Reveal(Config):
-    """Samplers that begin from masks alone and let them shrink with the schedule's masked share."""
+    """Base of samplers that start from masks only and unmask along the schedule's masked fraction."""
 
     steps: int = Field(default=25, ge=1)
     starts_masked: ClassVar[bool] = True
 
     def plan(self, transition: MaskAndReplace, first: int) -> list[SamplingStep]:
-        """The steps from time ``first`` to the clean image.
+        """Return the steps from time ``first`` to the clean image.
 
         Raises:
-            UserError: More steps than the schedule has, or it has no masks.
+            UserError: ``steps`` exceeds the schedule's number of steps, or the schedule has no masks.
         """
         if float(transition.rates.at(first).mask) == 0:
             raise UserError(
@@ -35,10 +35,10 @@ class _Reveal(Config):
 
 
 class Purity(_Reveal):
-    """Improved VQ-Diffusion's sampling: reveal where the network is sure, and sharpen what is revealed.
+    """Purity sampling of Improved VQ-Diffusion: unmask confident positions, with sharpened codes.
 
-    Positions are drawn in proportion to their purity max_k p_k, codes from p ** (1 + weight * purity), the
-    purity relative to the image's largest (arXiv 2205.16007, its eq. 11, with the factor of its code).
+    Positions are sampled in proportion to their purity max_k p_k, codes from p ** (1 + weight * purity), with
+    purity relative to the image's maximum (arXiv 2205.16007, eq. 11, with the factor of its code).
     """
 
     kind: Literal["purity"] = "purity"
@@ -50,21 +50,21 @@ class Purity(_Reveal):
         log_p: Float[Tensor, "batch length codes"],
         moment: SamplerContext,
     ) -> Int[Tensor, "batch length"]:
-        """Fewer masks than before."""
+        """Unmask some positions."""
         purity = log_p.amax(-1).double().exp()
         score = purity / purity.amax(-1, keepdim=True)
         if moment.step.s >= 0:
             log_p = (log_p * (1 + self.weight * score.unsqueeze(-1))).log_softmax(-1)
         codes = drawn_codes(log_p.exp(), moment.noise.uniforms(Purpose.SAMPLING))
-        # The smallest exponential variates of these rates: a draw without replacement in proportion to score.
+        # The smallest exponential variates of these rates: sampling without replacement, weighted by score.
         waiting = -torch.log1p(-moment.noise.uniforms(Purpose.REVEAL)) / score
         return _revealed(tokens, codes, -waiting, moment)
 
 
 class Confidence(_Reveal):
-    """MaskGIT's sampling (arXiv 2202.04200): draw every code, keep the ones that the network is surest of.
+    """MaskGIT sampling (arXiv 2202.04200): sample every code, keep the most confident ones.
 
-    ``temperature`` times the share of masks left scales the Gumbel noise on the confidence.
+    ``temperature`` times the remaining masked fraction scales the Gumbel noise on the confidence.
     """
 
     kind: Literal["confidence"] = "confidence"
@@ -76,7 +76,7 @@ class Confidence(_Reveal):
         log_p: Float[Tensor, "batch length codes"],
         moment: SamplerContext,
     ) -> Int[Tensor, "batch length"]:
-        """Fewer masks than before."""
+        """Unmask some positions."""
         codes = drawn_codes(log_p.exp(), moment.noise.uniforms(Purpose.SAMPLING))
         confidence = log_p.gather(-1, codes.unsqueeze(-1)).squeeze(-1).double()
         gumbel = -torch.log(-torch.log1p(-moment.noise.uniforms(Purpose.REVEAL)))
@@ -85,7 +85,7 @@ class Confidence(_Reveal):
 
 
 class Halton(_Reveal):
-    """Reveal in an order that fills a square image evenly (Besnier et al., arXiv 2503.17076)."""
+    """Unmasking in Halton order, which covers a square image evenly (Besnier et al., arXiv 2503.17076)."""
 
     kind: Literal["halton"] = "halton"
 
@@ -95,10 +95,10 @@ class Halton(_Reveal):
         log_p: Float[Tensor, "batch length codes"],
         moment: SamplerContext,
     ) -> Int[Tensor, "batch length"]:
-        """Fewer masks than before.
+        """Unmask some positions.
 
         Raises:
-            UserError: The tokens are no square.
+            UserError: The number of tokens is not a square number.
         """
         codes = drawn_codes(log_p.exp(), moment.noise.uniforms(Purpose.SAMPLING))
         order = torch.tensor(halton_order(tokens.shape[1]), device=tokens.device)
@@ -107,10 +107,10 @@ class Halton(_Reveal):
 
 
 class Remask(_Reveal):
-    """Visible tokens may be masked again and found anew, so that early mistakes can be mended.
+    """Remasking: visible tokens may be masked again and resampled, to correct early mistakes.
 
-    The masked share stays the schedule's. ``strength`` is the share of the largest possible chance of masking
-    again (ReMDM, arXiv 2503.00307, its "rescale" schedule).
+    The masked fraction follows the schedule. ``strength`` is the fraction of the largest possible remasking
+    probability (ReMDM, arXiv 2503.00307, its "rescale" schedule).
     """
 
     kind: Literal["remask"] = "remask"
@@ -122,7 +122,7 @@ class Remask(_Reveal):
         log_p: Float[Tensor, "batch length codes"],
         moment: SamplerContext,
     ) -> Int[Tensor, "batch length"]:
-        """Some masks become codes, and some codes masks."""
+        """Unmask some positions and remask others."""
         transition = moment.transition
         before, after = moment.masked_share(moment.step.t), moment.masked_share(moment.step.s)
         visible = 1 - before
@@ -136,10 +136,10 @@ class Remask(_Reveal):
 
 
 def halton_order(length: int) -> list[int]:
-    """Positions of a square image in the order of the two-dimensional Halton sequence of bases 2 and 3.
+    """Return the positions of a square image in the order of the 2-D Halton sequence of bases 2 and 3.
 
     Raises:
-        UserError: ``length`` is no square number.
+        UserError: ``length`` is not a square number.
     """
     side = isqrt(length)
     if side * side != length:
@@ -154,7 +154,7 @@ def halton_order(length: int) -> list[int]:
 
 
 def _radical_inverse(index: int, base: int) -> float:
-    """The digits of ``index``, mirrored at the point."""
+    """Mirror the digits of ``index`` at the radix point."""
     result, weight = 0.0, 1.0
     while index:
         index, digit = divmod(index, base)
@@ -169,9 +169,9 @@ def _revealed(
     priority: Float[Tensor, "batch length"],
     moment: SamplerContext,
 ) -> Int[Tensor, "batch length"]:
-    """Put ``codes`` in the place of the masks of highest priority, as many as the schedule has by then.
+    """Replace the masks of highest priority by ``codes``, along the schedule's masked fraction.
 
-    Improved VQ-Diffusion's tables, for any length, T and number of steps: masks shrink with the masked share.
+    Generalizes Improved VQ-Diffusion's tables to any length, T and number of steps.
     """
     masked = (tokens == moment.transition.mask) & moment.free
     count = masked.sum(-1) - (moment.first_masks * moment.masked_share(moment.step.s)).round().long()

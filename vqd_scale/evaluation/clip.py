@@ -1,4 +1,4 @@
-"""How well pictures fit their captions by CLIP: its score, and which caption of many it would choose."""
+"""CLIP metrics of image-text alignment: CLIP score and R-precision."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +17,21 @@ from vqd_scale.core.tensors import check_names, read_tensors
 from vqd_scale.evaluation.extractors import checked_weights
 
 _PROGRAMS_REST = {"input_resolution", "context_length", "vocab_size"}
-"""What OpenAI's TorchScript programs leave among the weights when they are converted."""
+"""Entries that are not weights, left by converting OpenAI's TorchScript archives."""
 
 PICTURE = "clip_picture"
 CAPTION = "clip_caption"
 
 
 class ClipConfig(Config):
-    """Which CLIP judges.
+    """CLIP model for evaluation.
 
     Attributes:
-        weights: A file of its weights under open_clip's or OpenAI's names.
-        model: open_clip's name of it; OpenAI's weights need one that ends in ``-quickgelu``, and say nothing
-            if they do not get it.
-        sha256: Digest of the file; without it any is taken, and its digest recorded.
-        retrieval_candidates: Of how many captions R-precision chooses, its own one of them.
+        weights: Weights file, with open_clip's or OpenAI's names.
+        model: Model name in open_clip. OpenAI's weights need a name ending in ``-quickgelu``; a mismatch
+            raises no error.
+        sha256: SHA-256 of the weights file. If not given, any file is accepted and its digest is recorded.
+        retrieval_candidates: Number of candidate captions of R-precision, including the image's own.
     """
 
     weights: Path
@@ -42,14 +42,14 @@ class ClipConfig(Config):
 
 @dataclass(frozen=True)
 class Clip:
-    """A loaded CLIP.
+    """Loaded CLIP model.
 
     Attributes:
-        network: open_clip's.
-        tokenize: Captions to ids.
-        size: Side of the pictures it sees.
-        description: What its scores depend on.
-        device: Where it computes.
+        network: open_clip model.
+        tokenize: Tokenizer from captions to token IDs.
+        size: Side of the input images in pixels.
+        description: Model, weights and settings that the scores depend on.
+        device: Compute device.
     """
 
     network: Any
@@ -62,7 +62,7 @@ class Clip:
     def columns(
         self, images: UInt8[Tensor, "batch 3 height width"], captions: list[str]
     ) -> dict[str, Float32[Tensor, "batch width"]]:
-        """Directions of pictures and captions, on the CPU, each of length 1."""
+        """Return L2-normalized embeddings of images and captions, on the CPU."""
         ids = self.tokenize(captions).to(self.device)
         return {
             PICTURE: _direction(self.network.encode_image(self._prepared(images.to(self.device)))),
@@ -70,7 +70,7 @@ class Clip:
         }
 
     def _prepared(self, images: Tensor) -> Tensor:
-        """Its own preprocessing of squares: bicubic, anti-aliased, to its size and its range."""
+        """Apply CLIP's preprocessing to square images: antialiased bicubic resize and normalization."""
         mean, deviation = (
             torch.tensor(values, device=images.device).view(3, 1, 1)
             for values in (self.network.visual.image_mean, self.network.visual.image_std)
@@ -84,7 +84,7 @@ def load_clip(config: ClipConfig, device: torch.device) -> Clip:
     """Build the network and load its weights.
 
     Raises:
-        UserError: The file is missing or another one, or open_clip knows no such model.
+        UserError: The file is missing or has another digest, or open_clip has no such model.
     """
     import open_clip
 
@@ -111,16 +111,16 @@ def load_clip(config: ClipConfig, device: torch.device) -> Clip:
 def scores(
     pictures: Float32[Tensor, "count width"], captions: Float32[Tensor, "count width"]
 ) -> Float32[Tensor, " count"]:
-    """The cosine of each picture and its caption: what the papers print as 0.30."""
+    """Return the cosine similarity of each image and its caption, the scale on which papers report 0.30."""
     return (pictures * captions).sum(dim=1)
 
 
 def r_precision(
     pictures: Float32[Tensor, "count width"], captions: Float32[Tensor, "count width"], among: int
 ) -> float:
-    """The share of pictures that are nearer to their own caption than to others drawn at random.
+    """Return the fraction of images that are closer to their own caption than to random other captions.
 
-    Captions of the same words as the own one are not counted against it.
+    Candidates identical to the image's own caption are ignored.
 
     Source: Park et al., "Benchmark for compositional text-to-image synthesis", 2021.
 
@@ -135,7 +135,7 @@ def r_precision(
     right = 0
     order = torch.from_numpy(permutation(0, Purpose.EVALUATION, 1, count))
     for place, number in enumerate(order.tolist()):
-        # The others are those that follow it in a random order of all.
+        # The other candidates are the next ones in a random permutation of all captions.
         others = captions[order[torch.arange(place + 1, place + among) % count]]
         own = captions[number]
         others = others[(others - own).abs().amax(dim=1) > 0]

@@ -1,4 +1,4 @@
-"""An evaluation from a model to its figures: drawn by all ranks, resumable, and the same at any number."""
+"""Evaluation of a model: distributed, resumable, and with the same metrics at any number of ranks."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,19 +39,19 @@ from vqd_scale.reports.plots import publish_image
 _RIGHT = "right"
 
 _POINTS = 200
-"""Of a curve over all pictures."""
+"""Maximum number of points of a curve over all images."""
 
 Images = UInt8[Tensor, "batch 3 height width"]
 
 
 @dataclass(frozen=True)
 class Shown:
-    """Some of the pictures, drawn once more.
+    """Selected images for the report, generated again.
 
     Attributes:
-        heading: Which they are.
-        images: uint8 [count, height, width, 3].
-        captions: What they were drawn for, and their merit.
+        heading: Heading in the report.
+        images: Images, uint8 [count, height, width, 3].
+        captions: Prompt and score of each image.
     """
 
     heading: str
@@ -61,15 +61,15 @@ class Shown:
 
 @dataclass(frozen=True)
 class Curve:
-    """One number over another.
+    """Curve for the report.
 
     Attributes:
-        heading: What is seen.
-        positions: Of the values, on the axis ``x``.
-        values: On the axis ``y``.
-        x: What positions are.
-        y: What values are.
-        note: How to read it.
+        heading: Heading in the report.
+        positions: Positions on the horizontal axis.
+        values: Values on the vertical axis.
+        x: Label of the horizontal axis.
+        y: Label of the vertical axis.
+        note: Explanation in the report.
     """
 
     heading: str
@@ -82,12 +82,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Result:
-    """What was found.
+    """Result of an evaluation.
 
     Attributes:
-        report: Everything, as JSON holds it.
-        shown: The best, the worst and random pictures.
-        curves: The distance by the number of pictures, and how good all the pictures are.
+        report: All metrics and settings, as JSON values.
+        shown: Best, worst and random images.
+        curves: Distance by number of images, and per-image score over all images.
     """
 
     report: dict[str, Any]
@@ -97,12 +97,12 @@ class Result:
 
 @dataclass(frozen=True)
 class _Merits:
-    """How good each picture is: what the best and the worst are chosen by.
+    """Per-image scores that rank the images for the report.
 
     Attributes:
-        name: What is measured.
-        values: float [count], of each picture.
-        order: float [count], higher is better.
+        name: Name of the score.
+        values: Score of each image, float [count].
+        order: Sort key of each image, float [count]; higher is better.
     """
 
     name: str
@@ -118,22 +118,23 @@ def evaluate(
     world: World,
     stop: Callable[[], bool] = lambda: False,
 ) -> Result | None:
-    """Draw, extract, compare.
+    """Generate images, extract features and compute all metrics.
 
     Args:
-        config: The protocol.
-        pipe: The model, on this rank's device.
-        model: What it is called, and what tells it from others.
-        out: Where parts and statistics lie; all ranks see it.
-        world: The ranks.
-        stop: Whether this rank was asked to leave.
+        config: Evaluation protocol.
+        pipe: Model pipeline, on this rank's device.
+        model: Name and identifying digests of the model.
+        out: Folder of chunks and statistics, shared by all ranks.
+        world: Ranks that share the work.
+        stop: Callback that returns ``True`` after a stop signal on this rank.
 
     Returns:
-        The result on the first rank, None on others.
+        Result on the first rank, ``None`` on other ranks.
 
     Raises:
-        Stopped: A rank was asked to leave; the same call goes on from there.
-        UserError: Data, weights or statistics are missing or others than named, or pictures too few.
+        EvaluationStopped: A rank received a stop signal; the same call resumes the evaluation.
+        UserError: Data, weights or statistics are missing or differ from the configuration, or there are too
+            few images.
     """
     shards = _opened(config, world)
     prompts = choose_prompts(config.prompts, shards)
@@ -205,10 +206,10 @@ def evaluate(
 def draw(
     pipe: Pipeline, prompts: Sequence[EvaluationPrompt], slots: Tensor, config: SamplingConfig
 ) -> UInt8[Tensor, "batch 3 height width"]:
-    """One batch of pictures, on the CPU.
+    """Generate one batch of images, returned on the CPU.
 
     Raises:
-        UserError: The sampler does not fit the schedule, or the guidance not the model.
+        UserError: The sampler does not fit the noise schedule, or the guidance does not fit the model.
     """
     texts = [prompt.text for prompt in prompts]
     if isinstance(pipe, AutoregressiveTextToImage):
@@ -221,7 +222,7 @@ def draw(
 
 
 def statistics_of(parts: ResumableChunks, dimension: int, world: World) -> FeatureStatistics:
-    """Statistics of all pictures' features, each rank reading its own parts one after the other."""
+    """Compute the feature statistics of all images; each rank reads its own chunks. Collective."""
     statistics = FeatureStatistics.empty(dimension)
     for part in parts.numbers[world.rank :: world.size]:
         statistics = statistics.update(parts.read(part)[FEATURES])
@@ -233,7 +234,7 @@ def _opened(config: EvaluationConfig, world: World) -> ShardSet | None:
 
 
 def _check_prompts(config: PromptsConfig, pipe: Pipeline) -> None:
-    """A model of captions would take a class's number for one, and one of other classes draw others."""
+    """Check that the model has the prompts' classes; a text model would accept a class index as a caption."""
     condition = pipe.bundle.model.condition
     if isinstance(config, Classes) and not (
         isinstance(condition, ClassCondition) and condition.classes == config.classes
@@ -246,7 +247,7 @@ def _check_prompts(config: PromptsConfig, pipe: Pipeline) -> None:
 
 
 def _check_count(count: int, extractor: Extractor) -> None:
-    """Before hours of drawing rather than after."""
+    """Check the number of images before hours of sampling."""
     if count <= extractor.dimension:
         raise UserError(
             f"prompts.count: {count} pictures are too few for the covariance of {extractor.dimension} "
@@ -263,7 +264,7 @@ def _figures(
     prompts: Sequence[EvaluationPrompt],
     device: torch.device,
 ) -> tuple[dict[str, Any], _Merits]:
-    """All figures, and each picture's merit."""
+    """Compute all metrics, and the per-image scores."""
     distance = frechet_distance(statistics, reference.statistics)
     kid = kernel_distance(features, reference.kept, subsets=config.kid.subsets, size=config.kid.size)
     near = neighbourhoods(features.to(device), reference.kept.to(device), config.neighbors)
@@ -290,7 +291,7 @@ def _figures(
         right = parts.column(_RIGHT).numpy()
         score = alignment_score(right, scene)
         figures["alignment"] = {"mean": score.mean, "all": score.all, "per_attribute": score.per_attribute}
-        # Of pictures with as many right attributes, the nearer to real ones is the better.
+        # Ties in the number of correct attributes are broken by the distance to real images.
         count = torch.from_numpy(right.sum(axis=1)).float()
         nearness = near.nearest.argsort(descending=True).argsort() / len(near.nearest)
         merits = _Merits("attributes that are right", count, count + nearness)
@@ -298,12 +299,12 @@ def _figures(
 
 
 def _distance_name(config: EvaluationConfig) -> str:
-    """Of features that are not Inception's a distance is no FID."""
+    """Return the metric name of the Fréchet distance: ``fid`` for Inception features only."""
     return "fid" if config.extractor.kind == "inception" else "frechet_distance"
 
 
 def _distances_by_count(features: Tensor, reference: Reference, whole: float) -> dict[str, float]:
-    """The distance of fewer pictures, evenly taken: how much of it is for want of more."""
+    """Compute the Fréchet distance for evenly spaced subsets of the images, to show its sample-size bias."""
     total = len(features)
     found: dict[str, float] = {}
     for count in (total // 8, total // 4, total // 2):
@@ -349,7 +350,7 @@ def _shown(
     slots: Tensor,
     merits: _Merits,
 ) -> list[Shown]:
-    """The extremes by merit, and those that come first, which is at random where prompts are shuffled."""
+    """Generate the best, worst and first images again; the first are random if prompts are shuffled."""
     order = merits.order.argsort(descending=True, stable=True).tolist()
     count = min(config.report_images, len(order))
     chosen = {"Best": order[:count], "Worst": order[::-1][:count], "Not chosen": list(range(count))}

@@ -1,4 +1,4 @@
-"""What turns pictures into the features that distances are taken of, and says what these depend on."""
+"""Feature extractors for distance metrics, with a description of everything the features depend on."""
 
 import hashlib
 import io
@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, UInt8
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vqd_scale.core.atomic_io import sha256_of
-from vqd_scale.core.config import Config
+from vqd_scale.core.config import Config, kind_or
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.core.tensors import read_tensors
@@ -23,7 +23,7 @@ from vqd_scale.tokenizers.base import to_signal
 from vqd_scale.tokenizers.registry import Tokenizer
 
 PUBLISHED_INCEPTION = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""SHA-256 of the Inception of the first FIDs in PyTorch's format; torch-fidelity and pytorch-fid share it."""
+"""SHA-256 of the original FID Inception weights in PyTorch format, as in torch-fidelity and pytorch-fid."""
 
 FEATURES = "features"
 LOGITS = "logits"
@@ -32,12 +32,12 @@ Images = UInt8[Tensor, "batch 3 height width"]
 
 
 class Inception(Config):
-    """TensorFlow's Inception of 2015 as torch-fidelity has it, which published FIDs are taken with.
+    """TensorFlow's Inception of 2015 in torch-fidelity's implementation, the network of published FIDs.
 
     Attributes:
-        weights: The file.
-        sha256: Its digest; another one is for a network of one's own.
-        layer: Of which the features are taken; FID means 2048.
+        weights: Weights file.
+        sha256: SHA-256 of the weights file; change it only for custom weights.
+        layer: Feature layer; standard FID uses 2048.
     """
 
     kind: Literal["inception"] = "inception"
@@ -47,20 +47,21 @@ class Inception(Config):
 
 
 class TokenizerLatents(Config):
-    """Mean and deviation over positions of every channel of the model's own tokenizer: for small sets.
+    """Spatial mean and standard deviation of each latent channel of the model's tokenizer, for small sets.
 
-    What the tokenizer loses is invisible to it, so that it compares models of one tokenizer only.
+    The features are blind to the tokenizer's reconstruction error, so only models with the same tokenizer are
+    comparable.
     """
 
     kind: Literal["tokenizer"] = "tokenizer"
 
 
 class RandomNetwork(Config):
-    """Three convolutions that nobody trained, for trials of the road without any weights.
+    """Three untrained convolutions, for testing the evaluation without downloaded weights.
 
     Attributes:
-        features: How many.
-        seed: Which weights.
+        features: Number of features.
+        seed: Seed of the random weights.
     """
 
     kind: Literal["random"] = "random"
@@ -68,17 +69,24 @@ class RandomNetwork(Config):
     seed: int = Field(default=0, ge=0)
 
 
-ExtractorConfig = Annotated[Inception | TokenizerLatents | RandomNetwork, Field(discriminator="kind")]
+ExtractorConfig = Annotated[
+    Annotated[Inception, Tag("inception")]
+    | Annotated[TokenizerLatents, Tag("tokenizer")]
+    | Annotated[RandomNetwork, Tag("random")],
+    Discriminator(kind_or("inception")),
+]
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A network that gives features.
+    """Feature extractor.
 
     Attributes:
-        dimension: Of the features.
-        description: All that they depend on, as JSON holds it; what was extracted otherwise is not compared.
-        columns: From pictures to float32 `FEATURES` [batch, dimension] and perhaps `LOGITS` [batch, classes].
+        dimension: Number of features.
+        description: Everything the features depend on, as JSON values. Features with different descriptions
+            are not compared.
+        columns: Function from images to `FEATURES` [batch, dimension] and optionally `LOGITS` [batch,
+            classes], float32.
     """
 
     dimension: int
@@ -87,20 +95,20 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Images) -> dict[str, Tensor]:
-        """The features of a batch, on the CPU."""
+        """Extract the features of a batch, returned on the CPU."""
         return {name: value.float().cpu() for name, value in self.columns(images).items()}
 
 
 def build_extractor(config: ExtractorConfig, tokenizer: Tokenizer, device: torch.device) -> Extractor:
-    """The extractor that a configuration names.
+    """Build the configured extractor.
 
     Args:
-        config: Which one.
-        tokenizer: The model's.
-        device: Where it computes.
+        config: Extractor configuration.
+        tokenizer: Tokenizer of the model.
+        device: Compute device.
 
     Raises:
-        UserError: The weights are missing or others than named.
+        UserError: The weights are missing or have another digest.
     """
     if isinstance(config, Inception):
         return _inception(config, device)
@@ -110,16 +118,16 @@ def build_extractor(config: ExtractorConfig, tokenizer: Tokenizer, device: torch
 
 
 def checked_weights(path: Path, sha256: str | None, what: str, where: str) -> str:
-    """The digest of a file of weights.
+    """Verify the digest of a weights file and return it.
 
     Args:
-        path: The file.
-        sha256: What it must be; None takes any.
-        what: Whose weights they are.
-        where: What to do where the file is missing.
+        path: Weights file.
+        sha256: Expected SHA-256; ``None`` accepts any file.
+        what: Name of the network, for error messages.
+        where: Instruction for obtaining the file, for error messages.
 
     Raises:
-        UserError: It is missing, or another one.
+        UserError: The file is missing or has another digest.
     """
     if not path.is_file():
         raise UserError(f"{path}: the weights of {what} are missing; {where}")
@@ -141,7 +149,7 @@ def _inception(config: Inception, device: torch.device) -> Extractor:
         "Inception",
         f"fetch {URL_INCEPTION_V3} and give extractor.weights=FILE.",
     )
-    # It would open the file as a pickle that may run anything; what it gets is one of our own making.
+    # torch-fidelity unpickles the file, which can execute arbitrary code; pass it a safe copy in memory.
     state = io.BytesIO()
     torch.save(read_tensors(config.weights), state)
     state.seek(0)
@@ -184,7 +192,7 @@ def _latents(tokenizer: Tokenizer) -> Extractor:
 
 
 def latent_moments(tokenizer: Tokenizer, images: Images) -> Float[Tensor, "batch features"]:
-    """Mean and deviation over positions of every channel of the tokenizer's latents."""
+    """Compute the spatial mean and standard deviation of each channel of the tokenizer's latents."""
     parameter = next(tokenizer.parameters())
     signal = to_signal(images.to(parameter.device)).to(parameter.dtype)
     latents = tokenizer.latents(signal).float().flatten(2)

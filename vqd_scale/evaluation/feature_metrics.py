@@ -1,4 +1,4 @@
-"""How good a set of features is beside a real one, beyond the Fréchet distance."""
+"""Feature metrics: KID, Inception score, precision and recall, density and coverage."""
 
 from dataclasses import dataclass
 
@@ -9,15 +9,15 @@ from torch import Tensor
 from vqd_scale.core.errors import UserError
 
 _SEED = 2020
-"""torch-fidelity's own, so that its figures are reached."""
+"""torch-fidelity's default seed, so results are identical to torch-fidelity's."""
 
 _CHUNK = 1024
-"""Rows of distances that live at once."""
+"""Rows of the distance matrix in memory at once."""
 
 
 @dataclass(frozen=True)
 class MeanAndDeviation:
-    """A figure worked out several times: mean and standard deviation."""
+    """Mean and standard deviation of a metric over several evaluations."""
 
     mean: float
     deviation: float
@@ -25,14 +25,17 @@ class MeanAndDeviation:
 
 @dataclass(frozen=True)
 class Neighbourhoods:
-    """How far drawn and real features lie among each other.
+    """Nearest-neighbor metrics of generated and real features.
+
+    The k-NN ball of a feature is centered at it, with the distance to its k-th neighbor in its own set as the
+    radius.
 
     Attributes:
-        precision: Share of drawn ones within reach of a real one.
-        recall: Share of real ones within reach of a drawn one.
-        density: How many real ones reach a drawn one, by the number of neighbours that define the reach.
-        coverage: Share of real ones with a drawn one within their own reach.
-        nearest: float32 [drawn], each drawn one's distance to the nearest real one.
+        precision: Fraction of generated features inside the k-NN ball of a real feature.
+        recall: Fraction of real features inside the k-NN ball of a generated feature.
+        density: Mean number of real k-NN balls that contain a generated feature, divided by k.
+        coverage: Fraction of real features with a generated feature inside their k-NN ball.
+        nearest: Distance of each generated feature to the nearest real feature, float32 [drawn].
     """
 
     precision: float
@@ -45,12 +48,12 @@ class Neighbourhoods:
 def kernel_distance(
     drawn: Float[Tensor, "drawn features"], real: Float[Tensor, "real features"], *, subsets: int, size: int
 ) -> MeanAndDeviation:
-    """KID: the unbiased squared distance of means under a cubic kernel, over random subsets of both sets.
+    """Compute KID, the unbiased squared MMD under a cubic kernel, over random subsets of both sets.
 
-    Source: Bińkowski et al., "Demystifying MMD GANs", 2018; worked out by torch-fidelity.
+    Source: Bińkowski et al., "Demystifying MMD GANs", 2018; computed by torch-fidelity.
 
     Raises:
-        UserError: A set is smaller than a subset.
+        UserError: A set is smaller than ``size``.
     """
     from torch_fidelity.metric_kid import (
         KEY_METRIC_KID_MEAN,
@@ -73,12 +76,12 @@ def kernel_distance(
 
 
 def inception_score(logits: Float[Tensor, "count classes"], splits: int) -> MeanAndDeviation:
-    """The exponential of E KL(p(y|x) || p(y)), over parts of the shuffled set.
+    """Compute the Inception score exp(E KL(p(y|x) || p(y))) over splits of the shuffled set.
 
-    Source: Salimans et al., "Improved techniques for training GANs", 2016; worked out by torch-fidelity.
+    Source: Salimans et al., "Improved techniques for training GANs", 2016; computed by torch-fidelity.
 
     Raises:
-        UserError: There are fewer pictures than parts.
+        UserError: There are fewer images than splits.
     """
     from torch_fidelity.metric_isc import (
         KEY_METRIC_ISC_MEAN,
@@ -98,23 +101,23 @@ def inception_score(logits: Float[Tensor, "count classes"], splits: int) -> Mean
 def neighbourhoods(
     drawn: Float[Tensor, "drawn features"], real: Float[Tensor, "real features"], neighbours: int
 ) -> Neighbourhoods:
-    """Precision and recall, density and coverage; a feature reaches as far as its k-th neighbour in its set.
+    """Compute precision and recall, density and coverage, and nearest-neighbor distances.
 
     Source: Kynkäänniemi et al., "Improved precision and recall metric for assessing generative models", 2019;
     Naeem et al., "Reliable fidelity and diversity metrics for generative models", 2020.
 
     Args:
-        drawn: Of drawn pictures.
-        real: Of real ones.
-        neighbours: k.
+        drawn: Features of generated images.
+        real: Features of real images.
+        neighbours: Number of neighbors k.
 
     Raises:
-        UserError: A set has no more members than ``neighbours``.
+        UserError: A set has no more than ``neighbours`` members.
     """
     if min(len(drawn), len(real)) <= neighbours:
         raise UserError(
             f"precision and recall: {min(len(drawn), len(real))} pictures are too few for {neighbours} "
-            f"neighbours; lower neighbours or take more pictures."
+            f"neighbours; lower neighbors or take more pictures."
         )
     drawn, real = drawn.double(), real.double()
     real_reach, drawn_reach = _reach(real, neighbours), _reach(drawn, neighbours)
@@ -139,7 +142,7 @@ def neighbourhoods(
 
 
 def _reach(features: Float64[Tensor, "count features"], neighbours: int) -> Float32[Tensor, " count"]:
-    """The distance of each to its k-th neighbour; itself is the first of the k + 1 nearest."""
+    """Return each feature's distance to its k-th neighbor; the feature itself is the nearest of k + 1."""
     return torch.cat(
         [_distances(part, features).kthvalue(neighbours + 1).values for part in features.split(_CHUNK)]
     )
@@ -148,6 +151,6 @@ def _reach(features: Float64[Tensor, "count features"], neighbours: int) -> Floa
 def _distances(
     rows: Float64[Tensor, "rows features"], columns: Float64[Tensor, "columns features"]
 ) -> Float32[Tensor, "rows columns"]:
-    # By products of matrices, which are many times faster than differences; in float64, so that the
-    # distance of equal features is their rounding's and no neighbour's.
+    # Matrix products are many times faster than differences. float64 keeps the rounding error of equal
+    # features' distance far below the distance to a neighbor.
     return torch.cdist(rows, columns, compute_mode="use_mm_for_euclid_dist").float()

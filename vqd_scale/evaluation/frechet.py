@@ -1,7 +1,7 @@
-"""The Fréchet distance between two sets of feature vectors, each taken for a Gaussian.
+"""Fréchet distance between two sets of feature vectors, each modeled as a Gaussian.
 
-On Inception features it is called FID (Heusel et al., "GANs trained by a two time-scale update rule", 2017);
-here the features are anybody's, and the distance is called by its own name.
+With Inception features it is FID (Heusel et al., "GANs trained by a two time-scale update rule", 2017). The
+functions here accept features of any extractor.
 """
 
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from vqd_scale.core.world import World
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """Count, mean and scatter of feature vectors; float64 on the CPU.
+    """Count, mean and scatter matrix of feature vectors; float64 on the CPU.
 
     Attributes:
-        count: How many vectors.
-        mean: float64 [features].
-        scatter: float64 [features, features], the sum over vectors of the outer product of their deviations
-            from the mean. Kept instead of the covariance because it is what adds up.
+        count: Number of vectors.
+        mean: Mean vector, float64 [features].
+        scatter: Sum over vectors of the outer product of their deviations from the mean, float64 [features,
+            features]. Stored instead of the covariance because it is additive.
     """
 
     count: int
@@ -31,13 +31,13 @@ class FeatureStatistics:
 
     @classmethod
     def empty(cls, dimension: int) -> "FeatureStatistics":
-        """The statistics of no vectors at all, to start a stream with."""
+        """Return the statistics of zero vectors, as the start of a running update."""
         zeros = torch.zeros(dimension, dtype=torch.float64)
         return cls(0, zeros, torch.zeros(dimension, dimension, dtype=torch.float64))
 
     @classmethod
     def of(cls, features: Float[Tensor, "count features"]) -> "FeatureStatistics":
-        """The statistics of at least one vector, of any floating type and device."""
+        """Compute the statistics of at least one vector, of any float dtype and device."""
         values = features.detach().to("cpu", torch.float64)
         mean = values.mean(dim=0)
         deviations = values - mean
@@ -45,18 +45,18 @@ class FeatureStatistics:
 
     @property
     def covariance(self) -> Float64[Tensor, "features features"]:
-        """The unbiased covariance, float64; needs two vectors or more."""
+        """Unbiased covariance, float64; needs at least two vectors."""
         return self.scatter / (self.count - 1)
 
     def update(self, features: Float[Tensor, "count features"]) -> "FeatureStatistics":
-        """The statistics after these vectors as well; at least one."""
+        """Return the statistics with at least one further vector added."""
         return self.merge(FeatureStatistics.of(features))
 
     def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
-        """The statistics of both sets together.
+        """Return the statistics of the union of both sets, at least one of which must be nonempty.
 
         Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample
-        variances", 1979. At least one of the two sets must hold a vector.
+        variances", 1979.
         """
         count = self.count + other.count
         difference = other.mean - self.mean
@@ -65,7 +65,7 @@ class FeatureStatistics:
         return FeatureStatistics(count, mean, self.scatter + other.scatter + between)
 
     def over_ranks(self, world: World) -> "FeatureStatistics":
-        """The statistics of what all ranks hold together, on every rank; a rank may hold nothing."""
+        """Return the statistics over all ranks, on every rank; collective, and a rank may have no vectors."""
         count = int(world.sum(torch.tensor(self.count, device=world.device)))
         mean = world.sum((self.mean * self.count).to(world.device)).cpu() / count
         difference = self.mean - mean
@@ -74,21 +74,21 @@ class FeatureStatistics:
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """Squared Fréchet distance |m1 - m2|² + tr(C1) + tr(C2) - 2 tr((C1^½ C2 C1^½)^½), at least 0.
+    """Compute the squared Fréchet distance |m1 - m2|² + tr(C1) + tr(C2) - 2 tr((C1^½ C2 C1^½)^½), at least 0.
 
-    The last trace is the sum of the singular values of C1^½ C2^½, which needs no square root of a matrix that
-    is not symmetric.
+    The last trace is the sum of the singular values of C1^½ C2^½, which avoids the square root of a
+    nonsymmetric matrix.
 
     Raises:
-        UserError: The sets differ in dimension, hold no more vectors than dimensions (their covariance would
-            be singular and the distance meaningless), or hold values that are not finite.
+        UserError: The sets differ in dimension, contain nonfinite values, or have no more vectors than
+            dimensions (a singular covariance makes the distance meaningless).
     """
     for statistics in (first, second):
         _check(statistics, dimension=len(first.mean))
     overlap = torch.linalg.svdvals(_square_root(first.covariance) @ _square_root(second.covariance)).sum()
     spread = first.covariance.trace() + second.covariance.trace() - 2 * overlap
     distance = (first.mean - second.mean).square().sum() + spread
-    # Rounding can leave equal sets a hair below zero.
+    # Rounding can make the distance of equal sets slightly negative.
     return max(distance.item(), 0.0)
 
 
@@ -108,6 +108,6 @@ def _check(statistics: FeatureStatistics, dimension: int) -> None:
 
 
 def _square_root(matrix: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:
-    """The symmetric root of a positive semi-definite matrix."""
+    """Return the symmetric square root of a positive semidefinite matrix."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T

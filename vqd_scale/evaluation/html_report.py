@@ -1,4 +1,4 @@
-"""An evaluation's page: everything one attaches to a paper, in one file."""
+"""Self-contained HTML report of an evaluation."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -34,7 +34,7 @@ def publish_result(result: Result, out: Path) -> None:
         out / "report.html",
         f"{report['protocol']['name']}: {report['model']['name']}",
         [
-            FiguresSection("FiguresSection", figures, f"Of {report['count']} pictures, each counted once."),
+            FiguresSection("Figures", figures, f"Of {report['count']} pictures, each counted once."),
             *pictures,
             FiguresSection("Drawn by", flattened(report["sampling"] | {"dtype": report["dtype"]})),
             FiguresSection(
@@ -44,12 +44,12 @@ def publish_result(result: Result, out: Path) -> None:
             TextSection("How to read this", _READ),
         ],
     )
-    # Last: who sees it sees the rest.
+    # Written last: its existence marks a complete report.
     publish_json(out / "report.json", report)
 
 
 def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, float | str]:
-    """Nested plain values by dotted names; what is not given is left out."""
+    """Flatten nested plain values to dotted names; ``None`` values are omitted."""
     rows: dict[str, float | str] = {}
     for name, value in values.items():
         if isinstance(value, dict):

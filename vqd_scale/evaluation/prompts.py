@@ -1,4 +1,4 @@
-"""What pictures are drawn for: which captions, of which pictures, in which order; and a digest of it."""
+"""Prompts of an evaluation: selection and order of captions or classes, and their digest."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from vqd_scale.data.sources.shapes import Scene
 
 
 class Captions(Config):
-    """Captions of a set of shards.
+    """Captions of a dataset.
 
     Attributes:
         count: Number of prompts.
@@ -39,11 +39,11 @@ class Captions(Config):
 
 
 class Classes(Config):
-    """Every class equally often, one after the other.
+    """Every class equally often, in order of the classes.
 
     Attributes:
-        count: How many pictures.
-        classes: How many classes.
+        count: Number of images.
+        classes: Number of classes.
     """
 
     kind: Literal["classes"] = "classes"
@@ -52,10 +52,10 @@ class Classes(Config):
 
 
 class Nothing(Config):
-    """No prompt at all, for a model that takes none.
+    """Empty prompts, for an unconditional model.
 
     Attributes:
-        count: How many pictures.
+        count: Number of images.
     """
 
     kind: Literal["nothing"] = "nothing"
@@ -67,14 +67,14 @@ PromptsConfig = Annotated[Captions | Classes | Nothing, Field(discriminator="kin
 
 @dataclass(frozen=True)
 class EvaluationPrompt:
-    """What one picture is drawn for.
+    """Prompt of one image.
 
     Attributes:
-        text: The caption, a class's number, or nothing.
-        member: Which sample of the set it belongs to, -1 for none.
-        key: That sample's key.
-        caption: Which of its captions it is.
-        scene: What the picture should show, where the sample describes a scene of the embedded set.
+        text: Caption, class index, or empty string.
+        member: Index of the sample in the dataset; -1 without a dataset.
+        key: Key of the sample.
+        caption: Index of the caption among the sample's captions.
+        scene: Scene that the image should show; only for samples of the embedded shapes dataset.
     """
 
     text: str
@@ -85,14 +85,14 @@ class EvaluationPrompt:
 
 
 def choose_prompts(config: PromptsConfig, shards: ShardSet | None) -> list[EvaluationPrompt]:
-    """The prompts in the order in which their pictures are numbered: a function of configuration and set.
+    """Return the prompts in image order, a deterministic function of configuration and dataset.
 
     Args:
-        config: Which ones.
-        shards: The set that captions come from.
+        config: Prompt selection.
+        shards: Dataset of the captions.
 
     Raises:
-        UserError: Captions are asked for and there is no set, or it has too few, or one cannot be read.
+        UserError: Captions are selected without a dataset, the dataset has too few, or one cannot be read.
     """
     if isinstance(config, Classes):
         return [
@@ -117,7 +117,7 @@ def choose_prompts(config: PromptsConfig, shards: ShardSet | None) -> list[Evalu
 
 
 def digest_of(prompts: Sequence[EvaluationPrompt]) -> str:
-    """Hex SHA-256 of what is drawn in which order: of each prompt the key, the caption's place, the text."""
+    """Return the hex SHA-256 of the ordered prompts: key, caption index and text of each."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(json.dumps([prompt.key, prompt.caption, prompt.text]).encode() + b"\n")
@@ -125,7 +125,7 @@ def digest_of(prompts: Sequence[EvaluationPrompt]) -> str:
 
 
 def _chosen(config: Captions, shards: ShardSet) -> tuple[list[int], list[int]]:
-    """Sample and caption of each item that is taken."""
+    """Return the sample index and caption index of each selected item."""
     if config.caption == "each":
         counts = _caption_counts(shards)
         all_members = np.repeat(np.arange(len(counts)), counts)
@@ -140,7 +140,7 @@ def _chosen(config: Captions, shards: ShardSet) -> tuple[list[int], list[int]]:
     order = permutation(config.seed, Purpose.EVALUATION, 0, items) if config.shuffled else np.arange(items)
     members, captions = all_members[order[: config.count]], all_captions[order[: config.count]]
     if config.caption == "random":
-        # A number for each sample of the set: it does not depend on how many are taken.
+        # One random number per sample of the dataset, so the choice is independent of ``count``.
         draws = integers(config.seed, Purpose.CAPTION_CHOICE, 0, shards.count)[members]
         captions = draws * _caption_counts(shards)[members] >> 32
     return members.tolist(), captions.tolist()

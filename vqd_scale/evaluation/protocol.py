@@ -1,4 +1,4 @@
-"""All that moves the figures of an evaluation, as one configuration."""
+"""Configuration of an evaluation: every setting that affects its metrics."""
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -14,15 +14,15 @@ from vqd_scale.evaluation.reference_stats import ReferenceConfig
 
 
 class SamplingConfig(Config):
-    """How pictures are drawn.
+    """Sampling options.
 
     Attributes:
-        sampler: The steps; a model that draws token by token knows none.
-        guidance: Scale of classifier-free guidance, 1 is none.
-        truncation: Which codes each prediction keeps; all if not given.
-        seed: Of the pictures.
-        batch_size: How many are drawn at once; also what a kill costs each rank.
-        save_images: Whether the pictures are kept, beside their features.
+        sampler: Diffusion sampler; ignored by autoregressive models.
+        guidance: Scale of classifier-free guidance; 1 disables it.
+        truncation: Truncation of the predicted code distribution; disabled if not given.
+        seed: Seed of the samples.
+        batch_size: Images per batch and per chunk. A kill loses at most one chunk per rank.
+        save_images: Save the images in addition to their features.
     """
 
     sampler: Sampler = Strided(steps=100)
@@ -34,11 +34,11 @@ class SamplingConfig(Config):
 
 
 class KernelConfig(Config):
-    """KID's subsets.
+    """Subsets of the kernel inception distance (KID).
 
     Attributes:
-        subsets: How many.
-        size: Pictures of each.
+        subsets: Number of subsets.
+        size: Images per subset.
     """
 
     subsets: int = Field(default=100, ge=1)
@@ -46,20 +46,20 @@ class KernelConfig(Config):
 
 
 class EvaluationConfig(Config):
-    """A protocol; the defaults are those of COCO's 30,000 captions.
+    """Evaluation protocol; the defaults are for 30,000 captions of COCO.
 
     Attributes:
-        name: What the results are filed under.
-        data: The shards that captions, and real pictures if not said otherwise, come from.
-        prompts: What is drawn.
-        reference: Which real pictures stand on the other side.
-        sampling: How it is drawn.
-        extractor: Whose features are compared.
-        clip: Which CLIP judges; none without weights.
-        kid: The kernel distance's subsets.
-        inception_splits: Parts of the Inception score.
-        neighbors: k of precision, recall, density and coverage.
-        report_images: How many best, worst and random pictures the report shows.
+        name: Name of the protocol in results and reports.
+        data: Shards of the captions and, unless ``reference.data`` is given, of the real images.
+        prompts: Prompts of the generated images.
+        reference: Real images for comparison.
+        sampling: Sampling options.
+        extractor: Feature extractor.
+        clip: CLIP model for the CLIP metrics; disabled if not given.
+        kid: Subsets of the kernel inception distance.
+        inception_splits: Number of splits of the Inception score.
+        neighbors: Number of neighbors k of precision, recall, density and coverage.
+        report_images: Number of best, worst and random images in the report, each.
     """
 
     name: str = Field(default="coco30k", pattern="^[A-Za-z0-9._-]+$")

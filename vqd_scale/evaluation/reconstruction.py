@@ -1,4 +1,4 @@
-"""How close reconstructions are to their originals: PSNR and SSIM of 8-bit pictures."""
+"""Reconstruction metrics: PSNR and SSIM of 8-bit images."""
 
 import torch
 from jaxtyping import Float64, UInt8
@@ -17,10 +17,10 @@ _CONTRAST_CONSTANT = (0.03 * _PEAK) ** 2
 def psnr(
     originals: UInt8[Tensor, "batch 3 height width"], reconstructions: UInt8[Tensor, "batch 3 height width"]
 ) -> Float64[Tensor, " batch"]:
-    """Peak signal-to-noise ratio of each picture in dB, over all its channels; infinite where both are equal.
+    """Compute each image's peak signal-to-noise ratio in dB, over all channels; infinite for equal images.
 
     Raises:
-        ValueError: The two are not uint8 pictures of one shape.
+        ValueError: The inputs are not uint8 images of the same shape.
     """
     _check(originals, reconstructions)
     error = (originals.double() - reconstructions.double()).square().flatten(1).mean(dim=1)
@@ -30,13 +30,13 @@ def psnr(
 def ssim(
     originals: UInt8[Tensor, "batch 3 height width"], reconstructions: UInt8[Tensor, "batch 3 height width"]
 ) -> Float64[Tensor, " batch"]:
-    """Structural similarity of each picture: the mean over its colour channels and all whole windows.
+    """Compute the structural similarity of each image, averaged over color channels and all full windows.
 
     Source: Wang, Bovik, Sheikh, Simoncelli, "Image quality assessment: from error visibility to structural
     similarity", 2004, equation 13, with their Gaussian window of 11 pixels and standard deviation 1.5.
 
     Raises:
-        ValueError: The two are not uint8 pictures of one shape.
+        ValueError: The inputs are not uint8 images of the same shape.
         UserError: A side is shorter than the window.
     """
     _check(originals, reconstructions)
@@ -58,7 +58,7 @@ def ssim(
 
 
 def _windowed(values: Float64[Tensor, "batch 3 height width"]) -> Float64[Tensor, "batch 3 rows columns"]:
-    """The Gaussian-weighted mean over every window that lies wholly inside, one axis after the other."""
+    """Compute the Gaussian-weighted mean over every full window (no padding), one axis at a time."""
     offsets = torch.arange(_WINDOW, dtype=values.dtype, device=values.device) - _WINDOW // 2
     weights = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
     weights = (weights / weights.sum()).expand(3, 1, 1, _WINDOW)

@@ -1,4 +1,4 @@
-"""The real pictures' side of a distance: worked out once, stored with all that it depends on."""
+"""Reference statistics of real images, computed once and stored with their provenance."""
 
 import json
 import shutil
@@ -56,12 +56,12 @@ class ReferenceConfig(Config):
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics of real pictures.
+    """Reference statistics of real images.
 
     Attributes:
-        statistics: Of all their features.
-        kept: float32 [kept, features], some of these.
-        provenance: What they depend on.
+        statistics: Statistics of all features.
+        kept: Stored subset of the features, float32 [kept, features].
+        provenance: Everything the statistics depend on.
     """
 
     statistics: FeatureStatistics
@@ -79,21 +79,21 @@ def reference_of(
     world: World,
     stop: Callable[[], bool],
 ) -> Reference:
-    """The reference: read from its file, or worked out by all ranks and stored there.
+    """Load the reference statistics from their file, or compute and store them; collective.
 
     Args:
-        config: Which pictures.
-        shards: Where they are.
-        prompts: What was chosen.
-        size: Side of the model's pictures.
-        extractor: Of the features.
-        file: Where the statistics are, or are to be.
-        world: The ranks.
-        stop: Whether to leave.
+        config: Selection of real images.
+        shards: Shards of the real images.
+        prompts: Selected prompts.
+        size: Side of the model's images in pixels.
+        extractor: Feature extractor.
+        file: File of the statistics, created if missing.
+        world: Ranks that share the work.
+        stop: Callback that returns ``True`` after a stop signal.
 
     Raises:
-        Stopped: A rank was asked to leave.
-        UserError: The file holds statistics of something else; a sample has no picture.
+        EvaluationStopped: A rank received a stop signal.
+        UserError: The file contains statistics of other images, or a sample has no image.
     """
     members, repeats = _members(config, shards, prompts)
     provenance = _provenance(config, shards, members, repeats, size, extractor)
@@ -120,7 +120,7 @@ def reference_of(
 def _members(
     config: ReferenceConfig, shards: ShardSet, prompts: Sequence[EvaluationPrompt]
 ) -> tuple[list[int], Int64[Tensor, " pictures"]]:
-    """Which samples, and how often each counts."""
+    """Return the indices of the selected samples, and the multiplicity of each."""
     if config.images == "all":
         members, counts = list(range(shards.count)), [1] * shards.count
     else:
@@ -161,7 +161,7 @@ def _provenance(
 
 
 class _Pictures:
-    """Real pictures by their number in the set."""
+    """Real images by their index in the dataset."""
 
     def __init__(self, shards: ShardSet, transform: CenterCrop) -> None:
         self._shards = shards
@@ -200,7 +200,7 @@ def _statistics(parts: ResumableChunks, repeats: Tensor, dimension: int, world: 
 
 
 def _kept(parts: ResumableChunks, kept: int) -> Float32[Tensor, "kept features"]:
-    """Features of evenly spaced pictures."""
+    """Read the features of evenly spaced images."""
     least = min(kept, parts.count)
     places = (torch.arange(least) * parts.count) // least
     taken: list[Tensor] = []

@@ -1,7 +1,8 @@
-"""Columns of numbers for numbered pictures, worked out in parts by all ranks: a kill costs a part of each.
+"""Resumable, chunked computation of per-image columns over all ranks.
 
-Every part is a file that appears whole. Which pictures a part holds does not depend on who works it out, so
-that any number of ranks goes on where any other stopped, and none is counted twice.
+Every chunk is a file written by an atomic rename, so a kill loses at most one chunk per rank. The assignment
+of images to chunks is independent of the ranks. Any number of ranks can therefore resume the work of any
+other, and no image is counted twice.
 """
 
 import hashlib
@@ -23,21 +24,21 @@ from vqd_scale.core.world import World
 _DESCRIPTION = "parts.json"
 
 Columns = Mapping[str, Tensor]
-"""Tensors with a row per picture."""
+"""Tensors with one row per image."""
 
 
 class EvaluationStopped(Exception):
-    """A rank was asked to leave before all was done; what is done is kept, the same call goes on from it."""
+    """Stop signal before all chunks were computed; the same call resumes from the finished chunks."""
 
 
 @dataclass(frozen=True)
 class ResumableChunks:
-    """A folder of parts.
+    """Folder of chunks.
 
     Attributes:
-        folder: Where they are; all ranks see it.
-        count: How many pictures there are.
-        size: How many of them a part holds; the last one holds the rest.
+        folder: Path of the folder, shared by all ranks.
+        count: Total number of images.
+        size: Images per chunk; the last chunk contains the remainder.
     """
 
     folder: Path
@@ -46,22 +47,22 @@ class ResumableChunks:
 
     @property
     def numbers(self) -> range:
-        """All parts."""
+        """Indices of all chunks."""
         return range(-(-self.count // self.size))
 
     def pictures(self, part: int) -> range:
-        """The pictures of a part."""
+        """Return the image indices of a chunk."""
         return range(part * self.size, min((part + 1) * self.size, self.count))
 
     def path(self, part: int) -> Path:
-        """The file of a part."""
+        """Return the file of a chunk."""
         return self.folder / f"{part:06d}.safetensors"
 
     def begin(self, description: Mapping[str, Any], world: World) -> None:
-        """Say what is worked out, or see that the folder holds parts of the same.
+        """Write the description of the computation, or check that the folder has the same description.
 
         Raises:
-            UserError: It holds parts of something else.
+            UserError: The folder contains chunks of another computation.
         """
         wanted = json.loads(json.dumps({"count": self.count, "size": self.size, **description}))
         path = self.folder / _DESCRIPTION
@@ -75,21 +76,21 @@ class ResumableChunks:
     def work(
         self, make: Callable[[range], Columns], world: World, title: str, stop: Callable[[], bool]
     ) -> None:
-        """Make this rank's share of the parts that are not there yet; afterwards all are.
+        """Compute this rank's share of the missing chunks; on return all chunks exist.
 
         Args:
-            make: From pictures' numbers to their columns.
-            world: The ranks; they agree at the end on whether any of them was stopped.
-            title: What the progress bar says.
-            stop: Whether to leave before the next part.
+            make: Function from image indices to their columns.
+            world: Ranks that share the work.
+            title: Title of the progress bar.
+            stop: Callback that returns ``True`` to stop before the next chunk.
 
         Raises:
-            Stopped: A rank was asked to leave.
+            EvaluationStopped: A rank received a stop signal.
             UserError: The disk is full.
         """
         stopped = False
-        # What is left is dealt out anew: other ranks may have left one rank's parts only. All take the first
-        # rank's word for it, which they wait for, so that nobody counts what is being made.
+        # Redistribute the missing chunks, which can all be from one rank of an earlier run. All ranks use the
+        # first rank's list. The gather is also a barrier: no chunk is written before all lists are made.
         missing = [part for part in self.numbers if not self.path(part).exists()]
         missing = world.gathered({"missing": missing})[0]["missing"]
         mine = missing[world.rank :: world.size]
@@ -106,24 +107,24 @@ class ResumableChunks:
             raise EvaluationStopped
 
     def read(self, part: int) -> dict[str, Tensor]:
-        """The columns of a part.
+        """Read the columns of a chunk.
 
         Raises:
-            UserError: It is missing or damaged.
+            UserError: The chunk is missing or damaged.
         """
         return read_tensors(self.path(part))
 
     def column(self, name: str) -> Tensor:
-        """A column of all pictures, in their order; all parts must be there.
+        """Read one column of all images, in order.
 
         Raises:
-            UserError: A part is missing or damaged.
+            UserError: A chunk is missing or damaged.
         """
         return torch.cat([self.read(part)[name] for part in self.numbers])
 
 
 def first_difference(found: Any, wanted: Any, path: str = "") -> str | None:  # noqa: ANN401 - JSON
-    """Where two JSON values differ first, as 'a.b: this, not that'; None where they do not."""
+    """Return the first difference of two JSON values as 'a.b this, not that'; ``None`` if equal."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in [*wanted, *(key for key in found if key not in wanted)]:
             inner = f"{path}.{key}" if path else str(key)
@@ -135,7 +136,7 @@ def first_difference(found: Any, wanted: Any, path: str = "") -> str | None:  # 
 
 
 def digest(value: Any) -> str:  # noqa: ANN401 - whatever JSON can hold
-    """Hex SHA-256 of a JSON value."""
+    """Return the hex SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

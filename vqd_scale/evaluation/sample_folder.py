@@ -1,4 +1,4 @@
-"""How good generated pictures are: what they show, and how far they are from real ones."""
+"""Evaluation of a folder of generated images: attribute accuracy and distance to real images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +29,12 @@ Images = UInt8[Tensor, "count 3 height width"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found.
+    """Result of an evaluation.
 
     Attributes:
-        figures: Nested plain values, ready for JSON.
-        real: The real pictures of the prompts.
-        reconstructed: What the tokenizer makes of them.
+        figures: Metrics as nested plain JSON values.
+        real: Real images of the prompts.
+        reconstructed: Tokenizer reconstructions of ``real``.
     """
 
     figures: dict[str, Any]
@@ -43,14 +43,14 @@ class Evaluation:
 
 
 def evaluate_samples(samples: Path, data: Path, tokenizer: Tokenizer) -> Evaluation:
-    """Compare generated pictures with the samples whose captions were their prompts.
+    """Compare generated images with the real samples of their captions.
 
-    The attributes are read where the shards' JSON describes a scene of the embedded set.
+    Attribute accuracy is computed if the shards' JSON describes scenes of the embedded shapes dataset.
 
     Args:
-        samples: A folder that `vqd_scale.models.generate.generate` filled.
-        data: The shards that the captions came from.
-        tokenizer: The model's tokenizer, also the source of features for the Fréchet distance.
+        samples: Output folder of `vqd_scale.models.generate.generate`.
+        data: Shards of the captions.
+        tokenizer: The model's tokenizer; its latents are the features of the Fréchet distance.
 
     Raises:
         UserError: Samples are missing, or do not belong to these shards.
@@ -82,7 +82,7 @@ def evaluate_samples(samples: Path, data: Path, tokenizer: Tokenizer) -> Evaluat
 
 
 def _read(keys: list[str], shards: ShardSet) -> tuple[Images, list[Scene]]:
-    """The pictures of these keys, and their scenes if all samples have one."""
+    """Read the images of the given keys, and their scenes if all samples have one."""
     wanted = set(keys)
     pictures: dict[str, Tensor] = {}
     scenes: dict[str, Scene] = {}

@@ -1,9 +1,9 @@
-"""The embedded set's exact reader: what is in a picture, decided from its pixels.
+"""Exact scene recognition for the embedded shapes dataset: nearest scene in pixel space.
 
-The nearest of all scenes in pixel space. A figure of colour c that covers share a of a pixel turns the
-background b into b + a (c - b), so its squared distance to a picture x, compared with that of the bare
-background, is ``-2 (c - b) . sum a (x - b) + |c - b|^2 sum a^2``: the distances to all scenes of one figure
-follow from the products of x with the few coverages. Two figures never touch, so their gains add up.
+A figure of color c that covers a fraction a of a pixel turns the background b into b + a (c - b). Relative to
+the empty background, its squared distance to an image x changes by
+``-2 (c - b) . sum a (x - b) + |c - b|^2 sum a^2``. The distances to all one-figure scenes therefore follow
+from the products of x with the few coverage masks. Two figures never touch, so their changes add up.
 """
 
 import functools
@@ -30,7 +30,7 @@ from vqd_scale.data.sources.shapes import (
 )
 
 _CHUNK = 256
-"""Pictures read at once, which bounds the memory (a few megabytes per picture side of 64)."""
+"""Images per chunk, to bound memory (a few megabytes at an image side of 64)."""
 
 Pixels = Float64[NDArray[np.float64], "pictures 3 pixels"]
 Gains = Float64[NDArray[np.float64], "pictures positions looks colours backgrounds"]
@@ -38,12 +38,12 @@ Gains = Float64[NDArray[np.float64], "pictures positions looks colours backgroun
 
 @dataclass(frozen=True)
 class AlignmentScore:
-    """How many attributes of the pictures are what their scenes say.
+    """Accuracy of the attributes in images, compared with their scenes.
 
     Attributes:
-        mean: Share of right attributes over all pictures and attributes.
-        all: Share of pictures with every attribute right.
-        per_attribute: Share of pictures in which an attribute is right, by its name.
+        mean: Fraction of correct attributes over all images and attributes.
+        all: Fraction of images with all attributes correct.
+        per_attribute: Fraction of images with the attribute correct, by attribute name.
     """
 
     mean: float
@@ -54,14 +54,14 @@ class AlignmentScore:
 def attribute_accuracy(
     images: UInt8[Tensor, "pictures 3 height width"], scenes: Sequence[Scene]
 ) -> AlignmentScore:
-    """Read every picture and compare it with the scene it should show.
+    """Recognize the scene in every image and compare it with the expected scene.
 
     Args:
-        images: RGB, square, values 0 to 255.
-        scenes: The scene that each picture should show; all with the same number of figures.
+        images: Square RGB images, values 0 to 255.
+        scenes: Expected scene of each image, all with the same number of figures.
 
     Raises:
-        ValueError: There is no picture, or not one for each scene.
+        ValueError: There are no images, or the numbers of images and scenes differ.
     """
     return alignment_score(attributes_right(images, scenes), scenes[0])
 
@@ -69,10 +69,10 @@ def attribute_accuracy(
 def attributes_right(
     images: UInt8[Tensor, "pictures 3 height width"], scenes: Sequence[Scene]
 ) -> Bool[NDArray[np.bool_], "pictures attributes"]:
-    """Which attributes of each picture are what its scene says, in the order of `Scene.attributes`.
+    """Return a mask of each image's correct attributes, in the order of `Scene.attributes`.
 
     Raises:
-        ValueError: There is no picture, or not one for each scene.
+        ValueError: There are no images, or the numbers of images and scenes differ.
     """
     if not scenes or len(images) != len(scenes):
         raise ValueError(f"{len(images)} pictures cannot be compared with {len(scenes)} scenes")
@@ -82,7 +82,7 @@ def attributes_right(
 
 
 def alignment_score(right: Bool[NDArray[np.bool_], "pictures attributes"], scene: Scene) -> AlignmentScore:
-    """What `attributes_right` found, summed up; ``scene`` is any of the scenes, for the attributes' names."""
+    """Summarize the result of `attributes_right`; any ``scene`` of the set supplies the attribute names."""
     return AlignmentScore(
         mean=float(right.mean()),
         all=float(right.all(axis=1).mean()),
@@ -93,12 +93,12 @@ def alignment_score(right: Bool[NDArray[np.bool_], "pictures attributes"], scene
 def chance_accuracy(
     images: UInt8[Tensor, "pictures 3 height width"], scenes: Sequence[Scene]
 ) -> AlignmentScore:
-    """The score of the same pictures for each other's scenes: the chance level.
+    """Compute the chance level: the score of the images with shuffled scenes.
 
-    Every picture gets another one's scene, along a fixed random cycle through all of them.
+    Every image gets the scene of another image, along a fixed random cycle through all images.
 
     Raises:
-        ValueError: There are fewer than two pictures.
+        ValueError: There are fewer than two images.
     """
     if len(scenes) < 2:
         raise ValueError("the chance level needs two pictures or more")
@@ -108,10 +108,10 @@ def chance_accuracy(
 
 
 def read_scenes(images: UInt8[Tensor, "pictures 3 height width"], objects: int) -> list[Scene]:
-    """The nearest scene of each picture among all scenes with ``objects`` figures, in squared distance.
+    """Return each image's nearest scene, in squared distance, among all scenes with ``objects`` figures.
 
     Raises:
-        ValueError: The pictures are not square.
+        ValueError: The images are not square.
     """
     pictures, _, height, width = images.shape
     if height != width:
@@ -128,7 +128,7 @@ def _nearest(pixels: Pixels, side: int, objects: int) -> list[Scene]:
     backgrounds = _distances_to_backgrounds(pixels)
     placements = [(position,) for position in POSITIONS] if objects == 1 else list(RELATIONS.values())
     positions = list(POSITIONS)
-    # The best figure at each position on each background: [pictures, positions, backgrounds].
+    # Best figure at each position on each background: [pictures, positions, backgrounds].
     flat = gains.reshape(*gains.shape[:2], -1, len(BACKGROUNDS))
     best, which = flat.min(axis=2), flat.argmin(axis=2)
     totals = np.stack(
@@ -157,13 +157,13 @@ def _scene(
 
 
 def _gains(pixels: Pixels, side: int) -> Gains:
-    """By how much each figure on each background changes the squared distance that the background has."""
+    """Compute the change of an empty background's squared distance by each figure on each background."""
     covers = _coverages(side)
     backgrounds = np.array(list(BACKGROUNDS.values()), np.float64)
     steps = np.array(list(COLOURS.values()), np.float64)[:, None] - backgrounds
     picture_sums = pixels @ covers.T
     cover_sums, square_sums = covers.sum(axis=1), np.square(covers).sum(axis=1)
-    # Indices: n picture, h channel, m coverage, c colour, b background.
+    # Indices: n image, h channel, m coverage, c color, b background.
     along = np.einsum("nhm,cbh->nmcb", picture_sums, steps, optimize=True)
     along -= np.einsum("m,bh,cbh->mcb", cover_sums, backgrounds, steps)
     across = np.einsum("m,cbh->mcb", square_sums, np.square(steps))
@@ -171,14 +171,14 @@ def _gains(pixels: Pixels, side: int) -> Gains:
 
 
 def _distances_to_backgrounds(pixels: Pixels) -> Float64[NDArray[np.float64], "pictures backgrounds"]:
-    """Squared distance of each picture to each bare background, up to what is common to all of them."""
+    """Compute each image's squared distance to each empty background, up to a constant per image."""
     backgrounds = np.array(list(BACKGROUNDS.values()), np.float64)
     return pixels.shape[2] * np.square(backgrounds).sum(axis=1) - 2 * pixels.sum(axis=2) @ backgrounds.T
 
 
 @functools.cache
 def _coverages(side: int) -> Float64[NDArray[np.float64], "coverages pixels"]:
-    """Every figure's coverage of a picture: positions, then shapes, then sizes."""
+    """Compute the coverage mask of every figure, ordered by position, then shape, then size."""
     return np.stack(
         [
             coverage(shape, size, position, side).reshape(-1).astype(np.float64)

@@ -1,4 +1,4 @@
-"""One model, many ways to draw: every combination is an evaluation of its own, all of them one table."""
+"""Sweep over sampling settings of one model: one evaluation per combination, summarized in one table."""
 
 import itertools
 import math
@@ -21,15 +21,15 @@ SEED = "sampling.seed"
 
 
 class SweepConfig(Config):
-    """What is tried.
+    """Configuration of a sweep.
 
     Attributes:
-        evaluation: The protocol that all share.
-        axes: Values of each dotted key of the protocol, single ones or whole groups of keys such as
-            ``{kind: ancestral}``; all combinations are evaluated. Those of ``sampling.seed`` are the same
-            thing again: their spread is shown.
-        metrics: Which of the report's figures the table and the plot show, by dotted names.
-        x_axis: Which key is the plot's horizontal axis; its values are numbers.
+        evaluation: Protocol common to all evaluations.
+        axes: Values of each dotted key of the protocol, scalars or groups of keys such as
+            ``{kind: ancestral}``. All combinations are evaluated. Values of ``sampling.seed`` are
+            repetitions; the report shows their range.
+        metrics: Dotted names of the metrics in the table and the plots.
+        x_axis: Dotted key of the plots' horizontal axis; its values must be numbers.
     """
 
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -47,12 +47,12 @@ class SweepConfig(Config):
 
 @dataclass(frozen=True)
 class Row:
-    """One evaluation.
+    """One evaluation of a sweep.
 
     Attributes:
-        settings: What was set, by name.
-        seed: The same settings again, with other random numbers.
-        figures: What was found, by dotted names.
+        settings: Settings by dotted name.
+        seed: Sampling seed.
+        figures: Metrics by dotted name.
     """
 
     settings: Mapping[str, float | str]
@@ -62,13 +62,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of equal settings.
+    """Evaluations with equal settings and different seeds.
 
     Attributes:
-        settings: These.
-        seeds: How many rows.
-        means: Of each figure.
-        ranges: Lowest and highest of each figure.
+        settings: Settings by dotted name.
+        seeds: Number of evaluations.
+        means: Mean of each metric.
+        ranges: Minimum and maximum of each metric.
     """
 
     settings: Mapping[str, float | str]
@@ -78,14 +78,14 @@ class Group:
 
 
 def points(config: SweepConfig, out: Path) -> list[tuple[str, dict[str, Any], EvaluationConfig]]:
-    """Name, settings and protocol of every combination; seeds change last, so that one is whole first.
+    """Return name, settings and protocol of every combination, with the seed as the outermost loop.
 
     Raises:
-        UserError: A key or a value is wrong.
+        UserError: A key or a value is invalid.
     """
     if any(isinstance(value, str | dict) for value in config.axes.get(config.x_axis, ())):
         raise UserError(
-            f"x: the values of '{config.x_axis}' are no numbers, as a horizontal axis needs them."
+            f"x_axis: the values of '{config.x_axis}' are no numbers, as a horizontal axis needs them."
         )
     keys = [SEED, *(key for key in config.axes if key != SEED)]
     values = [
@@ -98,7 +98,7 @@ def points(config: SweepConfig, out: Path) -> list[tuple[str, dict[str, Any], Ev
         plain = config.evaluation.model_dump(mode="json")
         for key, value in settings.items():
             _set(plain, key, value)
-        # All have the same real pictures.
+        # All evaluations share the reference statistics.
         plain["reference"]["file"] = plain["reference"]["file"] or str(out / "reference.safetensors")
         settings = {key: _named(value) for key, value in settings.items()}
         name = ",".join(f"{key.removeprefix('sampling.')}={value}" for key, value in settings.items())
@@ -108,7 +108,7 @@ def points(config: SweepConfig, out: Path) -> list[tuple[str, dict[str, Any], Ev
 
 
 def grouped(rows: Sequence[Row]) -> list[Group]:
-    """Rows that differ by their seed only, together, in the order of the first of each."""
+    """Group rows that differ only in their seed, in order of first occurrence."""
     by_settings: dict[tuple[tuple[str, float | str], ...], list[Row]] = {}
     for row in rows:
         by_settings.setdefault(tuple(row.settings.items()), []).append(row)
@@ -127,7 +127,7 @@ def grouped(rows: Sequence[Row]) -> list[Group]:
 
 
 def separated(first: Group, second: Group, figure: str) -> bool:
-    """Whether every seed of the one lies on the same side of every seed of the other."""
+    """Return ``True`` if the ranges of two groups over several seeds do not overlap."""
     (low, high), (other_low, other_high) = first.ranges[figure], second.ranges[figure]
     return min(first.seeds, second.seeds) > 1 and (high < other_low or other_high < low)
 
@@ -144,21 +144,21 @@ def publish_sweep(
     """Write ``sweep.json`` and ``report.html``: a table with the spread over seeds, and a plot per figure.
 
     Args:
-        title: Of the page.
+        title: Title of the report.
         rows: All evaluations.
-        x: The setting that is the plots' horizontal axis.
-        figures: Which figures are shown.
-        out: Where to.
-        note: What the page says of how it was made.
-        more: What else the JSON holds.
+        x: Setting on the plots' horizontal axis.
+        figures: Dotted names of the metrics to show.
+        out: Output folder.
+        note: Text of the report's section on how it was made.
+        more: Additional content of the JSON file.
 
     Raises:
-        UserError: A figure is none of those that were found, or the folder cannot be written.
+        UserError: A metric is missing in the evaluations, or the folder cannot be written.
     """
     missing = [name for name in figures if any(name not in row.figures for row in rows)]
     if missing:
         known = ", ".join(rows[0].figures)
-        raise UserError(f"figures: '{missing[0]}' was not found by these evaluations; there are {known}.")
+        raise UserError(f"metrics: '{missing[0]}' was not found by these evaluations; there are {known}.")
     groups = grouped(rows)
     names = list(groups[0].settings)
     sections: list[Section] = []
@@ -194,7 +194,7 @@ def publish_sweep(
 
 
 def figures_of(report: Mapping[str, Any]) -> dict[str, float]:
-    """A report's figures by dotted names."""
+    """Return a report's metrics by dotted name."""
     found = flattened(report["figures"])
     return {name: value for name, value in found.items() if isinstance(value, float)}
 
@@ -202,7 +202,7 @@ def figures_of(report: Mapping[str, Any]) -> dict[str, float]:
 def _separations(
     groups: Sequence[Group], figures: Sequence[str]
 ) -> tuple[str, list[str], list[list[float | str]], str]:
-    """Every pair of settings that differ in one thing, and what may be said of it."""
+    """Build the table of separated pairs of groups that differ in exactly one setting."""
     rows: list[list[float | str]] = []
     for first, second in itertools.combinations(groups, 2):
         differing = [name for name in first.settings if first.settings[name] != second.settings[name]]
@@ -220,7 +220,7 @@ def _separations(
 
 
 def _short(name: str) -> str:
-    """The last two words of a dotted name."""
+    """Return the last two components of a dotted name."""
     return " ".join(name.split(".")[-2:])
 
 
@@ -250,7 +250,7 @@ def _curves(groups: Sequence[Group], x: str, figure: str) -> list[Series]:
 
 
 def _named(value: Any) -> Any:  # noqa: ANN401 - a configuration's value
-    """A group of keys in one word, as tables and folders name it."""
+    """Return a group of keys as one string for tables and folder names; other values unchanged."""
     return " ".join(map(str, cast(dict[str, Any], value).values())) if isinstance(value, dict) else value
 
 

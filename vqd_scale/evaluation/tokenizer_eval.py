@@ -1,4 +1,4 @@
-"""How good a tokenizer is: what becomes of pictures that it never saw, and how many of its codes they use."""
+"""Evaluation of tokenizers: reconstruction quality and codebook usage on validation images."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -40,17 +40,17 @@ _WITHOUT = "not given: no weights were named"
 _SHOWN = 16
 _SMALLEST_SSIM = 11
 _LARGEST_PSNR = 100.0
-"""Of pictures that are equal, so that one of them does not make the mean infinite."""
+"""Upper bound of a single image's PSNR in dB: a perfect reconstruction would make the mean infinite."""
 
 
 @dataclass(frozen=True)
 class TokenizerEvaluation:
-    """What was found.
+    """Result of a tokenizer evaluation.
 
     Attributes:
-        figures: Plain values, ready for JSON; what there are no weights for is left out.
-        originals: The first pictures.
-        reconstructions: What becomes of them.
+        figures: Metrics as plain JSON values; metrics without network weights are omitted.
+        originals: First images of the dataset.
+        reconstructions: Reconstructions of ``originals``.
     """
 
     figures: dict[str, Any]
@@ -60,11 +60,11 @@ class TokenizerEvaluation:
 
 @dataclass(frozen=True)
 class MetricNetworks:
-    """Networks that figures are taken with, where there are weights of them.
+    """Networks for metrics, each optional.
 
     Attributes:
-        lpips: The learned distance.
-        inception: rFID's network.
+        lpips: LPIPS network.
+        inception: Inception configuration for rFID.
     """
 
     lpips: LPIPS | None = None
@@ -74,7 +74,7 @@ class MetricNetworks:
     def of(
         cls, lpips: LPIPSConfig | None, inception: Inception | None, device: torch.device
     ) -> "MetricNetworks":
-        """Those of which weights are named.
+        """Load the networks whose weights are given.
 
         Raises:
             UserError: The weights cannot be read.
@@ -95,20 +95,20 @@ def evaluate_tokenizer(
     lpips: LPIPS | None = None,
     inception: Inception | None = None,
 ) -> TokenizerEvaluation:
-    """Encode and decode all pictures of a set of shards.
+    """Evaluate a tokenizer by encoding and decoding all images of a dataset.
 
     Args:
-        tokenizer: On ``device``.
-        pictures: The set.
-        size: Pictures are fitted to a square of so many pixels.
-        device: Where to compute.
-        batch: How many at once.
-        most: Only the first so many.
-        lpips: The distance with its weights; none: no LPIPS is given.
-        inception: The network of rFID with its weights; none: no rFID is given.
+        tokenizer: Tokenizer, on ``device``.
+        pictures: Image shards.
+        size: Side of the square, in pixels, to which images are resized.
+        device: Compute device.
+        batch: Batch size.
+        most: Maximum number of images; ``None`` evaluates all.
+        lpips: LPIPS network; ``None`` omits LPIPS.
+        inception: Inception configuration; ``None`` omits rFID.
 
     Raises:
-        UserError: There are no pictures, the size does not fit, or weights cannot be read.
+        UserError: There are no images, the size does not fit the tokenizer, or weights cannot be read.
     """
     if size % tokenizer.factor:
         raise UserError(f"size: {size} is not a multiple of the tokenizer's factor {tokenizer.factor}.")
@@ -171,20 +171,20 @@ def report_tokenizers(
     more: Mapping[str, Any] | None = None,
     most: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Judge tokenizers and write report.json, report.html and a sheet of reconstructions for each.
+    """Evaluate tokenizers and write report.json, report.html and an image grid of reconstructions for each.
 
     Args:
-        tokenizers: Bundles by the names that the report has for them.
+        tokenizers: Bundles by their names in the report.
         pictures: Image shards.
-        size: Side of the squares.
-        out: Folder of the report.
-        judges: Networks that figures are taken with.
-        device: Where to compute.
-        more: What else report.json says.
-        most: Only the first so many pictures.
+        size: Side of the square images in pixels.
+        out: Output folder.
+        judges: Networks for metrics.
+        device: Compute device.
+        more: Additional content of report.json.
+        most: Maximum number of images; ``None`` evaluates all.
 
     Returns:
-        The figures of each tokenizer.
+        Metrics of each tokenizer.
     """
     found: dict[str, dict[str, Any]] = {}
     sections: list[Section] = []
@@ -217,7 +217,7 @@ def report_tokenizers(
 
 
 def in_a_line(figures: Mapping[str, Any]) -> str:
-    """The figures that matter most."""
+    """Format the main metrics as one line."""
     parts = [
         f"{figures['psnr']:.2f} dB",
         *(f"{name} {figures[name]:.3f}" for name in ("ssim", "lpips", "rfid") if name in figures),
@@ -242,7 +242,7 @@ def _pictures(shards: ShardSet, size: int) -> Iterator[NDArray[np.uint8]]:
 def _figures(
     originals: Images, made: Images, signal: Tensor, decoded: Tensor, lpips: LPIPS | None
 ) -> dict[str, Tensor]:
-    """Of each picture."""
+    """Compute the metrics of each image."""
     found = {"psnr": psnr(originals, made).clamp(max=_LARGEST_PSNR)}
     if min(originals.shape[-2:]) >= _SMALLEST_SSIM:
         found["ssim"] = ssim(originals, made)

@@ -1,4 +1,4 @@
-"""What every way of starting ranks shares: a rank as a child process, and what follows on how ranks ended."""
+"""Functions shared by all launchers: ranks as child processes, and the exit codes of ranks."""
 
 import ctypes
 import shutil
@@ -13,7 +13,7 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.signals import STOP_SIGNALS
 
 MISTAKE = 2
-"""Exit code of a tool after a mistake that one sentence names: it would be made again."""
+"""Exit code of a tool after a `UserError`; a restart would fail in the same way."""
 
 _DIE_WITH_PARENT = 1
 
@@ -21,12 +21,12 @@ _DIE_WITH_PARENT = 1
 def started(
     command: Sequence[str], environment: Mapping[str, str], folder: Path
 ) -> "subprocess.Popen[bytes]":
-    """Start a command that dies with this process, however this one dies.
+    """Start a command as a child process that the kernel kills when this process dies for any reason.
 
     Args:
-        command: A program and its arguments; no shell sees them.
-        environment: All of its variables.
-        folder: Where it runs.
+        command: Program and arguments, run without a shell.
+        environment: Complete environment of the child process.
+        folder: Working directory of the child process.
     """
     return subprocess.Popen(  # noqa: S603 - the child only asks to die with its parent
         command, env=environment, cwd=folder, preexec_fn=_die_with_parent
@@ -35,7 +35,7 @@ def started(
 
 @contextmanager
 def forwarding_signals(processes: Sequence["subprocess.Popen[bytes]"]) -> Generator[None]:
-    """Whoever asks this process to stop means the ranks: they save, and end in their own time."""
+    """Forward stop signals to the ranks, which save a checkpoint and exit by themselves."""
 
     def forward(number: int, frame: FrameType | None) -> None:
         for process in processes:
@@ -50,30 +50,33 @@ def forwarding_signals(processes: Sequence["subprocess.Popen[bytes]"]) -> Genera
 
 
 def note_end(ends: Path, rank: int, code: int) -> None:
-    """Write down how a rank ended, where the others' launchers can read it."""
+    """Write the exit code of a rank to a file that the launchers of the other ranks can read."""
     ends.mkdir(parents=True, exist_ok=True)
     (ends / str(rank)).write_text(f"{code}\n", encoding="utf-8")
 
 
 def noted_ends(ends: Path) -> dict[int, int]:
-    """How the ranks that have ended did, by rank; a rank that was lost notes nothing."""
+    """Return the exit codes of finished ranks, by rank; a lost rank has no entry."""
     if not ends.exists():
         return {}
     texts = {int(path.name): path.read_text(encoding="utf-8").strip() for path in ends.iterdir()}
-    # A file that is being written is empty for a moment.
+    # A file is briefly empty while its rank writes it.
     return {rank: int(text) for rank, text in sorted(texts.items()) if text}
 
 
 def mistaken_rank(ends: Mapping[int, int]) -> int | None:
-    """The first rank that found a mistake, whatever happened to those that waited for it."""
+    """Return the first rank that exited with `MISTAKE`, if any; ranks that waited for it are ignored."""
     return next((rank for rank, code in ends.items() if code == MISTAKE), None)
 
 
 def copy_of_the_code(folder: Path) -> Path:
-    """A copy of this package and its tools, so that a job started again runs what was submitted.
+    """Copy this package and its tools, so that a restarted job runs the submitted code.
+
+    Returns:
+        The folder of the copy.
 
     Raises:
-        UserError: This is an installed package, without tools beside it.
+        UserError: The package is installed without ``tools/`` beside it.
     """
     package = Path(__file__).parents[1]
     tools = package.parent / "tools"

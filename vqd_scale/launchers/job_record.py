@@ -1,4 +1,4 @@
-"""What was launched, and what has become of it: read by whoever asks, with or without Slurm's accounting."""
+"""Record of a launch and the state of its jobs, readable with or without Slurm's accounting."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from vqd_scale.core.errors import UserError
 Cluster = Literal["slurm", "local", "debug"]
 
 CANCELLED = "cancelled"
-"""A file of this name in a launch's folder says that its jobs are not to be started again."""
+"""Name of the marker file in a launch folder that prevents restarts of its jobs."""
 
 _LAUNCH = "launch.json"
 _ENDED = (
@@ -32,15 +32,15 @@ _ENDED = (
 
 @dataclass(frozen=True)
 class Launch:
-    """What was launched; its folder says so in ``launch.json``.
+    """Record of a launch, stored as ``launch.json`` in its folder.
 
     Attributes:
-        folder: Of the job's files.
-        what: In words, such as ``train``.
-        cluster: Where it runs.
-        jobs: The numbers of its jobs, more than one for an array.
-        run: The folder of the run, or of what it makes.
-        details: What else is worth remembering.
+        folder: Folder of the jobs' files.
+        what: Name of the launched work, such as ``train``.
+        cluster: Cluster on which the jobs run: ``slurm``, ``local`` or ``debug``.
+        jobs: Job IDs; more than one for a job array.
+        run: Folder of the run or of its results.
+        details: Further metadata, such as the commands and the provenance.
     """
 
     folder: Path
@@ -52,31 +52,31 @@ class Launch:
 
     @classmethod
     def read(cls, folder: Path) -> "Launch":
-        """Read it back.
+        """Load the record from a launch folder.
 
         Raises:
-            UserError: Nothing was launched there.
+            UserError: The folder contains no launch record.
         """
         values = read_json(folder / _LAUNCH, "launch")
         return cls(**(values | {"folder": folder, "jobs": tuple(values["jobs"])}))
 
     def write(self) -> None:
-        """Write it into its folder."""
+        """Write the record to ``launch.json`` in its folder."""
         values = {name: value for name, value in vars(self).items() if name != "folder"}
         publish_json(self.folder / _LAUNCH, values)
 
     def logs(self, job: str) -> tuple[Path, Path]:
-        """Standard output and standard error of a job's first rank; other ranks' have other numbers."""
+        """Return the stdout and stderr log paths of a job's rank 0; the number 0 in the name is the rank."""
         logs = self.folder / "logs"
         return logs / f"{job}_0_log.out", logs / f"{job}_0_log.err"
 
     def states(self) -> dict[str, "State"]:
-        """What has become of each job."""
+        """Return the current state of each job."""
         running = _states_of_slurm(self.jobs) if self.cluster == "slurm" else {}
         return {job: self._state(job, running.get(job)) for job in self.jobs}
 
     def cancel(self) -> None:
-        """End all jobs that have not ended; they are not queued again.
+        """Cancel all running and queued jobs; they are not requeued.
 
         Raises:
             UserError: Slurm refuses.
@@ -103,11 +103,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class State:
-    """What has become of a job.
+    """State of a job.
 
     Attributes:
-        said: In words.
-        code: Its exit code, if it has ended.
+        said: Description of the state for the user.
+        code: Exit code of the job; None while it is queued or running.
     """
 
     said: str
@@ -115,15 +115,15 @@ class State:
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing more will come of it."""
+        """True if the job has ended for good."""
         return self.code is not None
 
 
 def newest_launch(folder: Path) -> Launch:
-    """The launch that a folder is of, or the newest of a run's or of several.
+    """Load the launch of a launch folder, or the newest launch below a run's folder or a folder of launches.
 
     Raises:
-        UserError: Nothing was launched there.
+        UserError: The folder contains no launch record.
     """
     found = sorted(
         path.parent for pattern in ("", "*/", "jobs/*/") for path in folder.glob(f"{pattern}{_LAUNCH}")
@@ -134,17 +134,17 @@ def newest_launch(folder: Path) -> Launch:
 
 
 def outcome_file(folder: Path, job: str) -> Path:
-    """Where a job's first rank writes how it ended for good."""
+    """Return the path of the file in which rank 0 of a job records its final outcome."""
     return folder / "outcomes" / f"{job}.json"
 
 
 def goes_on(job: str) -> bool:
-    """Whether Slurm lets a job run; one that is cancelled or past its limit, a requeue would revive."""
+    """Return whether Slurm lists a job as running; a requeue would revive a canceled or timed-out job."""
     return _slurm("squeue", "--noheader", "--format=%T", f"--jobs={job}").strip() == "RUNNING"
 
 
 def _states_of_slurm(jobs: Sequence[str]) -> dict[str, str]:
-    """What the queue says; jobs that it has forgotten are left out."""
+    """Return the state of each job in Slurm's queue; ended and forgotten jobs are omitted."""
     numbers = ",".join(sorted({job.partition("_")[0] for job in jobs}))
     command = ["squeue", "--noheader", "--array", "--format=%i|%T|%r|%N", f"--jobs={numbers}"]
     try:
@@ -180,6 +180,6 @@ def _is_running(process: int) -> bool:
 
 
 def last_line_of(text: str) -> str:
-    """The last line that says anything."""
+    """Return the last line that is not blank; empty if there is none."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else ""

@@ -1,6 +1,6 @@
-"""A tool on several ranks of this machine, started and watched by this process.
+"""Launcher of a tool on several ranks of this machine, for a few ranks.
 
-For one machine and a handful of ranks; torchrun starts the same tools with its own rendezvous.
+torchrun starts the same tools with its own rendezvous.
 """
 
 import os
@@ -18,13 +18,13 @@ _GRACE_SECONDS = 10.0
 
 
 def run_on_this_machine(tool: Path, arguments: Sequence[str], ranks: int) -> int:
-    """Run a tool on ``ranks`` processes that share the cores, and wait for them.
+    """Run a tool on ``ranks`` processes that share the CPU cores, and wait for them.
 
-    If one fails the others are ended: they would wait for it for ever. If this process dies, however it dies,
-    the ranks die with it.
+    If one rank fails, the others are terminated, because they would wait for it forever. If this process dies
+    for any reason, the ranks are killed.
 
     Returns:
-        0, or the exit code of the first rank that failed.
+        0, or the exit code of the first failed rank.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -39,7 +39,7 @@ def run_on_this_machine(tool: Path, arguments: Sequence[str], ranks: int) -> int
 
 
 def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What tells a process its rank, as torchrun does; the cores are shared out evenly."""
+    """Return the environment of a rank with torchrun's variables; CPU cores are divided evenly."""
     threads = max(1, (os.cpu_count() or 1) // ranks)
     return {
         **os.environ,

@@ -1,9 +1,9 @@
-"""Jobs through Submitit: submitted, watched, started again. Nothing else in the package imports it.
+"""Submission, monitoring and requeueing of jobs through Submitit. No other module imports Submitit.
 
-Submitit starts `Rank` on every rank of a job. That one starts the tool as a process of its own, with the
-variables that torchrun would set, and lives on when the tool ends: so a tool that hung or was killed can be
-started again as well as one that saved itself. Submitit's own handler for signals does nothing before then,
-for it acts on the first rank alone and leaves, and a save needs all ranks.
+Submitit runs `Rank` on every rank of a job. `Rank` starts the tool as a child process with torchrun's
+environment variables and outlives it. The job can therefore be requeued after a hang or a kill as well as
+after a saved checkpoint. Submitit's own signal handler is replaced while the tool runs: it acts only on
+rank 0 and exits at once, while a checkpoint needs all ranks.
 """
 
 import contextlib
@@ -36,26 +36,26 @@ from vqd_scale.launchers.job_record import CANCELLED, Cluster, Launch, goes_on, 
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 60.0
-"""How long the first rank may go on after another one ended badly; it usually fails by itself."""
+"""Seconds until rank 0 is killed after another rank failed; it usually fails by itself before."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job asks for.
+    """Resources of a job.
 
     Attributes:
-        cluster: Where it runs: Slurm, processes of this machine, or this very process.
-        nodes: How many nodes, or the least and the most, ``1-8``.
-        gpus_per_node: GPUs on each.
-        ranks_per_node: Processes on each.
-        cpus_per_task: Cores of each process.
-        minutes: The time limit.
-        signal_seconds: How long before it ranks are asked to save.
-        requeues: How often the job may be started again, whatever for.
-        partition: Slurm's; its default otherwise.
-        account: Who pays.
-        qos: Quality of service.
-        constraint: Features that nodes must have.
+        cluster: ``slurm``, ``local`` (processes of this machine) or ``debug`` (the current process).
+        nodes: Number of nodes, or a minimum and maximum such as ``1-8``.
+        gpus_per_node: Number of GPUs per node.
+        ranks_per_node: Number of ranks per node.
+        cpus_per_task: CPU cores per rank.
+        minutes: Time limit in minutes.
+        signal_seconds: Seconds before the time limit at which ranks receive the signal to save a checkpoint.
+        requeues: Maximum number of restarts of the job, for any reason.
+        partition: Slurm partition; Slurm's default if None.
+        account: Slurm account that is charged.
+        qos: Slurm quality of service.
+        constraint: Required node features, in Slurm's syntax.
     """
 
     cluster: Cluster = "slurm"
@@ -74,15 +74,15 @@ class Resources:
 
 @dataclass(frozen=True)
 class Rank:
-    """One rank of a job, as Submitit calls it; small and plain, since Submitit pickles it.
+    """One rank of a job, called by Submitit; has only plain fields because Submitit pickles it.
 
     Attributes:
-        command: A program and its arguments.
+        command: Program and arguments.
         code: Folder of the package that the program imports.
-        workplace: Folder in which it runs.
-        folder: Of the job's files.
-        requeues: How often the job may be started again.
-        starts: How often it was, where no Slurm counts.
+        workplace: Working directory of the program.
+        folder: Folder of the job's files.
+        requeues: Maximum number of restarts of the job.
+        starts: Number of restarts so far, where ``SLURM_RESTART_COUNT`` is not set.
     """
 
     command: tuple[str, ...]
@@ -93,10 +93,10 @@ class Rank:
     starts: int = 0
 
     def __call__(self) -> None:
-        """Run the tool to its end.
+        """Run the tool, then record the outcome or requeue the job (rank 0).
 
         Raises:
-            SystemExit: On the first rank, with the job's exit code, or after the job was queued again.
+            SystemExit: On rank 0, with the job's exit code, or after a requeue.
         """
         job = JobEnvironment()
         start = int(os.environ.get("SLURM_RESTART_COUNT", self.starts))
@@ -105,14 +105,14 @@ class Rank:
         process = started(self.command, self._environment(job), self.workplace)
         with forwarding_signals([process]):
             code = _watched(process, ends) if job.global_rank == 0 else process.wait()
-        # A negative one is a signal's number.
+        # A negative exit code is a signal number.
         code = code if code >= 0 else 128 - code
         note_end(ends, job.global_rank, code)
         if job.global_rank == 0:
             self._conclude(job, noted_ends(ends), code, start, requeue)
 
     def checkpoint(self) -> DelayedSubmission:
-        """What Submitit starts the next time; the tool itself knows where it was."""
+        """Return the submission for Submitit's restart; the tool resumes from its own checkpoint."""
         return DelayedSubmission(replace(self, starts=self.starts + 1))
 
     def _environment(self, job: JobEnvironment) -> dict[str, str]:
@@ -124,7 +124,7 @@ class Rank:
             "LOCAL_RANK": str(job.local_rank),
             "WORLD_SIZE": str(job.num_tasks),
             "MASTER_ADDR": job.hostnames[0] if job.cluster == "slurm" else "127.0.0.1",
-            # As in slurm/env.sh: the job's own, below the ephemeral ones.
+            # As in slurm/env.sh: a port derived from the job ID, below the ephemeral ports.
             "MASTER_PORT": str(10_000 + int(raw) % 20_000),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1")),
         }
@@ -164,7 +164,7 @@ class Rank:
 
 
 def _watched(process: "subprocess.Popen[bytes]", ends: Path) -> int:
-    """The first rank's exit code; it is ended if it goes on waiting for one that ended badly."""
+    """Wait for rank 0 and return its exit code; kill it if it keeps running after another rank failed."""
     deadline = float("inf")
     while True:
         try:
@@ -185,27 +185,27 @@ def submit(
     run: str,
     details: Mapping[str, Any],
 ) -> Launch:
-    """Submit a command, or several as the tasks of an array.
+    """Submit one command as a job, or several commands as a job array.
 
     Args:
-        what: In words.
-        commands: Programs and their arguments, each for all ranks of one job.
-        resources: What each job asks for.
-        folder: For the jobs' files, seen by all nodes.
+        what: Name of the work, used in the job name.
+        commands: Program and arguments of each job; all ranks of a job run the same command.
+        resources: Resources of each job.
+        folder: Folder of the jobs' files, on a file system shared by all nodes.
         code: Folder of the package that the programs import.
-        run: The folder of the run.
-        details: What else is worth remembering.
+        run: Folder of the run or of its results.
+        details: Further metadata for the launch record.
 
     Raises:
-        UserError: There is no Slurm here, or it refuses the job.
+        UserError: Slurm is not installed, or refuses the job.
     """
     folder, code = folder.absolute(), code.absolute()
     try:
         executor = submitit.AutoExecutor(folder / "logs", cluster=resources.cluster, **_bounds(resources))
         executor.update_parameters(**_parameters(what, resources))
         ranks = [Rank(tuple(command), code, Path.cwd(), folder, resources.requeues) for command in commands]
-        # The launcher's own part on the nodes is imported from where it is submitted.
-        # Submitit repeats what sbatch says there, and so does this.
+        # The nodes import the launcher from the submission's working directory, thus from the code copy.
+        # Submitit copies sbatch's message to stderr; it is suppressed because the UserError repeats it.
         with _inside(code), contextlib.redirect_stderr(io.StringIO()), executor.batch():
             jobs = [executor.submit(rank) for rank in ranks]
     except (RuntimeError, ValueError, FailedJobError, FailedSubmissionError) as error:
@@ -222,12 +222,12 @@ def _run_here(job: submitit.Job[Any]) -> None:
     try:
         job.results()
     except SystemExit:
-        # What the tool ended with is in the job's outcome.
+        # The outcome file has the exit code of the tool.
         get_logger().debug("a job in this process ended early")
 
 
 def _bounds(resources: Resources) -> dict[str, Any]:
-    """Submitit's own bound on restarts must not be the narrower one."""
+    """Return Submitit's limit on restarts, set to ``requeues`` so that it is not the tighter one."""
     bound = {"max_num_timeout": resources.requeues}
     return (
         {} if resources.cluster == "debug" else {f"{resources.cluster}_{key}": n for key, n in bound.items()}
@@ -253,7 +253,7 @@ def _parameters(what: str, resources: Resources) -> dict[str, Any]:
         "slurm_constraint": resources.constraint,
         "slurm_signal_delay_s": resources.signal_seconds,
         "slurm_additional_parameters": {"requeue": True, "nodes": resources.nodes},
-        # Only the first rank ends in another way than 0, when it is clear what is to follow.
+        # Only rank 0 exits with a nonzero code, after it has decided between a requeue and the end.
         "slurm_srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus_per_task}"],
     }
 
@@ -269,7 +269,7 @@ def _inside(folder: Path) -> Generator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What Slurm or Submitit said, in the first line that names an error."""
+    """Return the first error line of Slurm's or Submitit's message, or its last line if none is marked."""
     lines = [line.partition("error: ")[2] for line in str(error).splitlines() if "error: " in line]
     text = next(iter(lines), last_line_of(str(error))).rstrip(".")
     return "this machine knows no Slurm: launch with --cluster local" if '"srun"' in text else text

@@ -1,4 +1,4 @@
-"""From prompts to pictures with VQ-AR: one token after the other, with what was seen kept or read again."""
+"""Text-to-image sampling with VQ-AR, token by token, with or without a KV cache."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,14 +20,15 @@ from vqd_scale.nn.autoregressive import Autoregressive
 from vqd_scale.tokenizers.base import to_bytes
 
 Evaluate: TypeAlias = Callable[[Int[Tensor, "batch length"], int], Float[Tensor, "batch codes"]]
-"""Logits of the token at a place, from those before it; places come in order."""
+"""Function from the previous tokens and a position to that position's logits; positions are called in
+order."""
 
 
 class AutoregressiveTextToImage:
-    """Prompts to pictures, token by token: the peer that the papers compare `TextToImage` with.
+    """Autoregressive text-to-image pipeline, the baseline to which the papers compare `TextToImage`.
 
     Args:
-        bundle: A loaded model.
+        bundle: Loaded model.
     """
 
     def __init__(self, bundle: AutoregressiveBundle) -> None:
@@ -41,7 +42,7 @@ class AutoregressiveTextToImage:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Self:
-        """Load a bundle, or the one that a finished run exported; see `TextToImage.load`.
+        """Load a model from its bundle or a finished run; see `TextToImage.load`.
 
         Raises:
             UserError: There is no such model, or a file of it is missing or damaged.
@@ -56,13 +57,13 @@ class AutoregressiveTextToImage:
     def __call__(
         self, prompts: Prompts, *, guidance: float = 3.0, truncation: float = 1.0, seed: int = 0
     ) -> Pictures:
-        """Draw one picture for each prompt, all at once.
+        """Generate one image per prompt, all in one batch.
 
         Args:
-            prompts: A caption or several; an empty one is no caption.
-            guidance: Scale of classifier-free guidance, 1 is none.
-            truncation: Share of the probability that each prediction keeps.
-            seed: Below 2**31. Picture i under a seed is the same in whatever batch.
+            prompts: One or several captions; an empty one means no caption.
+            guidance: Scale of classifier-free guidance; 1 turns guidance off.
+            truncation: Probability mass kept of each prediction (top-p).
+            seed: Seed below 2**31. Image i of a seed does not depend on the batch.
 
         Raises:
             UserError: The seed is out of range.
@@ -84,16 +85,17 @@ class AutoregressiveTextToImage:
         keep_seen: bool = True,
         on_step: Callable[[int, int], None] | None = None,
     ) -> UInt8[Tensor, "batch 3 height width"]:
-        """Draw one batch.
+        """Generate one batch of images.
 
         Args:
             prompts: Captions.
-            slots: int64, each picture's own number, which names its random numbers; see `picture_slots`.
+            slots: Unique index of each image, int64; key of its random numbers, see `picture_slots`.
             guidance: Scale of classifier-free guidance.
-            truncation: Which codes each prediction keeps; all if not given.
-            negative: Takes the place of the null condition.
-            keep_seen: Whether keys and values of the tokens before are kept, or computed at each place again.
-            on_step: Called after each token with the number of tokens done and of all.
+            truncation: Truncation of each prediction's codes. Default: none.
+            negative: Negative prompts, used instead of the null condition.
+            keep_seen: Use a KV cache; False recomputes the keys and values of all previous tokens at each
+                position.
+            on_step: Called after each token with the number of finished tokens and the total.
 
         Returns:
             Pixels, on the CPU.
@@ -118,16 +120,17 @@ def prediction(
     *,
     keep_seen: bool,
 ) -> Predict:
-    """What `sample_in_order` draws from: log p of the token at a place, guided, as [batch, 1, K].
+    """Return the prediction function of `sample_in_order`: guided log p of one token, [batch, 1, K].
 
-    Guidance takes both predictions from one pass over twice the batch; without a condition there is none.
+    With guidance, one forward pass over twice the batch computes both predictions. An unconditional model has
+    no guidance.
 
     Args:
-        network: The network.
-        conditions: Of the batch.
-        guidance: The scale.
+        network: Network.
+        conditions: Conditions of the batch.
+        guidance: Scale of classifier-free guidance.
         batch: Number of images.
-        keep_seen: See `AutoregressiveTextToImage.draw`.
+        keep_seen: Use a KV cache; see `AutoregressiveTextToImage.draw`.
     """
     told, is_guided = conditions.given, False
     if guidance.scale != 1 and conditions.given is not None and conditions.absent is not None:
@@ -145,13 +148,13 @@ def prediction(
 
 
 def cached(network: Autoregressive, condition: Tensor | None, batch: int) -> Evaluate:
-    """Each place once: keys and values of what was seen are kept."""
+    """Return an evaluation with a KV cache; each position is computed once."""
     memories = network.memories(condition, batch)
     return lambda tokens, place: network.step(tokens, place, memories)
 
 
 def uncached(network: Autoregressive, condition: Tensor | None) -> Evaluate:
-    """The slow twin of `cached`: everything before a place is read again at every place."""
+    """Return an evaluation without a KV cache; all previous positions are recomputed at each position."""
     return lambda tokens, place: network(tokens[:, : place + 1], condition)[:, place]
 
 
@@ -163,23 +166,23 @@ def sample_in_order(
     seed: int,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Int[Tensor, "batch length"]:
-    """Draw tokens in raster order, each by inverse CDF from one uniform number.
+    """Sample tokens in raster order, each by inverse CDF from one uniform number.
 
     Args:
-        predict: log p(x_i | x_1 .. x_{i-1}) as [batch, 1, K], from the tokens so far and the place i; compose
-            it with `guidance.guided_pair` and `guidance.truncated`. Places are asked for in order.
-        slots: Each image's global number, int64; with ``seed`` it names the image's random numbers.
-        length: Tokens of an image.
+        predict: log p(x_i | x_1 .. x_{i-1}) as [batch, 1, K], from the tokens so far and the position i;
+            compose it with `guidance.guided_pair` and `guidance.truncated`. Called with positions in order.
+        slots: Global index of each image, int64; ``seed`` and slot are the key of the image's random numbers.
+        length: Number of tokens per image.
         seed: 0 to 2**32 - 1.
-        on_step: Called after each token with the number of tokens done and of all.
+        on_step: Called after each token with the number of finished tokens and the total.
 
     Returns:
-        int64 tokens, 0 to K-1.
+        Tokens, int64, 0 to K-1.
 
     Raises:
-        UserError: The prediction is not finite.
+        UserError: A prediction is not finite.
     """
-    # float64: a codebook's tail needs the digits.
+    # float64: float32 is too coarse for the rarest codes.
     drawn = uniforms(seed, Purpose.SAMPLING, slots, length, dtype=torch.float64)
     tokens = slots.new_zeros((len(slots), length))
     sound = torch.ones((), dtype=torch.bool, device=slots.device)

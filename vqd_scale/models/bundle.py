@@ -1,7 +1,7 @@
-"""What a trained model is on disk: a folder of safetensors and one JSON that says everything else.
+"""Model bundle: a folder of safetensors weights, ``config.json`` and a model card.
 
-``config.json`` says what the weights need to mean something; the weights name the schedule they were trained
-under, so that neither can be exchanged for another without a word. ``README.md`` says it to people.
+``config.json`` contains everything needed to use the weights. The weights' metadata contain the noise
+schedule of their training, so a bundle with a changed schedule is rejected. ``README.md`` is the model card.
 """
 
 import json
@@ -46,23 +46,23 @@ _TRAINED = "Trained with vqd_scale. Who trained it decides on its licence, withi
 
 
 class BundleConfig(Config):
-    """All that a model's weights need to mean something, the schedule's constants among it."""
+    """Configuration of a denoiser bundle, including the constants of the noise schedule."""
 
     kind: Literal["denoising"] = "denoising"
     codebook_size: PositiveInt
     """K, the number of codes."""
     grid: tuple[PositiveInt, PositiveInt]
-    """Rows and columns of tokens."""
+    """Token grid (rows, columns)."""
     denoiser: NetworkConfig
     text: TextConfig | None = None
-    """The encoder of captions; none for a model that takes no text."""
+    """Caption encoder; ``None`` for a model without text conditioning."""
     diffusion: Schedule
     origin: str = _TRAINED
-    """Where the weights come from, and what is known of their licence."""
+    """Origin of the weights and their known license."""
 
 
 class AutoregressiveBundleConfig(Config):
-    """The same for a model that draws token by token."""
+    """Configuration of an autoregressive model's bundle; see `BundleConfig`."""
 
     kind: Literal["autoregression"] = "autoregression"
     codebook_size: PositiveInt
@@ -73,20 +73,20 @@ class AutoregressiveBundleConfig(Config):
 
 
 class ConditionalModel(nn.Module):
-    """What is trained together and saved together: a network, and the encoder of captions if it takes text.
+    """Network and, for a text-conditional model, caption encoder; trained and saved together.
 
     Args:
-        text: The encoder.
-        condition: What the network is conditioned on.
-        key: Where a configuration says so.
+        text: Configuration of the text encoder.
+        condition: Condition of the network.
+        key: Configuration key of the condition, for error messages.
 
     Attributes:
-        condition: As given.
-        text: The encoder of captions; only a model of a text condition has one.
+        condition: Condition of the network.
+        text: Caption encoder; absent without a text condition.
 
     Raises:
-        UserError: The network takes text and there is no encoder of that width, or takes none and there is
-            one.
+        UserError: The network is text-conditional and there is no text encoder of its width, or it is not and
+            there is a text encoder.
     """
 
     def __init__(self, text: TextConfig | None, condition: Condition, key: str) -> None:
@@ -101,27 +101,27 @@ class ConditionalModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the network computes; the text encoder may have another."""
-        # By name: inside the engine's forward DeepSpeed gathers a ZeRO-3 weight that is read as an attribute.
+        """Compute dtype of the network; that of the text encoder can differ."""
+        # By name: inside the engine's forward, DeepSpeed gathers a ZeRO-3 weight read as an attribute.
         return next(value.dtype for name, value in self.named_parameters() if not name.startswith("text."))
 
     def text_features(
         self, captions: Int[Tensor, "batch positions"], dropped: Bool[Tensor, " batch"]
     ) -> Float[Tensor, "batch positions width"]:
-        """Features from the text encoder, see `TextEncoder.forward`, in the dtype of the network.
+        """Encode captions with `TextEncoder.forward`; return features in the dtype of the network.
 
         Args:
             captions: Token ids.
-            dropped: Samples that get the null condition.
+            dropped: Mask of the samples that get the null condition.
         """
         return self.text(captions, dropped).to(self.dtype)
 
     def condition_inputs(self, given: Tensor, dropped: Bool[Tensor, " batch"]) -> Tensor | None:
-        """What the network takes for its condition.
+        """Compute the condition input of the network.
 
         Args:
-            given: Caption ids [batch, positions] or classes [batch]; an unconditional model looks at neither.
-            dropped: Which samples are to see the null condition instead.
+            given: Caption ids [batch, positions] or classes [batch]; ignored by an unconditional model.
+            dropped: Mask of the samples that get the null condition.
         """
         if isinstance(self.condition, TextCondition):
             return self.text_features(given, dropped)
@@ -134,11 +134,11 @@ class Model(ConditionalModel):
     """Denoiser and text encoder.
 
     Args:
-        config: Their shapes.
-        placement: Where the network's weights are while it is built.
+        config: Configuration of both.
+        placement: Parameter sharding during construction of the denoiser.
 
     Attributes:
-        denoiser: The network.
+        denoiser: Denoiser network.
 
     Raises:
         UserError: See `ConditionalModel`.
@@ -160,11 +160,11 @@ class AutoregressiveModel(ConditionalModel):
     """Autoregressive transformer and text encoder.
 
     Args:
-        config: Their shapes.
-        placement: Where the transformer's weights are while it is built.
+        config: Configuration of both.
+        placement: Parameter sharding during construction of the transformer.
 
     Attributes:
-        network: The transformer.
+        network: Autoregressive transformer.
 
     Raises:
         UserError: See `ConditionalModel`.
@@ -182,15 +182,15 @@ AnyModel = TypeVar("AnyModel", Model, AutoregressiveModel, default=Model)
 
 @dataclass(frozen=True)
 class Bundle(Generic[AnyBundleConfig, AnyModel]):
-    """A loaded model, for inference only.
+    """Loaded model, for inference only.
 
     Attributes:
-        config: Its shapes, and the schedule of a denoiser.
+        config: Configuration, including a denoiser's noise schedule.
         model: Network and text encoder.
-        tokenizer: Tokens to pictures.
+        tokenizer: Image tokenizer.
 
     Raises:
-        UserError: The tokenizer has another number of codes than the model.
+        UserError: Tokenizer and model have different numbers of codes.
     """
 
     config: AnyBundleConfig
@@ -208,18 +208,18 @@ class Bundle(Generic[AnyBundleConfig, AnyModel]):
 
     @property
     def device(self) -> torch.device:
-        """Where the networks lie."""
+        """Device of the networks."""
         return self.model.network.code_tables[0].device
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the network computes."""
+        """Compute dtype of the network."""
         return self.model.dtype
 
     def to(self, place: torch.dtype | torch.device | str) -> None:
-        """Move everything to a device; or let network and convolutions compute in another dtype.
+        """Move all modules to a device, or set the compute dtype of network and tokenizer.
 
-        The text encoder, run once for a prompt, stays as it is, and so does what chooses a code.
+        The text encoder, run once per prompt, and the tokenizer's selection of codes keep their dtype.
         """
         if isinstance(place, torch.dtype):
             cast(nn.Module, self.model.network).to(dtype=place)
@@ -234,11 +234,11 @@ AutoregressiveBundle: TypeAlias = Bundle[AutoregressiveBundleConfig, Autoregress
 
 @dataclass(frozen=True)
 class TokenizerWeights:
-    """A tokenizer that is not yet a bundle.
+    """Configuration and weights of a tokenizer that is not yet saved as a bundle.
 
     Attributes:
-        config: Its shape.
-        tensors: Its module's state.
+        config: Configuration of the tokenizer.
+        tensors: State dictionary of the tokenizer.
     """
 
     config: TokenizerConfig
@@ -251,13 +251,13 @@ def save_bundle(
     weights: Mapping[str, Tensor],
     tokenizer: Path | TokenizerWeights,
 ) -> None:
-    """Write a model's bundle, the tokenizer's within it: all of it or nothing.
+    """Write a model bundle, including its tokenizer's, atomically.
 
     Args:
-        folder: Where; what is there is replaced.
-        config: What the model is.
-        weights: The state of its model.
-        tokenizer: A tokenizer's bundle to be copied, or its weights.
+        folder: Output folder; replaced if it exists.
+        config: Configuration of the model.
+        weights: State dictionary of the model.
+        tokenizer: Tokenizer bundle to copy, or the tokenizer's weights.
 
     Raises:
         UserError: The disk is full or the folder cannot be written.
@@ -278,11 +278,11 @@ def save_bundle(
 
 
 def load_bundle(folder: Path) -> Bundle:
-    """Read a denoiser's bundle, or that of a finished run, into float32 on the CPU.
+    """Load a denoiser from its bundle or a finished run, in float32 on the CPU.
 
     Raises:
-        UserError: There is none, a file is missing, damaged or of another shape, or the weights were trained
-            under another schedule than the configuration says.
+        UserError: There is no bundle, a file is missing, damaged or of another shape, or the schedule in the
+            configuration differs from that in the weights.
     """
     folder = _exported(folder)
     config = _load_config(_MODELS, folder, "model bundle")
@@ -298,10 +298,10 @@ def load_bundle(folder: Path) -> Bundle:
 
 
 def is_autoregressive(folder: Path) -> bool:
-    """Whether a folder is the bundle of an autoregressive model, or holds a run's.
+    """Return True if a folder is, or a run's folder contains, an autoregressive model's bundle.
 
     Raises:
-        UserError: Its configuration cannot be read.
+        UserError: The configuration cannot be read.
     """
     path = _exported(folder) / CONFIG
     tag = AutoregressiveBundleConfig.model_fields["kind"].default
@@ -309,10 +309,10 @@ def is_autoregressive(folder: Path) -> bool:
 
 
 def load_autoregressive_bundle(folder: Path) -> AutoregressiveBundle:
-    """Read an autoregressive model's bundle, or that of a finished run, into float32 on the CPU.
+    """Load an autoregressive model from its bundle or a finished run, in float32 on the CPU.
 
     Raises:
-        UserError: There is none, or a file is missing, damaged or of another shape.
+        UserError: There is no bundle, or a file is missing, damaged or of another shape.
     """
     folder = _exported(folder)
     config = _load_config(_MODELS, folder, "model bundle")
@@ -324,7 +324,7 @@ def load_autoregressive_bundle(folder: Path) -> AutoregressiveBundle:
 
 
 def save_tokenizer(folder: Path, config: TokenizerConfig, weights: Mapping[str, Tensor]) -> None:
-    """Write a tokenizer's bundle.
+    """Write a tokenizer bundle.
 
     Raises:
         UserError: The disk is full or the folder cannot be written.
@@ -334,10 +334,10 @@ def save_tokenizer(folder: Path, config: TokenizerConfig, weights: Mapping[str, 
 
 
 def load_tokenizer(folder: Path, device: torch.device) -> Tokenizer:
-    """Read a tokenizer's bundle.
+    """Load a tokenizer bundle.
 
     Raises:
-        UserError: There is none, or a file is missing, damaged or of another shape.
+        UserError: There is no bundle, or a file is missing, damaged or of another shape.
     """
     tokenizer = build_tokenizer(_load_config(_TOKENIZERS, folder, "tokenizer bundle"))
     _load_weights(tokenizer, folder)
@@ -345,10 +345,10 @@ def load_tokenizer(folder: Path, device: torch.device) -> Tokenizer:
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
-    """Hex SHA-256 of a tokenizer's weights: token shards carry it, and training checks it.
+    """Return the SHA-256 (hex) of a tokenizer's weights; token shards contain it, and training checks it.
 
     Raises:
-        UserError: There is no tokenizer bundle in the folder.
+        UserError: The folder contains no tokenizer bundle.
     """
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: there is no tokenizer bundle here; train_tokenizer.py makes one.")
@@ -356,21 +356,21 @@ def tokenizer_fingerprint(folder: Path) -> str:
 
 
 def weights_file(folder: Path) -> Path:
-    """The weights in a bundle, or in that of a finished run."""
+    """Return the path of the weights in a bundle or a finished run."""
     return _exported(folder) / WEIGHTS
 
 
 def schedule_of(folder: Path) -> Schedule:
-    """The schedule that a denoiser's bundle, or that of a finished run, was trained under.
+    """Load the noise schedule of a denoiser from its bundle or a finished run.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no bundle.
     """
     return _load_config(BundleConfig, _exported(folder), "model bundle").diffusion
 
 
 def tokenizer_folder(folder: Path) -> Path:
-    """The tokenizer's bundle in that of a model, or of a finished run."""
+    """Return the path of the tokenizer bundle in a model bundle or a finished run."""
     return _exported(folder) / _TOKENIZER
 
 
@@ -406,7 +406,7 @@ def _load_weights(module: nn.Module, folder: Path) -> None:
 
 
 def _fingerprint(schedule: Schedule) -> str:
-    """A schedule's constants as the weights carry them."""
+    """Serialize a schedule's constants for the weights' metadata."""
     return json.dumps(schedule.model_dump(mode="json"), sort_keys=True)
 
 

@@ -1,4 +1,4 @@
-"""Prompts as the network is told them: captions, labels, or nothing."""
+"""Conversion of prompts to the network's conditions: captions, labels or none."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,16 +11,17 @@ from vqd_scale.models.bundle import AnyBundleConfig, AnyModel, Bundle
 from vqd_scale.nn.denoiser import ClassCondition, TextCondition
 
 Prompts = str | int | Sequence[str] | Sequence[int]
-"""One caption or several; labels, for a class-conditional model."""
+"""One or several captions; or labels, for a class-conditional model."""
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """A batch's conditions as the network takes them.
+    """Network conditions of a batch.
 
     Attributes:
-        given: Of the prompts; ``None`` for an unconditional model.
-        absent: What guidance leads away from, a row for each prompt; ``None`` for an unconditional model.
+        given: Conditions of the prompts; ``None`` for an unconditional model.
+        absent: Negative conditions of classifier-free guidance, one row per prompt; ``None`` for an
+            unconditional model.
     """
 
     given: Tensor | None
@@ -32,15 +33,16 @@ def conditions_of(
     prompts: Sequence[str] | Sequence[int],
     negative: Sequence[str] | None,
 ) -> Conditions:
-    """What a model is told for these prompts, on its device and in its dtype.
+    """Compute a model's conditions for prompts, on its device and in its dtype.
 
     Args:
-        bundle: The model.
-        prompts: Captions, an empty one being no caption; labels, where the number of classes says "none".
-        negative: Captions that take the place of "no caption", a row for each prompt.
+        bundle: Model.
+        prompts: Captions, where an empty one means no caption; or labels, where the number of classes means
+            no class.
+        negative: Negative captions, one per prompt, instead of the null condition.
 
     Raises:
-        UserError: A label is none, or a negative prompt is given to a model that takes no text.
+        UserError: A label is invalid, or the model takes no text and a negative prompt is given.
     """
     condition = bundle.model.condition
     if isinstance(condition, TextCondition):
@@ -57,7 +59,7 @@ def conditions_of(
 def _text(bundle: Bundle[AnyBundleConfig, AnyModel], captions: Sequence[str] | Sequence[int]) -> Tensor:
     tokenizer = bundle.model.text.tokenizer
     ids = torch.from_numpy(tokenizer([str(caption) for caption in captions])).to(bundle.device)
-    # None is dropped: the encoder itself takes an empty caption for none.
+    # No sample is marked as dropped: the text encoder treats an empty caption as no caption.
     return bundle.model.text_features(ids, torch.zeros(len(ids), dtype=torch.bool, device=bundle.device))
 
 

@@ -1,4 +1,4 @@
-"""Many pictures for many prompts, one file each, so that a kill costs one batch."""
+"""Resumable generation of images for many prompts, one file each; a kill loses at most one batch."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,12 +28,12 @@ from vqd_scale.reports.plots import publish_image
 _LIST = "samples.json"
 
 Pipeline: TypeAlias = TextToImage | AutoregressiveTextToImage
-"""What draws a picture for a prompt."""
+"""Pipeline that generates an image for a prompt."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption, and the name of its picture's file."""
+    """A caption and the file name (stem) of its image."""
 
     key: str
     caption: str
@@ -41,10 +41,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides the pictures beside model and prompts, see `TextToImage.draw`."""
+    """All sampling options that determine the images, besides model and prompts; see `TextToImage.draw`."""
 
     steps: int
-    """An autoregressive model knows none: it takes a step for each token."""
+    """Number of sampling steps; ignored by an autoregressive model, which takes one step per token."""
     guidance: float
     top_p: float
     seed: int
@@ -52,10 +52,10 @@ class Settings:
 
 
 def prompts_of(shards: ShardSet, count: int) -> list[Prompt]:
-    """The captions of the first ``count`` samples of a set.
+    """Return the captions of the first ``count`` samples of a dataset.
 
     Raises:
-        UserError: The set holds fewer.
+        UserError: The dataset has fewer samples.
     """
     if count > shards.count:
         raise UserError(f"{shards.folder}: holds {shards.count} samples, fewer than the {count} asked for.")
@@ -71,7 +71,7 @@ def prompts_of(shards: ShardSet, count: int) -> list[Prompt]:
 def load_pipeline(
     path: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> Pipeline:
-    """Load whatever model lies somewhere, by the kind of its bundle; see `TextToImage.load`.
+    """Load the pipeline for the kind of model in a bundle; see `TextToImage.load`.
 
     Raises:
         UserError: There is no such model, or a file of it is missing or damaged.
@@ -84,16 +84,16 @@ def load_pipeline(
 def draw_batch(
     pipe: Pipeline, prompts: Sequence[str], slots: Int[Tensor, " batch"], settings: Settings
 ) -> UInt8[Tensor, "batch 3 height width"]:
-    """One batch of pictures, on the CPU.
+    """Generate one batch of images, on the CPU.
 
     Args:
-        pipe: The model.
+        pipe: Pipeline.
         prompts: Captions.
-        slots: See `picture_slots`, which knows the seed.
-        settings: How to draw.
+        slots: Unique index of each image, which includes the seed; see `picture_slots`.
+        settings: Sampling options.
 
     Raises:
-        UserError: The steps do not fit the schedule.
+        UserError: The number of steps does not fit the schedule.
     """
     guidance = ConstantGuidance(scale=settings.guidance)
     truncation = TopP(p=settings.top_p) if settings.top_p < 1 else None
@@ -104,17 +104,17 @@ def draw_batch(
 
 
 def generate(pipe: Pipeline, model: str, prompts: list[Prompt], settings: Settings, folder: Path) -> None:
-    """Draw a picture for each prompt into ``folder``; pictures that are there are not drawn again.
+    """Generate an image for each prompt into ``folder``; batches with all images present are skipped.
 
     Args:
-        pipe: The model.
-        model: What to call it in the list of samples.
+        pipe: Pipeline.
+        model: Name of the model in the list of samples.
         prompts: Captions and the names of their files.
-        settings: How to draw.
-        folder: Where the pictures go, with a list of what they are.
+        settings: Sampling options.
+        folder: Output folder for the images and the list of samples.
 
     Raises:
-        UserError: The folder holds pictures drawn otherwise, or cannot be written.
+        UserError: The folder contains images of other prompts, model or settings, or cannot be written.
     """
     listed = {
         "model": model,
@@ -138,10 +138,10 @@ def generate(pipe: Pipeline, model: str, prompts: list[Prompt], settings: Settin
 
 
 def read_generated(folder: Path) -> tuple[list[Prompt], UInt8[NDArray[np.uint8], "count height width 3"]]:
-    """The prompts and pictures that `generate` wrote.
+    """Read the prompts and images written by `generate`.
 
     Raises:
-        UserError: There are none, or not all of them.
+        UserError: The list or an image is missing.
     """
     listed = read_json(folder / _LIST, "list of samples (sample.py writes it)")
     prompts = [Prompt(key, caption) for key, caption in listed["prompts"].items()]

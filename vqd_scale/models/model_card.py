@@ -1,4 +1,4 @@
-"""The model card: what a bundle says of itself to people."""
+"""Model card of a bundle, in Markdown."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ _TOLD = {"text": "a caption", "class": "a class", "none": "nothing"}
 
 @dataclass(frozen=True)
 class ModelKind:
-    """What sort of model it is, in words.
+    """Texts of the model card that depend on the kind of model.
 
     Attributes:
-        name: What it is called.
-        loader: The class that draws with it, as ``from vqd_scale.models. ... import`` names it.
-        how: How it draws, to follow a comma.
-        source: The papers.
+        name: Name of the kind.
+        loader: Pipeline class, in the form that follows ``from vqd_scale.models.``.
+        how: Sampling procedure, as a phrase that follows a comma.
+        source: Papers.
     """
 
     name: str
@@ -40,15 +40,15 @@ AUTOREGRESSION = ModelKind(
 def model_card(
     kind: ModelKind, grid: tuple[int, int], codes: int, condition: str, facts: Mapping[str, str], origin: str
 ) -> str:
-    """The card as Markdown.
+    """Render the model card as Markdown.
 
     Args:
-        kind: What sort of model.
-        grid: Rows and columns of tokens.
+        kind: Kind of model.
+        grid: Token grid (rows, columns).
         codes: K.
-        condition: The kind of its condition.
-        facts: What else is known, a row each.
-        origin: Where the weights come from, and what is known of their licence.
+        condition: Kind of condition.
+        facts: Further table rows, by name.
+        origin: Origin of the weights and their known license.
     """
     rows = "\n".join(f"| {name} | {fact} |" for name, fact in facts.items())
     return f"""# A {kind.name} model

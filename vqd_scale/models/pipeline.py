@@ -1,4 +1,4 @@
-"""From prompts to pictures with a trained model."""
+"""Text-to-image sampling with a trained diffusion model."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -33,37 +33,38 @@ from vqd_scale.models.s3_download import fetched
 from vqd_scale.tokenizers.base import to_bytes, to_signal
 
 FOLDERS = ("export", "export/tokenizer", *COMPONENTS)
-"""What a model's folder may hold beside its own files, by any of the layouts that can be loaded."""
+"""Subfolders that a model folder may contain, in any of the layouts that can be loaded."""
 _SEEDS = 1 << 32
 
 
 class SamplingOptions(TypedDict, total=False):
-    """How to draw; every method of `TextToImage` that draws takes these keywords."""
+    """Sampling options: keywords of every sampling method of `TextToImage`."""
 
     steps: int
-    """Network evaluations, 1 to the schedule's T; the default, 25, is for the exact strided posterior."""
+    """Number of sampling steps (network evaluations), 1 to the schedule's T, with the exact strided
+    posterior. Default: 25."""
     sampler: Sampler
-    """Another way to take them, instead of ``steps``: any of `vqd_scale.diffusion.samplers`."""
+    """Sampler that replaces ``steps``: any of `vqd_scale.diffusion.samplers`."""
     guidance: float | GuidanceScale
-    """Scale of classifier-free guidance, 1 is none; or a schedule of it. The default is 3."""
+    """Scale of classifier-free guidance, or a schedule of it; 1 turns guidance off. Default: 3."""
     truncation: float | Truncation
-    """Share of the probability that each prediction keeps (0.86 is the papers' 0.86r); without it, all."""
+    """Probability mass kept of each prediction (top-p); 0.86 is the papers' 0.86r. Default: no truncation."""
     negative: str | Sequence[str]
-    """What not to draw, for all pictures or one for each; it takes the place of the null condition."""
+    """Negative prompt for all images, or one per image, used instead of the null condition."""
     seed: int | Sequence[int]
-    """Below 2**31. Picture i under a seed is the same in whatever batch; a list has a seed for each picture,
-    and draws each like the first picture under that seed alone."""
+    """Seed below 2**31. Image i of a seed does not depend on the batch. A list has one seed per image;
+    each image is then the first image of its seed."""
     batch: int
-    """How many pictures are drawn at once; the default is 16."""
+    """Number of images per batch. Default: 16."""
     progress: bool
-    """Whether a bar follows the steps; the default is yes."""
+    """Show a progress bar. Default: True."""
 
 
 class Pictures(Sequence[Image.Image]):
-    """Pictures as PIL images by place, and all of them as one tensor.
+    """Sequence of PIL images, with all pixels as one tensor.
 
     Args:
-        tensor: The pixels, on the CPU.
+        tensor: Pixels, on the CPU.
     """
 
     def __init__(self, tensor: UInt8[Tensor, "count 3 height width"]) -> None:
@@ -83,15 +84,16 @@ class Pictures(Sequence[Image.Image]):
 
 
 class TextToImage:
-    """Prompts to pictures.
+    """Text-to-image pipeline.
 
     >>> pipe = TextToImage.load("runs/demo/model")  # doctest: +SKIP
     >>> pipe("a red circle on white", steps=25, guidance=2.0)[0].save("circle.png")  # doctest: +SKIP
 
-    A class-conditional model takes labels for prompts, an unconditional one an empty prompt for each picture.
+    The prompts of a class-conditional model are labels. For an unconditional model, pass one empty prompt per
+    image.
 
     Args:
-        bundle: A loaded model.
+        bundle: Loaded model.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -106,12 +108,12 @@ class TextToImage:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Self:
-        """Load a bundle, the one that a finished run exported, or a diffusers VQDiffusionPipeline folder.
+        """Load a model from its bundle, a finished run, or a diffusers VQDiffusionPipeline folder.
 
         Args:
-            path: The folder; ``s3://`` is fetched first.
-            dtype: In which the networks compute: float32 unless told otherwise; bfloat16 or float16.
-            device: A GPU if there is one, unless told otherwise.
+            path: Model folder; an ``s3://`` folder is downloaded first.
+            dtype: Compute dtype of the networks: float32 (default), bfloat16 or float16.
+            device: Device. Default: a GPU if there is one.
 
         Raises:
             UserError: There is no such model, or a file of it is missing or damaged.
@@ -122,19 +124,19 @@ class TextToImage:
         return cls(bundle).to(dtype or torch.float32, chosen)
 
     def to(self, *places: torch.dtype | torch.device | str) -> Self:
-        """Move the networks to a device, or let them compute in another dtype, in place.
+        """Move the networks to a device, or set their compute dtype, in place.
 
-        What decides a token (softmax, guidance, posterior) stays in float32 and float64.
+        Token selection (softmax, guidance, posterior) stays in float32 and float64.
         """
         for place in places:
             self.bundle.to(place)
         return self
 
     def __call__(self, prompts: Prompts, **drawing: Unpack[SamplingOptions]) -> Pictures:
-        """Draw one picture for each prompt.
+        """Generate one image per prompt.
 
         Args:
-            prompts: A caption or several; an empty one is no caption.
+            prompts: One or several captions; an empty one means no caption.
             **drawing: See `SamplingOptions`.
 
         Raises:
@@ -145,14 +147,14 @@ class TextToImage:
     def inpaint(
         self, image: Image.Image, mask: Image.Image, prompts: Prompts, **drawing: Unpack[SamplingOptions]
     ) -> Pictures:
-        """Draw anew what the mask covers, and keep the rest of the image.
+        """Generate the masked part of an image and keep the rest.
 
-        The network sees a token as known where the mask leaves all its pixels; all others are drawn.
+        A token is fixed where the mask excludes all its pixels; all other tokens are sampled.
 
         Args:
-            image: Fitted to the model's size: its largest centred part of that shape, resized.
-            mask: Of the image's size; white (128 and more) is drawn, black stays pixel for pixel.
-            prompts: What the whole is to show, a picture for each.
+            image: Input image; center-cropped to the model's aspect ratio and resized.
+            mask: Mask of the image's size; white (128 and above) is generated, black pixels are kept exactly.
+            prompts: Prompts for the whole image, one output image each.
             **drawing: See `SamplingOptions`.
 
         Raises:
@@ -172,16 +174,16 @@ class TextToImage:
     def vary(
         self, image: Image.Image, prompts: Prompts, strength: float = 0.5, **drawing: Unpack[SamplingOptions]
     ) -> Pictures:
-        """Draw pictures that begin from an image: noise is added to it, and undone under the prompt.
+        """Generate variations of an image: add noise to its tokens and denoise them under the prompt.
 
         Args:
-            image: Fitted as in `inpaint`.
-            prompts: A picture for each.
-            strength: Which share of the noise is added, above 0 and up to 1; so many of the steps are taken.
+            image: Input image; cropped and resized as in `inpaint`.
+            prompts: Prompts, one output image each.
+            strength: Fraction of the noise to add, in (0, 1]; also the fraction of sampling steps taken.
             **drawing: See `SamplingOptions`.
 
         Raises:
-            UserError: The sampler cannot begin from an image, or see `__call__`.
+            UserError: The sampler cannot start from an image, or see `__call__`.
         """
         start = Start(self._tokens(self._fitted(image)), strength)
         return self._drawn(listed(prompts), None, start, drawing)
@@ -200,18 +202,18 @@ class TextToImage:
         start: Start | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> UInt8[Tensor, "batch 3 height width"]:
-        """Draw one batch: what all the other methods come down to.
+        """Generate one batch of images; all other sampling methods call this one.
 
         Args:
             prompts: Captions, or labels.
-            slots: int64, each picture's own number, which names its random numbers; see `picture_slots`.
-            sampler: Which steps are taken.
+            slots: Unique index of each image, int64; key of its random numbers, see `picture_slots`.
+            sampler: Sampler.
             guidance: Scale of classifier-free guidance.
-            truncation: Which codes each prediction keeps; all if not given.
-            negative: Takes the place of the null condition.
-            known: Tokens that stay.
-            start: Tokens to begin from.
-            on_step: Called after each step with the number of steps done and of all.
+            truncation: Truncation of each prediction's codes. Default: none.
+            negative: Negative prompts, used instead of the null condition.
+            known: Tokens to keep.
+            start: Tokens to start from.
+            on_step: Called after each step with the number of finished steps and the total.
 
         Returns:
             Pixels, on the CPU.
@@ -245,7 +247,7 @@ class TextToImage:
         start: Start | None,
         drawing: SamplingOptions,
     ) -> Pictures:
-        """All pictures, batch by batch."""
+        """Generate all images, batch by batch."""
         count = len(prompts)
         size = drawing.get("batch", 16)
         if size < 1 or not count:
@@ -281,7 +283,10 @@ class TextToImage:
         return Pictures(torch.cat(images))
 
     def predictions(self, conditions: Conditions) -> tuple[Predict, PredictPair]:
-        """Log p(x0 | x_t, prompt), and both that and log p(x0 | x_t) from one pass over twice the batch."""
+        """Return functions for log p(x0 | x_t, prompt), and for the pair of it and log p(x0 | x_t).
+
+        The pair takes one forward pass over twice the batch.
+        """
 
         @cache
         def prepared(doubled: bool) -> Callable[[Tensor, int], Tensor]:
@@ -297,7 +302,7 @@ class TextToImage:
 
         def pair(tokens: Tensor, t: int) -> tuple[Tensor, Tensor]:
             if conditions.given is None:
-                # Without a condition there is nothing to lead away from.
+                # Guidance has no effect on an unconditional model.
                 alone = conditional(tokens, t)
                 return alone, alone
             given, absent = evaluate(torch.cat([tokens, tokens]), t, doubled=True).chunk(2)
@@ -306,7 +311,7 @@ class TextToImage:
         return conditional, pair
 
     def _fitted(self, image: Image.Image) -> UInt8[Tensor, "channels height width"]:
-        """The largest centred part of the model's shape, at its size."""
+        """Center-crop an image to the model's aspect ratio and resize it to the model's size."""
         rows, columns = self.bundle.config.grid
         factor = self.bundle.tokenizer.factor
         mode = image.convert("L" if image.mode == "L" else "RGB")
@@ -318,10 +323,10 @@ class TextToImage:
 
 
 def picture_slots(seed: int | Sequence[int], count: int) -> Int[Tensor, " count"]:
-    """The numbers that name pictures' random numbers: ``seed`` above, place below.
+    """Return the keys of the images' random numbers: seed in the upper 32 bits, image index in the lower.
 
     Raises:
-        UserError: A seed is out of range, or there are not as many as pictures.
+        UserError: A seed is out of range, or the number of seeds differs from the number of images.
     """
     seeds = [seed] * count if isinstance(seed, int) else list(seed)
     if len(seeds) != count:
@@ -333,7 +338,7 @@ def picture_slots(seed: int | Sequence[int], count: int) -> Int[Tensor, " count"
 
 
 def listed(prompts: Prompts) -> Sequence[str] | Sequence[int]:
-    """One prompt or several as several."""
+    """Return a single prompt as a list, and several unchanged."""
     if isinstance(prompts, str):
         return [prompts]
     return [prompts] if isinstance(prompts, int) else prompts

@@ -1,4 +1,4 @@
-"""Models in S3: fetched whole, since a network is read whole anyway."""
+"""Download of complete model folders from S3; a network's weights are read completely in any case."""
 
 import tempfile
 from collections.abc import Generator, Sequence
@@ -13,14 +13,15 @@ from vqd_scale.core.s3 import S3Path
 
 @contextmanager
 def fetched(location: Path | S3Path | str, subfolders: Sequence[str]) -> Generator[Path]:
-    """Give a folder of this machine that holds what lies at a location.
+    """Provide a local folder with the content of a location.
 
     Args:
-        location: A folder here, given as it is; or one in S3, copied for as long as it is needed.
-        subfolders: Which of its subfolders are wanted, where they are there.
+        location: A local folder, returned as is; or an S3 folder, copied to a temporary folder for the
+            duration of the context.
+        subfolders: Subfolders to copy as well, if they exist.
 
     Raises:
-        UserError: There is nothing, the disk is full, or the store cannot be reached or refuses.
+        UserError: The location is empty, the disk is full, or S3 is unreachable or denies access.
     """
     try:
         place = parse_location(location)

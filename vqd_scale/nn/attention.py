@@ -1,4 +1,4 @@
-"""One attention function, four backends of equal meaning."""
+"""Attention function with four equivalent backends."""
 
 import ctypes
 import functools
@@ -18,18 +18,20 @@ from vqd_scale.nn.small_heads import is_faster, small_heads_attention
 logger = logging.getLogger(__name__)
 
 AttentionBackend = Literal["auto", "xformers", "sdpa", "small_heads", "reference"]
-"""``auto`` takes xformers on CUDA where its kernels load. On a CPU it takes `vqd_scale.nn.small_heads` where
-that pays, else sdpa, except in half precision over 512 keys and fewer: there it takes the plain formula."""
+"""Attention implementation. ``auto`` selects xformers on CUDA if its kernels load. On a CPU it selects
+`vqd_scale.nn.small_heads` if faster, else the plain formula in half precision over at most 512 keys, else
+sdpa."""
 
 _KERNEL_ALIGNMENT = 8
 _REFERENCE_KEYS = 512
-"""Measured on one core with AVX512-BF16, heads of 12 to 88, forward and backward: in bfloat16 sdpa takes 4 to
-10 times as long as the plain formula over 64 keys, 2 to 4 times over 256, twice over 512, and about as long
-over 1,024, where the formula would also keep heads x 1,024 x 1,024 weights of every image for backward. In
-float32 sdpa takes between half and the same time."""
+"""Maximum number of keys for the plain formula in half precision. Measured on one core with AVX512-BF16,
+heads of 12 to 88, forward and backward: in bfloat16 sdpa takes 4 to 10 times as long as the plain formula
+over 64 keys, 2 to 4 times over 256, twice over 512, and about as long over 1,024, where the formula also
+stores heads x 1,024 x 1,024 weights per image for backward. In float32 sdpa takes between half and the same
+time."""
 
 _CUDA_RUNTIME = "libcudart.so.12"
-"""The CUDA runtime that the C++ extension of xformers 0.0.35 is linked with."""
+"""CUDA runtime that the C++ extension of xformers 0.0.35 is linked with."""
 _CUDA_RUNTIME_PACKAGE = "nvidia-cuda-runtime-cu12"
 
 
@@ -41,21 +43,21 @@ def attention(
     *,
     causal: bool = False,
 ) -> Float[Tensor, "batch queries heads dim"]:
-    """softmax(q k^T / sqrt(dim)) v, over all keys or over those up to the query's own place.
+    """Compute softmax(q k^T / sqrt(dim)) v, over all keys or over keys up to the query's position.
 
     Args:
         query: Queries, any float dtype.
         key: Keys of the same dtype.
         value: Values of the same dtype.
-        backend: Which implementation computes it; all agree up to rounding. Where xformers has no kernel that
-            is said once and sdpa serves, so that a model trained on GPUs runs on any machine.
-        causal: Whether a query sees only the keys at its own place and before; needs as many keys as queries.
+        backend: Implementation; all agree up to rounding. If xformers has no kernel, a warning is logged once
+            and sdpa is used, so a model trained on GPUs runs on any machine.
+        causal: Restrict each query to keys up to its own position; requires as many keys as queries.
 
     Returns:
         A tensor like ``query``.
 
     Raises:
-        ValueError: ``causal``, but there are more keys than queries, or fewer, or by the backend small_heads.
+        ValueError: ``causal`` with different numbers of keys and queries, or with the backend small_heads.
     """
     if causal and query.shape[1] != key.shape[1]:
         raise ValueError(f"causal attention of {query.shape[1]} queries over {key.shape[1]} keys")
@@ -94,8 +96,8 @@ def _xformers_attention(
     causal: bool,
 ) -> Float[Tensor, "batch queries heads dim"]:
     dim = query.shape[-1]
-    # The kernels want head dims in multiples of 8 (size S has 12). Zero columns add nothing to q k^T, so only
-    # the scale must be that of the true dim.
+    # The kernels require head dims in multiples of 8 (size S has 12). Padding with zeros does not change
+    # q k^T; the scale must be that of the unpadded dim.
     padding = -dim % _KERNEL_ALIGNMENT
     if padding:
         query, key, value = (functional.pad(tensor, (0, padding)) for tensor in (query, key, value))
@@ -105,15 +107,15 @@ def _xformers_attention(
 
 
 def _xformers() -> Any:  # noqa: ANN401 - a module without types
-    # Imported on first use: it takes seconds, and a CPU never needs it.
+    # Imported on first use: the import takes seconds and is not needed on a CPU.
     return importlib.import_module("xformers.ops")
 
 
 def _load_cuda_runtime() -> None:
-    """Load the CUDA runtime that xformers needs from its package, unless it is loaded.
+    """Load the CUDA runtime for xformers from the runtime's package, unless already loaded.
 
-    A torch for CUDA 12 loads its own, and torch 2.14 and later load the package's on import. A torch for
-    CUDA 13 before 2.14 loads neither, and xformers then refuses all inputs.
+    torch for CUDA 12 loads its own runtime; torch 2.14 and later load the package's runtime on import. torch
+    for CUDA 13 before 2.14 loads neither, and xformers then rejects all inputs.
     """
     try:
         ctypes.CDLL(_CUDA_RUNTIME, mode=os.RTLD_NOLOAD)
@@ -129,7 +131,7 @@ def _load_cuda_runtime() -> None:
 
 def _chosen(backend: AttentionBackend, query: Tensor, key: Tensor) -> AttentionBackend:
     if backend == "auto" and query.is_cuda and torch.are_deterministic_algorithms_enabled():
-        # Its backward adds in one order where that is asked for; some of xformers' never do.
+        # The backward of sdpa has a deterministic mode; some xformers kernels have none.
         return "sdpa"
     if backend == "xformers" or (backend == "auto" and query.is_cuda):
         return "xformers" if _xformers_serves(query.dtype, query.device) else "sdpa"
@@ -146,7 +148,7 @@ def _xformers_serves(dtype: torch.dtype, device: torch.device) -> bool:
     try:
         _load_cuda_runtime()
         _xformers()
-        # Some of its kernels go forward only: a model is to train with what is found here.
+        # Some xformers kernels support forward only; training needs backward as well.
         with torch.inference_mode(False), torch.enable_grad():
             probe = torch.zeros(1, _KERNEL_ALIGNMENT, 1, _KERNEL_ALIGNMENT, dtype=dtype, device=device)
             query, key, value = (probe.clone().requires_grad_() for _ in range(3))

@@ -1,8 +1,8 @@
-"""VQ-AR, the autoregressive peer of the denoiser (VQ-Diffusion, arXiv 2111.14822, section 5.3).
+"""VQ-AR, the autoregressive counterpart of the denoiser (VQ-Diffusion, arXiv 2111.14822, section 5.3).
 
-The same block, but for the timestep: tokens in raster order, each predicted from those before it. What the
-network reads at a place is the token before it, under the position of the place that it is to predict; at the
-first place it reads the mask's row, since nothing is known yet.
+The blocks are those of the denoiser, without the timestep. Tokens are in raster order, each predicted from
+the previous ones. The input at position i is the embedding of token i-1 plus the positional embedding of i.
+The first position has the mask's row as input.
 """
 
 from collections.abc import Sequence
@@ -22,18 +22,18 @@ from vqd_scale.nn.param_sharding import HERE, ParamSharding
 
 
 class AutoregressiveConfig(Config):
-    """Shape of the autoregressive transformer; the defaults are those of the denoiser's size B."""
+    """Shape of the autoregressive transformer; the defaults are the denoiser's size B."""
 
     width: PositiveInt = 1024
     layers: PositiveInt = 19
     heads: PositiveInt = 16
     mlp_ratio: PositiveInt = 4
-    """Of the width, inside the feed-forward part. A convolution over the grid would see what is to be
-    predicted; 18 has as many weights as the 3x3 convolutions of size S."""
+    """Hidden width of the feed-forward, as a multiple of the width. A convolution over the grid would leak
+    the tokens to predict; a ratio of 18 has as many weights as the 3x3 convolutions of size S."""
     condition: Annotated[TextCondition | NoCondition, Field(discriminator="kind")] = TextCondition()
     attention: AttentionBackend = "auto"
     init_std: PositiveFloat = 0.02
-    """Deviation of linear and embedding weights at the start; narrow models want about 1/sqrt(width)."""
+    """Standard deviation of initial linear and embedding weights; about 1/sqrt(width) in narrow models."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -43,11 +43,11 @@ class AutoregressiveConfig(Config):
 
 
 class KVCache(NamedTuple):
-    """What a block keeps while tokens come one by one.
+    """KV cache of a block for token-by-token sampling.
 
     Attributes:
-        seen: Of the tokens, room for all places [batch, length, heads, dim], filled up to the present one.
-        text: Of the prompt, which stays as it is; ``None`` for an unconditional model.
+        seen: Keys and values of the tokens [batch, length, heads, dim], filled up to the current position.
+        text: Keys and values of the prompt, constant; ``None`` for an unconditional model.
     """
 
     seen: KeysValues
@@ -55,7 +55,7 @@ class KVCache(NamedTuple):
 
 
 class CausalBlock(nn.Module):
-    """Pre-norm block: causal self-attention, cross-attention, feed-forward."""
+    """Pre-norm transformer block: causal self-attention, cross-attention, feed-forward."""
 
     def __init__(self, config: AutoregressiveConfig) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class CausalBlock(nn.Module):
         x: Float[Tensor, "batch length width"],
         text: Float[Tensor, "batch positions text_width"] | None,
     ) -> Float[Tensor, "batch length width"]:
-        """All places at once."""
+        """Apply the block to all positions at once."""
         normed = self.ln1(x)
         x = x + self.attn1(normed, normed, causal=True)
         return self._informed(x, self._read(text))
@@ -82,7 +82,7 @@ class CausalBlock(nn.Module):
     def step(
         self, x: Float[Tensor, "batch 1 width"], place: int, memory: KVCache
     ) -> Float[Tensor, "batch 1 width"]:
-        """One place, after those before it; writes into the memory."""
+        """Apply the block to one position, with the previous ones in the KV cache; extends the cache."""
         normed = self.ln1(x)
         for room, value in zip(memory.seen, self.attn1.keys_values(normed), strict=True):
             room[:, place] = value[:, 0]
@@ -94,7 +94,7 @@ class CausalBlock(nn.Module):
         text: Float[Tensor, "batch positions text_width"] | None,
         like: Float[Tensor, "batch length width"],
     ) -> KVCache:
-        """Room for as many samples and places as ``like`` has, and the prompt's keys and values."""
+        """Allocate a KV cache for the samples and positions of ``like``, with the prompt's part filled."""
         room = like.unflatten(-1, (self.attn1.heads, -1))
         return KVCache(KeysValues(torch.zeros_like(room), torch.zeros_like(room)), self._read(text))
 
@@ -110,13 +110,13 @@ class CausalBlock(nn.Module):
 
 
 class Autoregressive(nn.Module):
-    """Tokens -> logits of p(x_i | x_1 .. x_{i-1}, text) for every place i in raster order.
+    """Network of VQ-AR: tokens -> logits of p(x_i | x_1 .. x_{i-1}, text) for every i in raster order.
 
     Args:
-        config: The transformer's shape.
+        config: Shape of the transformer.
         codes: K, the number of codes.
         grid: Height and width in tokens.
-        placement: Where its weights are while it is built.
+        placement: Sharding of the weights during construction.
     """
 
     units: ClassVar[tuple[type[nn.Module], ...]] = (CausalBlock,)
@@ -135,7 +135,7 @@ class Autoregressive(nn.Module):
 
     @property
     def code_tables(self) -> tuple[Tensor, Tensor]:
-        """What begins with a row for each code: the weights of embedding and head."""
+        """Weights of embedding and head; the first K rows belong to the codes."""
         return self.content_emb.emb.weight, self.head.weight
 
     @overload
@@ -150,15 +150,15 @@ class Autoregressive(nn.Module):
         condition: Float[Tensor, "batch positions text_width"] | None,
         consume: Consume[Output] | None = None,
     ) -> Tensor | Output:
-        """Predict every token from those before it.
+        """Predict every token from the previous ones.
 
         Args:
-            tokens: int64, 0 to K-1, of all places or of the first ones; the last of them is not looked at.
-            condition: A caption's features; ``None`` for an unconditional model.
-            consume: Takes the head's place, see `vqd_scale.nn.denoiser.Consume`.
+            tokens: int64, 0 to K-1, all positions or a prefix; the last token is ignored.
+            condition: Caption features; ``None`` for an unconditional model.
+            consume: Replaces the head, see `vqd_scale.nn.denoiser.Consume`.
 
         Returns:
-            Logits [batch, length, K], or what ``consume`` returned.
+            Logits [batch, length, K], or the result of ``consume``.
         """
         before = torch.cat([torch.full_like(tokens[:, :1], self.start), tokens[:, :-1]], dim=1)
         x = self.content_emb.emb(before) + self.content_emb.positions()[: tokens.shape[1]]
@@ -171,7 +171,7 @@ class Autoregressive(nn.Module):
     def memories(
         self, condition: Float[Tensor, "batch positions text_width"] | None, batch: int
     ) -> list[KVCache]:
-        """Memories of nothing but the condition, one for each block, to be handed to `step`."""
+        """Allocate one KV cache per block for `step`, holding only the condition."""
         positions = self.content_emb.positions()
         like = positions.expand(batch, *positions.shape)
         return [block.memory(condition, like) for block in _blocks(self)]
@@ -180,12 +180,12 @@ class Autoregressive(nn.Module):
     def step(
         self, tokens: Int[Tensor, "batch length"], place: int, memories: Sequence[KVCache]
     ) -> Float[Tensor, "batch codes"]:
-        """What `forward` says of one place, at the cost of one place; places come in order, from 0.
+        """Compute the logits of one position as in `forward`, with KV caches; positions in order, from 0.
 
         Args:
-            tokens: int64; only the one before the place is looked at.
-            place: The place to predict.
-            memories: From `memories`; what is read is written into them.
+            tokens: int64; only the token before ``place`` is used.
+            place: Position to predict.
+            memories: KV caches from `memories`, updated in place.
 
         Returns:
             Logits [batch, K].

@@ -1,4 +1,4 @@
-"""The image transformer of VQ-Diffusion: from noisy tokens, a timestep and a condition to p(x0 | x_t)."""
+"""Image transformer of VQ-Diffusion: (noisy tokens, timestep, condition) -> p(x0 | x_t)."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -34,31 +34,31 @@ from vqd_scale.nn.sizes import SIZES, SizeName
 
 Output = TypeVar("Output")
 Consume = Callable[[Tensor, Tensor, Tensor], Output]
-"""What may take the head's place: (hidden [batch, length, width], weight [K, width], bias [K]) -> anything.
+"""Head replacement: (hidden [batch, length, width], weight [K, width], bias [K]) -> anything.
 
-Under ZeRO-3 a weight exists only inside its own module's forward, so what fuses the head with the objective
-must be handed in. What it returns must be tensors, or tuples of them, for the engine to find the gradients.
+Under ZeRO-3 a weight exists only inside its own module's forward, so a function that fuses head and objective
+must be passed in. The function must return tensors or tuples of tensors, for the engine to find gradients.
 """
 
 
 class TextCondition(Config):
-    """Cross-attention to a caption's features of this width."""
+    """Text condition: cross-attention to caption features with ``width`` channels."""
 
     kind: Literal["text"] = "text"
     width: PositiveInt = 512
 
 
 class ClassCondition(Config):
-    """One of so many classes, int64 labels; the number of classes itself is the label that says "none"."""
+    """Class condition: int64 labels 0 to ``classes`` - 1; the label ``classes`` stands for "none"."""
 
     kind: Literal["class"] = "class"
     classes: PositiveInt = 1000
     null: NullClass = "learned"
-    """What "none" is: a vector of its own, or the mean of all classes (models never trained with "none")."""
+    """Embedding of "none": learned, or the mean of all classes (for models never trained with "none")."""
 
 
 class NoCondition(Config):
-    """An unconditional model: self-attention and feed-forward only."""
+    """Unconditional model: self-attention and feed-forward only."""
 
     kind: Literal["none"] = "none"
 
@@ -71,8 +71,8 @@ class DenoiserConfig(Config):
 
     kind: Literal["transformer"] = "transformer"
     size: SizeName | None = Field(default=None, exclude=True)
-    """The shape of `vqd_scale.nn.sizes`, of which the other keys are changes. It is spelled out as it is read
-    and says nothing afterwards."""
+    """Named shape from `vqd_scale.nn.sizes`; the other keys override it. Expanded into the other keys on
+    reading."""
     width: PositiveInt = 1024
     layers: PositiveInt = 19
     heads: PositiveInt = 16
@@ -81,18 +81,18 @@ class DenoiserConfig(Config):
     timestep_embedding: TimestepEmbedding = "learned"
     attention: AttentionBackend = "auto"
     init_std: PositiveFloat = 0.02
-    """Deviation of linear and embedding weights at the start; narrow models want about 1/sqrt(width)."""
+    """Standard deviation of initial linear and embedding weights; about 1/sqrt(width) in narrow models."""
     position_grid: tuple[PositiveInt, PositiveInt] | None = None
-    """Rows and columns of the position tables, if not the token grid's. The published 16x16 models lay their
-    256 tokens row by row into a grid of 32x32: this is for them, no new model wants it."""
+    """Rows and columns of the position tables, if different from the token grid. Only for the published 16x16
+    models, which place their 256 tokens row by row into a 32x32 grid."""
     qk_norm: bool = False
-    """RMS-normalise each head's queries and keys, which keeps attention from blowing up in wide models."""
+    """RMS-normalize each head's queries and keys, which keeps attention stable in wide models."""
     rope_2d: bool = False
-    """Turn queries and keys of self-attention by row and column (2-D RoPE), beside the position tables."""
+    """Rotate queries and keys of self-attention by row and column (2-D RoPE), besides position tables."""
     adaln_zero: bool = False
-    """Start every AdaLN as a plain LayerNorm, whatever the timestep."""
+    """Initialize every AdaLN as a plain LayerNorm, whatever the timestep: adaLN-Zero without the gates."""
     gradient_checkpointing: bool = False
-    """Compute each block again in backward instead of keeping what is inside it: less memory, more time."""
+    """Recompute each block's activations in backward instead of storing them: less memory, more time."""
 
     @model_validator(mode="before")
     @classmethod
@@ -111,20 +111,20 @@ class DenoiserConfig(Config):
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.rope_2d and self.width // self.heads % 4:
             raise ValueError(
-                f"rotary_positions turn pairs of features by row and by column: a head's width "
+                f"rope_2d turns pairs of features by row and by column: a head's width "
                 f"must be a multiple of 4, not {self.width // self.heads}"
             )
         return self
 
 
 class Conditioning(NamedTuple):
-    """What a block is told beside its input: all that depends on timestep and condition, and on nothing else.
+    """Inputs of a block that depend only on timestep and condition.
 
     Attributes:
-        ln1: Before self-attention, by the timestep.
-        ln1_1: Before cross-attention, by the timestep; text-conditional models only.
-        ln2: Before the feed-forward, by the class; class-conditional models only.
-        context: The text, as cross-attention reads it.
+        ln1: Timestep modulation before self-attention.
+        ln1_1: Timestep modulation before cross-attention; text-conditional models only.
+        ln2: Class modulation before the feed-forward; class-conditional models only.
+        context: Keys and values of the text for cross-attention.
     """
 
     ln1: Modulation
@@ -133,15 +133,15 @@ class Conditioning(NamedTuple):
     context: KeysValues | None
 
     def at(self, t: int) -> "Conditioning":
-        """The same for one timestep of the whole batch, if the modulations are those of all timesteps."""
+        """Select one timestep for the whole batch from the modulations of all timesteps."""
         ln1, ln1_1 = (norm and Modulation(norm.scale[t], norm.shift[t]) for norm in (self.ln1, self.ln1_1))
         return self._replace(ln1=ln1, ln1_1=ln1_1)
 
 
 class Block(nn.Module):
-    """Pre-norm block: self-attention, cross-attention if there is a text, feed-forward.
+    """Pre-norm transformer block: self-attention, cross-attention (text only), feed-forward.
 
-    Time enters by AdaLN before the attentions, a class by AdaLN before the feed-forward.
+    AdaLN applies the timestep before the attentions and the class before the feed-forward.
     """
 
     def __init__(self, config: DenoiserConfig, grid: tuple[int, int], steps: int) -> None:
@@ -169,10 +169,10 @@ class Block(nn.Module):
         self.mlp = build_feed_forward(config.feed_forward, width, grid)
 
     def conditioning(self, t: Int[Tensor, " times"], condition: Tensor | None) -> Conditioning:
-        """All that follows from timesteps and condition without the image.
+        """Compute the inputs that depend only on timesteps and condition.
 
         Raises:
-            ValueError: The condition is missing, or the model takes none.
+            ValueError: The condition is missing, or the model is unconditional.
         """
         if (condition is None) != (self.condition == "none"):
             given = "no condition" if condition is None else "a condition"
@@ -187,7 +187,7 @@ class Block(nn.Module):
     def updated(
         self, x: Float[Tensor, "batch length width"], told: Conditioning, rotation: Rotation | None
     ) -> Float[Tensor, "batch length width"]:
-        """The block, given its conditioning."""
+        """Apply the block with a computed conditioning."""
         normed = modulated(x, told.ln1)
         x = x + self.attn1(normed, normed, rotation)
         if told.ln1_1 is not None and told.context is not None:
@@ -201,31 +201,31 @@ class Block(nn.Module):
         condition: Tensor | None,
         rotation: Rotation | None = None,
     ) -> Float[Tensor, "batch length width"]:
-        """The block; see `Denoiser.forward` for timesteps and condition."""
+        """Apply the block; see `Denoiser.forward` for timesteps and condition."""
         return self.updated(x, self.conditioning(t, condition), rotation)
 
 
 class TokenHead(nn.Linear):
-    """The linear map to K logits, which can be consumed instead of computed (see `Consume`)."""
+    """Linear map to K logits, replaceable by a `Consume` function."""
 
     @overload
     def forward(self, input: Tensor) -> Tensor: ...
     @overload
     def forward(self, input: Tensor, consume: Consume[Output]) -> Output: ...
     def forward(self, input: Tensor, consume: Consume[Output] | None = None) -> Tensor | Output:
-        """Logits [batch, length, K], or whatever ``consume`` makes of hidden states, weight and bias."""
+        """Return logits [batch, length, K], or ``consume(hidden, weight, bias)``."""
         return super().forward(input) if consume is None else consume(input, self.weight, self.bias)
 
 
 class Denoiser(nn.Module):
-    """Noisy tokens -> logits of p(x0 | x_t, condition), the network of VQ-Diffusion.
+    """Network of VQ-Diffusion: noisy tokens -> logits of p(x0 | x_t, condition).
 
     Args:
-        config: The transformer's shape.
+        config: Shape of the transformer.
         codes: K, the number of codes; the mask has id K and no logit.
         grid: Height and width in tokens.
         steps: T, the number of timesteps.
-        placement: Where its weights are while it is built.
+        placement: Sharding of the weights during construction.
 
     Raises:
         UserError: The configured position tables are too small for the grid.
@@ -259,20 +259,20 @@ class Denoiser(nn.Module):
 
     @property
     def code_tables(self) -> tuple[Tensor, Tensor]:
-        """What begins with a row for each code: the weights of embedding and head."""
+        """Weights of embedding and head; the first K rows belong to the codes."""
         return self.content_emb.emb.weight, self.head.weight
 
     @torch.no_grad()
     def prepared(self, condition: Tensor | None) -> "PreparedDenoiser":
-        """All that drawing images under one condition needs again and again, computed once.
+        """Precompute everything that the steps of sampling under one condition share.
 
         Args:
-            condition: As `forward` takes it.
+            condition: See `forward`.
         """
         return PreparedDenoiser(self, condition)
 
     def rotation(self, like: Tensor) -> Rotation | None:
-        """What self-attention turns queries and keys by, if it does; of the device and dtype of ``like``."""
+        """Return the RoPE rotation in the device and dtype of ``like``; ``None`` without ``rope_2d``."""
         if not self.config.rope_2d:
             return None
         return Rotation.of(self.grid, self.config.width // self.config.heads, like)
@@ -299,14 +299,14 @@ class Denoiser(nn.Module):
         """Predict the clean tokens.
 
         Args:
-            tokens: int64 in 0..K, K is the mask.
-            t: int64 in 0..T-1, each sample's own.
-            condition: Features [batch, positions, text width] of a text; int64 classes [batch], where the
-                number of classes says "none"; ``None`` for an unconditional model.
-            consume: Takes the head's place, see `Consume`.
+            tokens: int64 in 0..K; K is the mask.
+            t: int64 in 0..T-1, one per sample.
+            condition: Text features [batch, positions, text width]; int64 classes [batch], where the number
+                of classes stands for "none"; ``None`` for an unconditional model.
+            consume: Replaces the head, see `Consume`.
 
         Returns:
-            Logits [batch, length, K], or what ``consume`` returned.
+            Logits [batch, length, K], or the result of ``consume``.
         """
         x = self.content_emb(tokens)
         rotation = self.rotation(x)
@@ -322,13 +322,13 @@ class Denoiser(nn.Module):
 
 
 class PreparedDenoiser:
-    """The network under one condition, for many steps with one timestep each.
+    """Denoiser under one condition, for many steps with one timestep each.
 
-    The modulations of all T timesteps are a table, keys and values of the text are there already. It is not
-    differentiable, and does not notice weights that change afterwards.
+    Caches the modulations of all T timesteps, and the keys and values of the text. Not differentiable. Weight
+    changes after construction make the cache stale.
 
     Args:
-        denoiser: The network, whole on this device.
+        denoiser: Network with all weights on this device.
         condition: See `Denoiser.forward`.
     """
 
@@ -341,11 +341,11 @@ class PreparedDenoiser:
 
     @torch.no_grad()
     def __call__(self, tokens: Int[Tensor, "batch length"], t: int) -> Float[Tensor, "batch length codes"]:
-        """Logits, equal to those of `Denoiser.forward` up to rounding.
+        """Compute logits, equal to those of `Denoiser.forward` up to rounding.
 
         Args:
-            tokens: int64 in 0..K, one row for each of the condition's.
-            t: The whole batch's timestep, 0 to T-1.
+            tokens: int64 in 0..K, one row per row of the condition.
+            t: Timestep of the whole batch, 0 to T-1.
         """
         x = self._denoiser.content_emb.emb(tokens) + self._positions
         for block, conditioning in self._blocks:

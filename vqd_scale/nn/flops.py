@@ -1,4 +1,4 @@
-"""What a network costs: its parameters, and the arithmetic of one evaluation."""
+"""Cost of a network: parameters, and arithmetic of one forward pass."""
 
 import re
 from collections.abc import Callable
@@ -18,8 +18,8 @@ _PEAK_FLOPS = {
     "L40S": 362e12,
     "V100": 125e12,
 }
-"""Dense half-precision arithmetic a second by a word of a GPU's name, as NVIDIA states it for the fastest
-form of each; a slower form (PCIe) looks less used than it is."""
+"""Peak dense half-precision FLOP/s by a word of the GPU's name, as stated by NVIDIA for the fastest variant.
+The utilization of a slower variant (PCIe) is underestimated."""
 
 
 def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
@@ -27,17 +27,17 @@ def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object
 
 
 _COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
-"""Also where torch does not: 2.10 leaves the attention on a CPU out."""
+"""Additional FLOP formulas; torch 2.10 does not count attention on a CPU."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one network.
+    """Cost of one network.
 
     Attributes:
-        parameters: How many weights it has.
-        multiply_accumulates: Of one evaluation, in its matrix products, convolutions and attentions; what is
-            done elementwise is not counted.
+        parameters: Number of weights.
+        multiply_accumulates: Multiply-accumulates of one forward pass, in matrix products, convolutions and
+            attention; elementwise operations are not counted.
     """
 
     parameters: int
@@ -45,13 +45,13 @@ class Cost:
 
 
 def cost_of(network: nn.Module, *inputs: Tensor | None) -> Cost:
-    """Count a network's parameters and what one call of it takes.
+    """Count a network's parameters and the multiply-accumulates of one call.
 
-    Built under ``torch.device("meta")`` with inputs there, a network of any size is counted without memory.
+    With network and inputs on ``torch.device("meta")``, a network of any size is counted without memory.
 
     Args:
-        network: The network.
-        inputs: What it is called with; a batch of 1 gives the cost of an image.
+        network: Network to count.
+        inputs: Arguments of the call; a batch of 1 gives the cost per image.
     """
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_COUNTED) as counter:
         network(*inputs)
@@ -62,14 +62,14 @@ def cost_of(network: nn.Module, *inputs: Tensor | None) -> Cost:
 def forward_flops(
     build: Callable[[], nn.Module], length: int, condition: Condition, positions: int, *, timed: bool
 ) -> int:
-    """Floating-point operations of one image's forward, counted without memory or arithmetic.
+    """Count the floating-point operations of one image's forward pass, without memory or arithmetic.
 
     Args:
-        build: Makes a network of tokens.
-        length: Tokens of an image.
-        condition: What the network is told.
-        positions: Of a text.
-        timed: Whether it is told a timestep as well.
+        build: Returns a network over tokens.
+        length: Tokens per image.
+        condition: Condition of the network.
+        positions: Number of positions of a text condition.
+        timed: True if the network takes a timestep.
     """
     with torch.device("meta"):
         told: Tensor | None = None
@@ -83,7 +83,7 @@ def forward_flops(
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Half-precision operations a second that a device can do at most; ``None`` for one that is not known."""
+    """Return a device's peak half-precision FLOP/s; ``None`` for an unknown device."""
     if device.type != "cuda":
         return None
     words = re.split(r"\W+", torch.cuda.get_device_name(device))

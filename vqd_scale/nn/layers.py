@@ -1,4 +1,4 @@
-"""The parts that the networks share (VQ-Diffusion, arXiv 2111.14822; layout of its published weights)."""
+"""Layers shared by the networks (VQ-Diffusion, arXiv 2111.14822; layout of its published weights)."""
 
 import math
 from collections.abc import Sequence
@@ -21,20 +21,20 @@ NullClass = Literal["learned", "mean"]
 _SINUSOID_SCALE = 4000
 _SINUSOID_PERIOD = 10000
 _ROTATION_BASE = 100.0
-"""For grids of tens of rows, which the 10,000 of text would hardly turn (RoPE-ViT, arXiv 2403.13298)."""
+"""RoPE base for grids of tens of rows; text's 10,000 would hardly rotate (RoPE-ViT, arXiv 2403.13298)."""
 _NORM_EPSILON = 1e-6
 _GELU2_SLOPE = 1.702
 
 
 class FullyConnected(Config):
-    """Two linear layers, ``multiplier`` times as wide between them."""
+    """Two linear layers with a hidden width of ``mlp_ratio`` times the width."""
 
     kind: Literal["fc"] = "fc"
     mlp_ratio: PositiveInt = 4
 
 
 class Convolutional(Config):
-    """Two 3x3 convolutions over the token grid, ``multiplier`` times as wide between them."""
+    """Two 3x3 convolutions over the token grid with a hidden width of ``mlp_ratio`` times the width."""
 
     kind: Literal["conv"] = "conv"
     mlp_ratio: PositiveInt = 2
@@ -47,12 +47,12 @@ class GELU2(nn.Module):
     """x * sigmoid(1.702 x), the activation of all published weights; CLIP calls it QuickGELU."""
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Apply it elementwise."""
+        """Apply the activation elementwise."""
         return _GELU2.apply(x)
 
 
 class _GELU2(torch.autograd.Function):
-    """As silu(ax) / a, whose derivative is silu's at ax: one tensor is kept, and backward is one pass."""
+    """silu(ax) / a, with the derivative of silu at ax: one saved tensor, one pass in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ANN401 - torch's context
@@ -67,7 +67,7 @@ class _GELU2(torch.autograd.Function):
 
 
 class ImageEmbedding(nn.Module):
-    """Code + row + column embedding; the table has a last row for the mask.
+    """Token embedding with 2-D positions: code + row + column; the last row of the code table is the mask.
 
     Args:
         codes: K, the number of codes without the mask.
@@ -76,7 +76,7 @@ class ImageEmbedding(nn.Module):
         position_grid: Rows and columns of the position tables, see `DenoiserConfig.position_grid`.
 
     Raises:
-        UserError: The position tables have fewer places than the grid has tokens.
+        UserError: The position tables have fewer positions than the grid has tokens.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class ImageEmbedding(nn.Module):
         self.width_emb = nn.Embedding(self.columns, width)
 
     def positions(self) -> Float[Tensor, "length width"]:
-        """What a token's place adds to its code, in raster order."""
+        """Return the positional embeddings in raster order."""
         place = torch.arange(self.length, device=self.height_emb.weight.device)
         return self.height_emb(place // self.columns) + self.width_emb(place % self.columns)
 
@@ -105,11 +105,11 @@ class ImageEmbedding(nn.Module):
 
 
 class Modulation(NamedTuple):
-    """What takes the place of a LayerNorm's weight and bias, for each of a batch or for all in common.
+    """Replacement of a LayerNorm's weight and bias, per sample or shared by the batch.
 
     Attributes:
         scale: Multiplier of the normalized input, 1 + the predicted scale; [batch, width] or [width].
-        shift: Of the same shape.
+        shift: Offset after scaling, in the shape of ``scale``.
     """
 
     scale: Tensor
@@ -119,7 +119,7 @@ class Modulation(NamedTuple):
 def modulated(
     x: Float[Tensor, "batch length width"], modulation: Modulation
 ) -> Float[Tensor, "batch length width"]:
-    """LN(x) * scale + shift, LN without weights of its own (AdaLN, arXiv 2111.14822, section 4.2)."""
+    """Compute LN(x) * scale + shift, LN without affine weights (AdaLN, arXiv 2111.14822, section 4.2)."""
     scale, shift = modulation
     if scale.ndim == 1:
         return functional.layer_norm(x, x.shape[-1:], scale, shift)
@@ -127,10 +127,10 @@ def modulated(
 
 
 class AdaptiveLayerNorm(nn.Module):
-    """LayerNorm whose weights follow from an id, a timestep or a class: LN(x)(1 + scale) + shift.
+    """LayerNorm modulated by an id, a timestep or a class: LN(x)(1 + scale) + shift.
 
     Args:
-        emb: Ids [batch] to vectors [batch, width].
+        emb: Embedding of ids [batch] as vectors [batch, width].
         width: Feature width.
     """
 
@@ -140,7 +140,7 @@ class AdaptiveLayerNorm(nn.Module):
         self.linear = nn.Linear(width, 2 * width)
 
     def modulation(self, ids: Int[Tensor, " batch"]) -> Modulation:
-        """Gain and shift [batch, width] of each id."""
+        """Compute scale and shift [batch, width] of each id."""
         embedded = functional.silu(self.emb(ids)).to(self.linear.weight.dtype)
         scale, shift = self.linear(embedded).chunk(2, dim=-1)
         return Modulation(1 + scale, shift)
@@ -148,17 +148,17 @@ class AdaptiveLayerNorm(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch length width"], ids: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch length width"]:
-        """Normalise each position of each sample by the sample's own id."""
+        """Normalize each position with the modulation of its sample's id."""
         return modulated(x, self.modulation(ids))
 
 
 class ClassEmbedding(nn.Embedding):
-    """A vector for each class, and one for the id ``classes``, which stands for "none".
+    """Class embedding in which the id ``classes`` stands for "none".
 
     Args:
         classes: Number of classes.
         width: Embedding width.
-        null: Whether "none" has a row of its own, or is the mean of all classes.
+        null: Embedding of "none": a learned row, or the mean of all classes.
     """
 
     def __init__(self, classes: int, width: int, null: NullClass) -> None:
@@ -166,7 +166,7 @@ class ClassEmbedding(nn.Embedding):
         self.classes = classes
 
     def forward(self, input: Int[Tensor, " batch"]) -> Float[Tensor, "batch width"]:
-        """Embed each sample's own class."""
+        """Embed the class of each sample."""
         if self.num_embeddings > self.classes:
             return super().forward(input)
         is_class = input < self.classes
@@ -175,7 +175,7 @@ class ClassEmbedding(nn.Embedding):
 
 
 class SinusoidalEmbedding(nn.Module):
-    """Sine and cosine of t / T * 4000 at geometric frequencies."""
+    """Sinusoidal timestep embedding: sine and cosine of t / T * 4000 at geometric frequencies."""
 
     def __init__(self, width: int, steps: int) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class SinusoidalEmbedding(nn.Module):
         self.steps = steps
 
     def forward(self, t: Int[Tensor, " batch"]) -> Float[Tensor, "batch width"]:
-        """Embed timesteps, in float32."""
+        """Embed timesteps in float32."""
         half = self.width // 2
         frequencies = torch.arange(half, device=t.device) * (-math.log(_SINUSOID_PERIOD) / (half - 1))
         angles = (t / self.steps * _SINUSOID_SCALE)[:, None] * frequencies.exp()[None]
@@ -191,7 +191,7 @@ class SinusoidalEmbedding(nn.Module):
 
 
 class KeysValues(NamedTuple):
-    """A context as its readers see it, each [batch, positions, heads, dim]; of a prompt, it never changes."""
+    """Keys and values of a context, each [batch, positions, heads, dim]; constant for a prompt."""
 
     keys: Tensor
     values: Tensor
@@ -205,12 +205,12 @@ class Rotation(NamedTuple):
 
     @classmethod
     def of(cls, grid: tuple[int, int], dim: int, like: Tensor) -> "Rotation":
-        """The angles of a grid in raster order: of the first half of the pairs by row, of the rest by column.
+        """Compute the angles of a grid in raster order: first half of the pairs by row, second by column.
 
         Args:
             grid: Height and width in tokens.
-            dim: Features of a head, a multiple of 4.
-            like: The device and dtype.
+            dim: Features per head, a multiple of 4.
+            like: Tensor with the target device and dtype.
         """
         pairs = dim // 4
         frequencies = _ROTATION_BASE ** -(torch.arange(pairs, device=like.device) / pairs)
@@ -219,7 +219,7 @@ class Rotation(NamedTuple):
         return cls(angles.cos().to(like.dtype), angles.sin().to(like.dtype))
 
     def __call__(self, x: Float[Tensor, "batch length heads dim"]) -> Float[Tensor, "batch length heads dim"]:
-        """Turn the pairs (i, i + dim / 2) of each head's features."""
+        """Rotate the pairs (i, i + dim / 2) of each head's features."""
         first, second = x.chunk(2, dim=-1)
         return torch.cat(
             [first * self.cosine - second * self.sine, second * self.cosine + first * self.sine], dim=-1
@@ -233,8 +233,8 @@ class Attention(nn.Module):
         width: Feature width of queries and output.
         heads: Number of heads; must divide ``width``.
         context_width: Feature width of keys and values.
-        backend: See `vqd_scale.nn.attention`.
-        normalise: Whether each head's queries and keys are RMS-normalised (QK-norm, arXiv 2302.05442).
+        backend: Attention backend, see `vqd_scale.nn.attention`.
+        normalise: RMS-normalize each head's queries and keys (QK-norm, arXiv 2302.05442).
     """
 
     def __init__(
@@ -261,7 +261,7 @@ class Attention(nn.Module):
     def keys_values(
         self, context: Float[Tensor, "batch keys context_width"], rotation: Rotation | None = None
     ) -> KeysValues:
-        """What `attend` needs of a context, which may be kept for as long as the context stays the same."""
+        """Compute the keys and values of a context, cacheable while the context stays the same."""
         keys = self.key(context).unflatten(-1, (self.heads, -1))
         if self.normalise:
             keys = self.key_norm(keys)
@@ -276,7 +276,7 @@ class Attention(nn.Module):
         *,
         causal: bool = False,
     ) -> Float[Tensor, "batch length width"]:
-        """Attend from each position of ``x``, see `vqd_scale.nn.attention.attention`."""
+        """Attend from each position of ``x`` to given keys and values, see `nn.attention.attention`."""
         query = self.query(x).unflatten(-1, (self.heads, -1))
         if self.normalise:
             query = self.query_norm(query)
@@ -298,14 +298,14 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Sequential):
-    """Linear, GELU2, Linear at each position."""
+    """Position-wise feed-forward: Linear, GELU2, Linear."""
 
     def __init__(self, width: int, multiplier: int) -> None:
         super().__init__(nn.Linear(width, multiplier * width), GELU2(), nn.Linear(multiplier * width, width))
 
 
 class ConvolutionalFeedForward(nn.Sequential):
-    """Conv3x3, GELU2, Conv3x3 over the token grid."""
+    """Convolutional feed-forward over the token grid: Conv3x3, GELU2, Conv3x3."""
 
     def __init__(self, width: int, multiplier: int, grid: tuple[int, int]) -> None:
         super().__init__(
@@ -316,18 +316,18 @@ class ConvolutionalFeedForward(nn.Sequential):
         self.grid = grid
 
     def forward(self, input: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch length width"]:
-        """Fold the raster order into the grid, convolve, and unfold it."""
+        """Reshape the raster order to the grid, convolve, and flatten."""
         image = input.transpose(1, 2).unflatten(-1, self.grid)
         return super().forward(image).flatten(2).transpose(1, 2)
 
 
 def build_timestep_embedding(kind: TimestepEmbedding, width: int, steps: int) -> nn.Module:
-    """A table of T rows (all published weights), or sinusoids."""
+    """Build a timestep embedding: a table of T rows (all published weights), or sinusoids."""
     return nn.Embedding(steps, width) if kind == "learned" else SinusoidalEmbedding(width, steps)
 
 
 def build_feed_forward(config: FeedForwardConfig, width: int, grid: tuple[int, int]) -> nn.Module:
-    """The feed-forward part that the configuration names."""
+    """Build the configured feed-forward module."""
     if isinstance(config, Convolutional):
         return ConvolutionalFeedForward(width, config.mlp_ratio, grid)
     return FeedForward(width, config.mlp_ratio)
@@ -335,17 +335,17 @@ def build_feed_forward(config: FeedForwardConfig, width: int, grid: tuple[int, i
 
 @torch.no_grad()
 def initialise(network: nn.Module, deviation: float, placement: ParamSharding = HERE) -> None:
-    """Normal weights and zero biases; convolutions keep torch's default, as in the published recipe.
+    """Initialize normal weights and zero biases; convolutions keep torch's default, as published.
 
     Args:
-        network: A transformer.
-        deviation: Of the weights of linear layers and embeddings.
-        placement: Where its weights are.
+        network: Transformer to initialize.
+        deviation: Standard deviation of linear and embedding weights.
+        placement: Sharding of the weights.
     """
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             with placement.whole(module.parameters(recurse=False)):
-                # Drawn in float32 and on the CPU wherever the weight is, so that all placements start alike.
+                # Sampled in float32 on the CPU, so that all placements get the same initial weights.
                 module.weight.copy_(torch.empty(module.weight.shape).normal_(std=deviation))
                 if isinstance(module, nn.Linear):
                     module.bias.zero_()
@@ -358,15 +358,16 @@ def start_from_codebook(
     deviation: float,
     placement: ParamSharding = HERE,
 ) -> None:
-    """Let codes that look alike start alike: a network's code tables as random rotations of the code vectors.
+    """Initialize a network's code tables as random rotations of the tokenizer's code vectors.
 
-    Only a start, for runs too short to find out from the pictures; every weight is trained as before.
+    Similar codes get similar initial embeddings, for runs too short to learn the similarity from images. All
+    weights stay trainable.
 
     Args:
-        tables: Weights whose first rows are the codes', which are overwritten.
-        vectors: The tokenizer's code vectors, no wider than the network.
+        tables: Weights whose first rows belong to the codes; these rows are overwritten.
+        vectors: Code vectors of the tokenizer, no wider than the network.
         deviation: Standard deviation of the weights along each rotated direction.
-        placement: Where the tables are.
+        placement: Sharding of the tables.
     """
     whitened = (vectors - vectors.mean(dim=0)) / vectors.std(dim=0)
     with placement.whole(tables):

@@ -1,4 +1,4 @@
-"""The networks that a denoising model can have, and what is asked of each of them."""
+"""Networks of a denoising model, and their common interface."""
 
 from collections.abc import Callable, Sequence
 from typing import Annotated, ClassVar, Protocol, TypeAlias, overload
@@ -19,23 +19,23 @@ NetworkConfig: TypeAlias = Annotated[
 
 
 class Network(Protocol):
-    """Noisy tokens -> logits of p(x0 | x_t): all that schedules, objectives and samplers need to know.
+    """Network interface for schedules, objectives and samplers: noisy tokens -> logits of p(x0 | x_t).
 
     Attributes:
-        units: See `vqd_scale.training.tasks.base.Task.units`.
+        units: Module classes gathered as one unit, see `vqd_scale.training.tasks.base.Task.units`.
     """
 
     units: ClassVar[tuple[type[nn.Module], ...]]
 
     @property
     def code_tables(self) -> Sequence[Tensor]:
-        """Weights whose first rows are the codes', see `vqd_scale.nn.layers.start_from_codebook`."""
+        """Weights whose first rows belong to the codes, see `vqd_scale.nn.layers.start_from_codebook`."""
         ...
 
     def prepared(
         self, condition: Tensor | None
     ) -> Callable[[Int[Tensor, "batch length"], int], Float[Tensor, "batch length codes"]]:
-        """The network under one condition: logits of tokens at one timestep of the whole batch."""
+        """Return a function (tokens, timestep of the whole batch) -> logits under one condition."""
         ...
 
     @overload
@@ -56,17 +56,17 @@ class Network(Protocol):
 def build_network(
     config: NetworkConfig, codes: int, grid: tuple[int, int], steps: int, placement: ParamSharding = HERE
 ) -> Network:
-    """The network that a configuration describes.
+    """Build the configured network.
 
     Args:
-        config: Its kind and shape.
+        config: Kind and shape of the network.
         codes: K, the number of codes.
         grid: Rows and columns of tokens.
         steps: T, the number of timesteps.
-        placement: Where a transformer's weights are while it is built; a U-Net is small enough to be whole.
+        placement: Sharding of a transformer's weights during construction; a U-Net is small and not sharded.
 
     Raises:
-        UserError: The network cannot take this grid.
+        UserError: The grid does not fit the network.
     """
     if isinstance(config, UNetConfig):
         return UNet(config, codes, grid, steps)

@@ -1,4 +1,4 @@
-"""Where the weights of a network are while it is built."""
+"""Sharding of a network's weights during construction."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,20 +10,20 @@ Part = TypeVar("Part", bound=nn.Module)
 
 
 class ParamSharding:
-    """Weights stay where they are made, whole.
+    """Default placement: weights are not sharded and stay on the device of their construction.
 
-    Training overrides it to cut them among the ranks as they are made, for networks that no rank can hold:
-    whole at a time is then one part, or the few weights that somebody asks for.
+    Training overrides this class to shard weights across ranks during construction, for networks too large
+    for one rank. At any time only one part, or the weights passed to `whole`, are gathered.
     """
 
     def placed(self, part: Part) -> Part:
-        """Called with each part of a network as soon as it is constructed."""
+        """Place one part of a network; called right after the part's construction."""
         return part
 
     def whole(self, weights: Iterable[Tensor]) -> AbstractContextManager[object]:
-        """Within it these weights can be read and written, with the same values on every rank."""
+        """Return a context that gathers weights for reading and writing; values are equal on all ranks."""
         return nullcontext()
 
 
 HERE = ParamSharding()
-"""The only placement that inference, and training on one rank, needs."""
+"""Placement for inference and for training on one rank."""

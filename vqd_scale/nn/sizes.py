@@ -1,7 +1,7 @@
-"""The sizes of the field, by name: shape, codes and grid, so that their parameters can be counted.
+"""Named model sizes: shape, number of codes, and grid (for parameter counts).
 
-A configuration names one as ``denoiser: {size: L}`` and may change any part of it. What a run or a bundle
-writes down is the shape itself, so that nothing here can change what a trained model means.
+A configuration selects one with ``denoiser: {size: L}`` and may override any key. Runs and bundles store the
+expanded shape, so changes in this module do not affect trained models.
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ SizeName = Literal["S", "B", "F", "L", "ImageNet", "FFHQ", "3B", "7B"]
 
 @dataclass(frozen=True)
 class Size:
-    """One size, as the papers' models were trained.
+    """One model size, as in the papers.
 
     Attributes:
-        shape: What differs from the defaults of `vqd_scale.nn.denoiser.DenoiserConfig`, as YAML would say it.
-        codes: K of the tokenizer.
-        grid: Rows and columns of its tokens.
+        shape: Keys that differ from the defaults of `vqd_scale.nn.denoiser.DenoiserConfig`, as in YAML.
+        codes: K, the number of codes of the tokenizer.
+        grid: Rows and columns of tokens.
     """
 
     shape: Mapping[str, Any]
@@ -42,5 +42,6 @@ SIZES: Mapping[SizeName, Size] = {
     "3B": Size({"width": 2048, "layers": 38, "heads": 32}, 2887, (32, 32)),
     "7B": Size({"width": 3072, "layers": 40, "heads": 48}, 2887, (32, 32)),
 }
-"""S, B and L of VQ-Diffusion (arXiv 2111.14822, section 5); F is B, pretrained; its class-conditional and its
-unconditional model; and two that are larger than any published, with heads of 64 and about L's depth."""
+"""S, B and L are from VQ-Diffusion (arXiv 2111.14822, section 5). F is B, pretrained. ImageNet and FFHQ are
+the paper's class-conditional and unconditional models. 3B and 7B are larger than any published model, with
+64 features per head and about L's depth."""

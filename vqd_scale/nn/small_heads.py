@@ -1,4 +1,4 @@
-"""Attention over heads of few features on a CPU, by a kernel that is compiled when it is first wanted."""
+"""CPU attention for heads with few features, by a C kernel compiled on first use."""
 
 import ctypes
 import functools
@@ -32,14 +32,14 @@ _FLAGS = (
 )
 _MOST_FEATURES = 12
 _FEWEST_KEYS = 512
-"""Measured on two cores with AVX2, forward and backward, beside sdpa: over 1,024 keys 3.4 times as fast with
-8 features, 1.6 times with 12, 0.9 times with 16; with 12 features over 256 keys and fewer about as fast."""
+"""Speed measured on two cores with AVX2, forward and backward, relative to sdpa: over 1,024 keys 3.4 times
+with 8 features, 1.6 times with 12, 0.9 times with 16; about equal with 12 features over at most 256 keys."""
 
 
 def is_faster(
     query: Float[Tensor, "batch queries heads dim"], key: Float[Tensor, "batch keys heads dim"]
 ) -> bool:
-    """Whether the kernel is faster than sdpa here, and can be had: it needs a C compiler."""
+    """Return whether the kernel is faster than sdpa for this input and available (needs a C compiler)."""
     return (
         query.device.type == "cpu"
         and query.dtype in (torch.float32, torch.bfloat16)
@@ -54,7 +54,7 @@ def small_heads_attention(
     key: Float[Tensor, "batch keys heads dim"],
     value: Float[Tensor, "batch keys heads dim"],
 ) -> Float[Tensor, "batch queries heads dim"]:
-    """softmax(q k^T / sqrt(dim)) v, computed in float32 whatever comes in; as many threads as torch has."""
+    """Compute softmax(q k^T / sqrt(dim)) v in float32 for any input dtype, with torch's thread count."""
     attended, _ = _forward(query.float(), key.float(), value.float())
     return attended.to(query.dtype)
 
@@ -129,13 +129,13 @@ def _run(name: str, query: Tensor, key: Tensor, arrays: tuple[Tensor, ...]) -> N
 
 @functools.lru_cache(maxsize=1)
 def _threads(process: int, count: int) -> ThreadPoolExecutor:
-    # Of this process: threads do not survive a fork.
+    # One pool per process: threads do not survive a fork.
     return ThreadPoolExecutor(count, f"attention-{process}")
 
 
 @functools.cache
 def _kernel(dim: int) -> ctypes.CDLL | None:
-    """The kernel for heads of ``dim`` features, compiled, from the user's cache; none without a compiler."""
+    """Load the kernel for ``dim`` features from the user's cache or compile it; ``None`` on failure."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         logger.warning(

@@ -1,10 +1,10 @@
-"""The convolutional U-Net of VQ-DDM (Hu et al., arXiv 2112.01799) over the embeddings of a grid of tokens.
+"""Convolutional U-Net of VQ-DDM (Hu et al., arXiv 2112.01799) over the embeddings of a token grid.
 
-It takes the denoiser's place under every schedule, objective and sampler. The published description leaves
-some of the shape open; what is here is the reading whose size is the paper's 117M (117,586,568 at K = 1024
-without the mask's row): each coarser level's features go up again by concatenation, those of the full
-resolution do not, and one more convolution comes before the 1x1 head. Its "noise" variant, which adds the
-one-hot x_t to the logits, is left out: what consumes the head takes a linear map of the hidden states.
+The U-Net replaces the transformer under every schedule, objective and sampler. The paper leaves some of the
+shape open. This implementation matches the paper's size of 117M (117,586,568 at K = 1024 without the mask's
+row): skip connections concatenate the features of the coarser levels but not of the full resolution, and one
+more convolution precedes the 1x1 head. The paper's "noise" variant, which adds the one-hot x_t to the logits,
+is not implemented: `Consume` requires a linear map of the hidden states.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ _TIME_MULTIPLIER = 4
 
 Image: TypeAlias = Float[Tensor, "batch channels height width"]
 Signal: TypeAlias = Float[Tensor, "batch signal"]
-"""What is known of an image as a whole: its time, and its class where there is one."""
+"""Conditioning vector of an image: its timestep, plus its class in class-conditional models."""
 
 
 class UNetConfig(Config):
@@ -37,7 +37,7 @@ class UNetConfig(Config):
     kind: Literal["unet"] = "unet"
     width: PositiveInt = 128
     channel_multipliers: tuple[PositiveInt, ...] = Field(default=(1, 2, 4, 8), min_length=1)
-    """Of the width, from the full resolution to the coarsest, each half as fine as the one before."""
+    """Channels per level as multiples of the width; each level halves the resolution of the previous one."""
     condition: Annotated[ClassCondition | NoCondition, Field(discriminator="kind")] = NoCondition()
 
     @field_validator("width")
@@ -56,7 +56,7 @@ class Convolution(nn.Sequential):
 
 
 class UNetResidualBlock(nn.Module):
-    """Two convolutions, the signal added between them, beside a shortcut."""
+    """Residual block: two convolutions with the signal added between them, and a shortcut."""
 
     def __init__(self, channels: int, out: int, signal: int) -> None:
         super().__init__()
@@ -66,16 +66,16 @@ class UNetResidualBlock(nn.Module):
         self.shortcut = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
 
     def forward(self, image: Image, signal: Signal) -> Image:
-        """Apply it."""
+        """Apply the block."""
         hidden = self.first(image) + self.signal(signal)[:, :, None, None]
         return self.second(hidden) + self.shortcut(image)
 
 
 class LinearAttention(nn.Module):
-    """Attention at a cost linear in the number of places, added through a gate that starts shut.
+    """Residual attention with cost linear in the number of positions, and a zero-initialized gate.
 
-    The keys' softmax is over places, the queries have none: softmax(K) V^T is one matrix for all of them
-    (efficient attention, arXiv 1812.01243; the gate is ReZero's, arXiv 2003.04887).
+    Keys have a softmax over positions, queries have none: softmax(K) V^T is one matrix for all queries
+    (efficient attention, arXiv 1812.01243; gate from ReZero, arXiv 2003.04887).
     """
 
     def __init__(self, channels: int) -> None:
@@ -85,7 +85,7 @@ class LinearAttention(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, image: Image) -> Image:
-        """Apply it."""
+        """Apply the attention."""
         heads = self.projections(image).flatten(2).unflatten(1, (3, _HEADS, _HEAD_WIDTH))
         query, key, value = heads.unbind(1)
         summary = value @ key.softmax(dim=-1).transpose(-1, -2)
@@ -94,11 +94,11 @@ class LinearAttention(nn.Module):
 
 
 class UNetLevel(nn.Module):
-    """What happens at one resolution: two residual blocks, then attention over all places.
+    """One resolution of the U-Net: two residual blocks, then attention over all positions.
 
     Args:
-        channels: Of the image that comes.
-        out: Of the image that goes.
+        channels: Input channels.
+        out: Output channels.
         signal: Width of the signal.
     """
 
@@ -109,21 +109,21 @@ class UNetLevel(nn.Module):
         self.attention = LinearAttention(out)
 
     def forward(self, image: Image, signal: Signal) -> Image:
-        """Apply them."""
+        """Apply the blocks and the attention."""
         return self.attention(self.second(self.first(image, signal), signal))
 
 
 class UNet(nn.Module):
-    """Noisy tokens -> logits of p(x0 | x_t), the network of VQ-DDM.
+    """Network of VQ-DDM: noisy tokens -> logits of p(x0 | x_t).
 
     Args:
-        config: The network's shape.
+        config: Shape of the network.
         codes: K, the number of codes; the mask has id K and no logit.
         grid: Height and width in tokens.
         steps: T, the number of timesteps.
 
     Raises:
-        UserError: The grid cannot be halved as often as there are levels to go down.
+        UserError: The grid cannot be halved once per downsampling.
     """
 
     units: ClassVar[tuple[type[nn.Module], ...]] = (UNetResidualBlock, LinearAttention)
@@ -164,13 +164,13 @@ class UNet(nn.Module):
 
     @property
     def code_tables(self) -> tuple[Tensor, Tensor]:
-        """What begins with a row for each code: the weights of embedding and head."""
+        """Weights of embedding and head; the first K rows belong to the codes."""
         return self.content_emb.weight, self.head.weight
 
     def prepared(self, condition: Tensor | None) -> Callable[[Tensor, int], Tensor]:
-        """The network under one condition: logits of tokens at one timestep of the whole batch.
+        """Return a function (tokens, timestep of the whole batch) -> logits under one condition.
 
-        Unlike the transformer's, a step has hardly anything in common with the next: nothing is kept.
+        Nothing is cached: unlike the transformer's, the U-Net's steps share hardly any computation.
         """
 
         @torch.no_grad()
@@ -201,14 +201,14 @@ class UNet(nn.Module):
         """Predict the clean tokens.
 
         Args:
-            tokens: int64 in 0..K, K is the mask.
-            t: int64 in 0..T-1, each sample's own.
-            condition: int64 classes [batch], where the number of classes says "none"; ``None`` for an
+            tokens: int64 in 0..K; K is the mask.
+            t: int64 in 0..T-1, one per sample.
+            condition: int64 classes [batch], where the number of classes stands for "none"; ``None`` for an
                 unconditional model.
-            consume: Takes the head's place, see `Consume`.
+            consume: Replaces the head, see `Consume`.
 
         Returns:
-            Logits [batch, length, K], or what ``consume`` returned.
+            Logits [batch, length, K], or the result of ``consume``.
         """
         image = self.content_emb(tokens).transpose(1, 2).unflatten(-1, self.grid)
         signal = self.time_mlp(self.time(t).to(image.dtype))

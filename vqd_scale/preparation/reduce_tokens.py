@@ -1,8 +1,8 @@
-"""Fewer codes for a tokenizer, and token shards that follow without a picture being encoded again.
+"""Codebook reduction of a tokenizer, and remapping of token shards without encoding images again.
 
-Codes are counted over token shards, a tokenizer is reduced to those that occur
-(`vqd_scale.tokenizers.codebook.reduction`), and the shards are mapped to the reduced codes. Fingerprints in
-both bundles tie a map to its tokenizer; a map of another tokenizer is refused.
+Codes are counted over token shards, the tokenizer is reduced to the codes that occur
+(`vqd_scale.tokenizers.codebook.reduction`), and the shards are mapped to the reduced codes. Fingerprints of
+both bundles tie a map to its tokenizer; the map of another tokenizer is rejected.
 """
 
 from collections.abc import Iterator
@@ -39,10 +39,11 @@ _CPU = torch.device("cpu")
 
 
 def count_codes(tokens: Location) -> Int[Tensor, " codes"]:
-    """How often each code occurs in a set of token shards.
+    """Count the occurrences of each code in a token dataset.
 
     Raises:
-        UserError: The set is not there, holds no tokens, or holds one that is no code of its tokenizer.
+        UserError: The dataset does not exist, has no tokens, or has a token that is not a code of its
+            tokenizer.
     """
     shards = ShardSet.open(tokens)
     codes = TokenSetMeta.of(shards).codes
@@ -57,18 +58,18 @@ def count_codes(tokens: Location) -> Int[Tensor, " codes"]:
 def reduce_tokenizer(
     full: Path, out: Path, counts: Int[Tensor, " codes"], least: int = 1, unused: Unused = "bucket"
 ) -> Reduced:
-    """Write the bundle of a tokenizer with only those codes that occur.
+    """Write the bundle of a tokenizer reduced to the codes that occur.
 
     Args:
         full: Bundle of the tokenizer with all codes.
-        out: The bundle to be written.
-        counts: How often each code occurs; see `count_codes`.
-        least: Codes that occur less often are left out.
-        unused: What becomes of these.
+        out: Output bundle.
+        counts: Number of occurrences of each code; see `count_codes`.
+        least: Minimum number of occurrences of a used code.
+        unused: Treatment of unused codes.
 
     Raises:
-        UserError: The counts are not of this tokenizer's codes, it is reduced already, or there is nothing to
-            leave out.
+        UserError: The counts do not match the tokenizer's codes, the tokenizer is already reduced, or no code
+            is unused.
     """
     tokenizer = _full(full)
     if len(counts) != tokenizer.codes:
@@ -83,10 +84,10 @@ def reduce_tokenizer(
 
 
 def reduce_by_map(full: Path, out: Path, map: Int[Tensor, " full"]) -> Reduced:
-    """The same by a map that somebody else made, such as one of the published ones.
+    """Write the bundle of a tokenizer reduced by a given map, such as a published one.
 
     Raises:
-        UserError: It is the map of another number of codes, or the tokenizer is reduced already.
+        UserError: The map is for another number of codes, or the tokenizer is already reduced.
     """
     tokenizer = _full(full)
     check_map(map, tokenizer.codes, int(map.max()) + 1, "the map")
@@ -94,17 +95,17 @@ def reduce_by_map(full: Path, out: Path, map: Int[Tensor, " full"]) -> Reduced:
 
 
 def remap_shards(tokens: Location, out: Location, full: Path, reduced: Path) -> ShardSet:
-    """Write a set of token shards in a reduced tokenizer's codes; resumable shard by shard.
+    """Write a token dataset in the codes of a reduced tokenizer; resumable shard by shard.
 
     Args:
-        tokens: The set in all codes.
-        out: The set to be written; everything else in a sample stays what it is.
-        full: Bundle of the tokenizer that the set was made with.
+        tokens: Token dataset in all codes.
+        out: Output dataset; everything else in a sample is copied.
+        full: Bundle of the tokenizer that made the dataset.
         reduced: Bundle of the same tokenizer, reduced.
 
     Raises:
-        UserError: The tokens are another tokenizer's, or the reduced tokenizer is not a reduction of it; the
-            folder holds another set, or cannot be written.
+        UserError: The tokens are from another tokenizer, the reduced tokenizer is not a reduction of
+            ``full``, or the output folder contains another dataset or cannot be written.
     """
     source = ShardSet.open(tokens)
     meta = TokenSetMeta.of(source)

@@ -1,4 +1,4 @@
-"""Image shards to token shards: what the denoiser trains on."""
+"""Tokenization of image shards to token shards, the denoiser's training data."""
 
 import re
 from collections import Counter
@@ -45,83 +45,84 @@ from vqd_scale.tokenizers.codebook.usage import usage_of
 from vqd_scale.tokenizers.registry import Tokenizer
 
 STATISTICS = "statistics.json"
-"""Name of what is known of a set of tokens as a whole."""
+"""File name of a token dataset's statistics."""
 
 CENTER = "center"
-"""What a set says whose pictures were encoded as they are evaluated, their centre alone."""
+"""Value of `TokenSetMeta.views` for center crops, the crop that evaluation uses."""
 
 _UINT16_CODES = 1 << 16
 
 
 class CaptionsConfig(Config):
-    """The caption vocabulary; must be that of the text tower to be trained."""
+    """Caption vocabulary; must match the text tower to be trained."""
 
     context_length: PositiveInt = 77
     bpe_merges: NonNegativeInt = CaptionTokenizer().merges
 
 
 class EncodingConfig(Config):
-    """How a tokenizer is used; it decides the codes, so that token shards say it."""
+    """Encoding options of the tokenizer; stored in token shards, because they determine the codes."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the convolutions; bf16 is faster on GPUs, and a few codes differ."""
+    """Precision of the convolutions; bf16 is faster on GPUs and changes a few codes."""
     sample_codes: int | None = Field(default=None, ge=0, lt=2**32)
-    """A seed by which codes are drawn from a Gumbel tokenizer's probabilities, as its published code does;
-    none: the best codes."""
+    """Seed to sample codes from a Gumbel tokenizer's probabilities, as its published code does. ``None``:
+    the most probable codes."""
 
     def __str__(self) -> str:
-        """In a few words, as token shards say it."""
+        """Return the short description stored in token shards."""
         codes = "best codes" if self.sample_codes is None else f"codes drawn with seed {self.sample_codes}"
         return f"{codes}, {self.precision}"
 
 
 class ViewsConfig(Config):
-    """Several random crops of each picture instead of its centre, each a sample of its own."""
+    """Random crops of each image instead of its center crop; each crop is a sample."""
 
     count: PositiveInt
-    """How many; an epoch is so many times longer."""
+    """Number of crops per image; multiplies the length of an epoch."""
     crop: Literal["near_center", "random_resized"] = "near_center"
     seed: int = Field(default=0, ge=0, lt=2**32)
 
     def __str__(self) -> str:
-        """In a few words, as token shards say it."""
+        """Return the short description stored in token shards."""
         return f"{self.count} {self.crop} crops by seed {self.seed}"
 
 
 class TokenizeConfig(Config):
-    """From which pictures to which tokens."""
+    """Tokenization job: input images, tokenizer and output tokens."""
 
     images: Location
-    """Folder of image shards, here or in S3."""
+    """Folder of image shards, local or in S3."""
     output: Location
-    """Folder for the token shards, here or in S3; shards that are done are not done again."""
+    """Output folder for token shards, local or in S3; finished shards are skipped."""
     tokenizer: Path
-    """The tokenizer's bundle."""
+    """Tokenizer bundle."""
     size: PositiveInt = 256
-    """Pictures are fitted to a square of so many pixels."""
+    """Side of the square that images are cropped and resized to, in pixels."""
     augmented_views: ViewsConfig | None = None
-    """Random crops to be encoded; none: the centre alone."""
+    """Random crops to encode. ``None``: the center crop only."""
     captions: CaptionsConfig | None = CaptionsConfig()
-    """How captions, without which a sample is a bad one, become ids; ``null`` for sets without captions."""
+    """Vocabulary of the caption ids; a sample without a caption is then invalid. ``null`` for datasets
+    without captions."""
     encoding: EncodingConfig = EncodingConfig()
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    """More samples that cannot be used than this share end the work."""
+    """Maximum fraction of unusable samples before the job aborts."""
     batch_size: PositiveInt = 64
 
 
 @dataclass(frozen=True)
 class TokenSetMeta:
-    """What a set of token shards says of itself.
+    """Metadata of a token dataset.
 
     Attributes:
         codes: K, the number of codes.
-        grid: Rows and columns of tokens.
-        tokenizer: Fingerprint of the tokenizer's weights, the map of a reduced codebook among them.
-        captions: Fingerprint of the caption vocabulary; empty where captions have no ids.
+        grid: Token grid (rows, columns).
+        tokenizer: Fingerprint of the tokenizer's weights, including the map of a reduced codebook.
+        captions: Fingerprint of the caption vocabulary; empty without caption ids.
         source: Digests of the image shards' tars.
-        encoding: How the tokenizer was used.
-        device: The kind of device that it ran on: another kind rounds otherwise, and a few codes differ.
-        views: Which squares of the pictures were encoded.
+        encoding: Encoding options of the tokenizer.
+        device: Device type of the encoding; another type rounds differently and changes a few codes.
+        views: Crops of the images that were encoded.
     """
 
     codes: int
@@ -135,10 +136,10 @@ class TokenSetMeta:
 
     @classmethod
     def of(cls, shards: ShardSet) -> "TokenSetMeta":
-        """Read it from a set.
+        """Read the metadata of a dataset.
 
         Raises:
-            UserError: The set does not hold tokens.
+            UserError: The dataset has no tokens.
         """
         meta = shards.meta
         if meta.get("kind") != "tokens":
@@ -156,10 +157,10 @@ class TokenSetMeta:
         )
 
     def check(self, tokenizer: Path, captions: CaptionTokenizer | None, folder: Location) -> None:
-        """See that the tokens are this tokenizer's and the caption ids, if they are read, this vocabulary's.
+        """Check that tokens match a tokenizer and, if captions are used, caption ids a vocabulary.
 
         Raises:
-            UserError: They are not.
+            UserError: The tokens or the caption ids do not match.
         """
         if tokenizer_fingerprint(tokenizer) != self.tokenizer:
             raise UserError(
@@ -183,20 +184,21 @@ def tokenize_shards(
 ) -> ShardSet | None:
     """Write a token shard for every image shard of a worker; resumable shard by shard.
 
-    Any number of workers make the same bytes. Whichever finds that all are done publishes the set's index,
-    quarantine report and statistics.
+    The output bytes do not depend on the number of workers. The worker that finds all shards finished
+    publishes the index, the quarantine report and the statistics.
 
     Args:
-        config: From what to what.
-        device: Where the tokenizer runs.
-        worker: Which one this is; the only one if not given.
+        config: Tokenization job.
+        device: Device of the tokenizer.
+        worker: This worker. Default: the only one.
 
     Returns:
-        The set, or None while other workers are not done.
+        The dataset, or None while other workers are unfinished.
 
     Raises:
-        UserError: The pictures or the tokenizer are missing, sizes do not fit, the disk is full, too many
-            samples are bad, or the folder holds tokens of other pictures, another tokenizer or vocabulary.
+        UserError: The images or the tokenizer are missing, sizes do not fit, the disk is full, too many
+            samples are invalid, or the folder contains tokens of other images, another tokenizer or
+            vocabulary.
     """
     source = ShardSet.open(config.images)
     tokenizer = load_tokenizer(config.tokenizer, device)
@@ -248,10 +250,10 @@ def tokenize_shards(
 
 
 def code_counts(shard: Shard, codes: int) -> Int64[NDArray[np.int64], " codes"]:
-    """How often each code occurs in a token shard.
+    """Count the occurrences of each code in a token shard.
 
     Raises:
-        UserError: The shard cannot be read, or is no token shard of so many codes.
+        UserError: The shard cannot be read, or has a token outside 0..codes - 1.
     """
     counts = np.zeros(codes, np.int64)
     samples = list(read_shard(shard))
@@ -273,9 +275,9 @@ def code_counts(shard: Shard, codes: int) -> Int64[NDArray[np.int64], " codes"]:
 
 
 def statistics_of(whole: WorkerIndex) -> dict[str, Any]:
-    """What is known of a set of tokens: samples, failures by reason, use of the codes, as JSON holds it."""
+    """Compute JSON statistics of a token dataset: samples, captions, failures by reason, codebook usage."""
     failures = Counter(
-        # What differs in numbers only is one reason.
+        # Reasons that differ only in numbers are counted together.
         re.sub(r"\d+", "N", left.reason)
         for shard in whole.shards
         for left in shard.left_out
@@ -291,15 +293,15 @@ def statistics_of(whole: WorkerIndex) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _View:
-    """A square of a picture, to be a sample.
+    """A crop of an image, to be encoded as a sample.
 
     Attributes:
-        number: Which it is of all views of all pictures.
-        key: The sample's key.
+        number: Unique index of the crop over all images.
+        key: Key of the sample.
         pixels: uint8 [size, size, 3].
-        captions: The picture's captions, the first that in its ``txt``; empty where they get no ids.
-        is_list: Whether its ``json`` lists them.
-        rest: What is kept as it is, by extension.
+        captions: Captions of the image, first the one in its ``txt``; empty without caption ids.
+        is_list: True if the image's ``json`` lists the captions.
+        rest: Fields copied unchanged, by extension.
     """
 
     number: int
@@ -311,7 +313,7 @@ class _View:
 
 
 class _ShardEncoder:
-    """All samples of an image shard as samples of a token shard; batches never cross a shard."""
+    """Encoder of an image shard's samples to token samples; a batch never spans two shards."""
 
     def __init__(
         self,
@@ -349,7 +351,7 @@ class _ShardEncoder:
                 yield _View(slot * len(squares) + number, key, pixels, captions, is_list, rest)
 
     def _squares(self, sample: dict[str, Any], slot: int) -> list[Pixels]:
-        """The squares of a picture that are to be encoded."""
+        """Return the crops of an image to encode."""
         extension = next((name for name in IMAGE_EXTENSIONS if name in sample), None)
         if extension is None:
             raise BadSample("has no picture")
@@ -367,7 +369,7 @@ class _ShardEncoder:
         ]
 
     def _ids(self, views: list[_View]) -> Iterator[dict[str, NDArray[np.int32]]]:
-        """Each sample's caption ids: of its one caption, or a row for each that its ``json`` lists."""
+        """Yield each sample's caption ids: one vector, or one row per caption listed in its ``json``."""
         if self.captions is None:
             yield from ({} for _ in views)
             return
@@ -379,7 +381,7 @@ class _ShardEncoder:
 
     @torch.no_grad()
     def _encode(self, views: list[_View]) -> NDArray[np.unsignedinteger[Any]]:
-        # Always a whole batch, the last one padded: a picture's codes do not depend on its neighbours then.
+        # The last batch is padded to the full size, so an image's codes do not depend on its neighbors.
         padded = views + [views[-1]] * (self.config.batch_size - len(views))
         pixels = np.stack([view.pixels for view in padded])
         signal = to_signal(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device))
@@ -391,10 +393,10 @@ class _ShardEncoder:
 
 
 def _captions(sample: dict[str, Any]) -> tuple[list[str], bool]:
-    """A sample's captions, the first that in its ``txt``, and whether its ``json`` lists them.
+    """Return a sample's captions, first the one in its ``txt``, and True if its ``json`` lists them.
 
     Raises:
-        BadSample: One is missing or empty.
+        BadSample: A caption is missing, empty or not text.
     """
     if "txt" not in sample:
         raise BadSample("has no 'txt'")

@@ -1,4 +1,4 @@
-"""One HTML page of text, tables and images, complete in a single file."""
+"""Self-contained HTML reports of text, tables and images."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from vqd_scale.core.atomic_io import publish_text
 
 @dataclass(frozen=True)
 class TextSection:
-    """A section of prose; blank lines separate paragraphs."""
+    """Section of text; blank lines separate paragraphs."""
 
     heading: str
     text: str
@@ -19,7 +19,7 @@ class TextSection:
 
 @dataclass(frozen=True)
 class FiguresSection:
-    """A section with a table of named figures; numbers are shown to four significant digits."""
+    """Section with a table of named values; floats are shown with four significant digits."""
 
     heading: str
     rows: Mapping[str, float | str]
@@ -28,7 +28,7 @@ class FiguresSection:
 
 @dataclass(frozen=True)
 class TableSection:
-    """A section with a table of several columns; numbers as in `FiguresSection`."""
+    """Section with a table of several columns; number format as in `FiguresSection`."""
 
     heading: str
     columns: Sequence[str]
@@ -38,7 +38,7 @@ class TableSection:
 
 @dataclass(frozen=True)
 class ImageSection:
-    """A section with one PNG file and what it shows."""
+    """Section with one PNG file and a caption."""
 
     heading: str
     path: Path
@@ -49,7 +49,7 @@ Section = TextSection | FiguresSection | TableSection | ImageSection
 
 
 def html_report(path: Path, title: str, sections: Sequence[Section]) -> None:
-    """Write one self-contained HTML page: pictures are inside it, and all text is escaped.
+    """Write a self-contained HTML page: images are embedded, and all text is escaped.
 
     Raises:
         UserError: The file cannot be written.

@@ -22,7 +22,7 @@ _FEW = 20
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: ``values`` over ``positions``, of the same length, perhaps with what they lie between."""
+    """One curve: ``values`` over ``positions``, of equal length, with an optional band (lower, upper)."""
 
     name: str
     positions: Sequence[float]
@@ -31,12 +31,12 @@ class Series:
 
 
 def plot_curves(path: Path, series: Sequence[Series], *, title: str, x_label: str, y_label: str) -> None:
-    """Draw curves into one PNG file: the values pale, their running mean over a fiftieth of them strong.
+    """Plot curves to a PNG file: pale raw values, and a strong running mean over 1/50 of the values.
 
     Raises:
         UserError: The file cannot be written.
     """
-    # Imported here because it takes half a second that a tool without curves need not wait for.
+    # Imported here because the import takes half a second, which tools without plots should not pay.
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -67,16 +67,16 @@ def image_grid(
     columns: int,
     scale: int = 1,
 ) -> Image.Image:
-    """Lay pictures out in rows on white, each with its caption wrapped beneath it.
+    """Arrange images in a grid on white, each with its wrapped caption below.
 
     Args:
-        images: uint8 RGB, at least one.
-        captions: One for each picture; what does not fit into five lines ends in an ellipsis.
-        columns: Pictures in a row.
-        scale: How many times to enlarge, by repeating pixels, so that small pictures stay sharp.
+        images: uint8 RGB images, at least one.
+        captions: One caption per image, truncated with an ellipsis after five lines.
+        columns: Number of images per row.
+        scale: Integer upscaling factor; pixels are repeated, so that small images stay sharp.
 
     Raises:
-        ValueError: There are no images, or not as many captions.
+        ValueError: There are no images, or the number of captions differs from the number of images.
     """
     count, height, width, _ = images.shape
     if count == 0 or (captions is not None and len(captions) != count):
@@ -114,10 +114,10 @@ def comparison_grid(
     columns: int,
     scale: int = 1,
 ) -> Image.Image:
-    """A grid of pairs, each original directly above its reconstruction.
+    """Arrange originals and reconstructions in a grid, each original directly above its reconstruction.
 
     Raises:
-        ValueError: There are no images, or the two sets differ in shape.
+        ValueError: There are no images, or the two arrays differ in shape.
     """
     if originals.shape != reconstructions.shape:
         raise ValueError(f"originals {originals.shape} and reconstructions {reconstructions.shape} differ")
@@ -126,7 +126,7 @@ def comparison_grid(
 
 
 def publish_image(path: Path, image: Image.Image) -> None:
-    """Write a PNG file at once.
+    """Write a PNG file atomically.
 
     Raises:
         UserError: The file cannot be written.
@@ -136,7 +136,7 @@ def publish_image(path: Path, image: Image.Image) -> None:
 
 
 def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The mean of each value and those before it, over a window that grows to a fiftieth of them all."""
+    """Compute the trailing mean over a window of up to 1/50 of the values (at least one value)."""
     window = max(1, len(values) // 50)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)
@@ -145,7 +145,7 @@ def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _caption_font() -> ImageFont.FreeTypeFont:
-    """DejaVu Sans out of matplotlib: Pillow's own font has no letters beyond ASCII."""
+    """Load DejaVu Sans from matplotlib: Pillow's default font is limited to ASCII."""
     from matplotlib import get_data_path
 
     return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", _FONT_SIZE)
@@ -156,7 +156,7 @@ def _enlarged(image: UInt8[NDArray[np.uint8], "height width 3"], scale: int) -> 
 
 
 def _wrapped(caption: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Break a caption into lines of at most ``width`` pixels; a word longer than a line is broken, too."""
+    """Wrap a caption to lines of at most ``width`` pixels; words longer than a line are split."""
     lines: list[str] = []
     for word in caption.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:

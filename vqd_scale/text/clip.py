@@ -1,8 +1,8 @@
-"""Captions to features: CLIP's byte-pair tokenizer and text tower, by open_clip.
+"""Caption features: CLIP's byte-pair tokenizer and text tower, by open_clip.
 
-What VQ-Diffusion's published weights expect: lower-cased captions, padding with id 0, the last token
-replaced by the end token where a caption is too long, the output of every position after the final LayerNorm
-without the projection, each scaled to unit length. There is no padding mask: all positions condition.
+As VQ-Diffusion's published weights require: captions are lower-cased and padded with id 0; the last token of
+a truncated caption is the end token; features are the outputs of all positions after the final LayerNorm,
+without the projection, normalized to unit length. There is no padding mask: all positions condition.
 """
 
 import functools
@@ -37,7 +37,7 @@ _BYTES = 256
 
 
 class Tower(Config):
-    """A CLIP text tower trained from scratch, together with the denoiser."""
+    """CLIP text tower trained from scratch together with the denoiser."""
 
     kind: Literal["tower"] = "tower"
     context_length: PositiveInt = 77
@@ -45,21 +45,21 @@ class Tower(Config):
     heads: PositiveInt = 8
     layers: PositiveInt = 12
     bpe_merges: int = Field(default=_ALL_MERGES, ge=0, le=_ALL_MERGES)
-    """How many of CLIP's byte-pair merges are kept: fewer make a smaller vocabulary for a small data set."""
+    """Number of CLIP's byte-pair merges; fewer give a smaller vocabulary for a small dataset."""
     normalize: bool = True
     null_condition: Literal["learned", "empty"] = "learned"
-    """What stands for "no caption" under guidance: a learned embedding, or the empty caption's features."""
+    """Null condition for guidance: a learned embedding, or the features of the empty caption."""
 
 
 class Pretrained(Config):
-    """The text tower of an open_clip model."""
+    """Text tower of an open_clip model."""
 
     kind: Literal["open_clip"] = "open_clip"
     model: str = "ViT-B-32-quickgelu"
     pretrained: str | None = "openai"
-    """An open_clip tag, a local file of weights, or none: random ones, until a bundle's are loaded."""
+    """open_clip tag or local weight file; ``None`` for random weights, to be loaded from a bundle."""
     train: bool = False
-    """Whether the tower is trained, and saved, with the denoiser; otherwise it is frozen and only named."""
+    """Train and save the tower with the denoiser. A frozen tower is stored by name only."""
     null_condition: Literal["learned", "empty"] = "learned"
 
     @model_validator(mode="after")
@@ -69,7 +69,7 @@ class Pretrained(Config):
         return self
 
     def without_weights(self) -> "Pretrained":
-        """What a bundle says of a tower whose trained weights it holds."""
+        """Return the configuration for a bundle, which itself contains the weights of a trained tower."""
         return self.model_copy(update={"pretrained": None}) if self.train else self
 
 
@@ -78,11 +78,11 @@ TextConfig = Annotated[Tower | Pretrained, Field(discriminator="kind")]
 
 @dataclass(frozen=True)
 class CaptionTokenizer:
-    """Captions to token ids; small and picklable, so that data workers can hold one.
+    """Tokenizer from captions to token ids; small and picklable for data workers.
 
     Attributes:
         context_length: Positions per caption.
-        merges: How many of CLIP's byte-pair merges are used.
+        merges: Number of CLIP's byte-pair merges in use.
     """
 
     context_length: int = 77
@@ -95,7 +95,7 @@ class CaptionTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 over what decides the ids; token shards carry it."""
+        """Hex SHA-256 of the settings that determine the ids; stored in token shards."""
         described = json.dumps({**asdict(self), "bpe": "open_clip"}, sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()
 
@@ -103,7 +103,7 @@ class CaptionTokenizer:
         """Tokenize captions.
 
         Returns:
-            int64 [captions, context_length]: start, tokens, end, then zeros.
+            int64 [captions, context_length]: start, tokens, end, zero padding.
         """
         tokenizer = _byte_pair_tokenizer(self.merges)
         return tokenizer(list(captions), context_length=self.context_length).numpy()
@@ -111,7 +111,7 @@ class CaptionTokenizer:
 
 @functools.lru_cache(maxsize=2)
 def _byte_pair_tokenizer(merges: int) -> "SimpleTokenizer":
-    # open_clip brings torchvision and transformers along: seconds that only those pay who read captions.
+    # Imported on first use: open_clip imports torchvision and transformers, which takes seconds.
     from open_clip.tokenizer import SimpleTokenizer, default_bpe
 
     lines = gzip.decompress(Path(default_bpe()).read_bytes()).decode("utf-8").split("\n")
@@ -124,18 +124,18 @@ def _byte_pair_tokenizer(merges: int) -> "SimpleTokenizer":
 
 
 class TextEncoder(nn.Module):
-    """Caption ids to features of every position, and to those of "no caption".
+    """Text encoder: caption ids -> features of every position; a null condition for "no caption".
 
-    A tower to train is a submodule like any other. A frozen one is not: it must be neither sharded, nor
-    averaged, nor saved, so it is held outside of torch's bookkeeping and follows the device of its input.
+    A trained tower is a regular submodule. A frozen tower is not registered as a submodule, because frozen
+    weights must not be sharded, averaged or saved; the tower follows the device of its input.
 
-    A caption that is empty counts as none.
+    An empty caption counts as "no caption".
 
     Args:
-        config: A tower to train, or an open_clip model to load.
+        config: Tower to train, or open_clip model to load.
 
     Raises:
-        UserError: The open_clip model or its weights cannot be had, or do not fit.
+        UserError: The open_clip model or its weights are unavailable or do not fit.
     """
 
     def __init__(self, config: TextConfig) -> None:
@@ -172,11 +172,11 @@ class TextEncoder(nn.Module):
     def forward(
         self, captions: Int[Tensor, "batch positions"], dropped: Bool[Tensor, " batch"]
     ) -> Float[Tensor, "batch positions width"]:
-        """Encode captions; where ``dropped`` is true or a caption is empty the null condition stands in.
+        """Encode captions; dropped and empty captions are replaced by the null condition.
 
         Args:
             captions: Token ids from `CaptionTokenizer`.
-            dropped: Which samples are to see no caption.
+            dropped: True for samples without a caption (condition dropout).
         """
         mask = (dropped | (captions == self.empty_caption).all(dim=1))[:, None]
         features = self._encode(torch.where(mask, self.empty_caption, captions))
@@ -188,7 +188,7 @@ class TextEncoder(nn.Module):
 
     @property
     def network(self) -> "TextTransformer":
-        """The tower, trained or frozen."""
+        """Text tower, trained or frozen."""
         return self.tower if hasattr(self, "tower") else self._frozen[0]
 
     def _encode(self, captions: Int[Tensor, "batch positions"]) -> Float[Tensor, "batch positions width"]:

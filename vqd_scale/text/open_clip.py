@@ -1,4 +1,4 @@
-"""Published CLIP text towers: their shapes by open_clip's names, their weights by its tags or from a file."""
+"""Published CLIP text towers: shapes by open_clip model name, weights by open_clip tag or from a file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,21 +14,21 @@ from vqd_scale.text.weights import PREFIX, from_transformers
 _SHAPE = {"context_length", "vocab_size", "width", "heads", "layers"}
 _FILES = {".safetensors", ".pt", ".pth", ".bin"}
 _TRANSFORMERS = "embeddings.token_embedding.weight"
-"""A name by which transformers' files are known, behind their prefix or without."""
+"""Key that identifies files of transformers, with or without the prefix."""
 _PROGRAMS_REST = {"input_resolution", "context_length", "vocab_size"}
-"""What OpenAI's TorchScript programs leave among the weights when they are converted."""
+"""Keys that a conversion of OpenAI's TorchScript programs leaves among the weights."""
 
 
 class Shape(NamedTuple):
-    """What a text tower is made of.
+    """Shape of a text tower.
 
     Attributes:
         context_length: Positions per caption.
         vocabulary: Number of token ids.
-        width: Channels.
-        heads: Attention heads of a layer.
+        width: Number of channels.
+        heads: Attention heads per layer.
         layers: Number of layers.
-        quick_gelu: Whether it was trained with x * sigmoid(1.702 x) instead of GELU.
+        quick_gelu: True if trained with x * sigmoid(1.702 x) instead of GELU.
     """
 
     context_length: int
@@ -40,10 +40,10 @@ class Shape(NamedTuple):
 
 
 def published_shape(model: str) -> Shape:
-    """The shape of the text tower of an open_clip model.
+    """Return the shape of an open_clip model's text tower.
 
     Raises:
-        UserError: There is no such model, or its text tower is not CLIP's.
+        UserError: The model does not exist, or its text tower is not CLIP's.
     """
     import open_clip
 
@@ -68,15 +68,16 @@ def published_shape(model: str) -> Shape:
 
 
 def published_weights(model: str, pretrained: str) -> dict[str, Tensor]:
-    """The weights of a text tower under our names, perhaps with others beside them.
+    """Load the weights of a text tower with open_clip's keys; the result may contain other keys.
 
     Args:
-        model: An open_clip model.
-        pretrained: One of its tags, or a file of weights under OpenAI's, open_clip's or transformers' names.
+        model: Name of an open_clip model.
+        pretrained: open_clip tag of the model, or a weight file with OpenAI's, open_clip's or transformers'
+            keys.
 
     Raises:
-        UserError: There is no such tag or file, the weights cannot be had, or they were trained with another
-            activation than the model has.
+        UserError: The tag or file does not exist, the weights cannot be loaded, or the weights were trained
+            with another activation than the model's.
     """
     if Path(pretrained).suffix in _FILES or Path(pretrained).is_file():
         return _from_file(model, Path(pretrained))
@@ -117,7 +118,7 @@ def _from_file(model: str, file: Path) -> dict[str, Tensor]:
 
 
 def _check_activation(model: str, quick_gelu: bool, weights: str) -> None:
-    """Weights under another activation than their own run without a word and give other features."""
+    """Check that weights and model have the same activation; a mismatch silently changes the features."""
     if published_shape(model).quick_gelu == quick_gelu:
         return
     other = f"{model}-quickgelu" if quick_gelu else model.removesuffix("-quickgelu")
@@ -128,7 +129,7 @@ def _check_activation(model: str, quick_gelu: bool, weights: str) -> None:
 
 
 def _named_as_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take off what wraps the text tower in whole models; whatever else is there stays."""
+    """Convert keys to open_clip's text tower: strip the prefixes of whole models, keep other keys."""
     if _is_transformers(state):
         has_prefix = any(name.startswith(PREFIX) for name in state)
         text = {name: value for name, value in state.items() if name.startswith(PREFIX) or not has_prefix}

@@ -1,7 +1,7 @@
-"""Names of CLIP's text tower: pure functions from one state dictionary to another.
+"""Key mapping of CLIP's text tower: pure functions between state dictionaries.
 
-Ours are OpenAI's and open_clip's. transformers' ``CLIPTextModel`` has the same network under other names,
-with the three matrices of queries, keys and values apart.
+This project uses the keys of OpenAI and open_clip. transformers' ``CLIPTextModel`` is the same network with
+other keys, and with separate matrices for queries, keys and values.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from torch import Tensor
 from vqd_scale.core.tensors import check_names
 
 PREFIX = "text_model."
-"""What stands before all of transformers' names in files; newer versions' modules have it no more."""
+"""Prefix of all keys in transformers' files; the modules of newer versions have no prefix."""
 
 _OUTER = {
     "token_embedding.weight": "embeddings.token_embedding.weight",
@@ -29,14 +29,14 @@ _LAYER = {
 }
 _KINDS = ("weight", "bias")
 _POSITIONS = "embeddings.position_ids"
-"""The numbers 0, 1, 2, ..., which earlier versions of transformers saved along."""
+"""Key of the position ids 0, 1, 2, ..., which earlier versions of transformers saved."""
 
 
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a text tower as ``CLIPTextModel``'s files name it.
+    """Convert a text tower's state to the keys of ``CLIPTextModel`` files.
 
     Raises:
-        UserError: Entries are unknown or missing; all are listed.
+        UserError: Keys are unknown or missing; the message lists all of them.
     """
     layers = _layers(state, "transformer.resblocks.")
     names = _names(layers)
@@ -50,10 +50,10 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a ``CLIPTextModel``, with or without its prefix, as a text tower's.
+    """Convert the state of a ``CLIPTextModel``, with or without prefix, to a text tower's keys.
 
     Raises:
-        UserError: Entries are unknown or missing; all are listed.
+        UserError: Keys are unknown or missing; the message lists all of them.
     """
     given = {name.removeprefix(PREFIX): value for name, value in state.items()}
     given.pop(_POSITIONS, None)

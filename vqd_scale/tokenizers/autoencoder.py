@@ -1,4 +1,4 @@
-"""What all tokenizers of convolutions around a codebook share, whatever the codebook."""
+"""Base classes of convolutional autoencoders with a discrete codebook."""
 
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -13,7 +13,7 @@ from vqd_scale.tokenizers.convolutions import ConvolutionsConfig, Decoder, Encod
 
 
 class Quantizer(Protocol):
-    """Vectors to codes and back."""
+    """Codebook interface: vectors to code ids and back."""
 
     @property
     def codes(self) -> int:
@@ -21,11 +21,11 @@ class Quantizer(Protocol):
         ...
 
     def nearest(self, vectors: Float[Tensor, "count width"]) -> Int[Tensor, " count"]:
-        """The id of the code that fits each vector best."""
+        """Return the id of the best code of each vector."""
         ...
 
     def lookup(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape width"]:
-        """The vectors of codes."""
+        """Return the vectors of code ids."""
         ...
 
 
@@ -33,15 +33,17 @@ QuantizerType = TypeVar("QuantizerType", bound=Quantizer)
 
 
 class Reconstruction(NamedTuple):
-    """What one pass through an autoencoder gives.
+    """Output of one forward pass of an autoencoder.
 
     Attributes:
-        images: [batch, 3, height, width] in about [-1, 1].
+        images: Reconstructed images [batch, 3, height, width] in about [-1, 1].
         latents: Encoder outputs [batch * rows * columns, code_width].
-        ids: Their codes [batch * rows * columns]; all zero while not quantised.
-        commitment: Mean squared distance of each sample's latents to their codes, [batch]; moves the latents.
-        codebook: The same distance, where it moves the codes; none where no gradient does.
-        divergence: Of each sample's code probabilities from equal ones, in nats per token; none without any.
+        ids: Codes of the latents [batch * rows * columns]; all zero when quantization is off.
+        commitment: Commitment loss per sample [batch]: mean squared distance of the latents to their codes,
+            with gradients for the latents.
+        codebook: Codebook loss per sample: the same distance, with gradients for the codes; ``None`` where
+            the codes are not trained by gradients.
+        divergence: KL(q(code) ‖ uniform) per sample, in nats per token; ``None`` without code probabilities.
     """
 
     images: Tensor
@@ -53,12 +55,14 @@ class Reconstruction(NamedTuple):
 
 
 class Autoencoder(nn.Module, Generic[QuantizerType]):
-    """Encoder, codebook and decoder; with ``latent_width`` 1x1 convolutions on both sides of the codebook.
+    """Encoder, codebook and decoder.
+
+    With ``latent_channels``, 1x1 convolutions precede and follow the codebook.
 
     Args:
-        config: Shape of the convolutions.
-        code_width: The length of a code's vector.
-        quantize: The codebook.
+        config: Architecture of the convolutions.
+        code_width: Dimension of a code's vector.
+        quantize: Codebook.
     """
 
     def __init__(self, config: ConvolutionsConfig, code_width: int, quantize: QuantizerType) -> None:
@@ -80,12 +84,12 @@ class Autoencoder(nn.Module, Generic[QuantizerType]):
     def encode(
         self, images: Float[Tensor, "batch 3 height width"], draws: Draws | None = None
     ) -> Int[Tensor, "batch rows columns"]:
-        """Images in [-1, 1] to codes 0..K-1, deterministic unless ``draws`` ask for samples.
+        """Encode images in [-1, 1] to codes 0..K-1; deterministic unless ``draws`` is given.
 
         Raises:
-            ValueError: The images are of another range, dtype or shape (see `check_signal`), or there are not
-                as many slots.
-            UserError: Samples are asked of a tokenizer that has no probabilities.
+            ValueError: The images have another range, dtype or shape (see `check_signal`), or the number of
+                slots differs from the number of images.
+            UserError: ``draws`` is given, but the tokenizer has no code probabilities.
         """
         check_signal(images, self.factor)
         if draws is not None and len(draws.slots) != len(images):
@@ -96,35 +100,35 @@ class Autoencoder(nn.Module, Generic[QuantizerType]):
         return ids.unflatten(0, (z.shape[0], z.shape[2], z.shape[3]))
 
     def decode(self, tokens: Int[Tensor, "batch rows columns"]) -> Float[Tensor, "batch 3 height width"]:
-        """Codes to float32 images in about [-1, 1].
+        """Decode codes to float32 images in about [-1, 1].
 
         Raises:
-            ValueError: A token is no code.
+            ValueError: A token is not a code.
         """
         check_tokens(tokens, self.codes)
         return self.reconstruct(self.quantize.lookup(tokens).permute(0, 3, 1, 2)).float()
 
     def code_vectors(self) -> Float[Tensor, "codes width"]:
-        """The vector of every code."""
+        """Return the vector of every code."""
         some = next(self.encoder.parameters())
         return self.quantize.lookup(torch.arange(self.codes, device=some.device))
 
     def latents(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch code rows columns"]:
-        """Images to the vectors that are quantised."""
+        """Return the vectors of images before quantization."""
         return self.quant_conv(self.encoder(images))
 
     def reconstruct(
         self, z: Float[Tensor, "batch code rows columns"]
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Vectors to images, in the dtype of the decoder's weights."""
+        """Decode vectors to images, in the dtype of the decoder's weights."""
         return self.decoder(self.post_quant_conv(z))
 
     def compute_in(self, dtype: torch.dtype) -> Self:
         """Run the convolutions in another dtype, channels last, which is faster on GPUs and some CPUs.
 
-        What chooses a code (the codebook and the 1x1 convolutions at it) stays float32.
+        The codebook and its 1x1 convolutions, which select the codes, stay float32.
         """
         for part in (self.encoder, self.decoder):
             part.to(dtype).to(memory_format=torch.channels_last)
@@ -139,16 +143,16 @@ class Autoencoder(nn.Module, Generic[QuantizerType]):
 
 
 class StraightThrough(Autoencoder[QuantizerType]):
-    """An autoencoder that is trained by passing gradients from the chosen codes to the latents."""
+    """Autoencoder trained with the straight-through estimator."""
 
     def forward(
         self, images: Float[Tensor, "batch 3 height width"], *, quantised: bool = True
     ) -> Reconstruction:
-        """Reconstruct images; gradients pass the codebook straight through.
+        """Reconstruct images; gradients pass the codebook by the straight-through estimator.
 
         Args:
             images: Float images in [-1, 1]; height and width multiples of `factor`.
-            quantised: False leaves the codebook out, for the first steps of a training.
+            quantised: False bypasses the codebook, for the first training steps.
         """
         z = self.latents(images)
         flat = z.permute(0, 2, 3, 1).flatten(0, 2)
@@ -165,16 +169,16 @@ class StraightThrough(Autoencoder[QuantizerType]):
 
 
 class Pointwise(nn.Conv2d):
-    """A 1x1 convolution in the dtype of its own weights, whatever that of its input.
+    """1x1 convolution in the dtype of its weights, for inputs of any dtype.
 
     Args:
-        width: Channels of the input.
-        following: Channels of the output.
+        width: Number of input channels.
+        following: Number of output channels.
     """
 
     def __init__(self, width: int, following: int) -> None:
         super().__init__(width, following, 1)
 
     def forward(self, input: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch following h w"]:
-        """Every place by itself."""
+        """Apply the convolution."""
         return super().forward(input.to(self.weight.dtype))

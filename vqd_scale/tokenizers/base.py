@@ -1,4 +1,4 @@
-"""What the rest of the package asks of an image tokenizer."""
+"""Image tokenizer interface, and conversion between bytes and floats."""
 
 from typing import NamedTuple, Protocol
 
@@ -7,15 +7,15 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 _PEAK = 1 + 1e-3
-"""How far a picture's values may lie from zero: rounding is forgiven, another scale is not."""
+"""Largest accepted absolute value of an image: tolerates rounding, rejects another value range."""
 
 
 class Draws(NamedTuple):
-    """Names the random numbers by which codes are sampled; see `vqd_scale.core.rng`.
+    """Key of the random numbers used to sample codes; see `vqd_scale.core.rng`.
 
     Attributes:
-        seed: The seed.
-        slots: int64 [batch], each image's own number.
+        seed: Seed of the random numbers.
+        slots: Unique index of each image, int64 [batch].
     """
 
     seed: int
@@ -23,7 +23,10 @@ class Draws(NamedTuple):
 
 
 class ImageTokenizer(Protocol):
-    """Images to a grid of discrete codes and back; another tokenizer is one file with one such class."""
+    """Image tokenizer: images to a grid of discrete codes and back.
+
+    A new tokenizer is one file with one such class.
+    """
 
     @property
     def codes(self) -> int:
@@ -32,43 +35,43 @@ class ImageTokenizer(Protocol):
 
     @property
     def factor(self) -> int:
-        """How many pixels one token spans in each direction."""
+        """Downsampling factor: pixels per token in each direction."""
         ...
 
     def encode(
         self, images: Float[Tensor, "batch 3 height width"], draws: Draws | None = None
     ) -> Int[Tensor, "batch rows columns"]:
-        """Images in [-1, 1] to codes 0..K-1, deterministic unless ``draws`` ask for samples.
+        """Encode images in [-1, 1] to codes 0..K-1; deterministic unless ``draws`` is given.
 
         Raises:
-            UserError: Samples are asked of a tokenizer that has no probabilities.
+            UserError: ``draws`` is given, but the tokenizer has no code probabilities.
         """
         ...
 
     def decode(self, tokens: Int[Tensor, "batch rows columns"]) -> Float[Tensor, "batch 3 height width"]:
-        """Codes to float32 images in about [-1, 1]."""
+        """Decode codes to float32 images in about [-1, 1]."""
         ...
 
     def latents(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch code rows columns"]:
-        """The vectors of images in [-1, 1] before codes are chosen for them."""
+        """Return the vectors of images in [-1, 1] before quantization."""
         ...
 
     def code_vectors(self) -> Float[Tensor, "codes width"]:
-        """What the decoder is given for each code; a network's embeddings may start from them."""
+        """Return the decoder's input vector for each code, a possible initialization of token embeddings."""
         ...
 
     def compute_in(self, dtype: torch.dtype) -> object:
-        """Encode and decode in another dtype from now on; what chooses a code stays float32."""
+        """Set the dtype of encoding and decoding; the selection of codes stays float32."""
         ...
 
 
 def to_signal(images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
-    """Bytes 0..255 to float32 in [-1, 1].
+    """Convert bytes 0..255 to float32 in [-1, 1].
 
     Raises:
-        ValueError: The images are not bytes, so that their range is not known.
+        ValueError: The dtype is not uint8, so the value range is unknown.
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"expected uint8 images, 0..255, got {images.dtype}")
@@ -76,15 +79,15 @@ def to_signal(images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "b
 
 
 def to_bytes(signal: Float[Tensor, "batch 3 height width"]) -> UInt8[Tensor, "batch 3 height width"]:
-    """Float images in [-1, 1], values outside clamped, to bytes 0..255."""
+    """Convert float images in [-1, 1] to bytes 0..255; values outside are clamped."""
     return ((signal.float().clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
 def check_signal(images: Float[Tensor, "batch 3 height width"], factor: int) -> None:
-    """See that images are what `to_signal` gives and can be cut into whole tokens.
+    """Check that images have the format of `to_signal` and a size divisible by ``factor``.
 
     Raises:
-        ValueError: They are not.
+        ValueError: The dtype, shape, size or value range is wrong.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
@@ -99,10 +102,10 @@ def check_signal(images: Float[Tensor, "batch 3 height width"], factor: int) -> 
 
 
 def check_tokens(tokens: Int[Tensor, "batch rows columns"], codes: int) -> None:
-    """See that tokens are codes 0..K-1: on a GPU a wrong one would only be a device-side assertion.
+    """Check that tokens are codes 0..K-1; on a GPU a wrong code raises only a device-side assertion.
 
     Raises:
-        ValueError: They are not.
+        ValueError: The dtype or shape is wrong, or a token is not a code.
     """
     if tokens.ndim != 3 or tokens.is_floating_point() or not tokens.numel():
         raise ValueError(f"expected tokens [batch, rows, columns], got {tokens.dtype} {list(tokens.shape)}")

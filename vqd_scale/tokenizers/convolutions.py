@@ -1,6 +1,6 @@
-"""VQ-GAN's encoder and decoder (Esser et al., arXiv 2012.09841): what stands before and behind a codebook.
+"""VQ-GAN encoder and decoder (Esser et al., arXiv 2012.09841).
 
-Modules are named as in the published checkpoints, so that their weights load without renaming.
+Module names follow the published checkpoints, so weights load without renaming.
 """
 
 from collections import OrderedDict
@@ -22,25 +22,27 @@ Norm = Literal["group", "none"]
 
 
 class ConvolutionsConfig(Config):
-    """Shape of encoder and decoder; any height and width go that are multiples of `factor`."""
+    """Architecture of encoder and decoder, for any height and width that are multiples of `factor`."""
 
     channels: PositiveInt = 128
     channel_multipliers: tuple[PositiveInt, ...] = Field(default=(1, 1, 2, 4), min_length=1)
-    """Channels of each level in units of ``channels``; every level but the last halves the resolution."""
+    """Channels of each level, as multiples of ``channels``; every level except the last halves the
+    resolution."""
     num_res_blocks: PositiveInt = 2
     patch_size: PositiveInt = 1
-    """Side of the pixel blocks folded into channels at the entrance; 1 as published, more is cheaper."""
+    """Side of the pixel blocks folded into channels at the input; 1 as published, larger is cheaper."""
     norm: Norm = "group"
     attention: tuple[NonNegativeInt, ...] = ()
-    """Levels whose residual blocks are each followed by self-attention, 0 being the finest."""
+    """Levels with self-attention after each residual block; 0 is the finest."""
     mid_attention: bool = False
-    """Whether two residual blocks around self-attention stand at the coarsest level, as published."""
+    """Add two residual blocks around self-attention at the coarsest level, as published."""
     latent_channels: PositiveInt | None = None
-    """Channels between the convolutions and the codebook's 1x1 ones (``z_channels``); none: without these."""
+    """Channels between the convolutions and the codebook's 1x1 convolutions (``z_channels``). ``None``: no
+    1x1 convolutions."""
 
     @property
     def factor(self) -> int:
-        """How many pixels one token spans in each direction."""
+        """Downsampling factor: pixels per token in each direction."""
         return self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
 
     @model_validator(mode="after")
@@ -60,11 +62,11 @@ class ConvolutionsConfig(Config):
 
 
 class Encoder(nn.Module):
-    """Images to latents: at each level residual blocks, then half the resolution.
+    """Images to latents: at each level residual blocks, then downsampling by two.
 
     Args:
-        config: The shape.
-        width: Channels of the latents.
+        config: Architecture.
+        width: Number of latent channels.
     """
 
     def __init__(self, config: ConvolutionsConfig, width: int) -> None:
@@ -91,11 +93,11 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to images: the encoder's levels in reverse, one residual block more at each.
+    """Latents to images: the encoder's levels in reverse, with one more residual block each.
 
     Args:
-        config: The shape.
-        width: Channels of the latents.
+        config: Architecture.
+        width: Number of latent channels.
     """
 
     def __init__(self, config: ConvolutionsConfig, width: int) -> None:
@@ -108,7 +110,7 @@ class Decoder(nn.Module):
             UpBlock(config, level, widths[min(level + 1, len(widths) - 1)], widths[level], is_last=level == 0)
             for level in upwards
         ]
-        # Numbered as the encoder's, 0 the finest: the order of the names is the reverse of the data's.
+        # Level 0 is the finest, as in the encoder; the decoder applies the levels in reverse order.
         self.up = nn.ModuleList(reversed(levels))
         self.norm_out = _norm(widths[0], config.norm)
         self.conv_out = nn.Conv2d(widths[0], 3 * config.patch_size**2, 3, padding=1)
@@ -123,7 +125,7 @@ class Decoder(nn.Module):
 
 
 class ResolutionLevel(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where the level has it."""
+    """Residual blocks of one resolution, each optionally followed by self-attention."""
 
     def __init__(
         self, config: ConvolutionsConfig, level: int, width: int, following: int, count: int
@@ -137,7 +139,7 @@ class ResolutionLevel(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch following h w"]:
-        """All blocks in turn."""
+        """Apply all blocks."""
         for number, block in enumerate(self.block):
             x = block(x)
             if self.attn:
@@ -146,7 +148,7 @@ class ResolutionLevel(nn.Module):
 
 
 class DownBlock(ResolutionLevel):
-    """One level of the encoder."""
+    """Encoder level."""
 
     def __init__(
         self, config: ConvolutionsConfig, level: int, width: int, following: int, *, is_last: bool
@@ -155,12 +157,12 @@ class DownBlock(ResolutionLevel):
         self.downsample = nn.Identity() if is_last else Downsample(following)
 
     def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch following h2 w2"]:
-        """All blocks in turn, then half the resolution."""
+        """Apply all blocks, then downsample by two."""
         return self.downsample(super().forward(x))
 
 
 class UpBlock(ResolutionLevel):
-    """One level of the decoder."""
+    """Decoder level."""
 
     def __init__(
         self, config: ConvolutionsConfig, level: int, width: int, following: int, *, is_last: bool
@@ -169,12 +171,12 @@ class UpBlock(ResolutionLevel):
         self.upsample = nn.Identity() if is_last else Upsample(following)
 
     def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch following h2 w2"]:
-        """All blocks in turn, then twice the resolution."""
+        """Apply all blocks, then upsample by two."""
         return self.upsample(super().forward(x))
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, Conv3x3, twice, beside a shortcut."""
+    """Residual block: (norm, SiLU, 3x3 convolution) twice."""
 
     def __init__(self, width: int, following: int, norm: Norm) -> None:
         super().__init__()
@@ -185,13 +187,13 @@ class ResidualBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if width == following else nn.Conv2d(width, following, 1)
 
     def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch following h w"]:
-        """One residual block."""
+        """Apply the block."""
         hidden = self.conv1(functional.silu(self.norm1(x)))
         return self.nin_shortcut(x) + self.conv2(functional.silu(self.norm2(hidden)))
 
 
 class SpatialAttention(nn.Module):
-    """Self-attention of one head over all places of a feature map, beside a shortcut."""
+    """Residual single-head self-attention over all positions of a feature map."""
 
     def __init__(self, width: int, norm: Norm) -> None:
         super().__init__()
@@ -202,7 +204,7 @@ class SpatialAttention(nn.Module):
         self.proj_out = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch width h w"]:
-        """One attention block."""
+        """Apply the block."""
         h = self.norm(x)
         q, k, v = (part(h).flatten(2).transpose(1, 2).unsqueeze(1) for part in (self.q, self.k, self.v))
         seen = functional.scaled_dot_product_attention(q, k, v).squeeze(1)
@@ -210,7 +212,7 @@ class SpatialAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the resolution: a strided convolution, padded at the right and bottom only as published."""
+    """Downsampling by a strided convolution, padded only at the right and bottom, as published."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -222,7 +224,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the resolution: nearest neighbours, then a convolution."""
+    """Upsampling by nearest-neighbor interpolation and a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

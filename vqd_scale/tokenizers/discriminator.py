@@ -1,4 +1,4 @@
-"""PatchGAN's discriminator (Isola et al., arXiv 1611.07004), and what it and the tokenizer learn from it."""
+"""PatchGAN discriminator (Isola et al., arXiv 1611.07004), its hinge loss and the adaptive loss weight."""
 
 from itertools import pairwise
 
@@ -11,28 +11,28 @@ from vqd_scale.core.config import Config
 _KERNEL = 4
 _SLOPE = 0.2
 _DEVIATION = 0.02
-"""Of the first weights, as published."""
+"""Standard deviation of the initial convolution weights, as published."""
 _GROUPS = 32
 _SMALLEST_NORM = 1e-8
 _LARGEST_WEIGHT = 1e4
 
 
 class DiscriminatorConfig(Config):
-    """Shape of the judge of patches."""
+    """Architecture of the patch discriminator."""
 
     channels: PositiveInt = Field(default=64, multiple_of=_GROUPS)
     layers: PositiveInt = 3
-    """Strided convolutions after the first; 3 judge patches of 70 pixels, 2 of 34."""
+    """Number of strided convolutions after the first; 3 gives a receptive field of 70 pixels, 2 of 34."""
 
 
 class Discriminator(nn.Module):
-    """Convolutions from a picture to a judgement of every patch of it; high means real.
+    """PatchGAN: one logit per image patch; high means real.
 
-    Groups of channels are normalised where the published one normalises over the batch, so that a picture is
-    judged alike whatever it lies in a batch with, and on any number of ranks.
+    Group norm replaces the published batch norm, so an image's logits depend neither on its batch nor on the
+    number of ranks.
 
     Args:
-        config: Its shape.
+        config: Architecture.
     """
 
     def __init__(self, config: DiscriminatorConfig) -> None:
@@ -53,7 +53,7 @@ class Discriminator(nn.Module):
                 nn.init.normal_(layer.weight, std=_DEVIATION)
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches"]:
-        """Judge pictures in [-1, 1], in the dtype of the weights."""
+        """Compute the patch logits of images in [-1, 1], in the dtype of the weights."""
         first = self.main[0]
         return self.main(images.to(next(first.parameters()).dtype)).flatten(1).float()
 
@@ -61,18 +61,18 @@ class Discriminator(nn.Module):
 def hinge(
     real: Float[Tensor, "batch patches"], made: Float[Tensor, "batch patches"]
 ) -> Float[Tensor, " batch"]:
-    """What the discriminator lowers: half the mean hinge loss of its two kinds of pictures."""
+    """Compute the discriminator loss: half the sum of the mean hinge losses of real and generated images."""
     return ((1 - real).relu().mean(dim=1) + (1 + made).relu().mean(dim=1)) / 2
 
 
 def adaptive_weight(reconstruction: Float[Tensor, ""], adversarial: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """How much the discriminator weighs: as much as the rest (Esser et al., arXiv 2012.09841, equation 7).
+    """Compute the adaptive weight of the adversarial loss (VQ-GAN, arXiv 2012.09841, equation 7).
 
-    There the two are the norms of the losses' gradients at the decoder's last weight. Under ZeRO no rank has
-    that gradient, so here they are taken at the decoder's last activation, the picture.
+    The weight is a ratio of gradient norms. The paper takes the gradients at the decoder's last weight. Under
+    ZeRO no rank has that gradient, so here they are taken at the decoder's output, the reconstructed image.
 
     Args:
         reconstruction: Norm of the gradient of all other losses.
-        adversarial: Norm of the gradient of the discriminator's.
+        adversarial: Norm of the gradient of the adversarial loss.
     """
     return (reconstruction / adversarial.clamp(min=_SMALLEST_NORM)).clamp(max=_LARGEST_WEIGHT).detach()

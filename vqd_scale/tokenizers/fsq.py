@@ -1,4 +1,4 @@
-"""Finite scalar quantisation (Mentzer et al., arXiv 2309.15505): the codebook is a grid, not learned."""
+"""Finite scalar quantization (Mentzer et al., arXiv 2309.15505): a fixed grid as codebook."""
 
 import math
 from typing import Annotated, Literal
@@ -13,25 +13,25 @@ from vqd_scale.tokenizers.autoencoder import StraightThrough
 from vqd_scale.tokenizers.convolutions import ConvolutionsConfig
 
 _MARGIN = 1e-3
-"""By how much the outermost levels are kept off the bound, so that rounding never leads beyond them."""
+"""Relative margin between the outermost levels and the bound, so that rounding cannot exceed the grid."""
 
 
 class FSQConfig(ConvolutionsConfig):
-    """Shape of the autoencoder; K is the product of the levels."""
+    """Architecture of an FSQ autoencoder; K is the product of the levels."""
 
     kind: Literal["fsq"] = "fsq"
     levels: tuple[Annotated[int, Field(ge=2)], ...] = Field(default=(8, 5, 5, 5), min_length=1)
-    """How many values each number of a latent is rounded to."""
+    """Number of quantization levels of each latent channel."""
 
 
 class Grid(nn.Module):
-    """All combinations of a few values a channel; the first channel's value changes fastest with the id.
+    """Codebook of all combinations of the channels' levels; the first channel changes fastest with the id.
 
-    The levels are saved with the weights: they alone say what an id means, and the fingerprint of the weights
-    is to tell tokens of other levels apart.
+    The levels are saved with the weights, because they define the meaning of an id. The fingerprint of the
+    weights then distinguishes tokens of different levels.
 
     Args:
-        levels: How many values each channel has.
+        levels: Number of levels of each channel.
     """
 
     def __init__(self, levels: tuple[int, ...]) -> None:
@@ -45,19 +45,19 @@ class Grid(nn.Module):
         self.register_load_state_dict_pre_hook(_check_levels)
 
     def bounded(self, vectors: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
-        """Latents squeezed smoothly between the outermost levels, in units of half the range (section 3)."""
+        """Squash latents between the outermost levels, in units of half the range (section 3)."""
         half = (self.levels - 1) * (1 - _MARGIN) / 2
-        # An even number of levels has none in the middle: half a step aside, and zero stays near zero.
+        # An even number of levels has no middle level: a shift by half a step keeps zero near zero.
         offset = (self.levels % 2 == 0) / 2
         return ((vectors + torch.tan(offset / half)).tanh() * half - offset) / (self.levels // 2)
 
     def nearest(self, vectors: Float[Tensor, "count width"]) -> Int[Tensor, " count"]:
-        """The id of the grid point that bounded vectors are rounded to."""
+        """Return the id of the grid point nearest to each bounded vector."""
         half = self.levels // 2
         return (((vectors.float() * half).round().long() + half) * self.strides).sum(dim=-1)
 
     def lookup(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape width"]:
-        """The grid points of ids, each number in [-1, 1]."""
+        """Return the grid points of ids, with coordinates in [-1, 1]."""
         half = self.levels // 2
         return (ids.unsqueeze(-1) // self.strides % self.levels - half) / half
 
@@ -72,10 +72,10 @@ def _check_levels(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: 
 
 
 class FSQ(StraightThrough[Grid]):
-    """Encoder, rounding and decoder.
+    """Encoder, finite scalar quantization and decoder.
 
     Args:
-        config: The autoencoder's shape.
+        config: Architecture of the autoencoder.
     """
 
     def __init__(self, config: FSQConfig) -> None:
@@ -85,6 +85,6 @@ class FSQ(StraightThrough[Grid]):
     def latents(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch code rows columns"]:
-        """Images to bounded vectors."""
+        """Encode images to bounded vectors."""
         z = super().latents(images).permute(0, 2, 3, 1)
         return self.quantize.bounded(z).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""How different two pictures look, as a loss: LPIPS with weights that somebody has, or none of it without."""
+"""Perceptual losses: LPIPS, or a weight-free edge pyramid."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -19,23 +19,23 @@ Images = Float[Tensor, "batch 3 height width"]
 
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
-"""Of LPIPS' inputs: ImageNet's mean and deviation for values in [-1, 1]."""
+"""Standard deviation of LPIPS inputs (`_SHIFT` is the mean): ImageNet's statistics for values in [-1, 1]."""
 _VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 _EPSILON = 1e-10
 
 
 class LPIPSConfig(Config):
-    """The learned distance of Zhang et al. (arXiv 1801.03924) on VGG-16, as VQ-GAN was trained with."""
+    """LPIPS (Zhang et al., arXiv 1801.03924) on VGG-16, the perceptual loss of VQ-GAN."""
 
     kind: Literal["lpips"] = "lpips"
     vgg: Path
-    """torchvision's weights of VGG-16 (``vgg16-397923af.pth``), .pth or .safetensors."""
+    """torchvision's VGG-16 weights (``vgg16-397923af.pth``), .pth or .safetensors."""
     linear: Path | None = None
-    """The distance's own weights (``vgg.pth``, version 0.1); none: those that the package lpips brings."""
+    """LPIPS' linear weights (``vgg.pth``, version 0.1). Default: the file in the package lpips."""
 
 
 class PyramidConfig(Config):
-    """For whoever has no weights: differences of edges at several scales. No LPIPS, and not called so."""
+    """Multi-scale edge differences, a substitute for LPIPS that needs no weights."""
 
     kind: Literal["pyramid"] = "pyramid"
     levels: Annotated[int, Field(ge=1)] = 3
@@ -45,9 +45,9 @@ PerceptualConfig = Annotated[LPIPSConfig | PyramidConfig, Field(discriminator="k
 
 
 class LPIPS(nn.Module):
-    """Squared differences of VGG-16's normalised features after each of its five blocks, weighed by channel.
+    """Channel-weighted squared differences of normalized VGG-16 features, after each of its five blocks.
 
-    Modules are named as in the two published files.
+    Module names follow the two published files.
     """
 
     def __init__(self) -> None:
@@ -67,12 +67,12 @@ class LPIPS(nn.Module):
         self.scale: Tensor
 
     def forward(self, images: Images, others: Images) -> Float[Tensor, " batch"]:
-        """The distance of each picture in [-1, 1] to the one that it is to look like."""
+        """Compute the LPIPS distance of each image to its target, both in [-1, 1]."""
         x, y = ((given.float() - self.shift) / self.scale for given in (images, others))
         total = x.new_zeros(len(x))
         layers = iter(self.features)
         for block, weight in zip(_VGG16, self.linear, strict=True):
-            # Two layers a convolution; every block but the first begins with a pool.
+            # Two layers per convolution; every block except the first starts with a max pool.
             for _ in range(2 * len(block) + (block is not _VGG16[0])):
                 layer = next(layers)
                 x, y = layer(x), layer(y)
@@ -82,10 +82,10 @@ class LPIPS(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """Mean absolute difference of horizontal and vertical edges, at full size, half of it, and so on.
+    """Mean absolute difference of horizontal and vertical edges at full size, half size, and so on.
 
     Args:
-        levels: How many sizes.
+        levels: Number of scales.
     """
 
     def __init__(self, levels: int) -> None:
@@ -93,7 +93,7 @@ class Pyramid(nn.Module):
         self.levels = levels
 
     def forward(self, images: Images, others: Images) -> Float[Tensor, " batch"]:
-        """The distance of each picture in [-1, 1] to the one that it is to look like."""
+        """Compute the distance of each image to its target, both in [-1, 1]."""
         error = (images - others).float()
         total = error.new_zeros(len(error))
         for level in range(self.levels):
@@ -106,10 +106,10 @@ class Pyramid(nn.Module):
 
 
 def build_perceptual(config: PerceptualConfig) -> LPIPS | Pyramid:
-    """The distance with its weights, frozen.
+    """Build the perceptual loss with frozen weights.
 
     Raises:
-        UserError: A file of weights is missing, damaged, or holds others.
+        UserError: A weights file is missing, damaged, or has other contents.
     """
     if isinstance(config, PyramidConfig):
         return Pyramid(config.levels)
@@ -117,10 +117,10 @@ def build_perceptual(config: PerceptualConfig) -> LPIPS | Pyramid:
 
 
 def lpips_of(vgg: Mapping[str, Tensor], linear: Mapping[str, Tensor]) -> LPIPS:
-    """LPIPS of two published state dictionaries.
+    """Build LPIPS from the two published state dictionaries.
 
     Args:
-        vgg: ``features.N.weight`` and ``.bias``; what classifies is left out.
+        vgg: ``features.N.weight`` and ``.bias``; classifier weights are ignored.
         linear: ``linN.model.1.weight`` [1, channels, 1, 1].
 
     Raises:

@@ -1,4 +1,4 @@
-"""Every tokenizer of this package by its configuration."""
+"""Registry of tokenizers by configuration type."""
 
 from typing import Annotated, Literal
 
@@ -17,15 +17,15 @@ FullTokenizer = VQGAN | TamingVQ | TamingGumbel | FSQ
 
 
 class ReducedConfig(Config):
-    """A tokenizer with the codes left out that a data set hardly uses."""
+    """Tokenizer reduced to the codes that a dataset uses."""
 
     kind: Literal["reduced"] = "reduced"
     codebook_size: PositiveInt
-    """K, how many ids are left, the unused bucket among them."""
+    """K, the number of reduced ids, including the unused bucket."""
     unused: Unused = "bucket"
-    """What became of unused codes."""
+    """Treatment of unused codes."""
     full: FullTokenizerConfig
-    """The tokenizer with all its codes."""
+    """Configuration of the tokenizer with all codes."""
 
 
 TokenizerConfig = Annotated[
@@ -35,10 +35,10 @@ Tokenizer = FullTokenizer | Reduced
 
 
 def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """A tokenizer of random weights; its state dictionary is what a bundle holds.
+    """Build a tokenizer with random weights; a bundle contains its state dictionary.
 
     Raises:
-        UserError: More codes are to be left than there are.
+        UserError: The reduced codebook is larger than the full one.
     """
     if isinstance(config, ReducedConfig):
         return Reduced(_build_full(config.full), config.codebook_size, config.unused)

@@ -1,10 +1,8 @@
-"""The tokenizers that VQ-GAN's authors published, by their weights' names (Esser et al., arXiv 2012.09841).
+"""VQ-GAN tokenizers published by its authors, with the weight names of their files (arXiv 2012.09841).
 
-They can be trained here, too: learned vectors by gradients, the classifier by Gumbel softmax.
-
-Two codebooks: the nearest of learned vectors, and for the Gumbel models the most probable code of a
-classifier. Reading their files is not done here; what their YAML files say becomes a configuration by
-`taming_config`.
+There are two codebooks: nearest learned vector, and for the Gumbel models the most probable code of a
+classifier. Both can be trained here: learned vectors by gradients, the classifier by Gumbel softmax. This
+module reads no files; `taming_config` converts the content of a published YAML file to a configuration.
 """
 
 import math
@@ -26,7 +24,7 @@ from vqd_scale.tokenizers.codebook.quantizer import chunks, nearest_codes
 from vqd_scale.tokenizers.convolutions import ConvolutionsConfig
 
 _SMALLEST = 1e-30
-"""Keeps the logarithms of Gumbel noise finite."""
+"""Lower bound that keeps the logarithms of Gumbel noise finite."""
 
 
 class _TamingConfig(ConvolutionsConfig):
@@ -38,31 +36,31 @@ class _TamingConfig(ConvolutionsConfig):
 
 
 class TamingVQConfig(_TamingConfig):
-    """Shape of a published VQ-GAN with the nearest of learned vectors; f8 unless told otherwise."""
+    """Architecture of a published VQ-GAN with a nearest-vector codebook; f8 by default."""
 
     kind: Literal["taming_vq"] = "taming_vq"
 
 
 class TamingGumbelConfig(_TamingConfig):
-    """Shape of a published VQ-GAN with a Gumbel codebook; f8 unless told otherwise."""
+    """Architecture of a published VQ-GAN with a Gumbel codebook; f8 by default."""
 
     kind: Literal["taming_gumbel"] = "taming_gumbel"
 
 
 OPENIMAGES_GUMBEL_F8 = TamingGumbelConfig(codebook_size=8192)
-"""``vqgan_gumbel_f8``, which VQ-Diffusion's models of COCO, CUB-200 and CC use with 2887 codes left."""
+"""``vqgan_gumbel_f8``; VQ-Diffusion's COCO, CUB-200 and CC models use it with 2887 remaining codes."""
 IMAGENET_F16 = TamingVQConfig(codebook_size=16384, channel_multipliers=(1, 1, 2, 2, 4), attention=(4,))
-"""``vqgan_imagenet_f16_16384``, which VQ-Diffusion's ImageNet model uses with 974 codes left."""
+"""``vqgan_imagenet_f16_16384``; VQ-Diffusion's ImageNet model uses it with 974 remaining codes."""
 FFHQ_F16 = TamingVQConfig(codebook_size=1024, channel_multipliers=(1, 1, 2, 2, 4), attention=(4,))
-"""The first stage of the published FFHQ transformer, and the shape of ``vqgan_imagenet_f16_1024``."""
+"""First stage of the published FFHQ transformer; the architecture of ``vqgan_imagenet_f16_1024``."""
 
 
 class LearnedCodebook(nn.Module):
-    """K learned vectors; a latent's code is the nearest.
+    """Codebook of K learned vectors; a latent gets the nearest code.
 
     Args:
         codes: K.
-        width: The length of a code's vector.
+        width: Dimension of a code's vector.
     """
 
     def __init__(self, codes: int, width: int) -> None:
@@ -76,23 +74,23 @@ class LearnedCodebook(nn.Module):
         return self.embedding.num_embeddings
 
     def nearest(self, vectors: Float[Tensor, "count width"]) -> Int[Tensor, " count"]:
-        """The id of the nearest code of each vector (squared Euclidean distance)."""
+        """Return the id of each vector's nearest code (squared Euclidean distance)."""
         return nearest_codes(vectors, self.embedding.weight)
 
     def lookup(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape width"]:
-        """The vectors of codes."""
+        """Return the vectors of code ids."""
         return self.embedding(ids)
 
 
 class GumbelCodebook(nn.Module):
-    """K learned vectors beside a classifier of latents, which need not resemble them.
+    """Codebook of K learned vectors and a classifier that maps latents to codes.
 
-    The published code samples with it even after training (the argmax of logits plus Gumbel noise, at
-    temperature 1). Here the most probable code is the rule, and `sample` the exception.
+    The published code samples from the classifier even after training (argmax of logits plus Gumbel noise, at
+    temperature 1). Here encoding takes the most probable code by default; `sample` is optional.
 
     Args:
         codes: K.
-        width: The length of a latent and of a code's vector.
+        width: Dimension of a latent and of a code's vector.
     """
 
     def __init__(self, codes: int, width: int) -> None:
@@ -106,13 +104,13 @@ class GumbelCodebook(nn.Module):
         return self.embed.num_embeddings
 
     def nearest(self, vectors: Float[Tensor, "count width"]) -> Int[Tensor, " count"]:
-        """The most probable code of each vector."""
+        """Return the most probable code of each vector."""
         return torch.cat([self._logits(part).argmax(dim=1) for part in chunks(vectors, self.codes)])
 
     def sample(
         self, vectors: Float[Tensor, "count width"], drawn: Float[Tensor, " count"]
     ) -> Int[Tensor, " count"]:
-        """Draw each vector's code from its probabilities, by one uniform number each."""
+        """Sample each vector's code from its probabilities, with one uniform number per vector."""
         parts = chunks(vectors, self.codes)
         numbers = drawn.split(len(parts[0]))
         return torch.cat(
@@ -123,7 +121,7 @@ class GumbelCodebook(nn.Module):
         )
 
     def lookup(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape width"]:
-        """The vectors of codes."""
+        """Return the vectors of code ids."""
         return self.embed(ids)
 
     def relaxed(
@@ -132,16 +130,16 @@ class GumbelCodebook(nn.Module):
         drawn: Float[Tensor, "count codes"],
         temperature: Float[Tensor, ""],
     ) -> tuple[Float[Tensor, "count width"], Int[Tensor, " count"], Float[Tensor, " count"]]:
-        """Sampled codes, through which gradients pass as through mixtures (Jang et al., arXiv 1611.01144).
+        """Sample codes by straight-through Gumbel softmax (Jang et al., arXiv 1611.01144).
 
         Args:
             vectors: Latents.
-            drawn: Uniform numbers in [0, 1), one for each code.
-            temperature: Of the mixtures; the lower, the nearer to single codes.
+            drawn: Uniform numbers in [0, 1), one per vector and code.
+            temperature: Softmax temperature of the mixtures that gradients pass through; lower is closer to
+                one-hot.
 
         Returns:
-            The vectors of the sampled codes, the codes, and the divergence of the probabilities from equal
-            ones in nats.
+            The vectors of the sampled codes, the codes, and KL(q(code) ‖ uniform) in nats.
         """
         logits = self._logits(vectors)
         exponential = -drawn.clamp(min=_SMALLEST).log()
@@ -161,10 +159,10 @@ class GumbelCodebook(nn.Module):
 
 
 class TamingVQ(StraightThrough[LearnedCodebook]):
-    """A published VQ-GAN with the nearest of learned vectors.
+    """Published VQ-GAN with a nearest-vector codebook.
 
     Args:
-        config: The autoencoder's shape.
+        config: Architecture of the autoencoder.
     """
 
     def __init__(self, config: TamingVQConfig) -> None:
@@ -173,10 +171,10 @@ class TamingVQ(StraightThrough[LearnedCodebook]):
 
 
 class TamingGumbel(Autoencoder[GumbelCodebook]):
-    """A published VQ-GAN with a Gumbel codebook.
+    """Published VQ-GAN with a Gumbel codebook.
 
     Args:
-        config: The autoencoder's shape.
+        config: Architecture of the autoencoder.
     """
 
     def __init__(self, config: TamingGumbelConfig) -> None:
@@ -186,11 +184,11 @@ class TamingGumbel(Autoencoder[GumbelCodebook]):
     def forward(
         self, images: Float[Tensor, "batch 3 height width"], draws: Draws, temperature: Float[Tensor, ""]
     ) -> Reconstruction:
-        """Reconstruct images from sampled codes, as the published models were trained.
+        """Reconstruct images from sampled codes, as in the training of the published models.
 
         Args:
             images: Float images in [-1, 1]; height and width multiples of `factor`.
-            draws: By which the codes are sampled.
+            draws: Key of the random numbers used to sample codes.
             temperature: See `GumbelCodebook.relaxed`.
         """
         z = self.latents(images)
@@ -206,20 +204,20 @@ class TamingGumbel(Autoencoder[GumbelCodebook]):
 
     def _sampled(self, vectors: Float[Tensor, "count width"], draws: Draws) -> Int[Tensor, " count"]:
         places = len(vectors) // len(draws.slots)
-        # float64: a codebook's tail needs the digits.
+        # float64: float32 is too coarse for the rarest codes.
         drawn = uniforms(draws.seed, Purpose.ENCODING, draws.slots, places, dtype=torch.float64)
         return self.quantize.sample(vectors, drawn.flatten())
 
 
 def taming_config(values: Mapping[str, Any], source: str) -> TamingVQConfig | TamingGumbelConfig:
-    """The configuration that a published YAML file describes.
+    """Convert a published YAML file's content to a configuration.
 
     Args:
-        values: The file's content: a VQ-GAN's, or a transformer's whose first stage is one.
-        source: The file's name, for errors.
+        values: Content of a VQ-GAN's file, or of a transformer's whose first stage is a VQ-GAN.
+        source: Name of the file, for error messages.
 
     Raises:
-        UserError: It describes something else, or an autoencoder of another kind.
+        UserError: The content does not describe a supported VQ-GAN.
     """
     model = _mapping(values, "model", source)
     params = _mapping(model, "params", source)

@@ -1,4 +1,4 @@
-"""VQ-GAN's autoencoder (Esser et al., arXiv 2012.09841) around a codebook of moving averages."""
+"""VQ-GAN autoencoder (Esser et al., arXiv 2012.09841) with an EMA codebook."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ from vqd_scale.tokenizers.convolutions import ConvolutionsConfig
 
 
 class VQGANConfig(ConvolutionsConfig):
-    """Shape of an autoencoder to train here; that of VQ-Diffusion's own tokenizers is among them."""
+    """Architecture of a VQ-GAN trained here; covers VQ-Diffusion's own tokenizers."""
 
     kind: Literal["vqgan"] = "vqgan"
     codebook_size: PositiveInt = 8192
@@ -28,14 +28,14 @@ ITHQ = VQGANConfig(
     mid_attention=True,
     latent_channels=256,
 )
-"""Microsoft's tokenizer of the ITHQ model: 8 pixels a token."""
+"""Microsoft's tokenizer of the ITHQ model: one token per 8 x 8 pixels."""
 
 
 class VQGAN(StraightThrough[Codebook]):
-    """Encoder, codebook and decoder.
+    """Encoder, EMA codebook and decoder.
 
     Args:
-        config: The autoencoder's shape.
+        config: Architecture of the autoencoder.
     """
 
     def __init__(self, config: VQGANConfig) -> None:

@@ -1,8 +1,8 @@
-"""Names of published tokenizers' weights: pure functions from one state dictionary to another.
+"""Key conversion for published tokenizer weights: pure functions between state dictionaries.
 
-The names of VQ-GAN's authors are our own. diffusers' ``VQModel`` has the same network under other names: its
-decoder's blocks are numbered in the order of the data where ours count from the finest, and its attention is
-made of linear layers where ours is made of 1x1 convolutions.
+This package uses the key names of VQ-GAN's authors. diffusers' ``VQModel`` is the same network with other
+names. It numbers decoder blocks in data order; here 0 is the finest. Its attention has linear layers; here
+they are 1x1 convolutions.
 """
 
 import re
@@ -16,7 +16,7 @@ from vqd_scale.core.tensors import check_names
 _RESIDUAL = ("norm1", "conv1", "norm2", "conv2")
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _EARLIER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""What diffusers' attention was called when the ITHQ model was published."""
+"""diffusers' attention names at the time of the ITHQ model's publication, to the current names."""
 _MOVING_AVERAGES = ("quantize.cluster_size", "quantize.embedding_avg")
 _CODEBOOK = "quantize.embedding.weight"
 
@@ -28,9 +28,10 @@ class _Entry(NamedTuple):
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a `VQGAN` or `TamingVQ` with 1x1 convolutions at the codebook, as ``VQModel`` names it.
+    """Convert the state of a `VQGAN` or `TamingVQ` to the names of diffusers' ``VQModel``.
 
-    Moving averages of a codebook have no place there and are left out.
+    The autoencoder must have 1x1 convolutions at the codebook. ``VQModel`` has no EMA statistics, so they are
+    dropped.
 
     Raises:
         UserError: Entries are unknown or missing; all are listed.
@@ -47,7 +48,7 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of diffusers' ``VQModel`` as that of a `TamingVQ`; attention's earlier names are known, too.
+    """Convert the state of diffusers' ``VQModel``, current or older attention names, to a `TamingVQ`'s.
 
     Raises:
         UserError: Entries are unknown or missing; all are listed.
@@ -65,9 +66,9 @@ def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_taming(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A tokenizer's state out of a published checkpoint: its own, or a transformer's whose first stage it is.
+    """Extract a tokenizer's state from its own checkpoint or from a transformer's (the first stage).
 
-    The losses and the transformer, which a tokenizer does not need, are left out.
+    Loss and transformer weights are dropped.
     """
     first_stage = "first_stage_model."
     if any(name.startswith(first_stage) for name in state):
@@ -80,7 +81,7 @@ def from_taming(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _Shape(NamedTuple):
-    """What of a network's shape its entries' names depend on."""
+    """Architecture parameters that determine the entries' names."""
 
     widths: list[tuple[int, int]]
     blocks: int
@@ -88,7 +89,10 @@ class _Shape(NamedTuple):
 
 
 def _shape_of(state: Mapping[str, Tensor], block: str, attention: str) -> _Shape:
-    """Read it off the encoder, whose names follow two patterns; what is amiss shows as missing entries."""
+    """Infer the shape from the encoder's entries, which follow two name patterns.
+
+    Inconsistent entries are later reported as missing.
+    """
     pattern = re.compile(re.escape(block).replace(r"\{\}", r"(\d+)"))
     numbers = [tuple(map(int, found.groups())) for name in state if (found := pattern.match(name))]
     levels = len({level for level, _ in numbers})

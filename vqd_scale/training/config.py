@@ -1,4 +1,4 @@
-"""What every training run is told, whatever it trains. Periods and horizons count images."""
+"""Configuration common to all training tasks. Periods and horizons are in images."""
 
 from pathlib import Path
 
@@ -17,14 +17,14 @@ from vqd_scale.training.validation import ValidationConfig
 
 
 class RunConfig(Config):
-    """A run of any task; the tasks' own configurations extend it."""
+    """Configuration of a run, extended by each task."""
 
     run: Path
-    """The run's folder; a folder that holds this run already is gone on with."""
+    """Run folder. If it already contains this run, training resumes from the newest valid checkpoint."""
     total_images: PositiveInt
-    """Where the run ends, rounded up to a whole batch."""
+    """Length of the run in images, rounded up to a full batch."""
     data: StreamConfig
-    """What it reads; ``data.global_batch_size`` is the global batch."""
+    """Training data."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     engine: EngineConfig = EngineConfig()
     optim: OptimConfig = OptimConfig()
@@ -33,6 +33,6 @@ class RunConfig(Config):
     log: LogConfig = LogConfig()
     health: HealthConfig = HealthConfig()
     validation: ValidationConfig | None = None
-    """If given, samples that are not trained on and judge the averaged weights now and then."""
+    """Validation set, evaluated periodically with the EMA weights."""
     sample_images: SampleImagesConfig | None = None
-    """If given, a text-to-image model's sheet of the same prompts, drawn now and then."""
+    """Image grid of fixed prompts, generated periodically; text-to-image models only."""

@@ -1,4 +1,4 @@
-"""The moving average of the weights, kept on this rank's share of them."""
+"""Exponential moving average (EMA) of the weights, partitioned over the ranks."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -11,20 +11,21 @@ from vqd_scale.training.partition import Partition
 
 
 class EMAConfig(Config):
-    """How long the average remembers."""
+    """Decay of the EMA."""
 
     half_life_images: PositiveInt = 500_000
-    """Images after which a weight's old value counts half."""
+    """Half-life of the average in images."""
     warmup_ratio: PositiveFloat = 0.05
-    """Early on the half-life is at most this share of the images seen, so that the start is forgotten."""
+    """Upper bound of the half-life as a fraction of images seen. It discounts the initial weights early in a
+    run."""
 
 
 class EMA:
-    """One flat tensor beside each of the partition's; no communication.
+    """EMA of this rank's master weights; updates need no communication.
 
     Args:
-        config: How long it remembers.
-        partition: The weights to average.
+        config: Decay of the average.
+        partition: Weights to average.
     """
 
     def __init__(self, config: EMAConfig, partition: Partition) -> None:
@@ -34,16 +35,16 @@ class EMA:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Forget everything: the average is the weights as they are now."""
+        """Reset the average to the current weights."""
         for average, master in zip(self.flats, self.partition.masters, strict=True):
             average.copy_(master)
 
     @torch.no_grad()
     def update(self, images: int, batch: int) -> None:
-        """Average in the weights after a step.
+        """Update the average after a step.
 
         Args:
-            images: Images seen so far, this batch included.
+            images: Images seen, including this batch.
             batch: Images in this batch.
         """
         half_life = min(self.config.half_life_images, self.config.warmup_ratio * images)
@@ -52,10 +53,10 @@ class EMA:
 
     @contextmanager
     def in_place_of_weights(self) -> Generator[None]:
-        """Let the network compute with the average for a while; all ranks together.
+        """Swap the EMA weights into the network for the duration of the context; collective.
 
-        Each rank swaps its own share, nothing is gathered. Afterwards every bit of weights and average is
-        what it was, since they were only copied.
+        Each rank swaps its own partition without a gather. Weights and average are only copied, so both are
+        restored bit for bit on exit.
         """
         self._swap()
         try:

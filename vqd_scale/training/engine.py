@@ -1,4 +1,4 @@
-"""DeepSpeed, behind the few calls that the loop needs. Nothing else in the package imports it."""
+"""DeepSpeed wrapper; the only module of the package that imports DeepSpeed."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ from vqd_scale.training.optim import OptimConfig, build_optimizer
 from vqd_scale.training.partition import Partition
 
 if not torch.cuda.is_available():
-    # Said before the import, since DeepSpeed otherwise warns that it had to find out.
+    # Set before the import: otherwise DeepSpeed warns that it detected the accelerator.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
@@ -30,8 +30,8 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import set_z3_leaf_modules, zero_to_fp32
 
-# Only inference's tensor parallelism uses it, yet every start on a CPU would compile it, or wait in line with
-# the processes of other runs for whoever does.
+# Used by tensor-parallel inference only. Otherwise every start on a CPU compiles it or waits for the lock of
+# another run's process that compiles it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 logger = logging.getLogger(__name__)
@@ -40,46 +40,46 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class ZeroConfig(Config):
-    """What is spread over the ranks; none of it changes the numbers but for the order of sums."""
+    """ZeRO sharding. Results are the same for all settings up to the order of summation."""
 
     stage: Literal[1, 2, 3] = 3
-    """1 spreads the optimizer's state, 2 the gradients as well, 3 the weights too."""
+    """ZeRO stage: 1 shards the optimizer state, 2 also the gradients, 3 also the weights."""
     offload_optimizer: bool = False
-    """Keep the optimizer's state, and step, in the host's memory."""
+    """Keep the optimizer state and run the optimizer step on the host (CPU offload)."""
     hpz_partition_size: PositiveInt = 1
-    """Stage 3: ranks, usually those of a node, that hold a second copy of the weights among them, so that the
-    backward pass gathers within the node (hpZ of ZeRO++, arXiv 2306.10209); 1 is none."""
+    """Stage 3: number of ranks, usually the ranks of a node, that share a secondary partition of the weights.
+    The backward pass then gathers within the node (hpZ of ZeRO++, arXiv 2306.10209); 1 disables it."""
 
     @model_validator(mode="after")
     def _second_copies_are_of_spread_weights(self) -> "ZeroConfig":
         if self.hpz_partition_size > 1 and self.stage < 3:
-            raise ValueError(f"secondary_shards {self.hpz_partition_size} needs stage 3, not {self.stage}")
+            raise ValueError(f"hpz_partition_size {self.hpz_partition_size} needs stage 3, not {self.stage}")
         return self
 
 
 class EngineConfig(Config):
-    """How the model is held and computed over the ranks."""
+    """Sharding, precision and execution of the model."""
 
     zero: ZeroConfig = ZeroConfig()
     precision: Literal["fp32", "bf16"] = "bf16"
-    """What the network computes in; weights and moments of the optimizer are float32 in any case. On a CPU
-    with AVX2 only, a step takes nine times as long in bf16, and a warning says so."""
+    """Compute dtype of the network. Master weights and optimizer moments are always float32. On a CPU with
+    only AVX2, a bf16 step takes nine times as long; a warning reports it."""
     gradient_accumulation_steps: PositiveInt = 1
-    """Parts that a rank's share of a batch is computed in, one after the other, to save memory."""
+    """Micro-batches per rank and step; a larger number needs less memory."""
     param_persistence_threshold: NonNegativeInt = 100_000
-    """Parameters with fewer elements stay whole on every rank; their optimizer state is sharded anyway."""
+    """Stage 3: parameters with fewer elements stay unsharded; their optimizer state is still sharded."""
     bucket_size: PositiveInt = 50_000_000
-    """Elements that are gathered or reduced in one message."""
+    """Number of elements per gather or reduce message."""
     compile: bool = False
-    """Compile each block with torch.compile: minutes at the start, faster steps afterwards."""
+    """Compile each block with torch.compile: minutes at the start, then faster steps."""
     deterministic: bool = False
-    """On GPUs, add in one order only, so that a run repeats on as many of the same cards; slower. A warning
-    names an operation that cannot. On CPUs runs repeat in any case."""
+    """On GPUs, use deterministic algorithms, so runs are reproducible on the same number of the same GPUs;
+    slower. A warning names operations without a deterministic version. CPU runs are always reproducible."""
 
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """Keep to warnings that mean something, and the standard output for a tool's result."""
+    """Silence DeepSpeed's logs and warnings, and keep its output off the standard output."""
     for chatty in (deepspeed_logger, logging.getLogger("torch.utils.cpp_extension")):
         chatty.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="deepspeed")
@@ -89,11 +89,11 @@ def _quiet() -> Generator[None]:
 
 @contextlib.contextmanager
 def _linear_is(function: Callable[..., Tensor]) -> Generator[None]:
-    """Have torch's `linear` be another inside, and what it was afterwards.
+    """Replace `torch.nn.functional.linear` within the context.
 
-    Stage 3 has one of its own, which keeps no gathered weight for the backward pass. DeepSpeed puts it in
-    torch's place when it first cuts a weight and leaves it there for the rest of the process: networks that
-    are none of the engine's would run through it, too, and could not be traced.
+    Stage 3 has its own `linear`, which does not save gathered weights for the backward pass. DeepSpeed
+    patches it into torch when it first partitions a weight and leaves it for the rest of the process. Other
+    networks would then use it too and could not be traced.
     """
     before = nn.functional.linear
     nn.functional.linear = function
@@ -112,23 +112,23 @@ def _say_where_half_precision_is_slow(config: EngineConfig, world: World) -> Non
 
 
 def deepspeed_json(config: EngineConfig, optim: OptimConfig, batch: int, ranks: int) -> dict[str, Any]:
-    """DeepSpeed's configuration, with every default of its own that would change the numbers."""
+    """Return DeepSpeed's configuration, with every default that affects results set explicitly."""
     return {
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": batch // ranks // config.gradient_accumulation_steps,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        # Left out, DeepSpeed clips at 1.0.
+        # DeepSpeed's default clips at 1.0.
         "gradient_clipping": optim.gradient_clipping,
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
         "fp16": {"enabled": False},
         "torch_autocast": {"enabled": False},
-        # Left out, parts of a batch are summed in the weights' precision.
+        # By default gradients are accumulated in the weights' dtype.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
         "gradient_allreduce_op": "mean",
-        # torch's AdamW: needs no compiler at the start and is the optimizer that the tests compare with.
+        # torch's AdamW: needs no compiler at startup and is the tests' reference optimizer.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": _zero_json(config),
@@ -165,22 +165,22 @@ def _zero_json(config: EngineConfig) -> dict[str, Any]:
 
 
 def _add_in_one_order() -> None:
-    # Read when the first matrix product of the process is computed.
+    # Read at the first matrix product of the process.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
     torch.backends.cudnn.benchmark = False
 
 
 def imported_weights(folder: Path) -> dict[str, Tensor]:
-    """Whole float32 parameters of a folder that DeepSpeed itself wrote, of any stage and number of ranks.
+    """Load full float32 parameters from a native DeepSpeed checkpoint of any stage and number of ranks.
 
-    Such files are pickles, and reading them runs whatever code is in them.
+    The files are pickles: loading them can execute arbitrary code.
 
     Args:
-        folder: The one that holds ``latest``, or one of its tags.
+        folder: Folder that contains ``latest``, or the folder of one tag.
 
     Raises:
-        UserError: It is no such folder.
+        UserError: The folder contains no DeepSpeed checkpoint.
     """
     is_tag = any(folder.glob("*_optim_states.pt"))
     top, tag = (folder.parent, folder.name) if is_tag else (folder, None)
@@ -193,12 +193,12 @@ def imported_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def placement(config: EngineConfig, world: World) -> ParamSharding:
-    """Where a network's weights are to be while it is built: cut among the ranks, if they are held so."""
+    """Return the parameter sharding for building a network: over the ranks under ZeRO-3, else none."""
     return _AmongRanks(config) if config.zero.stage == 3 and world.size > 1 else HERE
 
 
 class _AmongRanks(ParamSharding):
-    """Each part is cut as soon as it is made, so that no rank ever holds the whole network."""
+    """Sharding of each submodule directly after construction, so no rank ever holds the full network."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._dtype = _DTYPES[config.precision]
@@ -214,27 +214,28 @@ class _AmongRanks(ParamSharding):
         with _quiet(), _linear_is(nn.functional.linear):
             if self._cut is None:
                 deepspeed.zero.Init(module=part, config_dict_or_path=self._json, dtype=self._dtype)
-                # A second one would make its groups of ranks anew; a weight that is cut can cut others.
+                # A second `zero.Init` would create new process groups; a partitioned weight can partition
+                # others.
                 self._cut = weights[0].convert_to_zero_parameters
             else:
                 self._cut(weights)
         return part
 
     def whole(self, weights: Iterable[Tensor]) -> AbstractContextManager[object]:
-        # What rank 0 makes of them is kept; all ranks draw the same.
+        # Rank 0's modification is kept; all ranks generate the same values.
         return deepspeed.zero.GatheredParameters(list(weights), modifier_rank=0)
 
 
 class Engine:
-    """A module whose parameters, gradients and optimizer state are spread over the ranks.
+    """A module with parameters, gradients and optimizer state sharded over the ranks.
 
     Args:
-        module: Its forward goes from a batch to per-sample losses; parameters as every rank initialised them
-            alike (rank 0's are broadcast).
-        config: How it is held.
-        optim: The optimizer.
-        batch: Images in a global batch.
-        world: This process's place among the ranks.
+        module: Module whose forward maps a batch to per-sample losses. All ranks initialize its parameters
+            identically (rank 0's are broadcast).
+        config: Sharding, precision and execution.
+        optim: Optimizer configuration.
+        batch: Global batch size.
+        world: This process's rank and device.
         units: See `vqd_scale.training.tasks.base.Task.units`.
     """
 
@@ -256,7 +257,7 @@ class Engine:
             for child in module.modules():
                 if isinstance(child, tuple(units)):
                     child.compile()
-        # DeepSpeed does this to a module that is whole, not to one of which some parts are cut already.
+        # DeepSpeed does this for an unpartitioned module, but not for a partly partitioned one.
         for parameter in module.parameters():
             parameter.data = parameter.data.to(world.device, _DTYPES[config.precision])
         for buffer in module.buffers():
@@ -274,28 +275,28 @@ class Engine:
         self.partition = Partition(engine.optimizer, module, world.rank)
 
     def __call__(self, *inputs: Tensor) -> Any:  # noqa: ANN401 - what the module's forward returns
-        """The module's forward, parameters gathered as they are needed."""
+        """Run the module's forward, gathering parameters on demand."""
         with _linear_is(self._linear):
             return self._engine(*inputs)
 
     def backward(self, loss: Tensor, *, spoiled: bool = False) -> None:
-        """Accumulate a loss's gradient; its mean over ranks and parts of a batch is what is stepped on.
+        """Accumulate the gradient of a loss; the step uses its mean over ranks and micro-batches.
 
         Args:
-            loss: A scalar.
-            spoiled: Make the gradient of the whole batch one that the next step drops, on all ranks alike.
+            loss: Scalar loss.
+            spoiled: Make the gradient NaN, so the next step discards the whole batch on all ranks.
         """
-        # DeepSpeed drops, and forgets, what is not finite: its only way out of a batch that has begun.
-        # What was not kept is computed once more in here, by the same `linear`.
+        # DeepSpeed discards nonfinite gradients; it has no other way to abandon a started batch.
+        # Gradient checkpointing recomputes activations here, with the same `linear`.
         with _linear_is(self._linear):
             self._engine.backward(loss * float("nan") if spoiled else loss)
 
     def step(self, learning_rate: float) -> bool:
-        """Clip and apply the gradient, after the last part of a batch; before that, only count the part.
+        """Clip and apply the gradient after the last micro-batch; before that, only count the micro-batch.
 
         Returns:
-            Whether the gradient was finite. One that is not is dropped on all ranks, and weights and moments
-            stay what they were.
+            ``True`` if the gradient was finite. A nonfinite gradient is discarded on all ranks; weights and
+            moments are unchanged.
         """
         for group in self._engine.optimizer.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -304,5 +305,5 @@ class Engine:
 
     @property
     def gradient_norm(self) -> float:
-        """Global norm of the last applied gradient, before clipping."""
+        """Global norm of the last applied gradient before clipping."""
         return float(self._engine.get_global_grad_norm() or 0.0)

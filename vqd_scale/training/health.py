@@ -1,4 +1,4 @@
-"""What goes wrong in long runs, seen early and said with names: losses, gradients, weights, hangs."""
+"""Health checks of long runs: nonfinite losses and gradients, loss spikes, diverging weights, hangs."""
 
 import faulthandler
 import math
@@ -22,34 +22,36 @@ from vqd_scale.core.signals import HUNG_EXIT_CODE
 from vqd_scale.core.world import World
 
 _NAMED = 4
-"""How many samples a report names."""
+"""Maximum number of samples listed in a report."""
 
 
 class SpikeConfig(Config):
-    """What is done about a batch whose loss stands out: it is not learned from."""
+    """Skipping of batches with a loss spike."""
 
     factor: float = Field(default=3.0, gt=1)
-    """A batch is skipped whose loss is over so many times the running average."""
+    """Skip threshold for a batch's loss, as a multiple of the moving average of the loss."""
     half_life_images: PositiveInt = 50_000
-    """Images after which a batch's part in the average is half; nothing is skipped before so many."""
+    """Half-life of the moving average in images. No batch is skipped before this many images."""
     max_consecutive: NonNegativeInt = 5
-    """How many batches in a row may be skipped; one more stops the run, or rewinds it."""
+    """Maximum number of consecutive skipped batches; one more stops or rewinds the run."""
     rewind: bool = False
-    """Go back to the last checkpoint's weights then, once a checkpoint, and on with the next data."""
+    """Rewind to the weights of the last checkpoint instead of stopping, and continue with the next data. At
+    most one rewind per checkpoint."""
 
 
 class HealthConfig(Config):
-    """What is watched while a run goes on."""
+    """Health checks of a run."""
 
     nonfinite_gradient: Literal["stop", "skip"] = "stop"
-    """What follows on a gradient that is not finite. No weight is touched by it in either case."""
+    """Reaction to a nonfinite gradient. The weights are unchanged in either case."""
     max_consecutive_nonfinite: NonNegativeInt = 5
-    """How many steps in a row may be skipped for it."""
+    """Maximum number of consecutive steps skipped for a nonfinite gradient."""
     spike: SpikeConfig | None = None
+    """Skipping of loss spikes; disabled by default."""
     checksum_every_images: PositiveInt = 1_000_000
-    """Images between two comparisons of all ranks' weights, where they hold them whole (ZeRO under 3)."""
+    """Images between two comparisons of the weights across ranks (ZeRO stages 1 and 2 only)."""
     hang_seconds: PositiveFloat | None = 1800.0
-    """After so long without a step every rank writes its stacks and leaves, to be started again."""
+    """Seconds without a step before every rank writes its stack traces and exits, to be restarted."""
 
 
 def check_losses(
@@ -61,21 +63,21 @@ def check_losses(
     facts: Mapping[str, Tensor],
     world: World,
 ) -> None:
-    """Stop before the optimizer eats a loss that is not finite, and name its samples; all ranks together.
+    """Raise on a nonfinite loss before the optimizer step, listing the samples; collective.
 
-    Once gradients are summed over ranks nobody can tell any more whose it was.
+    After the gradient all-reduce, the rank of a nonfinite value is unknown.
 
     Args:
-        run: The run's folder.
+        run: Run folder.
         images: Images seen.
-        losses: Each sample's.
-        valid: Which samples count.
-        slots: The samples' global numbers.
-        facts: What else is known of each sample, such as its time.
-        world: This process's place among the ranks.
+        losses: Loss of each sample.
+        valid: Mask of the samples that count.
+        slots: Global index of each sample in the data order.
+        facts: Further values to report for each sample, such as its timestep.
+        world: This process's rank and device.
 
     Raises:
-        UserError: Some rank's loss is not finite.
+        UserError: A loss of some rank is not finite.
     """
     bad = ~losses.detach().isfinite().cpu() & valid.cpu()
     named = {
@@ -98,10 +100,10 @@ def check_losses(
 
 
 class GradientProbe:
-    """Each rank's own gradient, looked at before it is averaged with the others'.
+    """Norms of this rank's own gradients, before the all-reduce.
 
     Args:
-        module: Whose parameters' gradients are looked at.
+        module: Module whose parameter gradients are measured.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -114,31 +116,31 @@ class GradientProbe:
         self._norms.append(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32))
 
     def squared_norm(self) -> Tensor:
-        """The sum of the squared norms of all gradients since the last call."""
+        """Return the sum of the squared norms of all gradients since the last call."""
         norms, self._norms = self._norms, []
         return torch.stack(norms).square().sum() if norms else torch.zeros(())
 
 
 def ranks_of_bad_gradient(squared_norm: Tensor, world: World) -> list[int]:
-    """Which ranks' own gradients are not finite; all ranks together."""
+    """Return the ranks whose own gradient is not finite; collective."""
     found = world.gathered({"finite": bool(squared_norm.isfinite())})
     return [rank for rank, finding in enumerate(found) if not finding["finite"]]
 
 
 def noise_scale(small: float, big: float, small_batch: float, big_batch: float) -> float:
-    """The gradient-noise scale in images (McCandlish et al., 2018, appendix A.1).
+    """Return the gradient noise scale in images (McCandlish et al., 2018, appendix A.1).
 
-    About the batch at which a larger one stops to pay. Unbiased are its two parts, not their quotient, so
-    means over many steps should go in.
+    It approximates the batch size beyond which a larger batch stops to pay off. Numerator and denominator are
+    unbiased, but their quotient is not: pass means over many steps.
 
     Args:
-        small: Mean squared norm of gradients of parts of a batch.
-        big: Mean squared norm of the whole batches' gradients.
-        small_batch: Images in such a part.
-        big_batch: Images in a whole batch.
+        small: Mean squared gradient norm of micro-batches.
+        big: Mean squared gradient norm of global batches.
+        small_batch: Images in a micro-batch.
+        big_batch: Images in a global batch.
 
     Returns:
-        tr(Σ) / |G|², or NaN where the gradient cannot be told from its noise.
+        tr(Σ) / |G|², or NaN if the estimate of |G|² is not positive.
     """
     signal = (big_batch * big - small_batch * small) / (big_batch - small_batch)
     noise = (small - big) / (1 / small_batch - 1 / big_batch)
@@ -146,11 +148,11 @@ def noise_scale(small: float, big: float, small_batch: float, big_batch: float) 
 
 
 class SpikeGuard:
-    """Says which batches stand out, alike on all ranks since it is told the whole batch's loss.
+    """Loss-spike detector, identical on all ranks because its input is the global batch's loss.
 
     Args:
-        config: What stands out.
-        batch: Images in a global batch.
+        config: Detection thresholds.
+        batch: Global batch size.
     """
 
     def __init__(self, config: SpikeConfig, batch: int) -> None:
@@ -161,7 +163,7 @@ class SpikeGuard:
         self.skipped_in_a_row = 0
 
     def stands_out(self, loss: float) -> bool:
-        """Whether a batch with this loss should be skipped; takes note of it if not."""
+        """Return ``True`` if a batch with this loss is a spike; otherwise add the loss to the average."""
         if self._seen >= self.config.half_life_images and loss > self.config.factor * self._average:
             self.skipped_in_a_row += 1
             return True
@@ -173,22 +175,22 @@ class SpikeGuard:
 
     @property
     def has_had_enough(self) -> bool:
-        """Whether more batches in a row stood out than are tolerated."""
+        """``True`` if more than ``max_consecutive`` batches in a row were spikes."""
         return self.skipped_in_a_row > self.config.max_consecutive
 
     def state(self) -> dict[str, Tensor]:
-        """What must be saved, equal on all ranks."""
+        """Return the detector's state as tensors, equal on all ranks."""
         values = [self._average, self._seen, self.skipped_in_a_row]
         return {"guard": torch.tensor(values, dtype=torch.float64)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take a state back."""
+        """Restore the result of `state`."""
         self._average, seen, skipped = state["guard"].tolist()
         self._seen, self.skipped_in_a_row = int(seen), int(skipped)
 
 
 def weights_digest(module: nn.Module) -> Int[Tensor, " parameters"]:
-    """A number for each parameter that any one changed bit changes: the sum of its elements' bits."""
+    """Return a checksum per parameter, the sum of its elements' bits; any single bit flip changes it."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return torch.stack(
         [
@@ -199,10 +201,10 @@ def weights_digest(module: nn.Module) -> Int[Tensor, " parameters"]:
 
 
 def check_weights(run: Path, images: int, module: nn.Module, world: World) -> None:
-    """Compare the weights of ranks that must hold the same ones, bit for bit; all ranks together.
+    """Compare replicated weights across ranks, bit for bit; collective.
 
     Raises:
-        UserError: Some differ, as after a fault of a memory or a processor that nothing else reports.
+        UserError: Weights differ, as after an otherwise silent memory or processor fault.
     """
     digests = world.concatenated(weights_digest(module)[None])
     usual = digests.mode(dim=0).values
@@ -218,13 +220,13 @@ def check_weights(run: Path, images: int, module: nn.Module, world: World) -> No
 
 
 class Watchdog:
-    """Ends a process in which nothing happens any more, after writing down where all its threads are.
+    """Hang detector: writes the stack traces of all threads, then exits the process.
 
-    Every rank of a run that hangs waits for some other, so that every rank's watchdog barks.
+    In a hung run every rank waits for another one, so the watchdog of every rank fires.
 
     Args:
-        seconds: How long nothing may happen; ``None`` watches nothing.
-        report: Where the stacks are written, the standard error stream beside.
+        seconds: Timeout between two heartbeats; ``None`` disables the watchdog.
+        report: File for the stack traces, which also go to the standard error stream.
     """
 
     def __init__(self, seconds: float | None, report: Path) -> None:
@@ -235,11 +237,11 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self) -> None:
-        """Something happened."""
+        """Record a heartbeat."""
         self._last = time.monotonic()
 
     def __enter__(self) -> "Watchdog":
-        """Start to watch."""
+        """Start the watchdog thread."""
         self.beat()
         if self.seconds is not None:
             self._thread.start()
@@ -248,7 +250,7 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Watch no longer."""
+        """Stop the watchdog thread."""
         self._ended.set()
 
     def _watch(self) -> None:
@@ -270,7 +272,7 @@ class Watchdog:
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         finally:
-            # No clean-up: it would wait for what hangs.
+            # No cleanup: it would wait for the hung operation.
             os._exit(HUNG_EXIT_CODE)
 
 

@@ -1,4 +1,4 @@
-"""The one training loop."""
+"""Training loop of all tasks."""
 
 import json
 import logging
@@ -42,12 +42,12 @@ from vqd_scale.training.validation import ValidationSet
 logger = logging.getLogger(__name__)
 
 _CHANGEABLE = (
-    "images.",
+    "total_images.",
     "checkpoint.",
     "log.",
     "health.",
-    "held_out.",
-    "pictures.",
+    "validation.",
+    "sample_images.",
     "engine.zero.",
     "engine.gradient_accumulation_steps.",
     "engine.param_persistence_threshold.",
@@ -62,16 +62,16 @@ _CHANGEABLE = (
     "data.max_bad_fraction.",
     "data.ranged_reads.",
 )
-"""Keys, or beginnings of keys, that may differ when a run goes on: where it ends, how it is spread."""
+"""Configuration keys, or key prefixes, that may change when a run resumes."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended.
+    """Result of a run.
 
     Attributes:
         images: Images seen.
-        stopped: Whether a signal ended it early; started again it goes on.
+        stopped: ``True`` if a signal ended the run early; a restart resumes it.
     """
 
     images: int
@@ -79,16 +79,17 @@ class RunResult:
 
 
 def train(task: Task[BatchType], config: RunConfig, world: World, title: str) -> RunResult:
-    """Train to the configured end, from the newest whole checkpoint if the run has one.
+    """Train to the configured end, resuming from the newest valid checkpoint if there is one.
 
     Args:
-        task: What is trained.
-        config: The run.
-        world: This process's place among the ranks.
-        title: What the progress bar says.
+        task: Training task.
+        config: Run configuration.
+        world: This process's rank and device.
+        title: Title of the progress bar.
 
     Raises:
-        UserError: The folder holds another run, a loss is not finite, the disk is full, data are unusable.
+        UserError: The folder contains another run, a loss is not finite, the disk is full, or the data are
+            unusable.
     """
     batch = config.data.global_batch_size
     parts = world.size * config.engine.gradient_accumulation_steps
@@ -110,7 +111,7 @@ def train(task: Task[BatchType], config: RunConfig, world: World, title: str) ->
 
 
 def _lock_run_folder(folder: Path, config: RunConfig) -> None:
-    """Write the resolved configuration into the run's folder, or see that it holds this very run."""
+    """Check that the run folder contains no other run, then write the resolved configuration to it."""
     path = folder / "config.yaml"
     if path.exists():
         theirs = dict(_leaves(read_yaml(path)))
@@ -126,7 +127,7 @@ def _lock_run_folder(folder: Path, config: RunConfig) -> None:
 
 
 def _leaves(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested mappings under their dotted keys."""
+    """Yield the leaf values of nested mappings with their dotted keys."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _leaves(cast(Mapping[str, Any], value), f"{path}{key}.")
@@ -135,7 +136,7 @@ def _leaves(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, An
 
 
 class _Trainer(Generic[BatchType]):
-    """The state of a run between two steps."""
+    """State of a run between two steps."""
 
     def __init__(self, task: Task[BatchType], config: RunConfig, world: World) -> None:
         self.task = task
@@ -166,9 +167,9 @@ class _Trainer(Generic[BatchType]):
         self.report = MetricAggregator(config, world, self.images, self._ideal_seconds())
 
     def _ideal_seconds(self) -> float | None:
-        """What an image would take at the peak of all ranks' devices, known for half precision on GPUs."""
+        """Return the seconds per image at peak FLOPS of all devices; ``None`` except for bf16 on GPUs."""
         peak = peak_flops(self.world.device) if self.config.engine.precision == "bf16" else None
-        # Backward is twice forward; what is computed again to save memory is no use and does not count.
+        # Backward costs twice the forward. MFU excludes recomputation by gradient checkpointing.
         return 3 * self.task.forward_flops / (peak * self.world.size) if peak is not None else None
 
     def run(self, title: str) -> RunResult:
@@ -222,11 +223,11 @@ class _Trainer(Generic[BatchType]):
         return RunResult(self.images, stopped=False)
 
     def _is_due(self, period: int) -> bool:
-        """Whether a multiple of the period lies within the last batch."""
+        """Return ``True`` if the last batch reached a multiple of the period."""
         return self.images // period > (self.images - self.batch) // period
 
     def _step(self, batch: BatchType) -> bool:
-        """One optimizer step; returns whether any rank was asked to stop."""
+        """Run one optimizer step and return ``True`` if any rank received a stop signal."""
         parts = _split(batch, self.config.engine.gradient_accumulation_steps)
         rate = self.rate.at(self.images)
         valid, summed = torch.ones(()), 0.0
@@ -235,7 +236,7 @@ class _Trainer(Generic[BatchType]):
             losses = self.task.losses(self.engine, part, self.images)
             total = torch.where(part.valid.to(self.world.device), losses.per_sample, 0.0).sum()
             bad = ~losses.per_sample.detach().isfinite().cpu() & part.valid
-            # All that ranks must agree on goes into one message: each is a wait for the slowest.
+            # One all-reduce for all values: each all-reduce waits for the slowest rank.
             said = [batch.valid.sum(), bad.sum(), torch.tensor(self.stop.requested), total.detach().cpu()]
             agreed = self.world.sum(torch.stack([value.double() for value in said]).to(self.world.device))
             valid, bad_anywhere, stops, part_total = agreed.cpu()
@@ -245,7 +246,7 @@ class _Trainer(Generic[BatchType]):
             summed += float(part_total)
             if number == len(parts) and self.guard is not None:
                 stands_out = self.guard.stands_out(summed / max(1.0, float(valid)))
-            # The engine averages over ranks and parts; what is wanted is the mean over valid samples.
+            # The engine averages over ranks and micro-batches; rescale to the mean over valid samples.
             scale = self.world.size * len(parts) / valid.clamp(min=1)
             self.engine.backward(total * scale.to(total), spoiled=stands_out)
             was_applied = self.engine.step(rate)
@@ -263,13 +264,13 @@ class _Trainer(Generic[BatchType]):
         return stopping
 
     def _refuse(self, losses: Losses, part: BatchType) -> NoReturn:
-        """Stop before the optimizer eats a loss that is not finite; DeepSpeed alone would say nothing."""
+        """Raise on a nonfinite loss before the optimizer step; DeepSpeed reports nothing."""
         run, facts = self.config.run, losses.facts or {}
         check_losses(run, self.images, losses.per_sample, part.valid, part.slots, facts, self.world)
         raise RuntimeError("a rank said that a loss is not finite, and now none is")
 
     def _handle_nonfinite_gradient(self, batch: BatchType, own: Tensor) -> None:
-        """The engine has dropped a gradient that is not finite, though each loss was."""
+        """Skip or stop after the engine discarded a nonfinite gradient of finite losses."""
         ranks = ranks_of_bad_gradient(own, self.world)
         slots = batch.slots.tolist()
         found = self.world.gathered({"slots": f"{slots[0]} to {slots[-1]}"})
@@ -288,7 +289,7 @@ class _Trainer(Generic[BatchType]):
             logger.warning("%s; the batch is skipped.", what)
 
     def _skip_spike(self, loss: float) -> None:
-        """The engine was made to drop a batch whose loss stands out."""
+        """Report a batch skipped for its loss; after too many in a row, rewind or stop."""
         guard = cast(SpikeGuard, self.guard)
         self.report.add_skipped()
         what = f"after {self.images} images a batch's loss of {loss:.4g} stands out"
@@ -303,7 +304,7 @@ class _Trainer(Generic[BatchType]):
                 "again, it goes on from the last checkpoint."
             )
         self.checkpoints.wait()
-        # While batches are skipped the weights stay what they are: those of before the first one are wanted.
+        # Skipped batches do not change the weights: rewind to before the first skipped batch.
         restored = self.checkpoints.resume(self.images - (guard.skipped_in_a_row - 1) * self.batch)
         if restored is None or restored.images == self.rewound_to:
             raise UserError(
@@ -316,7 +317,7 @@ class _Trainer(Generic[BatchType]):
             logger.warning("%s; the weights are those of %d images again.", enough, restored.images)
 
     def _judged(self) -> dict[str, float]:
-        """The held-out figures of the averaged weights, when they are due."""
+        """Return the validation metrics of the EMA weights if due, else an empty mapping."""
         config = self.config.validation
         if self.held_out is None or config is None:
             return {}
@@ -324,10 +325,10 @@ class _Trainer(Generic[BatchType]):
             return {}
         with self.ema.in_place_of_weights():
             figures = self.held_out.measured(self.engine)
-        return {f"held_out_{name}": value for name, value in figures.items()}
+        return {f"validation_{name}": value for name, value in figures.items()}
 
     def _draw(self) -> None:
-        """The sheet of pictures, when it is due."""
+        """Generate the sample images if due."""
         config = self.config.sample_images
         if config is None or not (
             self._is_due(config.every_images) or self.images >= self.config.total_images
@@ -339,7 +340,7 @@ class _Trainer(Generic[BatchType]):
         self.watchdog.beat()
 
     def _state(self) -> dict[str, Tensor]:
-        """All that a run is beside its weights, moments, average and cursor."""
+        """Return the run's state apart from weights, moments, EMA and data cursor."""
         guard = self.guard.state() if self.guard is not None else {}
         task = {f"task.{name}": value for name, value in self.task.state().items()}
         return {**task, **self.rate.state(), **guard}
@@ -361,7 +362,7 @@ class _Trainer(Generic[BatchType]):
         if restored is None:
             self.task.init_weights(self.engine.partition)
             self.ema.restart()
-            # Fail now, not after hours, if a checkpoint cannot be written.
+            # Fail now instead of after hours if a checkpoint cannot be written.
             self.checkpoints.save(0, self._state(), must=True)
             return
         self._take(restored)
@@ -371,7 +372,7 @@ class _Trainer(Generic[BatchType]):
 
 
 def _split(batch: BatchType, parts: int) -> list[BatchType]:
-    """A batch cut into parts of equal size, in order."""
+    """Split a batch into micro-batches of equal size, in order."""
     size = len(batch.valid) // parts
     return [
         type(batch)(**{field.name: _rows(getattr(batch, field.name), start, size) for field in fields(batch)})

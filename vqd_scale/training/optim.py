@@ -1,4 +1,4 @@
-"""AdamW, and learning rates as functions of images seen; one of them follows the loss, too."""
+"""AdamW and learning-rate schedules as functions of images seen; `Plateau` also depends on the loss."""
 
 import math
 from collections.abc import Mapping
@@ -13,50 +13,51 @@ from vqd_scale.training.partition import shape_of
 
 
 class ConstantRate(Config):
-    """The full learning rate to the end."""
+    """Constant learning rate."""
 
     kind: Literal["constant"] = "constant"
 
 
 class Cooldown(Config):
-    """The full learning rate, then straight down to zero over the last share of the run."""
+    """Constant learning rate, then linear decay to zero."""
 
     kind: Literal["cooldown"] = "cooldown"
     cooldown_fraction: float = Field(default=0.2, gt=0, le=1)
+    """Fraction of the run, at its end, over which the learning rate decays."""
 
 
 class Cosine(Config):
-    """Half a cosine from the full learning rate to zero."""
+    """Cosine decay from the peak learning rate to zero."""
 
     kind: Literal["cosine"] = "cosine"
 
 
 class Plateau(Config):
-    """Lower the learning rate whenever the loss has stopped falling, as VQ-Diffusion was trained.
+    """Learning rate reduced on a loss plateau, as in VQ-Diffusion's training.
 
-    The loss is that of the whole batch, so that all ranks agree, and smoothed, so that no lucky batch becomes
-    the mark to beat. Nothing is counted before the warm-up is over.
+    The loss is the mean over the global batch, so all ranks take the same decision. It is smoothed, so one
+    low batch loss does not become the best. Observation starts after the warmup.
     """
 
     kind: Literal["plateau"] = "plateau"
     factor: float = Field(default=0.5, gt=0, lt=1)
     patience_images: PositiveInt = 1_920_000
-    """Images without improvement after which the rate falls (the released 60,000 steps of 32)."""
+    """Images without improvement before a reduction (the released model: 60,000 steps of 32 images)."""
     threshold: float = Field(default=0.1, ge=0, lt=1)
-    """What is an improvement: a loss lower than the best one by this share of it."""
+    """Relative decrease of the loss that counts as an improvement."""
     minimum: NonNegativeFloat = 1e-6
     smoothing_images: PositiveInt = 32_000
-    """Images after which a batch's part in the smoothed loss is half."""
+    """Half-life, in images, of the moving average of the loss."""
 
 
 Schedule = Annotated[ConstantRate | Cooldown | Cosine | Plateau, Field(discriminator="kind")]
 
 
 class BatchScaling(Config):
-    """How the learning rate follows the global batch, where a recipe says that it does."""
+    """Scaling of the learning rate with the global batch size."""
 
     reference_batch_size: PositiveInt
-    """The global batch that ``lr`` is meant for."""
+    """Global batch size for which ``lr`` is given."""
     rule: Literal["linear", "square-root"] = "square-root"
     """Linear for SGD-like noise (Goyal et al., 2017), square root for Adam (Malladi et al., 2022)."""
 
@@ -68,20 +69,21 @@ class OptimConfig(Config):
     betas: tuple[float, float] = (0.9, 0.96)
     weight_decay: NonNegativeFloat = 0.045
     weight_decay_on: Literal["matrices", "everything"] = "matrices"
-    """Matrices and convolution kernels only, or biases, norms, embeddings and null condition as well."""
+    """Parameters with weight decay. ``matrices``: matrices and convolution kernels. ``everything``: biases,
+    norms, embeddings and the null condition as well."""
     gradient_clipping: PositiveFloat = 1.0
-    """Largest global norm of the gradient."""
+    """Maximum global gradient norm."""
     warmup_images: NonNegativeInt = 0
-    """Images over which the learning rate rises."""
+    """Length of the linear learning-rate warmup in images."""
     warmup_start_lr: NonNegativeFloat = 0.0
-    """The learning rate that it rises from."""
+    """Learning rate at the start of the warmup."""
     schedule: Schedule = Cooldown()
     lr_scaling: BatchScaling | None = None
-    """If given, ``lr`` is for a batch of that size and is scaled to ``data.global_batch_size``."""
+    """If given, ``lr`` is scaled from ``reference_batch_size`` to ``data.global_batch_size``."""
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> optim.AdamW:
-    """AdamW over a module's trainable parameters in two groups, with and without weight decay."""
+    """Return AdamW over a module's trainable parameters in two groups, with and without weight decay."""
     undecayed = {
         id(parameter)
         for child in module.modules()
@@ -95,12 +97,12 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> optim.AdamW:
         {"params": [p for p in trained if id(p) in undecayed], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    # Fused: weights, gradients and moments are gone through once and not ten times.
+    # Fused: one pass over weights, gradients and moments instead of ten.
     return optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def peak_rate(config: OptimConfig, batch: int) -> float:
-    """The full learning rate at a global batch."""
+    """Return the peak learning rate at a global batch size."""
     if config.lr_scaling is None:
         return config.lr
     ratio = batch / config.lr_scaling.reference_batch_size
@@ -108,12 +110,12 @@ def peak_rate(config: OptimConfig, batch: int) -> float:
 
 
 class LearningRate:
-    """The learning rate of a run: at each step a function of images seen, and of how the loss went.
+    """Learning rate of a run as a function of images seen and, with `Plateau`, of the loss.
 
     Args:
-        config: The optimizer's.
-        batch: Images in a global batch.
-        horizon: Images at which the run ends.
+        config: Optimizer configuration.
+        batch: Global batch size.
+        horizon: Length of the run in images.
     """
 
     def __init__(self, config: OptimConfig, batch: int, horizon: int) -> None:
@@ -126,7 +128,7 @@ class LearningRate:
         self._lowered = 1.0
 
     def at(self, images: int) -> float:
-        """The learning rate of the step that starts after so many images."""
+        """Return the learning rate of the step that starts after ``images`` images."""
         warmup, low = self.config.warmup_images, self.config.warmup_start_lr
         warm = min(1.0, (images + 1) / warmup) if warmup else 1.0
         rate = (self.peak * warm + low * (1 - warm)) * _shape(self.config.schedule, images, self.horizon)
@@ -135,11 +137,11 @@ class LearningRate:
         return rate
 
     def observe(self, images: int, loss: float) -> None:
-        """Take note of a step.
+        """Update the plateau state after a step.
 
         Args:
-            images: Images seen, this step's batch included.
-            loss: The whole batch's, equal on all ranks.
+            images: Images seen, including this step's batch.
+            loss: Mean loss over the global batch, equal on all ranks.
         """
         schedule = self.config.schedule
         if not isinstance(schedule, Plateau) or images < self.config.warmup_images or not math.isfinite(loss):
@@ -154,18 +156,18 @@ class LearningRate:
             self._best_at = images
 
     def state(self) -> dict[str, Tensor]:
-        """What must be saved, equal on all ranks."""
+        """Return the plateau state as tensors, equal on all ranks."""
         values = [self._smoothed, self._best, self._best_at, self._lowered]
         return {"plateau": torch.tensor(values, dtype=torch.float64)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take a state back."""
+        """Restore the result of `state`."""
         self._smoothed, self._best, best_at, self._lowered = state["plateau"].tolist()
         self._best_at = int(best_at)
 
 
 def _shape(schedule: Schedule, images: int, horizon: int) -> float:
-    """The share of the full rate that a schedule leaves."""
+    """Return the schedule's factor on the peak learning rate."""
     done = min(1.0, images / horizon)
     if isinstance(schedule, Cooldown):
         return min(1.0, (1 - done) / schedule.cooldown_fraction)

@@ -1,10 +1,10 @@
-"""This rank's share of a model under ZeRO, by name.
+"""Named parameter partition of one rank under ZeRO.
 
-The one file that knows DeepSpeed's private layouts (checked against 0.19). In each stage a group of
-parameters has one flat float32 tensor of masters per rank, and the inner optimizer's state is keyed by that
-tensor; what differs is which elements of which parameter lie in it. Stage 3 cuts every parameter into as many
-pieces as there are ranks. Stages 1 and 2 lay the whole parameters one after the other and cut the row. What
-saves, loads or averages weights works on the pieces and need not know.
+Only this file depends on DeepSpeed's private layouts (checked against 0.19). In each stage a parameter group
+has one flat float32 tensor of master weights per rank, and the inner optimizer's state is keyed by that
+tensor. Stage 3 partitions every parameter into one piece per rank. Stages 1 and 2 concatenate the parameters
+of a group and partition the concatenation. Checkpointing, initialization and EMA work on pieces and are
+independent of the stage.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Piece:
-    """What this rank holds of one parameter.
+    """This rank's part of one parameter.
 
     Attributes:
-        name: The parameter's name.
-        shape: The whole parameter's shape.
+        name: Name of the parameter.
+        shape: Shape of the full parameter.
         start: Index of the piece's first element in the flattened parameter.
-        length: Elements in the piece, without padding; 0 if the parameter lies on other ranks altogether.
-        group: Which flat tensor the piece lies in.
-        offset: Where in it the piece begins.
+        length: Number of elements without padding; 0 if this rank holds no element of the parameter.
+        group: Index of the flat tensor that contains the piece.
+        offset: Index of the piece's first element in the flat tensor.
     """
 
     name: str
@@ -37,34 +37,34 @@ class Piece:
 
 
 def shape_of(parameter: Tensor) -> tuple[int, ...]:
-    """A parameter's shape, also where it is cut among the ranks and torch sees an empty tensor."""
+    """Return a parameter's full shape; under ZeRO-3 a partitioned parameter is an empty tensor to torch."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 class _Layout(Protocol):
-    """What differs between the stages."""
+    """Interface to the memory layout of a ZeRO stage."""
 
     @property
     def masters(self) -> Sequence[Tensor]:
-        """The flat float32 weights, one tensor a group."""
+        """Flat float32 master weights, one tensor per group."""
         ...
 
     def piece(self, name: str, parameter: Any) -> Piece:  # noqa: ANN401 - DeepSpeed's attributes
-        """Where a parameter's elements lie."""
+        """Return this rank's piece of a parameter."""
         ...
 
     def refresh(self) -> None:
-        """Bring the weights that the network computes with in line with the masters."""
+        """Copy the master weights into the compute weights."""
         ...
 
 
 class Partition:
-    """The pieces of this rank and the flat tensors that hold them.
+    """The pieces of this rank and the flat tensors that contain them.
 
     Args:
-        optimizer: DeepSpeed's ZeRO optimizer, of whatever stage.
-        module: The module it was built for.
-        rank: This process's rank.
+        optimizer: DeepSpeed's ZeRO optimizer of any stage.
+        module: Module for which the optimizer was built.
+        rank: Rank of this process.
     """
 
     def __init__(self, optimizer: Any, module: nn.Module, rank: int) -> None:  # noqa: ANN401 - untyped upstream
@@ -82,16 +82,16 @@ class Partition:
 
     @property
     def masters(self) -> list[Tensor]:
-        """The flat float32 weights, one tensor a group."""
+        """Flat float32 master weights, one tensor per group."""
         return list(self._layout.masters)
 
     def moments(self, name: str) -> list[Tensor]:
-        """The flat tensors of one of the optimizer's moments; zeros before its first step."""
+        """Return the flat tensors of one optimizer moment; zeros before the first step."""
         return [self._state_of(master)[name] for master in self.masters]
 
     @property
     def steps(self) -> int:
-        """How many steps the optimizer has taken."""
+        """Number of optimizer steps taken."""
         return int(self._state_of(self.masters[0])["step"])
 
     @steps.setter
@@ -100,16 +100,16 @@ class Partition:
             self._state_of(master)["step"].fill_(float(value))
 
     def view(self, flats: list[Tensor], piece: Piece) -> Tensor:
-        """A piece's elements within one of the lists of flat tensors; writing to it writes there."""
+        """Return a piece's elements as a writable view of a list of flat tensors."""
         return flats[piece.group].detach().narrow(0, piece.offset, piece.length)
 
     @torch.no_grad()
     def masters_changed(self) -> None:
-        """Bring the weights that the network computes with in line with the float32 ones (all ranks)."""
+        """Copy the float32 master weights into the compute weights; collective."""
         self._layout.refresh()
 
     def _state_of(self, master: Tensor) -> dict[str, Tensor]:
-        # torch's AdamW makes its state at the first step; made here alike, it can be loaded before.
+        # torch's AdamW creates its state at the first step; creating it here allows loading before that.
         state: dict[str, Tensor] = self._optimizer.optimizer.state[master]
         if not state:
             state["step"] = torch.zeros((), device=master.device)
@@ -120,12 +120,12 @@ class Partition:
 
 @torch.no_grad()
 def fill(partition: Partition, flats: list[Tensor], whole: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into a rank's pieces of them; `Partition.masters_changed` is the caller's.
+    """Copy full tensors into a rank's pieces; the caller calls `Partition.masters_changed`.
 
     Args:
-        partition: The pieces.
-        flats: Which of its flat tensors are meant.
-        whole: Tensors by the parameters' names; what is not named stays.
+        partition: Pieces of this rank.
+        flats: Flat tensors to fill.
+        whole: Full tensors by parameter name; other parameters are unchanged.
     """
     for piece in partition.pieces:
         if piece.length and piece.name in whole:
@@ -134,7 +134,7 @@ def fill(partition: Partition, flats: list[Tensor], whole: Mapping[str, Tensor])
 
 
 class _CutParameters:
-    """Stage 3: rank r holds the r-th of equal pieces of every parameter."""
+    """Layout of stage 3: every parameter is split into equal pieces, and rank r holds piece r."""
 
     def __init__(self, optimizer: Any, rank: int) -> None:  # noqa: ANN401 - untyped upstream
         self._optimizer = optimizer
@@ -161,9 +161,9 @@ class _CutParameters:
 
 
 class _CutRow:
-    """Stages 1 and 2: a group's parameters stand in a row, and rank r holds the r-th of equal pieces of it.
+    """Layout of stages 1 and 2: a group's concatenated parameters are split, and rank r holds piece r.
 
-    In bfloat16 stage 1 has an optimizer class of its own, with the same mapping under another name.
+    In bfloat16, stage 1 has a separate optimizer class with the same mapping under another name.
     """
 
     def __init__(self, optimizer: Any) -> None:  # noqa: ANN401 - untyped upstream

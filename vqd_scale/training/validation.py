@@ -1,4 +1,4 @@
-"""What runs and seeds are judged by: the bound on held-out samples, fixed in everything but the weights."""
+"""Validation with fixed samples, timesteps and noise, comparable across runs and seeds."""
 
 from contextlib import closing
 from dataclasses import fields
@@ -15,33 +15,34 @@ from vqd_scale.data.loading.stream import Stream, StreamConfig
 from vqd_scale.training.tasks.base import BatchType, Forward, Task
 
 _SEED = 0
-"""Of the order of the samples, whatever the run's seed is: all seeds are judged by the same ones."""
+"""Seed of the sample order, independent of the run's seed: all seeds use the same validation samples."""
 
 
 class ValidationConfig(Config):
-    """Which samples are held out, and how often they are looked at."""
+    """Validation set and evaluation period."""
 
     path: Path
-    """Shards of the kind that the run trains on, of other samples."""
+    """Validation shards, of the same kind as the training shards but with other samples."""
     every_images: PositiveInt = 1_000_000
-    """Images between two looks; the last one is at the end of the run."""
+    """Images between two evaluations; the last evaluation is at the end of the run."""
     samples: PositiveInt = 2048
-    """The first so many in a fixed order, or all that there are."""
+    """Maximum number of validation samples, taken in a fixed order."""
     batch_size: PositiveInt = 64
-    """How many a rank computes at once."""
+    """Batch size per rank."""
 
 
 class ValidationSet(Generic[BatchType]):
-    """The held-out samples, read once and kept.
+    """Validation samples, read once and cached in memory.
 
-    Every rank takes every so-manyth sample, all ranks run the same number of forwards (under ZeRO-3 each is a
-    conversation), and float64 sums are brought together: the figures are equal at any number of ranks.
+    Rank i of n evaluates samples i, i + n, i + 2n, … All ranks run the same number of forward passes, because
+    each one is collective under ZeRO-3. Sums are all-reduced in float64, so the metrics are the same for any
+    number of ranks.
 
     Args:
-        config: Which samples.
-        task: What is judged.
-        world: This process's place among the ranks.
-        quarantine: Report of bad samples.
+        config: Validation set.
+        task: Task that computes the metrics.
+        world: This process's rank and device.
+        quarantine: Report file for bad samples.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class ValidationSet(Generic[BatchType]):
         mine = torch.arange(share) * world.size + world.rank
         with closing(iter(stream)) as batches:
             read = [next(batches) for _ in range(-(-count // lanes))]
-        # Where samples and ranks do not come out even, a rank repeats its first sample without weight.
+        # If the samples do not divide evenly over the ranks, a rank pads with its first sample, masked out.
         counted = mine < count
         rows = torch.where(counted, mine, mine[0].clamp(max=count - 1))
         whole = _joined(read)
@@ -73,7 +74,7 @@ class ValidationSet(Generic[BatchType]):
 
     @torch.no_grad()
     def measured(self, forward: Forward) -> dict[str, float]:
-        """The task's figures, each a mean over all held-out samples; all ranks call it together."""
+        """Return the task's metrics as means over all validation samples; collective."""
         sums: dict[str, Tensor] = {}
         for part in self._parts:
             for name, value in self._task.validate(forward, part).items():
@@ -102,7 +103,7 @@ def _concatenated(values: list[Any]) -> Any:  # noqa: ANN401 - the type of a bat
 
 
 def _chosen(batch: BatchType, rows: Tensor, counted: Tensor | None = None) -> BatchType:
-    """Rows of a batch, those not counted without weight."""
+    """Return rows of a batch; rows outside ``counted`` become invalid."""
     values = {field.name: _rows(getattr(batch, field.name), rows) for field in fields(batch)}
     if counted is not None:
         values["valid"] = values["valid"] & counted

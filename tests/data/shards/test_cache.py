@@ -22,7 +22,7 @@ SIZE = 1000
 KILLED_WHILE_FETCHING = """
 import os, signal, sys
 from pathlib import Path
-from vqd_scale.data.shards.shard_io import cache
+from vqd_scale.data.shards import cache
 from tests.data.shards.test_cache import cache_of, shard_of
 
 def half_of_it(path):

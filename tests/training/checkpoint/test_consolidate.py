@@ -70,7 +70,7 @@ def test_pickles_are_read_only_by_who_says_so(
 ) -> None:
     config = str(token_world / "train.yaml")
     for more, sentence in (
-        ([], "say --trust-pickle"),
+        ([], "give --trust-pickle"),
         (["--trust-pickle"], "holds no checkpoint of DeepSpeed"),
     ):
         with pytest.raises(SystemExit) as stopped:

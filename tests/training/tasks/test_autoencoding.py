@@ -268,7 +268,7 @@ def test_trap_40_learned_codes_get_the_decoders_gradient(pictures: Path, tmp_pat
 
 def test_trap_40_what_cannot_be_refit_is_refused(pictures: Path, tmp_path: Path) -> None:
     collapsed(tmp_path)
-    with pytest.raises(UserError, match="codes 30 cannot be placed at a pool of 20 vectors"):
+    with pytest.raises(UserError, match="codebook_size 30 cannot be placed at a pool of 20 vectors"):
         refit(pictures, tmp_path, codebook_size=30, pool={"size": 20})
     grid = FSQConfig(levels=(3, 3), channels=32, channel_multipliers=(1, 2), num_res_blocks=1)
     save_tokenizer(tmp_path / "grid", grid, FSQ(grid).state_dict())

@@ -175,8 +175,8 @@ def losses_of(run: Path) -> list[float]:
 @pytest.mark.ranks
 def test_the_trainer_makes_a_model_that_draws(token_world: Path, tmp_path: Path, run_tool: RunTool) -> None:
     path = tmp_path / "train.yaml"
-    shown = {"prompts": ["a red picture", "a blue picture"], "every": 80}
-    path.write_text(yaml.safe_dump(config_of(token_world, tmp_path / "run", pictures=shown)))
+    shown = {"prompts": ["a red picture", "a blue picture"], "every_images": 80}
+    path.write_text(yaml.safe_dump(config_of(token_world, tmp_path / "run", sample_images=shown)))
     done = run_tool("train.py", str(path))
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "run" / "pictures").glob("*.png"))) == 2

@@ -85,5 +85,5 @@ def test_sets_that_are_mixed_must_be_alike(
 def test_nothing_starts_from_a_codebook_that_was_never_placed(token_world: Path, tmp_path: Path) -> None:
     """The zeros that a tokenizer begins with would be divided by their deviation, and the loss be blamed."""
     overrides = [f"run={tmp_path}", "embedding_init_std=0.2"]
-    with pytest.raises(UserError, match="do not differ, so that nothing can start from them"):
+    with pytest.raises(UserError, match="do not differ, so nothing can start from them"):
         DenoisingTask(load_config(TrainConfig, token_world / "train.yaml", overrides), ALONE)

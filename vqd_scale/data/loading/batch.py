@@ -9,15 +9,15 @@ BatchType = TypeVar("BatchType")
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Token samples.
+    """Batch of token samples.
 
     Attributes:
         tokens: Codes of the images, int64.
-        text: Caption ids, int64; no columns where captions are not read.
-        slots: Global slot of each sample, the name under which it draws its random numbers.
-        valid: Whether the sample could be read; where not, its tokens are zeros and must weigh nothing.
-        keys: The samples' keys.
-        labels: Classes, int64, where they are read.
+        text: Caption ids, int64; zero columns if captions are not read.
+        slots: Global slot of each sample; also the id of its random numbers.
+        valid: False for samples that could not be read. Their tokens are zeros and must get zero loss weight.
+        keys: Sample keys.
+        labels: Class labels, int64; None if they are not read.
     """
 
     tokens: Int64[Tensor, "batch length"]
@@ -30,15 +30,15 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Image samples.
+    """Batch of image samples.
 
     Attributes:
         images: RGB, uint8.
-        captions: The captions as written.
-        text: Caption ids, int64, where a caption tokenizer was given.
-        slots: Global slot of each sample, the name under which it draws its random numbers.
-        valid: Whether the sample could be read; where not, its image is black and must weigh nothing.
-        keys: The samples' keys.
+        captions: Caption strings.
+        text: Caption ids, int64; None without a caption tokenizer.
+        slots: Global slot of each sample; also the id of its random numbers.
+        valid: False for samples that could not be read. Their images are black and must get zero loss weight.
+        keys: Sample keys.
     """
 
     images: UInt8[Tensor, "batch 3 height width"]
@@ -50,7 +50,7 @@ class ImageBatch:
 
 
 def pinned(batch: BatchType) -> BatchType:
-    """The same batch in memory from which a GPU can fetch it while it computes (``non_blocking=True``)."""
+    """Copy a batch to pinned memory, for asynchronous copies to a GPU (``non_blocking=True``)."""
     of = cast(Any, batch)
     values = {field.name: getattr(of, field.name) for field in fields(of)}
     return type(of)(

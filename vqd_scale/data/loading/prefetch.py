@@ -1,4 +1,4 @@
-"""Generators that run ahead of their consumer, in a thread or in processes."""
+"""Prefetching generators, in a thread or in processes."""
 
 import itertools
 import multiprocessing
@@ -19,11 +19,12 @@ Item = TypeVar("Item")
 
 
 def in_thread(produce: Callable[[threading.Event], Generator[Item]], depth: int) -> Generator[Item]:
-    """What a generator yields, read ahead in a thread; what it raises is raised here.
+    """Yield a generator's items, prefetched in a thread; its exceptions are raised in the consumer.
 
     Args:
-        produce: Makes the generator; the event tells it, where it waits, that nobody wants more.
-        depth: How many items are kept.
+        produce: Factory of the generator. Its argument is an event that is set when the consumer closes;
+            blocking waits should check the event.
+        depth: Number of prefetched items.
     """
     ready: queue.Queue[Item | _Raised] = queue.Queue(depth)
     is_closed = threading.Event()
@@ -37,7 +38,7 @@ def in_thread(produce: Callable[[threading.Event], Generator[Item]], depth: int)
             return
 
     def run() -> None:
-        # Whatever it is, it belongs to the consumer: dying here would leave the consumer waiting for ever.
+        # Pass every exception to the consumer: a silently dead thread would block it forever.
         try:
             with closing(produce(is_closed)) as items:
                 for item in items:
@@ -57,7 +58,7 @@ def in_thread(produce: Callable[[threading.Event], Generator[Item]], depth: int)
             yield item
     finally:
         is_closed.set()
-        # It may be waiting for room.
+        # The thread may be blocked on a full queue.
         with suppress(queue.Empty):
             while True:
                 ready.get_nowait()
@@ -72,18 +73,18 @@ class _Raised:
 def in_processes(
     producers: Sequence[Callable[[], Generator[Item]]], depth: int, is_closed: threading.Event
 ) -> Generator[Item]:
-    """What generators yield, each running ahead in a process: one item of the first, one of the second, ….
+    """Yield items of several generators round-robin, each prefetched in its own process.
 
     Args:
-        producers: Make the generators; picklable, as what they yield is.
-        depth: How many items each keeps.
-        is_closed: Set when nobody wants more.
+        producers: Factories of the generators; factories and items must be picklable.
+        depth: Number of prefetched items per generator.
+        is_closed: Event that is set when the consumer closes.
 
     Raises:
-        UserError: Whichever one raises.
+        UserError: Raised by one of the generators.
         RuntimeError: A process died.
     """
-    # Spawned, since neither S3 clients nor the threads of torch survive a fork.
+    # spawn: neither S3 clients nor torch's threads survive a fork.
     context = multiprocessing.get_context("spawn")
     connections: list[Connection] = []
     processes: list[BaseProcess] = []
@@ -92,7 +93,7 @@ def in_processes(
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(target=_serve, args=(producer, depth, theirs), daemon=True)
             process.start()
-            # With this end open in one process only, its death is an end of file and not an endless wait.
+            # Only the child keeps this end open, so its death is an end of file and not an endless wait.
             theirs.close()
             connections.append(ours)
             processes.append(process)
@@ -111,8 +112,8 @@ def in_processes(
 
 
 def _serve(producer: Callable[[], Generator[object]], depth: int, connection: Connection) -> None:
-    """A process of its own: goes ahead in a thread, and sends."""
-    # There are as many such processes as cores can be spared.
+    """Run a reading process: prefetch in a thread and send the items."""
+    # There is already one such process per spare core.
     torch.set_num_threads(1)
     try:
         for item in in_thread(lambda _: producer(), depth):

@@ -1,4 +1,4 @@
-"""The kinds of samples that a stream can read: how a batch's rows are read, and what batch they make."""
+"""Sample kinds of a stream: reading the rows of a batch and collating them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ BatchType_co = TypeVar("BatchType_co", covariant=True)
 
 
 class SampleLocation(NamedTuple):
-    """A sample: its shard, its number in it, and which of its captions is wanted."""
+    """Location of a sample: shard reader, sample index in the shard, and index of the caption to read."""
 
     reader: ShardReader
     member: int
@@ -38,43 +38,46 @@ class SampleLocation(NamedTuple):
 Slots = Int64[NDArray[np.int64], " batch"]
 
 Columns = dict[str, NDArray[Any]]
-"""Arrays with a row per sample: what goes from a reading process to its rank."""
+"""Arrays with one row per sample, sent from a reading process to its rank."""
 
 CaptionTokenizer = Callable[[Sequence[str]], Int64[Tensor, "batch text_length"]]
-"""Captions to ids; picklable, since it may be called in another process."""
+"""Function from captions to ids; picklable, since it may be called in another process."""
 
 
 class SampleKind(Protocol[BatchType_co]):
-    """A kind of sample; picklable, since it may be used in another process."""
+    """Kind of sample; picklable, since it may be used in another process."""
 
     def read(
         self, places: Sequence[SampleLocation], slots: Slots, seed: int
     ) -> tuple[Columns, dict[int, str]]:
-        """Read samples into rows; rows of bad samples are blank, and their reasons are given by row.
+        """Read samples into rows.
 
         Args:
-            places: Where the samples lie.
-            slots: Each sample's global slot, the name under which it draws its random numbers.
-            seed: The run's seed.
+            places: Locations of the samples.
+            slots: Global slot of each sample; also the id of its random numbers.
+            seed: Seed of the run.
+
+        Returns:
+            The columns, with blank rows for bad samples, and the reason of each bad row.
         """
         ...
 
     def batch(self, columns: Columns) -> BatchType_co:
-        """The batch of the columns that `read` gave, with ``slots``, ``valid`` and ``keys`` beside them."""
+        """Collate the columns from `read`, plus ``slots``, ``valid`` and ``keys``, into a batch."""
         ...
 
 
 @dataclass(frozen=True)
 class TokenSamples:
-    """Samples with the member ``tokens.npy``, and ``text.npy`` or ``cls`` if the model is told of them.
+    """Samples with ``tokens.npy``, and ``text.npy`` or ``cls`` if the model is conditioned on them.
 
-    ``text.npy`` holds the ids of one caption, or a row of ids for each of several.
+    ``text.npy`` contains the ids of one caption, or one row of ids per caption.
 
     Attributes:
         length: Codes per image.
-        codes: Size of the codebook; a sample with a code beyond it is bad.
-        text_length: Ids per caption; 0 leaves captions unread.
-        classes: How many classes there are, of which ``cls`` is one; 0 leaves them unread.
+        codes: Codebook size; a sample with a code outside it is bad.
+        text_length: Ids per caption; 0 skips captions.
+        classes: Number of classes, the range of ``cls``; 0 skips class labels.
     """
 
     length: int
@@ -85,7 +88,7 @@ class TokenSamples:
     def read(
         self, places: Sequence[SampleLocation], slots: Slots, seed: int
     ) -> tuple[Columns, dict[int, str]]:
-        """Codes, and caption ids or classes; nothing about them is random."""
+        """Read codes, and caption ids or class labels; uses no random numbers."""
         del slots, seed
         bad: dict[int, str] = {}
         wanted = (
@@ -109,7 +112,7 @@ class TokenSamples:
         return columns, bad
 
     def batch(self, columns: Columns) -> TokenBatch:
-        """Token samples."""
+        """Collate token samples."""
         return TokenBatch(
             tokens=_int64(columns["tokens"]),
             text=_int64(columns["text"]),
@@ -122,13 +125,13 @@ class TokenSamples:
 
 @dataclass(frozen=True)
 class ImageSamples:
-    """Samples with a picture and, unless nobody asks for it, a caption (``txt``).
+    """Samples with an image and a caption (``txt``).
 
     Attributes:
-        transform: From a picture to the network's square.
-        tokenize: The captions' tokenizer, if ids are wanted.
-        decode: How pictures are unpacked.
-        captioned: Whether a sample without a caption is a bad one; otherwise its caption is empty.
+        transform: Transform from an image to the network's square input.
+        tokenize: Caption tokenizer; None leaves captions as strings.
+        decode: Image decoding options.
+        captioned: Treat a sample without a caption as bad. If false, its caption is empty.
     """
 
     transform: Transform
@@ -139,7 +142,7 @@ class ImageSamples:
     def read(
         self, places: Sequence[SampleLocation], slots: Slots, seed: int
     ) -> tuple[Columns, dict[int, str]]:
-        """Pictures, captions and, with a tokenizer, caption ids."""
+        """Read images, captions and, with a tokenizer, caption ids."""
         size = self.transform.size
         images = np.zeros((len(places), 3, size, size), np.uint8)
         captions = [""] * len(places)
@@ -159,7 +162,7 @@ class ImageSamples:
         return columns, bad
 
     def batch(self, columns: Columns) -> ImageBatch:
-        """Image samples."""
+        """Collate image samples."""
         return ImageBatch(
             images=torch.from_numpy(columns["images"]),
             captions=columns["captions"].tolist(),
@@ -184,7 +187,7 @@ class ImageSamples:
 def _read_together(
     places: Sequence[SampleLocation], extensions: tuple[str, ...], bad: dict[int, str]
 ) -> dict[str, dict[int, bytes]]:
-    """Contents by extension and row; rows that lack one have none, and are added to ``bad``."""
+    """Read members by extension and row; a row that lacks one is omitted and added to ``bad``."""
     contents: dict[str, dict[int, bytes]] = {extension: {} for extension in extensions}
     for row, place in enumerate(places):
         try:
@@ -204,9 +207,10 @@ def _integers(
     bad: dict[int, str],
     captions: Sequence[int] | None = None,
 ) -> Integer[NDArray[np.integer], "batch length"]:
-    """A row of integers of each sample, of the type they are stored in; what is wrong is added to ``bad``.
+    """Decode one row of integers per sample, in their stored dtype; errors are added to ``bad``.
 
-    With ``captions``, a member may hold a row of integers for each caption, of which this is the wanted one.
+    With ``captions``, the index of each sample's caption, a member may contain one row of integers per
+    caption, from which this row is selected.
     """
     numbered = list(contents)
     found: list[tuple[list[int], NDArray[np.integer]]] = []
@@ -223,7 +227,7 @@ def _integers(
             continue
         kind = f"type {arrays.dtype} and shape {arrays.shape[1:]}"
         bad |= {row: f"has an array of {kind}, not {length} integers" for row in rows if row not in bad}
-    # What goes from process to process should be small, but 64 bits hold whatever is mixed.
+    # A small dtype keeps transfers between processes small; int64 fits any mixture of dtypes.
     types = {arrays.dtype for _, arrays in found}
     is_small = len(types) == 1 and max(types).itemsize < np.dtype(np.int64).itemsize
     column = np.zeros((batch, length), types.pop() if is_small else np.int64)
@@ -233,7 +237,7 @@ def _integers(
 
 
 def caption_of(place: SampleLocation) -> str:
-    """The caption that a place names: the first is the sample's ``txt``, the others are in its ``json``.
+    """Read the caption of a location: caption 0 from the sample's ``txt``, the others from its ``json``.
 
     Raises:
         BadSample: The sample has no such caption.
@@ -250,7 +254,7 @@ def caption_of(place: SampleLocation) -> str:
 def _of_captions(
     arrays: NDArray[np.integer], rows: Sequence[int], captions: Sequence[int], bad: dict[int, str]
 ) -> tuple[NDArray[np.integer], list[int]]:
-    """Of each sample's rows of integers that of its caption, and the rows that have it."""
+    """Select each sample's caption row; also return the batch rows that have this caption."""
     several = arrays.shape[1]
     bad |= {
         row: f"has the ids of {several} captions, not of all that it has; tokenize its pictures again"

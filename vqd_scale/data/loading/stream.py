@@ -1,4 +1,4 @@
-"""The endless, exactly resumable stream of batches that a rank trains on."""
+"""Infinite, exactly resumable stream of training batches of one rank."""
 
 import itertools
 import threading
@@ -34,28 +34,28 @@ from vqd_scale.data.shards.shard_io import ShardReader
 
 BatchType = TypeVar("BatchType")
 _ShardNumber = tuple[int, int]
-"""A set's number and that of a shard in it."""
+"""Dataset number and shard number in the dataset."""
 
 OPEN_SHARDS = 64
-"""At least so many shards a reader keeps open, tables included; two per lane where there are more lanes."""
+"""Minimum limit of open shards per reader, tables included; the limit is two per lane if that is more."""
 
 OPEN_SHARDS_BALANCED = 512
-"""The same where classes are balanced, and samples are read from anywhere."""
+"""`OPEN_SHARDS` for class-balanced order, which reads at random offsets."""
 
 OPENED_AT_ONCE = 16
-"""A distant shard takes two round trips to open, and a reader begins with one or more for each lane."""
+"""S3 shards opened in parallel: opening takes two round trips, and a reader starts with >= 1 per lane."""
 
 
 SLOTS_AT_ONCE = 2048
-"""For at most about so many slots the plan is made at a time."""
+"""Maximum number of slots planned per call (approximate)."""
 
 
 class SourceConfig(Config):
-    """One of several sets that are mixed.
+    """One dataset of a mixture.
 
     Attributes:
-        path: Folder of the shards, here or in S3.
-        weight: Its part of every batch, in proportion to the other weights; kept exactly.
+        path: Folder of the shards, local or in S3.
+        weight: Weight of the dataset relative to the other weights. Its share of the slots follows exactly.
     """
 
     path: Location
@@ -63,11 +63,11 @@ class SourceConfig(Config):
 
 
 class StreamConfig(Config):
-    """Shards that training reads, and the order of their samples.
+    """Training datasets and the order of their samples.
 
     Attributes:
         path: Folder of the shards, local or in S3.
-        sources: Several sets to mix, in place of ``path``.
+        sources: Datasets of a weighted mixture, in place of ``path``.
         global_batch_size: Samples in a batch, over all ranks. The plan cuts an epoch into this many lanes,
             and a batch takes one sample from each lane. Part of the order.
         shuffle_window: Number of neighboring samples of a lane among which a sample is shuffled. Part of the
@@ -97,7 +97,7 @@ class StreamConfig(Config):
     def _either_one_or_several(self) -> Self:
         if (self.path is None) == (self.sources is None):
             raise ValueError("give either path, one set of shards, or sources, several that are mixed")
-        # Weights that cannot be kept exactly stop here, and not where they are needed.
+        # Fail here, at configuration time, on weights that cannot be represented exactly.
         shares([source.weight for source in self.mixed], self.global_batch_size)
         return self
 
@@ -109,30 +109,30 @@ class StreamConfig(Config):
 
     @property
     def mixed(self) -> tuple[SourceConfig, ...]:
-        """The sets that are read, be it one."""
+        """Datasets of the mixture; a single one if ``path`` is given."""
         return self.sources or (SourceConfig(path=cast(Location, self.path)),)
 
 
 class Stream(Generic[BatchType]):
-    """This rank's part of the global batches, from a cursor on, for ever.
+    """Infinite stream of one rank's part of the global batches, starting at a cursor.
 
-    Global batch k holds slots ``k * lanes`` to ``(k + 1) * lanes - 1`` and is the same at any number of ranks
-    and workers: rank r's part is the slots of its lanes, and the ranks' parts one after the other are the
-    batch. A sample that cannot be used keeps its slot with ``valid`` false and is reported to the quarantine.
+    Global batch k contains slots ``k * lanes`` to ``(k + 1) * lanes - 1``, for any number of ranks and
+    workers: rank r reads the slots of its lanes, and the ranks' parts, concatenated in rank order,
+    are the batch. A bad sample keeps its slot with ``valid`` false and is reported to the quarantine.
 
     Args:
-        config: What is read, and in which order.
-        kind: What the samples are.
-        seed: The run's seed.
+        config: Datasets and sample order.
+        kind: Sample kind.
+        seed: Seed of the run.
         rank: This rank.
-        ranks: Number of ranks; divides the lanes.
-        cursor: Global slots consumed before; a multiple of the lanes.
-        quarantine: This rank's report of bad samples.
-        pinned: Whether batches are to lie where a GPU fetches them while others are computed.
+        ranks: Number of ranks; must divide the number of lanes.
+        cursor: Global slots already consumed; a multiple of the number of lanes.
+        quarantine: Path of this rank's report of bad samples.
+        pinned: Return batches in pinned memory, for asynchronous copies to a GPU.
 
     Raises:
-        UserError: A set cannot be opened, the ranks do not divide the lanes, or the cursor was reached with
-            another number of lanes; while iterating, if too many samples are bad or a shard is damaged.
+        UserError: A dataset cannot be opened, the ranks do not divide the lanes, or the cursor was reached
+            with another number of lanes; while iterating, if too many samples are bad or a shard is damaged.
     """
 
     def __init__(
@@ -167,11 +167,11 @@ class Stream(Generic[BatchType]):
 
     @property
     def items(self) -> int:
-        """What all sets hold together: samples, or with ``captions=each`` captions."""
+        """Total number of samples of all datasets; of captions with ``captions=each``."""
         return sum(sum(_counts(self._config, shards)) for shards in self._sets)
 
     def __iter__(self) -> Generator[BatchType]:
-        """Batches for ever; closing the iterator ends its thread and processes."""
+        """Yield batches without end; closing the iterator ends its thread and processes."""
         bad_by_epoch = Counter[tuple[int, int]]()
         with closing(in_thread(self._batches, self._config.prefetch_batches)) as batches:
             for batch, found in batches:
@@ -215,7 +215,7 @@ class _Bad:
 
 @dataclass(frozen=True)
 class _Part:
-    """The rows of a batch that one reader read."""
+    """Rows of a batch that one reader has read."""
 
     columns: Columns
     bad: list[_Bad]
@@ -223,7 +223,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _PartReader:
-    """One reader's part of every global batch, its ``slots`` being those of the first; picklable."""
+    """Reader of a part of every global batch; picklable. ``slots`` are its slots in the first batch."""
 
     sets: Sequence[ShardSet]
     classes: Sequence[NDArray[np.int32]] | None
@@ -262,7 +262,7 @@ class _PartReader:
         return max(OPEN_SHARDS_BALANCED if self.config.class_balanced else OPEN_SHARDS, 2 * len(self.slots))
 
     def _places(self, planned: "_Planned", opened: "_OpenShards") -> list[SampleLocation]:
-        """The samples in their shards, and which of their captions are wanted."""
+        """Open the shards of a planned batch and select the captions."""
         readers, members = opened.readers(planned.found), planned.found.members.tolist()
         if self.config.captions == "each":
             return [
@@ -279,7 +279,7 @@ class _PartReader:
         ]
 
     def _planned(self, plan: Plan) -> Iterator["_Planned"]:
-        """One batch after the other, located more and more at a time: the first should not wait."""
+        """Plan batches in order; planned batches per call double from 1, so that the first batch is fast."""
         lanes, first, batches = len(self.slots), 0, 1
         while True:
             turns = np.arange(first, first + batches, dtype=np.int64)
@@ -313,7 +313,7 @@ class _PartReader:
 
 @dataclass(frozen=True)
 class _Planned:
-    """A batch that is to be read; its shards are opened when its turn comes nearer."""
+    """Planned batch; its shards are opened shortly before it is read."""
 
     slots: Slots
     found: SampleLocations
@@ -321,14 +321,14 @@ class _Planned:
 
 
 class _OpenShards:
-    """The shards that a reader keeps open; those used longest ago are closed first."""
+    """LRU cache of open shards."""
 
     def __init__(self, sets: Sequence[ShardSet], reading: RangedReader, most: int) -> None:
         self._sets, self._reading, self._most = [shards.shards for shards in sets], reading, most
         self._open = OrderedDict[_ShardNumber, ShardReader]()
 
     def readers(self, found: SampleLocations) -> list[ShardReader]:
-        """The samples' shards, which are opened where they are not."""
+        """Return the shard reader of each sample, opening shards that are not open yet."""
         numbers = list(zip(found.sets.tolist(), found.shards.tolist(), strict=True))
         absent = list({number: None for number in numbers if number not in self._open})
         if len(absent) > 1 and any(isinstance(shards[0].path, S3Path) for shards in self._sets):
@@ -349,7 +349,7 @@ class _OpenShards:
 
 
 def _counts(config: StreamConfig, shards: ShardSet) -> tuple[int, ...]:
-    """What each shard of a set holds: samples, or captions where each is an item."""
+    """Return the number of items per shard: samples, or captions with ``captions=each``."""
     return shards.captions if config.captions == "each" else shards.counts
 
 

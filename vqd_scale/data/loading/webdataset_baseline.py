@@ -1,7 +1,7 @@
-"""Tars as webdataset's ordinary pipeline reads them, without an index.
+"""Baseline loader: webdataset's standard pipeline, without an index.
 
-For looking at somebody's tars, and as what our loader is measured beside. Nothing here is exact: a tar that
-was cut ends early and nobody is told, the order has no cursor, and an epoch has no known length.
+For inspecting third-party tars, and as the baseline in benchmarks of our loader. This loader is not exact: a
+truncated tar ends early without an error, the order has no cursor, and the length of an epoch is unknown.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ from webdataset.compat import WebDataset
 from vqd_scale.core.arrays import NDArray
 
 PlainBatch = tuple[list[str], UInt8[NDArray[np.uint8], "batch height width 3"], list[str]]
-"""Keys, pictures and captions."""
+"""Keys, images and captions."""
 
 PlainTokenBatch = tuple[
     list[str], Integer[NDArray[np.integer], "batch length"], Integer[NDArray[np.integer], "batch text_length"]
@@ -26,19 +26,21 @@ PlainTokenBatch = tuple[
 
 
 def plain_batches(tars: Sequence[Path], size: int, batch: int) -> Iterator[PlainBatch]:
-    """Decode with Pillow, resize the short side, cut the centre, put together: what webdataset's manual does.
+    """Yield image batches as in webdataset's manual: decode with Pillow, resize, center crop, collate.
+
+    The short side is resized to ``size``.
 
     Args:
         tars: Paths of tars whose samples have a ``jpg`` and a ``txt``.
-        size: Height and width of the pictures.
-        batch: How many samples are put together.
+        size: Height and width of the images in pixels.
+        batch: Batch size.
     """
     fit = Compose([Resize(size, interpolation=InterpolationMode.BICUBIC), CenterCrop(size)])
 
     def pixels(image: Image.Image) -> NDArray[np.uint8]:
         return np.asarray(fit(image))
 
-    # webdataset runs what follows `pipe:` in a shell; nothing that begins with a slash is taken for a scheme.
+    # webdataset runs a `pipe:` path in a shell; an absolute path is never parsed as a scheme.
     files = [str(path.absolute()) for path in tars]
     samples = WebDataset(files, shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", "txt")
     batches = samples.map_tuple(str, pixels, str).batched(batch)
@@ -46,11 +48,11 @@ def plain_batches(tars: Sequence[Path], size: int, batch: int) -> Iterator[Plain
 
 
 def plain_token_batches(tars: Sequence[Path], batch: int) -> Iterator[PlainTokenBatch]:
-    """Decode the arrays and put them together.
+    """Yield token batches.
 
     Args:
         tars: Paths of tars whose samples have a ``tokens.npy`` and a ``text.npy``.
-        batch: How many samples are put together.
+        batch: Batch size.
     """
     files = [str(path.absolute()) for path in tars]
     samples = WebDataset(files, shardshuffle=False).decode().to_tuple("__key__", "tokens.npy", "text.npy")

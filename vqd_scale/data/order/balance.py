@@ -1,4 +1,4 @@
-"""Classes that are drawn equally often, however many samples they have, as a pure function of the slot."""
+"""Class-balanced sample order, as a pure function of the slot: all classes are sampled equally often."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,17 +16,18 @@ _READ_AT_ONCE = 16
 
 
 class BalancedOrder:
-    """The order of a set whose classes take turns: in each round every class once, in a random order.
+    """Class-balanced order of one dataset: each round contains every class once, in a random order.
 
-    Each class goes through its samples in a random order of its own, every one exactly once before any comes
-    again. Samples lie wherever they lie: nothing is read sequentially.
+    Each class has its own epochs: its samples are shuffled, and each is used exactly once per epoch. Reads
+    are at random offsets, not sequential.
 
     Args:
-        classes: The class of each sample, in the index's order; any numbers.
+        classes: Class of each sample, in index order; any integers.
         counts: Samples in each shard.
-        share: The set's slots.
-        seed: The run's seed.
-        name: What no other set's orders are named: added to the numbers of rounds and epochs.
+        share: Slots of the dataset.
+        seed: Seed of the run.
+        name: First random-stream id of the dataset, added to round and epoch numbers; see
+            `vqd_scale.data.order.plan.names_of`.
     """
 
     def __init__(
@@ -41,11 +42,11 @@ class BalancedOrder:
         self._share = share
         self._seed = seed
         self._name = name
-        # A cache of what is a pure function anyway: each class's present order.
+        # Cache of a pure function: each class's current order.
         self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}
 
     def locate(self, slots: Slots) -> tuple[Slots, Slots, Slots]:
-        """See `vqd_scale.data.order.plan.Order`; an epoch is as many slots as there are samples."""
+        """Implement `vqd_scale.data.order.plan.Order.locate`; an epoch has one slot per sample."""
         numbers = self._share.before(slots)
         rounds, turns = np.divmod(numbers, self._classes)
         drawn = np.empty_like(slots)
@@ -61,7 +62,7 @@ class BalancedOrder:
         return numbers // len(self._members), shards, samples - self._shards[shards]
 
     def _order(self, of: int, epoch: int) -> NDArray[np.int64]:
-        """The order of a class's samples in one of its epochs."""
+        """Return the order of a class's samples in one of its epochs, cached."""
         cached = self._orders.get(of)
         if cached is None or cached[0] != epoch:
             name = self._name + epoch * self._classes + of
@@ -71,10 +72,10 @@ class BalancedOrder:
 
 
 def classes_of(shards: ShardSet) -> NDArray[np.int32]:
-    """The class of each sample of a set, in the index's order; reads every shard's table.
+    """Return the class of each sample of a dataset, in index order; reads every shard's table.
 
     Raises:
-        UserError: A sample has none.
+        UserError: A sample has no class.
     """
 
     def read(shard: Shard) -> Int32[NDArray[np.int32], " count"]:

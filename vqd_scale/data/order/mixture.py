@@ -1,9 +1,21 @@
-"""Which slots are whose when several sets are mixed, as a pure function of the slot.
+"""Assignment of slots to datasets in a weighted mixture, as a pure function of the slot.
 
-Lay the first k batches out lane by lane, k slots to a lane: one line of ``k * lanes`` slots. The first set
-gets as many from its beginning as it is due, the second one the next, and so on, in whole slots. So over any
-number of batches no set is a whole slot away from its due, almost every lane belongs to one set for ever and
-is read sequentially, and at most one lane between two neighbours changes hands, evenly over time.
+After k batches, each lane has had k slots. Laid end to end, lane 0 first, they form a line of ``k * lanes``
+cells. Dataset i owns the cells between its cumulative weight fractions, rounded down to whole cells. In batch
+k, dataset i gets one slot per cell that the step from k to k + 1 batches adds.
+
+Over any number of batches, a dataset is less than one slot away from its exact share. Almost every lane
+belongs to one dataset permanently and is read sequentially. At most one lane between two neighboring datasets
+alternates, evenly over time.
+
+Example: datasets A and B, weights 5 and 3, 4 lanes. After k batches, A owns ``floor(4 k * 5 / 8)`` cells: 0,
+2 and 5 for k = 0, 1, 2. So A gets 2 slots in batch 0 and 3 slots in batch 1::
+
+    slot     0 1 2 3   4 5 6 7
+    batch    0 0 0 0   1 1 1 1
+    lane     0 1 2 3   0 1 2 3
+    dataset  A A B B   A A A B    lane 2 alternates
+    number   0 1 0 1   2 3 4 2    `MixtureShare.before`
 """
 
 from collections.abc import Sequence
@@ -21,18 +33,19 @@ from vqd_scale.core.errors import UserError
 Slots = Int64[NDArray[np.int64], " slots"]
 
 _LARGEST_TOTAL = 10_000_000
-"""What weights as whole numbers may add up to: slots, fewer than 10**11, times this is exact in 64 bits."""
+"""Maximum sum of the integer weights: times a slot number below 10**11, it is exact in 64 bits."""
 
 
 @dataclass(frozen=True)
 class MixtureShare:
-    """The slots of one set, those from ``begin / total`` to ``end / total`` of the line.
+    """Slots of one dataset: the cells from ``begin / total`` to ``end / total`` of the line.
 
     Attributes:
-        begin: Weights of the sets before it.
-        end: The same and its own; at least one slot of a batch, so that a batch's slots are in order.
-        total: All weights.
-        lanes: Lanes of a batch.
+        begin: Sum of the integer weights of all preceding datasets.
+        end: ``begin`` plus the dataset's own weight. The difference is at least one slot per batch, so that
+            the slots of a batch are in order.
+        total: Sum of all integer weights.
+        lanes: Lanes per batch, equal to the global batch size.
     """
 
     begin: int
@@ -41,20 +54,20 @@ class MixtureShare:
     lanes: int
 
     def owns(self, slots: Slots) -> Bool[NDArray[np.bool_], " slots"]:
-        """Which slots are the set's."""
+        """Return a mask of the slots that belong to the dataset."""
         return self._owns(slots // self.lanes, slots % self.lanes)
 
     def before(self, slots: Slots) -> Slots:
-        """How many of the set's slots come before each slot: of its own, each one's number."""
+        """Count the dataset's slots before each slot; for an own slot, this is its number in the dataset."""
         batches = slots // self.lanes
         low, high = self._lane(self.begin, batches), self._lane(self.end, batches)
         within = np.clip(slots % self.lanes - low, 0, high - low)
         return self._cells(self.end, batches) - self._cells(self.begin, batches) + within
 
     def slot(self, number: int) -> int:
-        """The slot of the set's sample ``number``, counted from 0: `before` the other way round."""
+        """Return the global slot of the dataset's slot ``number`` (from 0); the inverse of `before`."""
         near = number * self.total // ((self.end - self.begin) * self.lanes)
-        # In whole batches the set is less than a slot from its due, and it is due one in each.
+        # Over whole batches the dataset is less than one slot from its exact share (>= 1 slot per batch).
         batches = np.arange(max(0, near - 2), near + 2, dtype=np.int64)
         counts = self._cells(self.end, batches) - self._cells(self.begin, batches)
         last = int(np.searchsorted(counts, number, side="right")) - 1
@@ -62,7 +75,7 @@ class MixtureShare:
         return int(batch[0] * self.lanes + self._lane(self.begin, batch)[0] + number - counts[last])
 
     def turns(self, lanes: Slots, slots: Slots) -> Slots:
-        """How many of the set's slots of each lane come before each slot."""
+        """Count the dataset's slots in each lane before each slot."""
         batches = slots // self.lanes
         whole = self._turns(self.end, lanes, batches) - self._turns(self.begin, lanes, batches)
         return whole + (self._owns(batches, lanes) & (lanes < slots % self.lanes))
@@ -71,27 +84,27 @@ class MixtureShare:
         return (self._lane(self.begin, batches) <= lanes) & (lanes < self._lane(self.end, batches))
 
     def _cells(self, edge: int, batches: Slots) -> Slots:
-        """How much of the line of so many batches lies before an edge."""
+        """Count the cells of a line of ``batches`` batches before an edge."""
         return batches * (self.lanes * edge) // self.total
 
     def _lane(self, edge: int, batches: Slots) -> Slots:
-        """In which lane of each batch an edge lies."""
+        """Return the lane at which an edge lies in each batch."""
         return self._cells(edge, batches + 1) - self._cells(edge, batches)
 
     def _turns(self, edge: int, lanes: Slots, batches: Slots) -> Slots:
-        """How much of each lane's part of the line lies before an edge."""
+        """Count the cells of each lane's part of the line before an edge."""
         return np.clip(self._cells(edge, batches) - lanes * batches, 0, batches)
 
 
 def shares(weights: Sequence[float], lanes: int) -> list[MixtureShare]:
-    """The slots of each of some sets.
+    """Compute the slots of each dataset of a mixture.
 
     Args:
-        weights: In which proportions, each above 0; as decimals they are taken exactly.
-        lanes: Lanes of a batch.
+        weights: Relative weight of each dataset, above 0. Decimal values are taken exactly.
+        lanes: Lanes per batch.
 
     Raises:
-        UserError: Weights have too many digits, or give a set less than one sample of a batch.
+        UserError: Weights have too many digits, or give a dataset less than one sample per batch.
     """
     exact = [Fraction(repr(weight)) for weight in weights]
     scale = lcm(*(weight.denominator for weight in exact))

@@ -1,13 +1,22 @@
-"""Who reads what, as a pure function of (seed, slot): the order of the data has no state.
+"""Stateless sample order: the sample of each global slot, as a pure function of (seed, slot).
 
-The shards of an epoch are put in a random order and their samples laid end to end. This line is cut into
-``lanes`` pieces; global batch k takes the next sample of every lane, and each lane is read sequentially,
-shuffled within a window. Epochs follow each other without a gap: global slot g is in epoch ``g // samples``,
-in lane ``g % lanes`` and in batch ``g // lanes``, so a batch may hold the end of one epoch and the start of
-the next, and the ``samples`` slots of an epoch hold every sample exactly once.
+The shards of an epoch are shuffled and their samples laid end to end. This line is cut into ``lanes`` pieces.
+Global batch k takes the next sample of every lane. Each lane is read sequentially and shuffled within a
+window. Global slot g is in epoch ``g // samples``, lane ``g % lanes`` and batch ``g // lanes``. Epochs follow
+each other without a gap, so a batch may contain the end of one epoch and the start of the next. The
+``samples`` slots of an epoch contain every sample exactly once.
 
-Where several sets are mixed, each has its share of the slots and goes through epochs of its own over these:
-what is said above holds of each, with its own slots counted, and a lane's piece as long as it has such slots.
+Example: shards A (3 samples) and B (5), 2 lanes, shuffle window 2, seed 0. Epoch 0 shuffles the shards to
+B, A. The line B0 B1 B2 B3 B4 A0 A1 A2 is cut into lane 0 = B0 … B3 and lane 1 = B4 … A2::
+
+    slot    0  1   2  3   4  5   6  7
+    batch   0  0   1  1   2  2   3  3
+    lane    0  1   0  1   0  1   0  1
+    sample  B1 B4  B0 A0  B2 A1  B3 A2    window (B0, B1) is reversed, the other three keep their order
+
+In a mixture, each dataset owns a share of the slots (`vqd_scale.data.order.mixture`) and has its own epochs.
+The rules above then apply per dataset, with only its own slots counted. The length of a lane's piece is the
+number of the dataset's slots in this lane.
 """
 
 from collections.abc import Sequence
@@ -25,13 +34,13 @@ _NAMES = 1 << 48
 
 
 def names_of(number: int) -> int:
-    """The first of the names that the set of this number has for its random orders: no two sets share one."""
+    """Return a dataset's first random-stream id; the id ranges of different datasets do not overlap."""
     return number * _NAMES
 
 
 @dataclass(frozen=True)
 class SampleLocations:
-    """Where the samples of some slots lie: row i is slot i's set, the set's epoch, shard and place in it."""
+    """Sample locations: row i is slot i's dataset, dataset epoch, shard and sample index in the shard."""
 
     sets: Slots
     epochs: Slots
@@ -39,31 +48,31 @@ class SampleLocations:
     members: Slots
 
     def __getitem__(self, rows: slice) -> "SampleLocations":
-        """Some of the rows."""
+        """Return a slice of the rows."""
         return SampleLocations(self.sets[rows], self.epochs[rows], self.shards[rows], self.members[rows])
 
 
 class Order(Protocol):
-    """The order of one set."""
+    """Sample order of one dataset."""
 
     def locate(self, slots: Slots) -> tuple[Slots, Slots, Slots]:
-        """Epoch, shard and place in it for each of the set's slots, int64 >= 0 in any order."""
+        """Return epoch, shard and index in the shard for slots of the dataset (int64 >= 0, any order)."""
         ...
 
 
 class Plan:
-    """The order of all sets together.
+    """Sample order of a whole mixture.
 
     Args:
-        shares: Each set's slots.
-        orders: Each set's order.
+        shares: Slots of each dataset.
+        orders: Sample order of each dataset.
     """
 
     def __init__(self, shares: Sequence[MixtureShare], orders: Sequence[Order]) -> None:
         self._sets = list(zip(shares, orders, strict=True))
 
     def locate(self, slots: Slots) -> SampleLocations:
-        """The sample of each global slot, int64 >= 0 in any order."""
+        """Locate the sample of each global slot (int64 >= 0, any order)."""
         found = np.empty((4, len(slots)), np.int64)
         for number, (share, order) in enumerate(self._sets):
             own = np.flatnonzero(share.owns(slots))
@@ -75,14 +84,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Epoch:
-    """An epoch: its shards' order and beginnings in its line, and each lane's piece of the line.
+    """Layout of one epoch: shard order and each lane's piece of the line of samples.
 
     Attributes:
-        shards: The shards in their order.
-        starts: Where in the line each of them begins.
-        lane_starts: Where in the line each lane's piece begins.
-        lane_lengths: How long each piece is.
-        turns: How often each lane was the set's turn before.
+        shards: Shard numbers, shuffled.
+        starts: Start of each shard in the line.
+        lane_starts: Start of each lane's piece in the line.
+        lane_lengths: Samples in each lane's piece.
+        turns: Number of the dataset's slots in each lane before this epoch.
     """
 
     shards: Slots
@@ -93,17 +102,17 @@ class _Epoch:
 
 
 class LaneOrder:
-    """The order of a set whose lanes are read sequentially; see the module's first lines.
+    """Sample order of one dataset with sequentially read lanes; see the module docstring.
 
     Args:
-        counts: Samples in each shard, in the index's order.
-        share: The set's slots.
-        shuffle_window: Over how many neighbours of its lane a sample may be moved.
-        seed: The run's seed.
-        name: The first of the names of its random orders; see `names_of`.
+        counts: Samples in each shard, in index order.
+        share: Slots of the dataset.
+        shuffle_window: Number of neighboring samples of a lane that are shuffled together.
+        seed: Seed of the run.
+        name: First random-stream id of the dataset; see `names_of`.
 
     Raises:
-        UserError: There is no sample.
+        UserError: The dataset has no sample.
     """
 
     def __init__(
@@ -115,14 +124,14 @@ class LaneOrder:
         self._window = shuffle_window
         self._seed = seed
         self._name = name
-        # Caches of what is a pure function anyway: two epochs, and the windows of the last call.
+        # Caches of pure functions: two epochs, and the windows of the last call.
         self._epochs: dict[int, _Epoch] = {}
         self._windows: dict[int, NDArray[np.int64]] = {}
         if self.samples == 0:
             raise UserError("a set of shards without samples cannot be read; make it again.")
 
     def locate(self, slots: Slots) -> tuple[Slots, Slots, Slots]:
-        """See `Order`."""
+        """Implement `Order.locate`."""
         epochs = self._share.before(slots) // self.samples
         shards, members = np.empty_like(slots), np.empty_like(slots)
         windows: dict[int, NDArray[np.int64]] = {}
@@ -137,7 +146,7 @@ class LaneOrder:
         return epochs, shards, members
 
     def epoch(self, number: int) -> _Epoch:
-        """What all slots of an epoch share."""
+        """Return the layout of an epoch, cached."""
         if number not in self._epochs:
             shards = permutation(self._seed, Purpose.SHARD_ORDER, self._name + number, len(self._counts))
             counts = self._counts[shards]
@@ -152,9 +161,9 @@ class LaneOrder:
         return self._epochs[number]
 
     def _positions(self, slots: Slots, epoch: _Epoch, windows: dict[int, NDArray[np.int64]]) -> Slots:
-        """Each slot's place in its epoch's line of samples; the windows they lie in are added to those given.
+        """Return each slot's position in its epoch's line of samples; add the windows used to ``windows``.
 
-        A window is named by its lane and the lane's first turn in it.
+        A window's random-stream id is computed from its lane and the lane's first turn in the window.
         """
         lanes = slots % self._share.lanes
         turns = self._share.turns(lanes, slots) - epoch.turns[lanes]
@@ -175,10 +184,10 @@ class LaneOrder:
 
 
 def owned_lanes(lanes: int, rank: int, ranks: int) -> range:
-    """The lanes that a rank reads: neighbours, so that they lie in as few shards as possible.
+    """Return the lanes that a rank reads: contiguous, so that they span as few shards as possible.
 
     Raises:
-        UserError: The ranks cannot share the lanes evenly.
+        UserError: The number of lanes is not a multiple of the number of ranks.
     """
     if lanes % ranks:
         raise UserError(

@@ -1,10 +1,11 @@
-"""Shards of S3 kept on this machine's disk: one folder with a bound, shared by all processes of the machine.
+"""Local disk cache of S3 shards: one folder of bounded size, shared by all processes of a machine.
 
-A shard is kept under its SHA-256, so that equal shards of different sets are one file and a changed one is
-another; one of unknown digest under its path and size. Who needs a shard takes the lock of its name, so that
-it is fetched once, reserves its room, and publishes it checked and whole. Room is made by deleting what was
-used longest ago and is not being read; where that does not suffice, a shard is not kept. All locks are the
-kernel's, and end with their process.
+The cache key of a shard is its SHA-256, so equal shards of different datasets share a file, and a changed
+shard gets a new file. If the digest is unknown, the key is a hash of path and size. A process that needs a
+shard takes the lock of its key, so that the shard is downloaded once. The steps are: reserve space, download,
+verify the digest, publish by atomic rename. Space is freed by LRU eviction of files that are not being read;
+if that is not enough, the shard is not cached. All locks are kernel locks (``flock``), which end with their
+process.
 """
 
 import fcntl
@@ -26,7 +27,7 @@ _SUFFIX = ".tar"
 
 
 class CacheConfig(Config):
-    """Where shards of S3 are kept on each machine.
+    """Local disk cache of S3 shards.
 
     Attributes:
         folder: Folder on a local disk, which all runs of a machine may share.
@@ -38,20 +39,20 @@ class CacheConfig(Config):
 
 
 class ShardCache:
-    """The shards that this machine keeps; any number of processes may use one folder at once."""
+    """Shard cache of this machine; any number of processes may share one folder."""
 
     def __init__(self, config: CacheConfig) -> None:
         self.folder = config.folder
         self.capacity = int(config.max_gigabytes * 1e9)
 
     def open(self, shard: Shard) -> int | None:
-        """A descriptor of the shard's bytes, fetched unless they are kept already; None if there is no room.
+        """Open a shard's file, downloading it on a cache miss; return None if there is no space.
 
-        The file stays as long as the descriptor is open; the caller closes it.
+        The file is not evicted while the descriptor is open. The caller closes the descriptor.
 
         Raises:
-            UserError: The shard is missing or is not the one that was indexed; its store cannot be reached;
-                the folder cannot be written.
+            UserError: The shard is missing or changed since it was indexed; its store cannot be reached; the
+                folder cannot be written.
         """
         identity = shard.sha256 or hashlib.sha256(f"{shard.path} {shard.size}".encode()).hexdigest()
         path = self.folder / (identity + _SUFFIX)
@@ -65,10 +66,10 @@ class ShardCache:
                 return descriptor
 
     def _reserve(self, path: Path, size: int) -> bool:
-        """Whether there is room; an empty file of the shard's size stands for it from then on."""
+        """Reserve space with a sparse file of the shard's size; return False if there is not enough."""
         partial = path.with_name(path.name + PARTIAL)
         with _locked(self.folder / "lock-of-room"):
-            # Whoever began it is dead: its lock is ours.
+            # Left over from a killed process: this process holds the lock of the key.
             partial.unlink(missing_ok=True)
             kept: list[tuple[float, int, Path]] = []
             for published_file in self._names():
@@ -86,16 +87,16 @@ class ShardCache:
             return True
 
     def _names(self) -> set[Path]:
-        """The shards that are kept or being fetched, by the paths at which they are or will be published.
+        """List cached shards and running downloads by their published paths.
 
-        Whoever publishes meanwhile renames, and one listing may then show neither name. Each is renamed once
-        and begun only under the lock of room, so of two listings one at least shows it.
+        A concurrent rename can hide a shard under both of its names from one listing. Each file is renamed
+        once, and downloads start only under the lock of room, so at least one of two listings shows it.
         """
         listings = [*self.folder.glob(f"*{_SUFFIX}*")], [*self.folder.glob(f"*{_SUFFIX}*")]
         return {file.with_name(file.name.removesuffix(PARTIAL)) for listing in listings for file in listing}
 
     def _deleted(self, file: Path) -> bool:
-        """Delete a file, unless somebody reads it or is fetching it; whether that was done."""
+        """Delete a file unless it is being read or downloaded; return whether it was deleted."""
         is_partial = file.name.endswith(PARTIAL)
         lock = self._lock_of(file.with_suffix("")) if is_partial else file
         with _locked(lock, wait=False) as is_free:
@@ -108,8 +109,8 @@ class ShardCache:
 
 
 def _state_of(path: Path) -> tuple[float, int, Path] | None:
-    """Time of last use, bytes and name of a shard that is kept, or of its part that is being fetched."""
-    # The part first: once it has its final name it keeps it.
+    """Return last use, size in bytes and path of a cached shard or of its partial download."""
+    # Check the partial file first: it can become the final file between the checks, but not vice versa.
     for file in (path.with_name(path.name + PARTIAL), path):
         with suppress(FileNotFoundError):
             state = file.stat()
@@ -131,7 +132,7 @@ def _fetch(shard: Shard, path: Path) -> None:
 
 
 def _held(path: Path) -> int | None:
-    """Open a file so that nobody deletes it; None if it is not there, or being deleted."""
+    """Open a file under a shared lock, which prevents eviction; None if it is missing or being deleted."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -139,14 +140,14 @@ def _held(path: Path) -> int | None:
     if not _taken(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB) or os.fstat(descriptor).st_nlink == 0:
         os.close(descriptor)
         return None
-    # When it was used last; access times are not kept on every file system.
+    # Record the last use as mtime; not every file system keeps access times.
     os.utime(descriptor)
     return descriptor
 
 
 @contextmanager
 def _locked(path: Path, *, wait: bool = True) -> Generator[bool]:
-    """Hold a file's lock; without waiting, gives whether it could be had."""
+    """Hold a file's exclusive lock; with ``wait=False``, yield whether the lock was acquired."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
     try:
         yield _taken(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""From a member's bytes to arrays and pictures; what cannot be decoded is a `BadSample` with a reason."""
+"""Decoding of member bytes to images, text and arrays; failures raise `BadSample` with a reason."""
 
 import functools
 import io
@@ -22,30 +22,30 @@ from vqd_scale.core.config import Config
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 
-# No others: Pillow would start a PostScript interpreter for an EPS file.
+# Allowlist: Pillow would start a PostScript interpreter for an EPS file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _ORIENTATION = 0x0112
 
 _HEADER_SIZE = slice(npy.MAGIC_LEN, npy.MAGIC_LEN + 2)
-"""Where a ``.npy`` file says how long its header is."""
+"""Position of the header length in a ``.npy`` file."""
 
 Pixels = UInt8[NDArray[np.uint8], "height width 3"]
-"""A picture as RGB bytes."""
+"""Image as 8-bit RGB."""
 
 
 class BadSample(Exception):
-    """One sample cannot be used; the message completes the sentence 'this sample …'."""
+    """Error for one unusable sample; the message completes the sentence 'this sample …'."""
 
 
 class DecodeConfig(Config):
-    """How pictures are unpacked.
+    """Image decoding.
 
     Attributes:
-        max_pixels: Pictures with more are refused before they are unpacked; the default is a quarter of a
-            gigabyte as RGB, the highest value Pillow's own bound.
-        dct_scaled: Unpack a JPEG at a half, quarter or eighth of its size where the transform needs no more:
-            about twice as fast, but some pixels differ by tens of levels from a picture unpacked whole and
-            resized, so that it stays off where a published result is to be reached.
+        max_pixels: Maximum number of pixels; larger images are rejected before they are decoded. The default
+            is a quarter of a gigabyte as RGB; the largest allowed value is Pillow's own limit.
+        dct_scaled: Decode a JPEG at a half, quarter or eighth of its size if the transform needs no more.
+            About twice as fast, but some pixels differ by tens of levels from a full decode plus resize.
+            Disable to reproduce published results.
     """
 
     max_pixels: int = Field(default=89_478_485, ge=1, le=178_956_970)
@@ -55,18 +55,18 @@ class DecodeConfig(Config):
 def decode_image(
     data: bytes, config: DecodeConfig | None = None, *, smallest_side: int | None = None
 ) -> Pixels:
-    """Unpack a picture as 8-bit RGB: upright, its first frame, over white where it is transparent.
+    """Decode the first frame of an image as 8-bit RGB.
 
-    White, because pictures with transparency are mostly drawings for a white page. Of 16 bits the upper 8 are
-    kept.
+    The EXIF orientation is applied. Transparency is composited over white, because images with transparency
+    are mostly drawings for a white page. Of 16-bit samples, the upper 8 bits are kept.
 
     Args:
-        data: The file's bytes.
-        config: How; the defaults if not given.
-        smallest_side: How long the shorter side must be at least, for ``dct_scaled``.
+        data: File content.
+        config: Decoding options; None takes the defaults.
+        smallest_side: Minimum shorter side in pixels that the transform needs, for ``dct_scaled``.
 
     Raises:
-        BadSample: Not a picture, damaged, or larger than ``max_pixels``.
+        BadSample: Not an image, damaged, or larger than ``max_pixels``.
     """
     config = DecodeConfig() if config is None else config
     try:
@@ -81,9 +81,9 @@ def decode_image(
             image.load()
             return np.array(_as_rgb(ImageOps.exif_transpose(image)))
     except UnidentifiedImageError:
-        # Its own words name an address in memory, and reasons must be the same each time.
+        # The original message contains a memory address; reasons must be reproducible.
         raise BadSample("is not a readable picture (of no known kind)") from None
-    # What the decoders raise on damaged bytes; the bytes are in memory, so an OSError is theirs too.
+    # Errors of the decoders on damaged bytes. The bytes are in memory, so an OSError is one of them.
     except (
         OSError,
         SyntaxError,
@@ -97,22 +97,22 @@ def decode_image(
 
 
 def _decoded_jpeg(data: bytes) -> Pixels:
-    """A JPEG by torchvision: Pillow's pixels in three quarters of its time."""
-    # Here, since it takes a second that processes which read tokens need not spend.
+    """Decode a JPEG with torchvision: the same pixels as Pillow in three quarters of the time."""
+    # Imported here: the import takes a second, which token readers avoid.
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    # A copy: torch has no read-only tensors, and would warn of one.
+    # Copied: torch has no read-only tensors and would warn.
     file = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
         decoded = cast(torch.Tensor, decode_jpeg(file, mode=ImageReadMode.RGB))
     except RuntimeError:
-        # Its own words are a line of its source code.
+        # The original message is a line of C++ source.
         raise ValueError("the JPEG is cut or damaged") from None
     return decoded.permute(1, 2, 0).numpy()
 
 
 def decode_text(data: bytes) -> str:
-    """A caption, without white space around it.
+    """Decode a caption and strip white space.
 
     Raises:
         BadSample: Not UTF-8, or empty.
@@ -127,10 +127,10 @@ def decode_text(data: bytes) -> str:
 
 
 def decode_json(data: bytes) -> Any:  # noqa: ANN401 - whatever JSON can hold
-    """A JSON member.
+    """Decode a JSON member.
 
     Raises:
-        BadSample: Not JSON.
+        BadSample: Invalid JSON.
     """
     try:
         return json.loads(data)
@@ -139,10 +139,10 @@ def decode_json(data: bytes) -> Any:  # noqa: ANN401 - whatever JSON can hold
 
 
 def decode_array(data: bytes) -> NDArray[Any]:
-    """A ``.npy`` member as a read-only view of its bytes.
+    """Decode a ``.npy`` member as a read-only view of its bytes.
 
     Raises:
-        BadSample: Not a version 1 ``.npy`` file of plain numbers, or cut.
+        BadSample: Not a version 1 ``.npy`` file of plain numbers, or truncated.
     """
     start = _HEADER_SIZE.stop + int.from_bytes(data[_HEADER_SIZE], "little")
     try:
@@ -153,9 +153,12 @@ def decode_array(data: bytes) -> NDArray[Any]:
 
 
 def decode_arrays(contents: Sequence[bytes]) -> Iterator[tuple[list[int], NDArray[Any] | BadSample]]:
-    """`decode_array` of many: which of the contents are alike, and their arrays in one, or what is wrong.
+    """Decode many ``.npy`` members in groups of equal header and length.
 
-    Those with equal headers and lengths are alike, in a set nearly all, and are decoded at once.
+    Nearly all members of a dataset fall into one group, which is decoded in one call.
+
+    Yields:
+        The indices of a group, and its stacked arrays or the error.
     """
     by_size: defaultdict[tuple[int, bytes], list[int]] = defaultdict(list)
     for number, content in enumerate(contents):
@@ -179,7 +182,7 @@ def decode_arrays(contents: Sequence[bytes]) -> Iterator[tuple[list[int], NDArra
 
 @functools.lru_cache(maxsize=64)
 def _array_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    """Parse a header once: all arrays of a set have the same one, and parsing takes longer than reading."""
+    """Parse a header, cached: a dataset's arrays share one, and parsing takes longer than reading."""
     file = io.BytesIO(header)
     if npy.read_magic(file) != (1, 0):
         raise ValueError("not version 1 of the format")

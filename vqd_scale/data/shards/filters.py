@@ -1,4 +1,4 @@
-"""Which samples of somebody else's set are wanted, by what their metadata say."""
+"""Sample filters by metadata and caption, for third-party datasets."""
 
 import re
 from collections.abc import Mapping
@@ -11,32 +11,33 @@ from vqd_scale.core.errors import UserError
 
 
 class Bounds(Config):
-    """A range of numbers, both ends included; what is not given is not bounded."""
+    """Closed range of numbers; a bound of None is open."""
 
     min: float | None = None
     max: float | None = None
 
     def hold(self, number: float) -> bool:
-        """Whether a number lies within; nan lies nowhere."""
+        """Return whether a number lies within the bounds; false for nan if a bound is given."""
         return (self.min is None or number >= self.min) and (self.max is None or number <= self.max)
 
     @property
     def given(self) -> bool:
-        """Whether there is any bound."""
+        """Flag for at least one given bound."""
         return self.min is not None or self.max is not None
 
 
 class Filters(Config):
-    """Which samples are wanted; all conditions must hold.
+    """Sample filters; a sample must satisfy all conditions.
 
     Attributes:
-        columns: Bounds of any numeric column, such as ``similarity``, ``punsafe``, ``pwatermark``,
-            ``aesthetic``, ``width``, ``original_width``; a sample whose column is null is not wanted.
-        labels: Allowed values of any text column, such as ``NSFW``.
-        aspect: Bounds of the longer over the shorter side, from the columns ``width`` and ``height``.
-        words: Bounds of the number of words of the caption.
-        any_of: At least one of these must occur in the caption as a word or phrase, in any case.
-        none_of: None of these may.
+        columns: Bounds of numeric columns, such as ``similarity``, ``punsafe``, ``pwatermark``,
+            ``aesthetic``, ``width``, ``original_width``. A sample with a null value is rejected if the column
+            has a bound.
+        labels: Allowed values of text columns, such as ``NSFW``.
+        aspect: Bounds of the ratio of longer to shorter side, from the columns ``width`` and ``height``.
+        words: Bounds of the number of words in the caption.
+        any_of: Words or phrases of which at least one must occur in the caption, case-insensitive.
+        none_of: Words or phrases that must not occur in the caption, case-insensitive.
     """
 
     columns: dict[str, Bounds] = Field(default={})
@@ -48,19 +49,19 @@ class Filters(Config):
 
     @property
     def read_metadata(self) -> bool:
-        """Whether a sample's metadata are needed."""
+        """Flag for conditions on metadata."""
         return bool(self.columns or self.labels or self.aspect.given)
 
     @property
     def read_caption(self) -> bool:
-        """Whether a sample's caption is needed."""
+        """Flag for conditions on the caption."""
         return bool(self.any_of or self.none_of or self.words.given)
 
     def accept(self, metadata: Mapping[str, Any], caption: str) -> bool:
-        """Whether a sample is wanted.
+        """Return whether a sample passes all filters.
 
         Raises:
-            UserError: A condition is about a column that the metadata do not have.
+            UserError: A condition names a column that the metadata lack.
         """
         return (
             all(bounds.hold(_number(metadata, name)) for name, bounds in self.columns.items())

@@ -1,7 +1,7 @@
-"""From tars to their index: one pass over each, several at a time, taken up again after a kill.
+"""Index builder for tars: one pass per tar, parallel, and resumable after a kill.
 
-Tars of others are indexed as they are. What cannot be used or is not wanted is left out of the tables, so
-that the counts that everything else is planned with are true.
+Third-party tars are never modified. Unusable and filtered samples are omitted from the tables, so that the
+sample counts behind the sample order are exact.
 """
 
 import functools
@@ -36,16 +36,16 @@ from vqd_scale.data.shards.shard_index import (
 from vqd_scale.data.shards.tar_scanner import TarSample, TarScan
 
 COLUMNS = ("captions", "class")
-"""What a table keeps of a sample's ``json``: a number as it is, of a list how long it is."""
+"""Entries of a sample's ``json`` stored in the table: a number as its value, a list as its length."""
 
 
 @dataclass(frozen=True)
 class SampleFilter:
-    """Which samples of a tar get into its table.
+    """Filter for the samples of a tar's table.
 
     Attributes:
-        filters: What their metadata must say.
-        known: Pictures that must not occur; looking for them means to decode every picture.
+        filters: Filters by metadata and caption.
+        known: Hashes of excluded images; None skips near-duplicate detection, which decodes every image.
     """
 
     filters: Filters = field(default_factory=Filters)
@@ -53,22 +53,22 @@ class SampleFilter:
 
     @property
     def wanted(self) -> frozenset[str]:
-        """The members whose contents are needed."""
+        """Extensions of the members whose contents are read."""
         pictures = IMAGE_EXTENSIONS if self.known is not None else ()
         captions = ("txt",) if self.filters.read_caption else ()
         return frozenset({"json", *pictures, *captions})
 
     def check(self, sample: TarSample, rows: Callable[[], Mapping[str, Mapping[str, Any]]]) -> str:
-        """Whether a sample is wanted: empty, or how it resembles a picture that must not occur.
+        """Return the near-duplicate reason of a sample; empty if the sample is accepted.
 
         Args:
-            sample: The sample.
-            rows: Gives metadata by key, for samples without a ``json``.
+            sample: Sample to check.
+            rows: Function that returns metadata by key, for samples without a ``json``.
 
         Raises:
-            BadSample: Its metadata, caption or picture, as far as needed, cannot be read.
-            Unwanted: The filters do not accept it.
-            UserError: A filter is about a column that the set does not have.
+            BadSample: Required metadata, caption or image cannot be read.
+            Unwanted: The filters reject the sample.
+            UserError: A filter names a column that the dataset lacks.
         """
         caption = decode_text(_content(sample, "txt")) if self.filters.read_caption else ""
         metadata = _metadata(sample, rows) if self.filters.read_metadata else {}
@@ -82,17 +82,17 @@ class SampleFilter:
 
 
 class Unwanted(Exception):
-    """The filters do not accept a sample."""
+    """Rejection of a sample by the filters."""
 
 
 @dataclass(frozen=True)
 class IndexConfig:
-    """How a folder of tars is indexed.
+    """Options of `build_index`.
 
     Attributes:
-        sieve: Which samples get into the tables.
-        max_bad_fraction: Which share of the samples, and of the tars, may be bad.
-        workers: Processes that index at the same time.
+        sieve: Filter for the samples of the tables.
+        max_bad_fraction: Largest fraction of bad samples, and of damaged tars.
+        workers: Number of processes.
     """
 
     sieve: SampleFilter = field(default_factory=SampleFilter)
@@ -106,17 +106,17 @@ def build_index(
     config: IndexConfig | None = None,
     meta: Mapping[str, Any] | None = None,
 ) -> ShardSet:
-    """Index a folder of tars that others wrote; shards indexed before are not read again.
+    """Index a folder of third-party tars; tars that are already indexed are not read again.
 
     Args:
-        tars: The folder of the tars; nothing in it is changed, but for an index that is to lie there.
-        folder: Where the index is to be; beside the tars if not given.
-        config: How.
-        meta: What is remembered with the set; what was remembered before if not given.
+        tars: Folder of the tars. Nothing in it is changed, except that the index may be written there.
+        folder: Folder of the index; None writes it beside the tars.
+        config: Indexing options; None takes the defaults.
+        meta: Metadata stored in the index; None keeps the metadata of an existing index.
 
     Raises:
-        UserError: There is no tar; too many are damaged, or too many samples bad; a filter is about a column
-            that the set does not have; the folder holds another index or cannot be written.
+        UserError: There is no tar; too many tars are damaged or too many samples bad; a filter names a column
+            that the dataset lacks; the folder contains another index or cannot be written.
     """
     config = IndexConfig() if config is None else config
     folder = tars if folder is None else folder
@@ -143,7 +143,7 @@ def build_index(
 
 
 def report(shards: Sequence[IndexedShard], folder: Location) -> None:
-    """Write what was left out of shards, but for what filters did not accept, into the set's folder.
+    """Write reports of bad samples and near-duplicates to the dataset's folder; filtered ones are omitted.
 
     Raises:
         UserError: The folder cannot be written.
@@ -154,7 +154,7 @@ def report(shards: Sequence[IndexedShard], folder: Location) -> None:
 
 
 def left_out_of(shards: Sequence[IndexedShard], *, is_bad: bool) -> list[tuple[str, str, str]]:
-    """What was left out of shards as (shard, key, reason), for being bad or for its likeness to others."""
+    """List skipped samples as (shard, key, reason): the bad ones, or the near-duplicates."""
     return [
         (shard.name, left.key, left.reason)
         for shard in shards
@@ -166,10 +166,10 @@ def left_out_of(shards: Sequence[IndexedShard], *, is_bad: bool) -> list[tuple[s
 def check_share(
     shards: Sequence[IndexedShard], total: int, max_bad_fraction: float, folder: Location
 ) -> None:
-    """See that not too many of ``total`` samples are bad.
+    """Check that at most ``max_bad_fraction`` of ``total`` samples are bad.
 
     Raises:
-        UserError: They are.
+        UserError: More samples are bad.
     """
     bad = [(shard.name, left) for shard in shards for left in shard.left_out if left.is_bad]
     if len(bad) > max_bad_fraction * total:
@@ -191,14 +191,14 @@ def index_tar(
     """Read a tar once and publish its table.
 
     Args:
-        tar: The tar.
-        table: Where its table is to be.
-        sieve: Which samples get into it; all that can be used if not given.
-        left_out: What was left out of the tar itself.
+        tar: Path of the tar.
+        table: Path of the table to write.
+        sieve: Filter for the samples of the table; None accepts all usable samples.
+        left_out: Samples that were skipped when the tar was written.
         version: See `IndexedShard`.
 
     Raises:
-        UserError: A filter is about a column that the set does not have; the table cannot be written.
+        UserError: A filter names a column that the dataset lacks; the table cannot be written.
     """
     sieve = SampleFilter() if sieve is None else sieve
     scan = TarScan(tar, sieve.wanted)
@@ -242,12 +242,12 @@ def index_tar(
 
 
 def _indexed_or_index(tars: Location, folder: Location, sieve: SampleFilter, name: str) -> IndexedShard:
-    """A tar's index, read again only if it was not indexed or was replaced since."""
+    """Return a tar's index; the tar is read only if it is not indexed or was replaced since."""
     tar, table = tars / name, folder / table_name(name)
     version = _version(tar)
     if table.is_file():
         found = read_indexed(name, table)
-        # A tar of our own has no version: its table was written with it.
+        # A tar written by this package has no version: its table was written with it.
         if found.version == version or (not found.version and sha256_of(tar) == found.sha256):
             return found
     return index_tar(tar, table, sieve, version=version)
@@ -290,7 +290,7 @@ def _metadata(sample: TarSample, rows: Callable[[], Mapping[str, Mapping[str, An
         if not isinstance(value, dict):
             raise BadSample("has a 'json' that names nothing")
         return cast("Mapping[str, Any]", value)
-    # webdataset's keys hold the folder, if there is one; img2dataset's do not.
+    # webdataset's keys include the folder, if there is one; img2dataset's do not.
     key = sample.key.rpartition("/")[2]
     if key not in rows():
         raise BadSample("has no 'json' and no line in its tar's parquet file")
@@ -298,14 +298,14 @@ def _metadata(sample: TarSample, rows: Callable[[], Mapping[str, Mapping[str, An
 
 
 def _parquet_rows(tar: Location) -> Mapping[str, Mapping[str, Any]]:
-    """The lines of the parquet file that img2dataset writes beside a tar, by key."""
+    """Read the rows of the parquet file that img2dataset writes beside a tar, by key."""
     path = tar.with_suffix(".parquet")
     if not path.exists():
         raise UserError(
             f"{tar}: filters need metadata, but its samples have no 'json' and {path} is missing."
         )
     try:
-        # Any: an optional package, without types where it is not installed.
+        # Any: an optional package, untyped if it is not installed.
         arrow: Any = importlib.import_module("pyarrow")
         parquet: Any = importlib.import_module("pyarrow.parquet")
     except ModuleNotFoundError:
@@ -320,7 +320,7 @@ def _parquet_rows(tar: Location) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _missing(tar: Location, seen: int) -> str:
-    """What a tar lacks of what img2dataset counted into it; empty if nothing, or if it did not count."""
+    """Compare a tar's sample count with img2dataset's statistics; empty if equal or without statistics."""
     path = tar.with_name(tar.name.removesuffix(".tar") + "_stats.json")
     if not path.exists():
         return ""

@@ -1,4 +1,4 @@
-"""Pictures that must not be trained on, since they are those of an evaluation."""
+"""Near-duplicate detection, to keep the images of an evaluation dataset out of training."""
 
 import numpy as np
 
@@ -13,12 +13,12 @@ from vqd_scale.data.shards.shard_io import KEY, read_shard
 
 
 class DuplicatesConfig(Config):
-    """Which pictures must not occur, not even re-encoded, resized or with a narrower margin.
+    """Evaluation images to exclude, including re-encoded, resized and slightly cropped copies.
 
     Attributes:
-        evaluation_set: Image shards to keep out of training, such as COCO's validation set.
+        evaluation_set: Image shards to keep out of training, such as COCO's validation split.
         max_hamming_distance: Largest number of the 64 hash bits in which two copies differ. Unrelated images
-            differ in 32 bits on average; a larger value takes more of them for copies.
+            differ in 32 bits on average; a larger value gives more false positives.
     """
 
     evaluation_set: Location
@@ -26,10 +26,10 @@ class DuplicatesConfig(Config):
 
 
 def known_pictures(config: DuplicatesConfig, workers: int) -> KnownPictures:
-    """Hash a set's pictures; those that cannot be read cannot be found either.
+    """Hash the images of an evaluation dataset; unreadable images are skipped.
 
     Raises:
-        UserError: There is no such set, or no picture in it.
+        UserError: The dataset does not exist or contains no readable image.
     """
     shards = ShardSet.open(config.evaluation_set).shards
     keys: list[str] = []

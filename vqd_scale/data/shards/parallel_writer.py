@@ -1,8 +1,9 @@
-"""A set of shards that several processes write, on one machine or on many: each has every so-manyth shard.
+"""Parallel writing of a dataset's shards by several processes, on one or many machines.
 
-Nobody waits and nothing is locked. A worker whose shards are done publishes what it knows of them as its
-part; whoever then finds the parts of all workers can publish the set's index from them. Two who find them at
-the same time publish the same bytes. One that is killed is started again and does what is left of its own.
+Worker i of n writes shards i, i + n, i + 2n, …. There are no locks and no waiting. A worker that has finished
+its shards publishes its part of the index (``worker-<i>-of-<n>.json``). A worker that finds the parts of all
+workers merges them, so that the dataset's index can be published. If two workers merge at the same time, they
+publish the same bytes. A killed worker is restarted and writes its remaining shards.
 """
 
 import json
@@ -32,14 +33,14 @@ Totals = Int64[NDArray[np.int64], " numbers"]
 
 @dataclass(frozen=True)
 class Worker:
-    """One of several workers.
+    """One of several parallel workers.
 
     Attributes:
-        number: Which one, from 0.
-        workers: How many there are.
+        number: Number of this worker, from 0.
+        workers: Number of workers.
 
     Raises:
-        UserError: There is no such worker.
+        UserError: ``number`` is not between 0 and ``workers - 1``.
     """
 
     number: int = 0
@@ -52,17 +53,17 @@ class Worker:
             )
 
     def of(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This worker's items: every so-manyth."""
+        """Return this worker's items: ``number``, ``number + workers``, …."""
         return items[self.number :: self.workers]
 
 
 @dataclass(frozen=True)
 class WorkerIndex:
-    """What is known of some shards of a set.
+    """Index entries of some shards of a dataset.
 
     Attributes:
-        shards: The shards, in their order.
-        totals: Numbers that were counted in them.
+        shards: Index entries, in shard order.
+        totals: Sums of the numbers that were counted in the shards.
     """
 
     shards: tuple[IndexedShard, ...]
@@ -78,18 +79,18 @@ def write_own_shards(
     *,
     max_bad_fraction: float,
 ) -> WorkerIndex | None:
-    """Write a worker's shards into a set that was begun; shards that are done are kept.
+    """Write a worker's shards of a dataset after `begin_set`; finished shards are kept.
 
     Args:
-        folder: Where the set is.
-        recipes: All its shards, in order.
-        worker: Whose shards are to be written.
-        count: What is counted in a shard once it is there, whoever wrote it and when.
-        title: What the progress bar says.
-        max_bad_fraction: Which share of the set's samples may be left out for being bad.
+        folder: Folder of the dataset.
+        recipes: Recipes of all shards of the dataset, in order.
+        worker: Worker whose shards are written.
+        count: Function that counts numbers in a finished shard; also called for shards of an earlier run.
+        title: Title of the progress bar.
+        max_bad_fraction: Largest fraction of bad samples in the dataset.
 
     Returns:
-        What is known of the whole set if all workers are done, else None.
+        The index entries of all shards if all workers are done, else None.
 
     Raises:
         UserError: The folder cannot be written, or too many samples are bad; they are reported.
@@ -114,10 +115,10 @@ def write_own_shards(
 
 
 def forget_parts(folder: Location) -> None:
-    """Delete what workers, of however many, said of their shards; the set's index says it by now.
+    """Delete the workers' parts, for any number of workers, after the dataset's index is published.
 
     Raises:
-        UserError: The store cannot be reached or refuses.
+        UserError: The store cannot be reached or denies access.
     """
     for name in file_sizes(folder):
         if _PART.fullmatch(name):
@@ -126,7 +127,7 @@ def forget_parts(folder: Location) -> None:
 
 
 def _merged(folder: Location, workers: int) -> WorkerIndex | None:
-    """The parts of all workers as one; None while some are missing, or if another has just merged them."""
+    """Merge the parts of all workers; None if some are missing, or another worker has just merged them."""
     parts: list[WorkerIndex] = []
     for number in range(workers):
         path = _path(folder, Worker(number, workers))

@@ -5,16 +5,16 @@ from vqd_scale.core.atomic_io import Location, publish_text, writing
 from vqd_scale.core.s3 import S3Path
 
 QUARANTINE = "quarantine.jsonl"
-"""Name of the report of what could not be used when a set was made."""
+"""File name of the report of bad samples of a dataset."""
 
 DUPLICATES = "near_duplicates.jsonl"
-"""Name of the report of what was left out of a set for its likeness to pictures that must not occur."""
+"""File name of the report of samples skipped as near-duplicates of excluded images."""
 
 
 class Quarantine:
-    """A report of the samples that could not be used: a JSON line with shard, key and reason for each.
+    """Report of bad samples: one JSON line with shard, key and reason per sample.
 
-    A sample met again, in a later epoch or after a restart, is not reported again.
+    A sample that occurs again, in a later epoch or after a restart, is reported once.
 
     Raises:
         UserError: The report cannot be written.
@@ -24,7 +24,7 @@ class Quarantine:
         self.path = path
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
-        # A kill may have left half a line, which the next one must not be joined to.
+        # A kill may have left a partial line; remove it before lines are appended.
         if whole != text:
             publish_text(path, whole)
         self._lines = dict.fromkeys(whole.splitlines())
@@ -52,7 +52,7 @@ class Quarantine:
         if not new:
             return
         if isinstance(self.path, S3Path):
-            # Objects cannot be added to.
+            # S3 objects cannot be appended to.
             publish_text(self.path, "".join(f"{line}\n" for line in self._lines))
             return
         with writing(self.path):
@@ -62,11 +62,11 @@ class Quarantine:
 
 
 def publish_report(path: Location, found: Iterable[tuple[str, str, str]]) -> None:
-    """Write a report at once, in the place of any before; several processes may do it at the same time.
+    """Write a report by atomic rename, replacing an existing one; safe for concurrent processes.
 
     Args:
-        path: The report; not written where there is nothing to report.
-        found: The samples, each as (shard, key, reason).
+        path: Path of the report; not written if there is no sample.
+        found: Samples to report, each as (shard, key, reason).
 
     Raises:
         UserError: The report cannot be written.

@@ -1,7 +1,7 @@
-"""The bytes of shards: those of a file system are read in place, those of S3 in pieces and ahead, or kept.
+"""Reading of shard bytes: in place on a file system; from S3 by prefetched range requests or via the cache.
 
-A piece is a run of samples that one request brings. Pieces are large where a process reads on through a shard
-and can hold what its lanes shuffle; where it cannot, a piece is one sample, and nothing is fetched twice.
+A piece is a run of consecutive samples fetched by one request. If the buffer can hold the shuffle windows of
+all lanes, pieces are large. Otherwise a piece is one sample, so that nothing is fetched twice.
 """
 
 import os
@@ -24,20 +24,20 @@ from vqd_scale.data.shards.cache import CacheConfig, ShardCache
 from vqd_scale.data.shards.shard_index import Shard, ShardSet
 
 TURNS_AHEAD = 8
-"""So many batches before it is due a single sample is asked for, if memory allows."""
+"""Prefetch distance in batches for pieces of a single sample, if memory allows."""
 
 _KEPT_AT_ONCE = 2
 
 Extents = Int64[NDArray[np.int64], "count 2"]
-"""For each sample of a shard its first byte and the one after its last."""
+"""Byte range [begin, end) of each sample of a shard."""
 
 
 class RangedReadConfig(Config):
-    """How shards in S3 are read; others are read where they are.
+    """Reading of shards in S3; local shards are read in place.
 
     Attributes:
-        buffer_megabytes: Memory for what was read ahead, per reading process.
-        cache: Keep whole shards on this machine's disk; for sets that are read more than once.
+        buffer_megabytes: Memory for prefetched pieces, per reading process.
+        cache: Local disk cache of whole shards, for datasets that are read more than once.
     """
 
     buffer_megabytes: int = Field(default=512, ge=1)
@@ -45,28 +45,28 @@ class RangedReadConfig(Config):
 
 
 class SampleBytes(Protocol):
-    """The bytes of one shard."""
+    """Reader of the bytes of one shard."""
 
     def expect(self, sample: int) -> None:
-        """Say that a sample will be read soon."""
+        """Prefetch a sample that will be read soon."""
         ...
 
     def read(self, sample: int, begin: int, end: int) -> bytes:
-        """Bytes ``begin`` to ``end - 1`` of the shard, all within a sample.
+        """Return bytes ``begin`` to ``end - 1`` of the shard, all within one sample.
 
         Raises:
-            UserError: The shard is missing or not what it was; its store cannot be reached.
+            UserError: The shard is missing or changed; its store cannot be reached.
         """
         ...
 
 
 @dataclass(frozen=True)
 class ReadAheadPolicy:
-    """In which steps a process reads distant shards.
+    """Prefetching of S3 shards by one process.
 
     Attributes:
-        samples: How many are fetched by one request.
-        turns: How many batches before they are due.
+        samples: Number of samples fetched by one request.
+        turns: Prefetch distance in batches.
     """
 
     samples: int
@@ -74,11 +74,11 @@ class ReadAheadPolicy:
 
 
 class RangedReader:
-    """How one process reads shards: its steps, its memory, and what the machine keeps.
+    """Shard access of one process: read-ahead policy, buffer and cache.
 
     Args:
-        tempo: The steps.
-        config: Memory and cache.
+        tempo: Read-ahead policy.
+        config: Buffer size and cache.
     """
 
     def __init__(self, tempo: ReadAheadPolicy, config: RangedReadConfig) -> None:
@@ -89,9 +89,9 @@ class RangedReader:
 
     @classmethod
     def in_order(cls, shard: Shard) -> "RangedReader":
-        """For a shard that is read once, from its first sample to its last."""
+        """Create a reader for one sequential pass over a shard."""
         samples = max(1, PIECE_BYTES * shard.count // max(1, shard.size))
-        # What was read is let go early: memory that was used before is much faster than fresh memory.
+        # A small buffer releases pieces early: reused memory is much faster than fresh memory.
         memory = RangedReadConfig(buffer_megabytes=(PIECES_AHEAD + 2) * PIECE_BYTES >> 20)
         return cls(ReadAheadPolicy(samples, PIECES_AHEAD), memory)
 
@@ -99,10 +99,10 @@ class RangedReader:
     def in_lanes(
         cls, sets: Sequence[ShardSet], lanes: int, window: int, config: RangedReadConfig
     ) -> "RangedReader":
-        """For lanes of some sets that are read in turn, each shuffled within a window.
+        """Create a reader for lanes that are read in turn, each shuffled within a window.
 
-        What a lane needs at one time is its window, the next one as far as it is read ahead, and the ends of
-        the pieces that reach over them.
+        A lane needs buffer space for its current window, the prefetched part of its next window, and the
+        pieces that extend beyond both.
         """
         if not any(isinstance(shards.tars, S3Path) for shards in sets):
             return cls(ReadAheadPolicy(1, 0), config)
@@ -112,8 +112,8 @@ class RangedReader:
         samples = max(1, min(window, PIECE_BYTES // mean, (each - 2 * window) // 2))
         if config.cache is not None:
             return cls(ReadAheadPolicy(samples, window), config)
-        # A window ahead but one batch: the next one is asked for when the first batch of this one
-        # has come, which does not wait for it.
+        # One batch less than a window: the next window is requested after the first batch of this one has
+        # arrived, so that this batch does not wait for it.
         turns = window - 1 if samples > 1 else max(1, min(TURNS_AHEAD, each - 1))
         return cls(ReadAheadPolicy(samples, turns), config)
 
@@ -121,8 +121,8 @@ class RangedReader:
         """Open a shard.
 
         Args:
-            shard: The shard.
-            extents: Where its samples lie; asked for where pieces are read.
+            shard: Shard to open.
+            extents: Function that returns the byte ranges of the samples; called only for range requests.
 
         Raises:
             UserError: The shard cannot be read.
@@ -145,7 +145,7 @@ class RangedReader:
 
 
 class _InPlace:
-    """A shard on a file system."""
+    """Reader of a shard on a file system."""
 
     def __init__(self, shard: Shard, descriptor: int) -> None:
         self._shard, self._descriptor = shard, descriptor
@@ -162,7 +162,7 @@ class _InPlace:
 
 
 class _Awaited:
-    """A shard that this machine is fetching."""
+    """Reader of a shard whose download to the cache is pending."""
 
     def __init__(self, kept: "Future[SampleBytes]") -> None:
         self._kept = kept
@@ -176,12 +176,12 @@ class _Awaited:
 
 
 class _InPieces:
-    """A shard in S3, read in runs of samples."""
+    """Reader of a shard in S3, in runs of samples."""
 
     def __init__(self, content: S3Object, extents: Extents, samples: int, pieces: "_Pieces") -> None:
         firsts = np.arange(0, len(extents), samples)
         self._content, self._samples, self._pieces = content, samples, pieces
-        # A string, which knows its hash: every read of every sample looks its piece up.
+        # A string caches its hash, and every read looks up its piece.
         self._name = str(content.path)
         self._begins: list[int] = np.minimum.reduceat(extents[:, 0], firsts).tolist()
         self._ends: list[int] = np.maximum.reduceat(extents[:, 1], firsts).tolist()
@@ -206,7 +206,7 @@ class _InPieces:
 
 
 class _Pieces:
-    """Pieces that were fetched or are being fetched; those asked for longest ago make room for others."""
+    """LRU buffer of pieces that were fetched or are being fetched."""
 
     def __init__(self, capacity: int) -> None:
         self._free = capacity

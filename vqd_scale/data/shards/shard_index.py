@@ -1,10 +1,10 @@
-"""What a set of shards holds: a small table of the set, and a table per shard.
+"""Index of a sharded dataset: one manifest per dataset and one table per shard.
 
-A set is a folder with ``index.json``, which lists the shards with their counts, sizes and digests and holds
-what the set's maker wants remembered (``meta``); it is marked complete only when everything else is there.
-For each ``NAME.tar`` there is ``NAME.npz``: where each member of each sample begins and how long it is, so
-that any sample is one ranged read away. The tars lie beside their tables or, where they are somebody else's,
-in a folder that the index names.
+A dataset is a folder with the manifest ``index.json``. The manifest lists the shards with counts, sizes and
+digests, and has free-form metadata (``meta``). The manifest is marked complete last.
+For each ``NAME.tar`` there is a table ``NAME.npz`` with offset and size of each member of each sample, so
+that any sample takes one range request. The tars lie beside their tables or, for third-party tars, in a
+folder named in the manifest.
 """
 
 import json
@@ -27,14 +27,14 @@ ABSENT = -1
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar of a set.
+    """One tar of a dataset.
 
     Attributes:
-        path: The tar.
-        table: Its table.
-        count: Samples in its table.
-        size: Bytes of the tar.
-        sha256: Digest of the tar; empty where it was indexed without being read whole.
+        path: Path of the tar.
+        table: Path of the table.
+        count: Number of samples in the table.
+        size: Size of the tar in bytes.
+        sha256: Digest of the tar; empty if it was indexed without reading all its bytes.
     """
 
     path: Location
@@ -46,15 +46,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardTable:
-    """Where everything lies in one shard.
+    """Table of one shard: the position of every member.
 
     Attributes:
-        keys: The samples' keys in the tar's order, UTF-8.
-        extensions: Every member extension that occurs, sorted.
-        offsets: First byte of each member's content; `ABSENT` where a sample lacks the member.
-        sizes: Bytes of each member's content; `ABSENT` likewise.
-        columns: What was kept of the samples' ``json``: ``captions`` (how many), ``class`` (its number); nan
-            where it does not say. A sample that lists no captions has the one in its ``txt``.
+        keys: Sample keys in tar order, UTF-8.
+        extensions: All member extensions that occur, sorted.
+        offsets: Offset of each member's content in bytes; `ABSENT` if the sample lacks the member.
+        sizes: Size of each member's content in bytes; `ABSENT` if the sample lacks the member.
+        columns: Numbers from the samples' ``json``: ``captions`` (count) and ``class``; nan if missing. A
+            sample that lists no captions has one, in ``txt``.
     """
 
     keys: Shaped[NDArray[np.bytes_], " count"]
@@ -66,12 +66,12 @@ class ShardTable:
 
 @dataclass(frozen=True)
 class SkippedSample:
-    """A sample that is in a source but not in the set.
+    """Sample of a source that is not in the dataset.
 
     Attributes:
-        key: Which one; empty for what concerns a shard as a whole.
-        reason: Completes the sentence 'this sample …'.
-        is_bad: Whether it could not be used, rather than was not wanted.
+        key: Key of the sample; empty for damage to a whole shard.
+        reason: Reason, completing the sentence 'this sample …'.
+        is_bad: True if the sample is unusable, false if it was excluded as a near-duplicate.
     """
 
     key: str
@@ -81,17 +81,18 @@ class SkippedSample:
 
 @dataclass(frozen=True)
 class IndexedShard:
-    """What indexing a tar found out about it.
+    """Result of indexing one tar.
 
     Attributes:
-        name: The tar's file name.
-        count: Samples in its table.
-        size: Bytes of the tar.
-        sha256: Digest of the tar; empty where it was not read whole.
-        captions: Captions of its samples, several of which one sample may have.
-        filtered: Samples that filters left out.
-        left_out: Others that were left out, each with its reason.
-        version: What changes when somebody replaces the tar; empty for tars of our own, which are hashed.
+        name: File name of the tar.
+        count: Number of samples in the table.
+        size: Size of the tar in bytes.
+        sha256: Digest of the tar; empty if not all its bytes were read.
+        captions: Total number of captions; a sample may have several.
+        filtered: Number of samples rejected by filters.
+        left_out: Samples skipped for other reasons.
+        version: Size and, on a file system, mtime of a third-party tar, to detect its replacement; empty for
+            tars written by this package, which are hashed.
     """
 
     name: str
@@ -106,19 +107,19 @@ class IndexedShard:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A complete set of shards, in the order of their names.
+    """Complete sharded dataset, with shards sorted by name.
 
-    Columns rather than a list of shards: LAION-400M's 41,408 shards are opened by every rank.
+    Stored as columns, not as a list of shards: every rank opens the index, for LAION-400M with 41,408 shards.
 
     Attributes:
-        folder: Where the index is.
-        tars: Where the tars are.
-        names: The tars' file names.
-        counts: Samples in each shard.
-        sizes: Bytes of each tar.
-        digests: SHA-256 of each tar; empty where unknown.
-        captions: Captions in each shard.
-        meta: What the set's maker wants remembered.
+        folder: Folder of the index.
+        tars: Folder of the tars.
+        names: File names of the tars.
+        counts: Number of samples in each shard.
+        sizes: Size of each tar in bytes.
+        digests: SHA-256 of each tar; empty if unknown.
+        captions: Number of captions in each shard.
+        meta: Free-form metadata.
     """
 
     folder: Location
@@ -132,25 +133,26 @@ class ShardSet:
 
     @property
     def count(self) -> int:
-        """Samples in all shards together."""
+        """Total number of samples."""
         return sum(self.counts)
 
     @property
     def shards(self) -> Sequence[Shard]:
-        """The shards, made when they are asked for."""
+        """Shards as a lazy sequence."""
         return _Shards(self)
 
     @classmethod
     def open(cls, folder: Location, *, look: bool = True) -> "ShardSet":
-        """Read a set's index and see that its shards are there, whole.
+        """Read a dataset's index and check that its shards exist.
 
         Args:
-            folder: Where the index is.
-            look: Whether to look at every tar's size. One of many ranks that open a set is enough: a shard is
-                looked at again when it is read.
+            folder: Folder of the index.
+            look: Check the size of every tar. One rank is enough: each shard is checked again when it is
+                read.
 
         Raises:
-            UserError: There is no set, it is half-made or empty, or a shard is missing or has another size.
+            UserError: There is no dataset, it is incomplete or empty, or a shard is missing or has another
+                size.
         """
         index = read_index(folder)
         if index is None:
@@ -204,15 +206,15 @@ class _Shards(Sequence[Shard]):
 
 
 def table_name(tar: str) -> str:
-    """The file name of a tar's table."""
+    """Return the file name of a tar's table."""
     return tar.removesuffix(".tar") + ".npz"
 
 
 def read_index(folder: Location) -> dict[str, Any] | None:
-    """The index of a set as it is on disk; None where there is none.
+    """Read the manifest of a dataset; None if there is none.
 
     Raises:
-        UserError: What is there is no index.
+        UserError: The file is not a manifest.
     """
     path = folder / INDEX
     if not path.exists():
@@ -226,25 +228,25 @@ def read_index(folder: Location) -> dict[str, Any] | None:
 
 
 def is_complete(folder: Location) -> bool:
-    """Whether a set is there whose shards are all written.
+    """Return whether the folder contains a dataset whose shards are all written.
 
     Raises:
-        UserError: What is there is no index.
+        UserError: The file is not a manifest.
     """
     index = read_index(folder)
     return index is not None and index["complete"]
 
 
 def begin_set(folder: Location, meta: Mapping[str, Any], tars: Location | None = None) -> None:
-    """Say in the folder what is being made there, before its first shard.
+    """Publish an incomplete manifest, before the first shard is written.
 
     Args:
-        folder: Where the set is to be.
-        meta: What its maker wants remembered.
-        tars: Where the tars are, if not in the folder.
+        folder: Folder of the dataset.
+        meta: Free-form metadata.
+        tars: Folder of the tars; None if it is ``folder``.
 
     Raises:
-        UserError: The folder already holds a set with another ``meta`` or of other tars, or cannot be
+        UserError: The folder already contains a dataset with another ``meta`` or other tars, or cannot be
             written.
     """
     index = read_index(folder)
@@ -262,10 +264,10 @@ def begin_set(folder: Location, meta: Mapping[str, Any], tars: Location | None =
 def finish_set(
     folder: Location, meta: Mapping[str, Any], shards: Sequence[IndexedShard], tars: Location | None = None
 ) -> ShardSet:
-    """Publish the index of a set whose shards are all written.
+    """Publish the complete manifest of a dataset whose shards are all written.
 
     Raises:
-        UserError: The folder cannot be written, or the set is empty.
+        UserError: The folder cannot be written, or the dataset is empty.
     """
     elsewhere = None if tars is None or tars == folder else str(tars)
     _publish_index(folder, complete=True, tars=elsewhere, meta=meta, shards=shards)
@@ -273,12 +275,12 @@ def finish_set(
 
 
 def publish_table(path: Location, table: ShardTable, found: IndexedShard) -> None:
-    """Publish a shard's table, with what else indexing found.
+    """Publish a shard's table, together with the result of indexing, by atomic rename.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: The table cannot be written.
     """
-    # Not through a path: numpy would append its own suffix to the unpublished name.
+    # Pass a file, not a path: numpy would append its own suffix to the temporary name.
     with published(path) as partial, partial.open("wb") as file:
         np.savez(
             file,
@@ -303,7 +305,7 @@ def read_table(shard: Shard) -> ShardTable:
     """Read a shard's table.
 
     Raises:
-        UserError: The table is missing, damaged, or another shard's.
+        UserError: The table is missing, damaged, or belongs to another shard.
     """
     arrays = _read_arrays(shard.table)
     if str(arrays["shard_sha256"]) != shard.sha256 or len(arrays["keys"]) != shard.count:
@@ -321,7 +323,7 @@ def read_table(shard: Shard) -> ShardTable:
 
 
 def read_indexed(name: str, table: Location) -> IndexedShard:
-    """What was found out about a tar when its table was made.
+    """Read the result of indexing a tar from its table.
 
     Raises:
         UserError: The table is missing or damaged.
@@ -348,7 +350,7 @@ def read_indexed(name: str, table: Location) -> IndexedShard:
 def table_of(
     samples: Sequence[tuple[str, Mapping[str, tuple[int, int]], Mapping[str, float]]],
 ) -> ShardTable:
-    """The table of samples: key, place of each member's content by extension, columns."""
+    """Build a table from samples: key, (offset, size) of each member by extension, columns."""
     extensions = sorted({extension for _, places, _ in samples for extension in places})
     numbers = {extension: number for number, extension in enumerate(extensions)}
     found = np.full((len(samples), len(extensions), 2), ABSENT, dtype=np.int64)
@@ -369,7 +371,7 @@ def table_of(
 
 
 def decoded(name: bytes) -> str:
-    """A name as a table holds it; what is not UTF-8 in it survives the way back."""
+    """Decode a name of a table; bytes that are not UTF-8 survive a round trip."""
     return name.decode("utf-8", "surrogateescape")
 
 
@@ -395,12 +397,12 @@ def _publish_index(
         "filtered": sum(shard.filtered for shard in shards),
     }
     index = {"complete": complete, "tars": tars, "meta": meta, "shards": columns, "left_out": counts}
-    # Several processes may begin or finish one set at the same time.
+    # Several processes may begin or finish one dataset at the same time.
     publish_json(folder / INDEX, index, shared=True)
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> str:
-    """The first key in which two metas differ, as 'key was A, now is B'; empty if they are equal."""
+    """Describe the first difference of two metas as 'key was A, now is B'; empty if they are equal."""
     for key in sorted({*old, *new}):
         before, now = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
@@ -423,5 +425,5 @@ def _read_arrays(table: Location) -> dict[str, NDArray[Any]]:
 
 
 def _text_array(texts: Sequence[str]) -> Shaped[NDArray[np.bytes_], " count"]:
-    # surrogateescape: a foreign tar may name its members in any encoding.
+    # surrogateescape: member names of a third-party tar may have any encoding.
     return np.array([text.encode("utf-8", "surrogateescape") for text in texts], dtype=np.bytes_)

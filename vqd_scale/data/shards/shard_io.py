@@ -1,4 +1,4 @@
-"""Shards are written with webdataset's writer and published whole; they are read at indexed offsets."""
+"""Shard I/O: atomic writing with webdataset's writer, and random access at indexed offsets."""
 
 import functools
 import sys
@@ -33,18 +33,18 @@ from vqd_scale.data.shards.shard_index import (
 
 KEY = "__key__"
 Sample = Mapping[str, Any]
-"""webdataset's convention: the key under `KEY`; a member per extension, bytes or what webdataset encodes."""
+"""Sample in webdataset format: key under `KEY`, and one member per extension (bytes or encodable value)."""
 
 
 @dataclass(frozen=True)
 class ShardRecipe:
-    """How one shard of a set is made.
+    """Recipe of one shard.
 
     Attributes:
-        name: The tar's file name, such as ``000012.tar``.
-        count: How many samples are expected; some may be left out.
-        samples: Makes the samples, the same ones at each call, and says which were left out; picklable where
-            several processes write.
+        name: File name of the tar, such as ``000012.tar``.
+        count: Expected number of samples, including skipped ones.
+        samples: Deterministic function that yields samples and skipped samples; picklable if several
+            processes write.
     """
 
     name: str
@@ -53,7 +53,7 @@ class ShardRecipe:
 
 
 def shard_name(number: int) -> str:
-    """File name of a set's shard; names sort like numbers."""
+    """Return the file name of a shard; names sort like numbers."""
     return f"{number:06d}.tar"
 
 
@@ -66,18 +66,18 @@ def write_shard_set(
     workers: int = 1,
     max_bad_fraction: float = 0.0,
 ) -> ShardSet:
-    """Write a set of shards; run again after a kill, it goes on with the first unfinished shard.
+    """Write a sharded dataset; after a kill, a rerun resumes at the first unfinished shard.
 
     Args:
-        folder: Where the set is to be.
-        meta: What the set is, as JSON holds it; a folder made with another ``meta`` is refused.
-        recipes: The shards, in order.
-        title: What the progress bar says.
-        workers: Processes that write at the same time.
-        max_bad_fraction: Which share of the samples may be left out for being bad; they are reported.
+        folder: Folder of the dataset.
+        meta: Description of the dataset (JSON); a folder with another ``meta`` is an error.
+        recipes: Recipes of the shards, in order.
+        title: Title of the progress bar.
+        workers: Number of writing processes.
+        max_bad_fraction: Largest fraction of bad samples, which are skipped and reported.
 
     Raises:
-        UserError: The folder holds another set, or cannot be written; too many samples are bad.
+        UserError: The folder contains another dataset or cannot be written; too many samples are bad.
     """
     begin_set(folder, meta)
     shards: list[IndexedShard] = []
@@ -93,13 +93,13 @@ def write_shard_set(
 
 
 def write_shard(path: Location, samples: Iterable[Sample | SkippedSample]) -> IndexedShard:
-    """Write one tar and its table; the same samples give the same bytes.
+    """Write one tar and its table, byte-for-byte reproducible.
 
     Raises:
         UserError: The folder cannot be written.
     """
     left_out: list[SkippedSample] = []
-    # The pattern is never used: the opener gives the one file, whatever characters its path has.
+    # The pattern is unused: the opener returns the one open file, whose path may contain any character.
     with (
         published(path) as partial,
         partial.open("wb") as file,
@@ -123,7 +123,7 @@ def write_shard(path: Location, samples: Iterable[Sample | SkippedSample]) -> In
 
 
 def written_or_write(folder: Location, recipe: ShardRecipe) -> IndexedShard:
-    """A shard that was finished under this name before, if its table is there and its bytes are as then.
+    """Return a finished shard if its table exists and its digest matches; otherwise write the shard.
 
     Raises:
         UserError: The folder cannot be written.
@@ -140,8 +140,8 @@ class ShardReader:
     """Random access to the samples of one shard.
 
     Args:
-        shard: The shard.
-        reading: How this process reads shards; by default, in their order.
+        shard: Shard to read.
+        reading: Shard access of this process; None assumes sequential reads.
 
     Raises:
         UserError: The shard or its table is missing or damaged.
@@ -155,41 +155,41 @@ class ShardReader:
         self._bytes = (reading or RangedReader.in_order(shard)).open(shard, self._extents)
 
     def key(self, member: int) -> str:
-        """The key of a sample."""
+        """Return the key of a sample."""
         return decoded(self._table.keys[member])
 
     def captions(self, member: int) -> int:
-        """How many captions a sample has, as the table counted them."""
+        """Return the number of captions of a sample, from the table."""
         return self._caption_ends.item(member) - self._captions_before(member)
 
     def captioned(self, caption: int) -> tuple[int, int]:
-        """The sample that has the shard's so-manyth caption, and which of its own that is."""
+        """Convert a caption index in the shard to (sample index, caption index in the sample)."""
         member = int(np.searchsorted(self._caption_ends, caption, side="right"))
         return member, caption - self._captions_before(member)
 
     def extensions(self, member: int) -> list[str]:
-        """The members that a sample has."""
+        """List the member extensions of a sample."""
         return [name for name, column in self._columns.items() if self._table.sizes[member, column] != ABSENT]
 
     def expect(self, member: int) -> None:
-        """Say that a sample will be read soon: a distant one is asked for without waiting."""
+        """Prefetch a sample that will be read soon; a request to S3 is started without waiting."""
         self._bytes.expect(member)
 
     def read(self, member: int, extension: str) -> bytes:
-        """The content of one member of a sample.
+        """Read the content of one member of a sample.
 
         Raises:
             BadSample: The sample has no such member.
-            UserError: The shard is missing or not what it was; its store cannot be reached.
+            UserError: The shard is missing or changed; its store cannot be reached.
         """
         return self.read_together(member, (extension,))[0]
 
     def read_together(self, member: int, extensions: tuple[str, ...]) -> list[bytes]:
-        """The contents of small members of a sample: they lie beside each other, and one read brings all.
+        """Read small members of a sample with one read; they are neighbors in the tar.
 
         Raises:
-            BadSample: The sample lacks one.
-            UserError: The shard is missing or not what it was; its store cannot be reached.
+            BadSample: The sample lacks one of the members.
+            UserError: The shard is missing or changed; its store cannot be reached.
         """
         begin, end, *within = self._spans_of(extensions)[member].tolist()
         if begin == ABSENT:
@@ -199,9 +199,10 @@ class ShardReader:
         return [content[first:last] for first, last in zip(within[::2], within[1::2], strict=True)]
 
     def _spans_of(self, extensions: tuple[str, ...]) -> Int64[NDArray[np.int64], "count places"]:
-        """From where to where some members of each sample are read, or `ABSENT`, and where in it each one is.
+        """Return, per sample, the byte range that covers the members and each member's range within it.
 
-        Made for all samples at once, since single numbers of an array take longer than reading does.
+        A row is `ABSENT` if the sample lacks a member. Computed for all samples at once, since indexing
+        single array elements takes longer than reading.
         """
         if extensions not in self._spans:
             columns = [self._columns.get(extension, ABSENT) for extension in extensions]
@@ -216,7 +217,7 @@ class ShardReader:
 
     @functools.cached_property
     def _caption_ends(self) -> Int64[NDArray[np.int64], " count"]:
-        """How many captions the samples up to each have together."""
+        """Cumulative number of captions, up to and including each sample."""
         counted = self._table.columns.get("captions", np.full(self.shard.count, np.nan))
         return np.cumsum(np.nan_to_num(counted, nan=1.0).astype(np.int64))
 
@@ -231,7 +232,7 @@ class ShardReader:
 
 
 def read_shard(shard: Shard) -> Iterator[dict[str, Any]]:
-    """All samples of a shard in order: the key under `KEY`, each member's bytes under its extension.
+    """Yield all samples of a shard in order: key under `KEY`, each member's bytes under its extension.
 
     Raises:
         UserError: The shard or its table is missing or damaged, or its store cannot be reached.

@@ -1,4 +1,4 @@
-"""What a tar holds and where, found in one pass over its bytes; nothing is ever unpacked to a disk."""
+"""Tar scanner: lists samples and member offsets in one pass; nothing is extracted to disk."""
 
 import hashlib
 import io
@@ -13,24 +13,23 @@ from vqd_scale.core.atomic_io import Location, read_in_order
 from vqd_scale.core.s3 import S3Object
 
 PROBED = 8
-"""So many members are looked at before it is decided how the rest is read."""
+"""Number of members that are read before the read mode of the rest is chosen."""
 
 LARGE_MEMBER = 2 << 20
-"""Above so many bytes a member of a distant tar costs more to fetch than another request for the header
-behind it."""
+"""Member size in bytes above which fetching it from S3 costs more than a request for the next header."""
 
 _HEADERS = 2 * tarfile.BLOCKSIZE
 
 
 @dataclass
 class TarSample:
-    """Neighbouring members whose names agree up to the first dot, as webdataset groups them.
+    """Neighboring members whose names agree up to the first dot, as webdataset groups them.
 
     Attributes:
-        key: What their names have in common.
+        key: Common part of the member names.
         places: (offset, size) of each member's content by extension.
-        contents: The contents of those members that were asked for.
-        fault: Why the sample cannot be used, if so; completes the sentence 'this sample …'.
+        contents: Contents of the requested members by extension.
+        fault: Reason why the sample is unusable, completing the sentence 'this sample …'; empty if usable.
     """
 
     key: str
@@ -40,22 +39,23 @@ class TarSample:
 
 
 class TarScan:
-    """One pass over a tar, with its SHA-256 on the way; nothing is read twice.
+    """Single pass over a tar that also computes its SHA-256; nothing is read twice.
 
-    A tar in S3 whose first members are large is not fetched whole: only its headers are, each by a request.
+    If the first members of a tar in S3 are large, only the headers and requested members are fetched, each by
+    a range request.
 
     Args:
-        path: The tar.
-        wanted: The members, by extension, whose contents are read.
+        path: Path of the tar.
+        wanted: Extensions of the members whose contents are read.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        UserError: The store cannot be reached or refuses.
+        FileNotFoundError: The file does not exist.
+        UserError: The store cannot be reached or denies access.
 
     Attributes:
-        size: Bytes of the tar.
-        damage: After the pass, what is wrong with the tar as a whole; empty if nothing.
-        sha256: After the pass, the digest of all bytes; empty where most of them were passed over.
+        size: Size of the tar in bytes.
+        damage: After the pass, description of damage to the tar; empty if intact.
+        sha256: After the pass, digest of all bytes; empty if bytes were skipped.
     """
 
     def __init__(self, path: Location, wanted: Set[str] = frozenset()) -> None:
@@ -66,7 +66,7 @@ class TarScan:
         self._wanted = wanted
 
     def samples(self) -> Generator[TarSample]:
-        """The samples in their order; of a damaged tar those that are certainly whole."""
+        """Yield the samples in order; of a damaged tar, only those that are certainly complete."""
         seen = set[str]()
         sample: TarSample | None = None
         for member in self._members():
@@ -84,7 +84,7 @@ class TarScan:
             sample.places[extension] = (member.offset_data, member.size)
             if extension in self._wanted:
                 sample.contents[extension] = self._window.at(member.offset_data, member.size)
-        # Behind a cut more members of the last sample may have been.
+        # In a truncated tar, members of the last sample may be missing.
         if sample is not None and not self.damage:
             yield sample
         self.sha256 = self._window.digest()
@@ -94,7 +94,7 @@ class TarScan:
         try:
             with tarfile.open(fileobj=self._window, mode="r:") as archive:
                 for member in archive:
-                    # tarfile takes a cut tar for a short one, and samples must never be lost silently.
+                    # tarfile accepts a truncated tar as a short one, but samples must never be lost silently.
                     if member.offset_data + member.size > self.size:
                         self.damage = f"the tar ends within '{member.name}'"
                         return
@@ -120,7 +120,7 @@ def _fault(key: str, seen: Set[str]) -> str:
 
 
 class _Window(io.RawIOBase):
-    """As much of a file as `tarfile` needs of it, moving forward."""
+    """Forward-moving window over a file, as a file object for `tarfile`."""
 
     def __init__(self, path: Location) -> None:
         super().__init__()
@@ -137,12 +137,12 @@ class _Window(io.RawIOBase):
         self._bytes = b""
 
     def pass_over(self) -> None:
-        """From here on read what is asked for and nothing between, if the file is a distant one."""
+        """Switch a file in S3 to range requests, which skip the bytes between reads."""
         if self._distant is not None:
             self._blocks = None
 
     def at(self, offset: int, length: int) -> bytes:
-        """Bytes at a place, fewer at the end only; it may lie before the last place by a block."""
+        """Return bytes at an offset, at most one block before the last offset; fewer only at the end."""
         end = min(offset + length, self.size)
         if self._blocks is not None:
             self._advance(self._blocks, offset, end)
@@ -152,26 +152,26 @@ class _Window(io.RawIOBase):
         return self._bytes[offset - self._start : offset - self._start + length]
 
     def digest(self) -> str:
-        """SHA-256 of all bytes, those behind the last place included; empty if some were passed over."""
+        """Read to the end and return the SHA-256 of all bytes; empty if bytes were skipped."""
         if self._blocks is None:
             return ""
         self.at(self.size, 0)
         return self._hash.hexdigest()
 
     def read(self, size: int = -1, /) -> bytes:
-        """For `tarfile`, which always says how much."""
+        """Read for `tarfile`, which always passes a size."""
         found = self.at(self._position, size)
         self._position += len(found)
         return found
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """For `tarfile`, which always counts from the beginning."""
+        """Seek for `tarfile`, which always passes an absolute offset."""
         del whence
         self._position = offset
         return offset
 
     def tell(self) -> int:
-        """For `tarfile`."""
+        """Return the position for `tarfile`."""
         return self._position
 
     def _advance(self, blocks: Iterator[bytes | bytearray], offset: int, end: int) -> None:

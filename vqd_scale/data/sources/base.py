@@ -1,4 +1,4 @@
-"""What the sources of picture files share: how a list of pictures becomes a set of shards."""
+"""Common code of the image sources: packing a list of image files into shards."""
 
 import functools
 import hashlib
@@ -23,19 +23,19 @@ from vqd_scale.data.transforms import fitted
 
 
 class Kept(Config):
-    """The file's own bytes at its own size, once it was seen that they can be unpacked."""
+    """Original file bytes at original size, after a test decode."""
 
     kind: Literal["kept"] = "kept"
 
 
 class Png(Config):
-    """Lossless, fitted to ``image_size``."""
+    """Lossless PNG, resized and cropped to ``image_size``."""
 
     kind: Literal["png"] = "png"
 
 
 class Jpeg(Config):
-    """Lossy and smaller, fitted to ``image_size``."""
+    """Lossy, smaller JPEG, resized and cropped to ``image_size``."""
 
     kind: Literal["jpeg"] = "jpeg"
     quality: int = Field(default=95, ge=1, le=100)
@@ -45,15 +45,16 @@ Encoding = Annotated[Kept | Png | Jpeg, Field(discriminator="kind")]
 
 
 class PackingConfig(Config):
-    """How picture files become shards.
+    """Packing of image files into shards.
 
     Attributes:
-        encoding: How the pictures are stored. Kept ones leave the choice of crops to training.
-        image_size: The short side is resized to this and the centre square cut, unless pictures are kept.
-        samples_per_shard: Pictures per shard.
-        max_bad_fraction: Which share of the pictures may be unusable; they are left out and reported.
-        near_duplicates: Pictures that must not occur; those like them are left out and reported.
-        num_workers: Processes that work at the same time.
+        encoding: Storage format of the images. With ``kept``, training can choose its own crops.
+        image_size: Side in pixels: the short side is resized to it and the center square cut. Unused with
+            ``kept``.
+        samples_per_shard: Images per shard.
+        max_bad_fraction: Largest fraction of unusable images, which are skipped and reported.
+        near_duplicates: Images to exclude; their near-duplicates are skipped and reported.
+        num_workers: Number of processes.
     """
 
     encoding: Encoding = Kept()
@@ -66,14 +67,14 @@ class PackingConfig(Config):
 
 @dataclass(frozen=True)
 class SourceImage:
-    """A picture file of a source and what is known about it.
+    """Image file of a source with its metadata.
 
     Attributes:
-        path: The file.
-        key: Its sample's key.
-        source: What reports call it.
-        captions: Its captions, or the text file that holds them.
-        facts: What else its sample's ``json`` says, such as ``class``.
+        path: Path of the image file.
+        key: Key of the sample.
+        source: Name of the image in reports.
+        captions: Captions, or the text file with the captions.
+        facts: Other entries of the sample's ``json``, such as ``class``.
     """
 
     path: Path
@@ -85,16 +86,16 @@ class SourceImage:
 
 @dataclass(frozen=True)
 class CaptionFile:
-    """A text file with one caption, or with one on each line."""
+    """Text file with one caption, or with one caption per line (``by_line``)."""
 
     path: Path
     by_line: bool
 
     def read(self) -> tuple[str, ...]:
-        """The captions.
+        """Return the captions.
 
         Raises:
-            BadSample: The file cannot be read, is not UTF-8 or holds nothing.
+            BadSample: The file cannot be read, is not UTF-8 or is empty.
         """
         text = decode_text(_read(self.path))
         return tuple(filter(None, map(str.strip, text.splitlines()))) if self.by_line else (text,)
@@ -103,17 +104,17 @@ class CaptionFile:
 def write_pictures(
     config: PackingConfig, name: str, pictures: Sequence[SourceImage], folder: Location, *, root: Path
 ) -> ShardSet:
-    """Write pictures as a set of shards.
+    """Pack images into shards.
 
     Args:
-        config: How.
-        name: The source's name.
-        pictures: The pictures, in the order of their samples.
-        folder: Where the set is to be.
-        root: The folder that the source was found in.
+        config: Packing options.
+        name: Name of the source.
+        pictures: Images in sample order.
+        folder: Output folder.
+        root: Root folder of the source, which contains all its files.
 
     Raises:
-        UserError: Too many pictures are unusable, or ``folder`` holds another set or cannot be written.
+        UserError: Too many images are unusable, or ``folder`` contains another dataset or cannot be written.
     """
     known = None
     if config.near_duplicates is not None:
@@ -123,7 +124,7 @@ def write_pictures(
         for shard, first in enumerate(range(0, len(pictures), config.samples_per_shard))
         for part in [pictures[first : first + config.samples_per_shard]]
     ]
-    # How many bad pictures are tolerated, and who does the work, does not change what a shard holds.
+    # The excluded settings do not change the contents of a shard; near_duplicates has its own fingerprint.
     settings = config.model_dump(mode="json", exclude={"max_bad_fraction", "num_workers", "near_duplicates"})
     meta = {
         "content": "images",
@@ -145,10 +146,10 @@ def write_pictures(
 
 
 def pictures_below(folder: Path) -> list[Path]:
-    """All picture files below a folder, sorted by path.
+    """List all image files below a folder, sorted by path.
 
     Raises:
-        UserError: There is no such folder, or no picture.
+        UserError: The folder does not exist or contains no image.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; name the folder that holds the pictures.")
@@ -159,10 +160,10 @@ def pictures_below(folder: Path) -> list[Path]:
 
 
 def existing(*candidates: Path, what: str) -> Path:
-    """The first of some paths that is there.
+    """Return the first candidate path that exists.
 
     Raises:
-        UserError: None is.
+        UserError: No candidate exists.
     """
     for path in candidates:
         if path.exists():
@@ -190,7 +191,7 @@ def _samples(
 
 
 def _words(picture: SourceImage) -> dict[str, Any]:
-    """The members besides the picture: ``json``, the first caption, and the class as webdataset names it."""
+    """Return the members besides the image: ``json``, ``txt`` (first caption) and ``cls`` (class)."""
     of = picture.captions
     captions = of.read() if isinstance(of, CaptionFile) else of
     facts: dict[str, Any] = {"source": picture.source, **picture.facts}
@@ -224,7 +225,7 @@ def _read(path: Path) -> bytes:
 
 
 def _fingerprint(pictures: Sequence[SourceImage], root: Path) -> str:
-    """Names, sizes and times of files, and captions: shards finished from others must not be kept."""
+    """Return a digest of file names, sizes, times and captions; shards of other inputs are not reused."""
     digest = hashlib.sha256()
     for picture in pictures:
         files = [picture.path]

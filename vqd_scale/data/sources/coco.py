@@ -1,4 +1,4 @@
-"""MSCOCO's captioned pictures as a set of shards: a sample per picture, all of its captions with it."""
+"""MSCOCO captions as shards: one sample per image, with all its captions."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -11,11 +11,11 @@ from vqd_scale.data.sources.base import PackingConfig, SourceImage, existing, wr
 
 
 class CocoConfig(PackingConfig):
-    """How MSCOCO becomes shards.
+    """Packing of MSCOCO.
 
     Attributes:
-        year: Which division of the pictures.
-        split: Which part of it.
+        year: Release year of the train/val split.
+        split: Split to pack.
     """
 
     year: Literal[2014, 2017] = 2014
@@ -23,16 +23,17 @@ class CocoConfig(PackingConfig):
 
 
 def write_coco(config: CocoConfig, coco: Path, folder: Location) -> ShardSet:
-    """Write one part of MSCOCO; a sample's key is its picture's id, ``txt`` its first caption, ``json`` all.
+    """Pack one split of MSCOCO.
 
-    The folder holds ``annotations/captions_train2014.json`` and the like, and the pictures in ``train2014``,
+    A sample's key is the image id, ``txt`` the first caption, and ``json`` has all captions. The input folder
+    contains ``annotations/captions_train2014.json`` (or another split) and the images in ``train2014``,
     ``train2014/train2014`` or ``images/train2014``.
 
     Source: Chen et al., "Microsoft COCO Captions: Data Collection and Evaluation Server", 2015.
 
     Raises:
-        UserError: A file is not where it should be; too many pictures are unusable; ``folder`` holds another
-            set or cannot be written.
+        UserError: A file is missing; too many images are unusable; ``folder`` contains another dataset or
+            cannot be written.
     """
     part = f"{config.split}{config.year}"
     annotations = existing(
@@ -59,7 +60,7 @@ def write_coco(config: CocoConfig, coco: Path, folder: Location) -> ShardSet:
 
 
 def _annotated(path: Path) -> tuple[list[dict[str, Any]], dict[int, tuple[str, ...]]]:
-    """The pictures by id, and each one's captions by the captions' ids."""
+    """Return the images sorted by id, and the captions of each image sorted by caption id."""
     content = read_json(path, "file of COCO captions")
     try:
         images = sorted(content["images"], key=lambda image: image["id"])
@@ -78,7 +79,7 @@ def _annotated(path: Path) -> tuple[list[dict[str, Any]], dict[int, tuple[str, .
 
 
 def _file_name(image: dict[str, Any], part: str, present: dict[str, int], folder: Path) -> str:
-    """A picture's name in this folder: 2017's are 2014's without what says the part."""
+    """Return an image's file name in this folder; 2017 names are 2014 names without the split prefix."""
     number = image["id"]
     names = (image["file_name"], f"{number:012d}.jpg", f"COCO_{part}_{number:012d}.jpg")
     for name in names:

@@ -1,4 +1,4 @@
-"""Caltech-UCSD Birds-200-2011 with ten captions a picture, as a set of shards."""
+"""Caltech-UCSD Birds-200-2011 with ten captions per image, as shards."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +12,12 @@ from vqd_scale.data.sources.fineclasses import captions_folder, listed_classes, 
 
 
 class CubConfig(PackingConfig):
-    """How CUB-200-2011 becomes shards.
+    """Packing of CUB-200-2011.
 
     Attributes:
-        split: Which part.
-        protocol: ``classes``: no class is in both parts, as text-to-image papers have it; ``pictures``: the
-            data set's own ``train_test_split.txt``.
+        split: Split to pack.
+        protocol: Split definition. ``classes``: no class is in both splits, as in text-to-image papers;
+            ``pictures``: the dataset's own ``train_test_split.txt``.
     """
 
     split: Literal["train", "test"] = "train"
@@ -25,14 +25,14 @@ class CubConfig(PackingConfig):
 
 
 def write_cub200(config: CubConfig, birds: Path, folder: Location) -> ShardSet:
-    """Write one part of the birds.
+    """Pack one split of CUB-200-2011.
 
-    The folder holds ``CUB_200_2011`` (``images.txt``, ``images``, …) or is it; captions are looked for in
-    ``text``, ``text/text`` and ``text_c10`` beside and in it.
+    The input folder is ``CUB_200_2011`` (with ``images.txt``, ``images``, …) or its parent. Captions are
+    searched in ``text``, ``text/text`` and ``text_c10``, in both folders.
 
     Raises:
-        UserError: A file is not where it should be or not what it should be; too many pictures are unusable;
-            ``folder`` holds another set or cannot be written.
+        UserError: A file is missing or has an invalid format; too many images are unusable; ``folder``
+            contains another dataset or cannot be written.
     """
     data = existing(birds / "CUB_200_2011" / "images.txt", birds / "images.txt", what="images.txt").parent
     captions = captions_folder(birds, data)
@@ -59,7 +59,7 @@ def write_cub200(config: CubConfig, birds: Path, folder: Location) -> ShardSet:
 
 
 def _pairs(path: Path) -> Mapping[str, str]:
-    """A table of two columns, the first of which is a number."""
+    """Read a two-column table whose first column is a number."""
     lines = existing(path, what="a table of CUB-200-2011").read_text(encoding="utf-8").splitlines()
     pairs = [line.split(maxsplit=1) for line in lines if line.strip()]
     if any(len(pair) != 2 or not pair[0].isdigit() for pair in pairs):

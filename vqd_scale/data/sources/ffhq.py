@@ -1,4 +1,4 @@
-"""Flickr-Faces-HQ, or any folder of pictures without captions, as a set of shards."""
+"""Flickr-Faces-HQ, or any folder of images without captions, as shards."""
 
 from pathlib import Path
 
@@ -8,18 +8,18 @@ from vqd_scale.data.sources.base import PackingConfig, SourceImage, pictures_bel
 
 
 class FFHQConfig(PackingConfig):
-    """How FFHQ becomes shards."""
+    """Packing of FFHQ."""
 
 
 def write_ffhq(config: FFHQConfig, pictures: Path, folder: Location) -> ShardSet:
-    """Write ``00000/00000.png`` to ``69000/69999.png``, in that order, without captions.
+    """Pack ``00000/00000.png`` to ``69000/69999.png``, in that order, without captions.
 
     Source: Karras, Laine, Aila, "A Style-Based Generator Architecture for Generative Adversarial Networks",
-    CVPR 2019; the folder is its ``images1024x1024``.
+    CVPR 2019; the input folder is ``images1024x1024``.
 
     Raises:
-        UserError: There is no picture, too many are unusable, or ``folder`` holds another set or cannot be
-            written.
+        UserError: There is no image, too many images are unusable, or ``folder`` contains another dataset or
+            cannot be written.
     """
     listed = [
         SourceImage(path, f"{number:09d}", path.relative_to(pictures).as_posix())

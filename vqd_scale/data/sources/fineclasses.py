@@ -1,12 +1,12 @@
-"""What the birds and the flowers share: Reed's captions, and his division of the classes.
+"""Common code of CUB-200-2011 and Oxford-102: captions and class split of Reed et al.
 
-The captions are those of Reed et al., "Learning Deep Representations of Fine-Grained Visual Descriptions",
-CVPR 2016: a text file per picture, a caption on each line.
+Source of the captions: Reed et al., "Learning Deep Representations of Fine-Grained Visual Descriptions",
+CVPR 2016. There is one text file per image, with one caption per line.
 
-Text-to-image papers do not use the data sets' own division of the pictures but Reed's of the *classes*
-(birds: 8,855 pictures for training and 2,933 for tests), which the captions' archives state in
-``trainvalclasses.txt`` and ``testclasses.txt``. The ``filenames.pickle`` that circulates for the same purpose
-is never opened, since to open a pickle is to run whatever it holds.
+Text-to-image papers use Reed's split by *class* (birds: 8,855 training and 2,933 test images), not the
+datasets' own split by image. The caption archives list the split in ``trainvalclasses.txt`` and
+``testclasses.txt``. The ``filenames.pickle`` in circulation for the same purpose is never opened, since
+unpickling runs arbitrary code.
 """
 
 from pathlib import Path
@@ -20,20 +20,20 @@ _LISTS = {"train": "trainvalclasses.txt", "test": "testclasses.txt"}
 
 
 def captions_folder(*folders: Path) -> Path:
-    """Where the captions lie below some folders.
+    """Find the captions folder below some folders.
 
     Raises:
-        UserError: They do not.
+        UserError: There is none.
     """
     candidates = [folder / name for folder in folders for name in ("text/text", "text", "text_c10")]
     return existing(*dict.fromkeys(candidates), what="the captions' folder")
 
 
 def listed_classes(split: str, *folders: Path) -> set[str]:
-    """The classes of a part by the list in one of some folders, or beside it.
+    """Read the classes of a split from its list file in one of the folders or in a parent of one.
 
     Raises:
-        UserError: There is no such part or no list of it.
+        UserError: The split does not exist, or its list file is missing.
     """
     if split not in _LISTS:
         raise UserError(f"split: given '{split}', allowed with protocol=classes: train, test.")
@@ -46,10 +46,10 @@ def listed_classes(split: str, *folders: Path) -> set[str]:
 def write_captioned(
     config: PackingConfig, name: str, pictures: list[SourceImage], folder: Location, root: Path
 ) -> ShardSet:
-    """Write pictures all of which must have their captions.
+    """Pack images, after a check that every image and caption file exists.
 
     Raises:
-        UserError: A file is missing, there is no picture, or see `write_pictures`.
+        UserError: A file is missing, or there is no image; also as in `write_pictures`.
     """
     captions = [picture.captions for picture in pictures]
     needed = [picture.path for picture in pictures]

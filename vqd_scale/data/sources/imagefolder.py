@@ -1,4 +1,4 @@
-"""A folder of pictures, each with its caption in a text file of the same name, as a set of shards."""
+"""Image folder with one caption text file of the same name per image, as shards."""
 
 from pathlib import Path
 
@@ -17,17 +17,17 @@ from vqd_scale.data.sources.base import (
 
 
 class ImageFolderConfig(PackingConfig):
-    """How a folder of pictures becomes shards."""
+    """Packing of an image folder."""
 
     encoding: Encoding = Png()
 
 
 def write_imagefolder(config: ImageFolderConfig, pictures: Path, folder: Location) -> ShardSet:
-    """Write the pictures below one folder as a set of shards into another.
+    """Pack the images below a folder into shards.
 
     Raises:
-        UserError: There is no picture, one has no caption, too many are unusable, or ``folder`` holds
-            another set or cannot be written.
+        UserError: There is no image, one has no caption, too many are unusable, or ``folder`` contains
+            another dataset or cannot be written.
     """
     found = pictures_below(pictures)
     silent = [path for path in found if not path.with_suffix(".txt").is_file()]

@@ -1,4 +1,4 @@
-"""ImageNet, or any folder with a folder of pictures for each class, as a set of shards."""
+"""ImageNet, or any folder with one image folder per class, as shards."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -10,23 +10,23 @@ from vqd_scale.data.sources.base import PackingConfig, SourceImage, pictures_bel
 
 
 class ImageNetConfig(PackingConfig):
-    """How folders of classes become shards.
+    """Packing of class folders.
 
     Attributes:
-        classes: The classes' order and names; see `class_names`.
+        classes: File with the order and names of the classes; see `class_names`.
     """
 
     classes: Path | None = None
 
 
 def write_imagenet(config: ImageNetConfig, pictures: Path, folder: Location) -> ShardSet:
-    """Write the pictures below a folder of class folders, such as ``train/n01440764/*.JPEG``.
+    """Pack the images below a folder of class folders, such as ``train/n01440764/*.JPEG``.
 
-    A sample's ``json`` has the class's number, folder and name, ``cls`` the number, and ``txt`` the name.
+    A sample's ``json`` has the class number, folder and name; ``cls`` is the number and ``txt`` the name.
 
     Raises:
-        UserError: There is no picture, one lies in no class's folder, a class is not listed; too many are
-            unusable; ``folder`` holds another set or cannot be written.
+        UserError: There is no image; an image is outside of the class folders; a class is not listed; too
+            many images are unusable; ``folder`` contains another dataset or cannot be written.
     """
     found = pictures_below(pictures)
     places = [path.relative_to(pictures) for path in found]
@@ -50,15 +50,15 @@ def write_imagenet(config: ImageNetConfig, pictures: Path, folder: Location) -> 
 
 
 def class_names(path: Path | None, folders: list[str]) -> dict[str, str]:
-    """Each class folder's name for people, in the order of the classes' numbers.
+    """Return the readable name of each class folder, in the order of the class numbers.
 
     Args:
         path: ``imagenet_class_index.json`` (number to folder and name), or a text file with a folder and its
-            names on each line, as ImageNet's ``LOC_synset_mapping.txt``; without one, the sorted folders.
-        folders: The folders that must be listed.
+            names on each line, as ImageNet's ``LOC_synset_mapping.txt``. None takes the sorted folders.
+        folders: Folders that the file must list.
 
     Raises:
-        UserError: The file is neither, or lacks a folder.
+        UserError: The file has neither format, or does not list a folder.
     """
     if path is None:
         return {folder: folder.replace("_", " ") for folder in folders}
@@ -86,5 +86,5 @@ def _from_text(path: Path) -> dict[str, str]:
     pairs = [line.split(maxsplit=1) for line in lines if line.strip()]
     if any(len(pair) != 2 for pair in pairs):
         raise UserError(f"{path}: each line must hold a folder and its class's name.")
-    # The first of several names: "tench, Tinca tinca".
+    # Keep the first of several names, as in "tench, Tinca tinca".
     return {folder: name.split(",")[0].strip() for folder, name in pairs}

@@ -1,4 +1,4 @@
-"""What img2dataset downloaded, as it is: nothing is written but an index of what is wanted of it."""
+"""Index of img2dataset downloads; the tars are not modified."""
 
 from pydantic import Field
 
@@ -11,14 +11,14 @@ from vqd_scale.data.shards.shard_index import ShardSet
 
 
 class Img2datasetConfig(Config):
-    """What is wanted of a folder that img2dataset filled.
+    """Indexing of a folder written by img2dataset.
 
     Attributes:
-        filters: Which samples, by their metadata and captions.
-        near_duplicates: Pictures that must not occur; those like them are left out and reported, for which
-            every picture is decoded.
-        max_bad_fraction: Which share of the samples, and of the tars, may be unusable.
-        num_workers: Processes that work at the same time.
+        filters: Filters by metadata and caption.
+        near_duplicates: Images to exclude; their near-duplicates are skipped and reported. Decodes every
+            image.
+        max_bad_fraction: Largest fraction of unusable samples, and of damaged tars.
+        num_workers: Number of processes.
     """
 
     filters: Filters = Filters()
@@ -28,14 +28,14 @@ class Img2datasetConfig(Config):
 
 
 def index_img2dataset(config: Img2datasetConfig, tars: Location, folder: Location) -> ShardSet:
-    """Index ``00000.tar`` and so on in one folder into another, which may be the same.
+    """Index ``00000.tar``, ``00001.tar``, … of ``tars``; the index is written to ``folder``.
 
-    Metadata are read from the samples' ``json``, and from ``00000.parquet`` where they have none; a tar with
-    fewer samples than ``00000_stats.json`` counts is a damaged one.
+    Both folders may be the same. Metadata are read from the samples' ``json``; for samples without one, from
+    ``00000.parquet``. A tar whose sample count differs from ``00000_stats.json`` is damaged.
 
     Raises:
-        UserError: There is no tar; a filter is about a column that the set does not have; too much is
-            unusable; ``folder`` holds another index or cannot be written.
+        UserError: There is no tar; a filter names a column that the dataset lacks; too many samples or tars
+            are unusable; ``folder`` contains another index or cannot be written.
     """
     known = None
     if config.near_duplicates is not None:

@@ -1,4 +1,4 @@
-"""Oxford-102 flowers with ten captions a picture, as a set of shards."""
+"""Oxford-102 flowers with ten captions per image, as shards."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +15,12 @@ from vqd_scale.data.sources.fineclasses import captions_folder, listed_classes, 
 
 
 class OxfordConfig(PackingConfig):
-    """How Oxford-102 becomes shards.
+    """Packing of Oxford-102.
 
     Attributes:
-        split: Which part; ``all`` is every picture.
-        protocol: ``classes``: no class is in both parts; ``pictures``: the data set's own ``setid.mat``.
+        split: Split to pack; ``all`` packs every image.
+        protocol: Split definition. ``classes``: no class is in both splits; ``pictures``: the dataset's own
+            ``setid.mat``.
     """
 
     split: Literal["train", "val", "test", "all"] = "train"
@@ -27,11 +28,11 @@ class OxfordConfig(PackingConfig):
 
 
 def write_oxford102(config: OxfordConfig, flowers: Path, folder: Location) -> ShardSet:
-    """Write one part of the flowers: ``jpg``, ``imagelabels.mat``, ``setid.mat``, ``text_c10``.
+    """Pack one split of Oxford-102 from ``jpg``, ``imagelabels.mat``, ``setid.mat`` and ``text_c10``.
 
     Raises:
-        UserError: A file is not where it should be or not what it should be; too many pictures are unusable;
-            ``folder`` holds another set or cannot be written.
+        UserError: A file is missing or has an invalid format; too many images are unusable; ``folder``
+            contains another dataset or cannot be written.
     """
     labels = _matrix(flowers / "imagelabels.mat", "labels")
     captions = captions_folder(flowers, flowers)

@@ -1,4 +1,4 @@
-"""The photographs that scikit-learn and scikit-image bring along: real pictures without a download."""
+"""Photographs bundled with scikit-learn and scikit-image: real images without a download."""
 
 import functools
 import importlib.util
@@ -24,14 +24,14 @@ _TEXT = "a photograph"
 
 
 class PhotographsConfig(Config):
-    """How a few photographs become many pictures.
+    """Dataset of crops of a few photographs.
 
     Attributes:
-        held_out: The photograph of which no crop is trained on.
-        size: Side of the crops in pixels, at the photographs' own scale.
-        train_samples: Random crops of the others.
-        seed: Of their places.
-        samples_per_shard: Pictures per shard.
+        held_out: Name of the photograph for validation; no training crop is taken from it.
+        size: Side of the crops in pixels, at the photographs' original scale.
+        train_samples: Number of random crops of the other photographs.
+        seed: Seed of the crop positions.
+        samples_per_shard: Images per shard.
     """
 
     held_out: str = "chelsea"
@@ -42,7 +42,7 @@ class PhotographsConfig(Config):
 
 
 def photographs() -> dict[str, Path]:
-    """The photographs of the packages that are installed, by name; scikit-learn's two at least."""
+    """Return the photographs of the installed packages by name; at least scikit-learn's two."""
     found: dict[str, Path] = {}
     for package, names in _NAMES.items():
         spec = importlib.util.find_spec(package)
@@ -53,10 +53,10 @@ def photographs() -> dict[str, Path]:
 
 
 def write_photographs(config: PhotographsConfig, folder: Path) -> dict[str, ShardSet]:
-    """Write ``folder/train`` with random crops and ``folder/held_out`` with all tiles of one photograph.
+    """Write random crops to ``folder/train`` and all tiles of one photograph to ``folder/held_out``.
 
     Raises:
-        UserError: There is no such photograph, or a folder holds another set or cannot be written.
+        UserError: The photograph does not exist, or a folder contains another dataset or cannot be written.
     """
     known = photographs()
     if config.held_out not in known or len(known) < 2:
@@ -91,7 +91,7 @@ def _crops(config: PhotographsConfig, photographs: list[Path], first: int) -> It
         chosen, *place = (
             word * 2.0**-32 for word in integers(config.seed, Purpose.PHOTOGRAPH, number, 3).tolist()
         )
-        # Every pixel of every photograph is as likely as any other.
+        # Photographs are sampled in proportion to their area, so all pixels are about equally likely.
         pixels = whole[int(np.searchsorted(ends, chosen * ends[-1], side="right"))]
         top, left = (
             int(share * (side - config.size + 1)) for share, side in zip(place, pixels.shape[:2], strict=True)

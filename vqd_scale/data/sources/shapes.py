@@ -1,7 +1,8 @@
-"""The embedded data set: drawn scenes that a caption describes wholly and a reader can read back.
+"""Embedded synthetic dataset: rendered scenes that are fully described by their caption.
 
-A scene is one figure on a plain background, or two in a relation. Some combinations of shape, colour and
-background never occur in training: whoever draws them right has understood the words, not learnt pictures.
+A scene is one figure on a plain background, or two figures in a relation. Its attributes can be read from the
+image. Some combinations of shape, color and background are held out of training: a model that generates
+them correctly generalizes over the words and has not memorized images.
 """
 
 import functools
@@ -49,20 +50,20 @@ BACKGROUNDS: Mapping[str, Colour] = {
     "peach": (255, 216, 188),
 }
 SIZES: Mapping[str, float] = {"small": 0.125, "large": 0.2}
-"""Radius of the circle, as a share of the picture's side; the other shapes go with it."""
+"""Radius of the circle, as a fraction of the image side; other shapes scale with it."""
 
 _ROWS = {"top": 0.25, "middle": 0.5, "bottom": 0.75}
 _COLUMNS = {"left": 0.25, "center": 0.5, "right": 0.75}
 POSITIONS: Mapping[str, tuple[float, float]] = {
     f"{row} {column}": (x, y) for (row, y), (column, x) in product(_ROWS.items(), _COLUMNS.items())
 }
-"""Centre (x, y) of a figure, as shares of the picture's side."""
+"""Center (x, y) of a figure, as fractions of the image side."""
 
 RELATIONS: Mapping[str, tuple[str, str]] = {
     "left of": ("middle left", "middle right"),
     "above": ("top center", "bottom center"),
 }
-"""Where the two figures of a scene lie, the first one first."""
+"""Positions of the first and the second figure of a scene, by relation."""
 
 _SUPERSAMPLING = 8
 _WORDS_BLOCK = 1_024
@@ -70,7 +71,7 @@ _WORDS_BLOCK = 1_024
 
 @dataclass(frozen=True)
 class Figure:
-    """A shape in its colour, size and position: keys of the tables above."""
+    """Shape, color, size and position of a figure: keys of the tables above."""
 
     shape: str
     colour: str
@@ -80,19 +81,19 @@ class Figure:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background and one figure, or two that stand in one of `RELATIONS`."""
+    """Background and one figure, or two figures in one of `RELATIONS`."""
 
     background: str
     figures: tuple[Figure, ...]
 
     @property
     def relation(self) -> str:
-        """How the first of two figures lies to the second."""
+        """Relation of the first of two figures to the second."""
         positions = tuple(figure.position for figure in self.figures)
         return next(name for name, placed in RELATIONS.items() if placed == positions)
 
     def attributes(self) -> dict[str, str]:
-        """Everything a caption says, each by name."""
+        """Return all attributes that a caption describes, by name."""
         if len(self.figures) == 1:
             return {**asdict(self.figures[0]), "background": self.background}
         named = {
@@ -104,25 +105,25 @@ class Scene:
         return {**named, "relation": self.relation, "background": self.background}
 
     def to_json(self) -> dict[str, Any]:
-        """The scene as a shard's ``json`` member holds it."""
+        """Return the scene in the format of a shard's ``json`` member."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Scene":
-        """The scene of a shard's ``json`` member."""
+        """Parse the scene in a shard's ``json`` member."""
         return cls(value["background"], tuple(Figure(**figure) for figure in value["figures"]))
 
 
 class ShapesConfig(Config):
-    """The embedded data set.
+    """Embedded synthetic dataset of shapes.
 
     Attributes:
-        image_size: Height and width in pixels.
-        objects: Figures in a scene.
-        train_samples: Samples for training; every scene comes equally often, with other words each time.
-        held_out_samples: Samples of held-out scenes.
+        image_size: Height and width of the images in pixels.
+        objects: Figures per scene.
+        train_samples: Number of training samples; scenes occur equally often, each time with a new caption.
+        held_out_samples: Number of samples of held-out scenes.
         samples_per_shard: Samples per shard.
-        seed: Which scenes come when, in which words.
+        seed: Seed of scene order and caption wording.
     """
 
     image_size: int = Field(default=64, ge=16, le=512)
@@ -134,10 +135,10 @@ class ShapesConfig(Config):
 
 
 def write_shapes(config: ShapesConfig, folder: Path) -> dict[Split, ShardSet]:
-    """Write the training and the held-out set into the folders ``train`` and ``held_out``.
+    """Write the training and the held-out split to the folders ``train`` and ``held_out``.
 
     Raises:
-        UserError: A folder holds another set, or cannot be written.
+        UserError: A folder contains another dataset or cannot be written.
     """
     return {
         "train": _write_split(config, "train", config.train_samples, folder / "train"),
@@ -146,7 +147,7 @@ def write_shapes(config: ShapesConfig, folder: Path) -> dict[Split, ShardSet]:
 
 
 def make_sample(config: ShapesConfig, split: Split, index: int) -> Sample:
-    """Sample ``index`` of a split, a function of the seed and the index alone."""
+    """Generate sample ``index`` of a split, as a pure function of (seed, index)."""
     scene = scene_at(config, split, index)
     block, place = divmod(index, _WORDS_BLOCK)
     words = _words(config.seed, _own_slot(split, block))[place]
@@ -159,7 +160,7 @@ def make_sample(config: ShapesConfig, split: Split, index: int) -> Sample:
 
 
 def scene_at(config: ShapesConfig, split: Split, index: int) -> Scene:
-    """The scene of a sample: each round through the split's scenes is in an order of its own."""
+    """Return the scene of a sample; each pass over the scenes of the split is shuffled anew."""
     scenes = all_scenes(config.objects, split)
     turn, place = divmod(index, len(scenes))
     return scenes[_scene_order(config.seed, _own_slot(split, turn), len(scenes))[place]]
@@ -167,7 +168,7 @@ def scene_at(config: ShapesConfig, split: Split, index: int) -> Scene:
 
 @functools.cache
 def all_scenes(objects: int, split: Split) -> tuple[Scene, ...]:
-    """Every scene of a split; a scene is held out if one of its figures is, on its background."""
+    """List all scenes of a split; a scene is held out if one (figure, background) pair is."""
     placements = [(position,) for position in POSITIONS] if objects == 1 else list(RELATIONS.values())
     looks = list(product(SHAPES, COLOURS, SIZES))
     scenes = (
@@ -179,7 +180,7 @@ def all_scenes(objects: int, split: Split) -> tuple[Scene, ...]:
 
 
 def render(scene: Scene, pixels: int) -> UInt8[NDArray[np.uint8], "height width 3"]:
-    """Draw a scene, anti-aliased, ``pixels`` high and wide."""
+    """Render a scene, anti-aliased, with ``pixels`` as height and width."""
     canvas = np.empty((pixels, pixels, 3), np.float32)
     canvas[:] = BACKGROUNDS[scene.background]
     for figure in scene.figures:
@@ -192,7 +193,7 @@ def render(scene: Scene, pixels: int) -> UInt8[NDArray[np.uint8], "height width 
 def coverage(
     shape: str, size: str, position: str, pixels: int
 ) -> Float32[NDArray[np.float32], "height width"]:
-    """Which share of each pixel a figure covers, 0 to 1."""
+    """Compute the fraction of each pixel that a figure covers, 0 to 1."""
     side = pixels * _SUPERSAMPLING
     image = Image.new("L", (side, side))
     draw = ImageDraw.Draw(image)
@@ -203,13 +204,13 @@ def coverage(
 
 
 def caption(scene: Scene, words: Sequence[int]) -> str:
-    """Say the whole of a scene in words that ``words``, two random integers, choose."""
+    """Generate a full caption of a scene; two random integers (``words``) choose the wording."""
     if len(scene.figures) == 1:
         return _caption_of_one(scene, words)
     return _caption_of_two(scene, words)
 
 
-# Sizes come before colours, so that "a" is right before every figure; backgrounds all start with a consonant.
+# Size precedes color, so the article before a figure is "a"; backgrounds all start with a consonant.
 _ONE_FIGURE = (
     "a {size} {colour} {shape} {place} on a {background} background",
     "a {size} {colour} {shape} {place}, {background} background",
@@ -240,7 +241,7 @@ _RELATION_WORDS = {
     "left of": (("to the left of", "left of"), ("to the right of", "right of")),
     "above": (("above", "over"), ("below", "under")),
 }
-"""How the first figure lies to the second, and how the second lies to the first."""
+"""Phrases for the relation of the first figure to the second, and of the second to the first."""
 
 
 def _caption_of_one(scene: Scene, words: Sequence[int]) -> str:
@@ -281,33 +282,33 @@ def _place_words(position: str) -> tuple[str, ...]:
 
 
 def _choose(choices: Sequence[Any], word: int) -> tuple[Any, int]:
-    """One of the choices, and what is left of the random integer for the next choice."""
+    """Return one of the choices, and the rest of the random integer for the next choice."""
     rest, choice = divmod(word, len(choices))
     return choices[choice], rest
 
 
 def _outline(shape: str, radius: float) -> list[tuple[float, float]]:
-    """Corners around the centre; the factors give the shapes about the same weight to the eye."""
+    """Return the corners relative to the center; the factors give all shapes about equal visual weight."""
     if shape == "circle":
         return _regular(120, radius)
     if shape == "square":
         side = radius
         return [(-side, -side), (side, -side), (side, side), (-side, side)]
     if shape == "triangle":
-        # To the eye its centre lies between the centre of mass and the one of the bounding box.
+        # The visual center lies between the center of mass and the center of the bounding box.
         return [(dx, dy + 0.12 * radius) for dx, dy in _regular(3, 1.25 * radius)]
     points, notches = _regular(5, 1.25 * radius), _regular(5, 0.58 * radius, turn=math.pi / 5)
     return [corner for pair in zip(points, notches, strict=True) for corner in pair]
 
 
 def _regular(corners: int, radius: float, turn: float = 0.0) -> list[tuple[float, float]]:
-    """A regular polygon whose first corner points up, clockwise."""
+    """Return the corners of a regular polygon, clockwise, the first one at the top if ``turn`` is 0."""
     angles = [turn + 2 * math.pi * corner / corners for corner in range(corners)]
     return [(radius * math.sin(angle), -radius * math.cos(angle)) for angle in angles]
 
 
 def _is_held_out(scene: Scene) -> bool:
-    """A Latin pattern: a seventh of the combinations, yet every pair of attributes is left in training."""
+    """Test for a Latin pattern: a seventh of the combinations; every pair of attributes stays in training."""
     background = list(BACKGROUNDS).index(scene.background)
     return any(
         (2 * SHAPES.index(figure.shape) + 3 * list(COLOURS).index(figure.colour) + background) % 7 == 0
@@ -316,13 +317,13 @@ def _is_held_out(scene: Scene) -> bool:
 
 
 def _own_slot(split: Split, number: int) -> int:
-    """The splits share a seed but no random numbers."""
+    """Return a slot id that is unique to the split: splits share a seed but no random numbers."""
     return 2 * number + (split == "held_out")
 
 
 @functools.lru_cache(maxsize=4)
 def _words(seed: int, slot: int) -> list[list[int]]:
-    """The two random integers of each caption of a block; drawn together, they cost next to nothing."""
+    """Return two random integers per caption of a block; generating a block at once is fast."""
     return integers(seed, Purpose.CAPTION, slot, 2 * _WORDS_BLOCK).reshape(-1, 2).tolist()
 
 
@@ -333,7 +334,7 @@ def _scene_order(seed: int, slot: int, scenes: int) -> list[int]:
 
 @functools.cache
 def _png(scene: Scene, pixels: int) -> bytes:
-    """A scene's file; cached, since it comes again with other words."""
+    """Encode a scene as PNG; cached, since scenes repeat with other captions."""
     with io.BytesIO() as file:
         Image.fromarray(render(scene, pixels)).save(file, format="PNG")
         return file.getvalue()

@@ -1,8 +1,8 @@
 # pyright: basic, reportArgumentType=false, reportCallIssue=false
-# A kernel's parameters are Triton's tensors inside and PyTorch's outside: no annotation is right for both.
+# Kernel parameters are Triton tensors inside and PyTorch tensors outside: no annotation fits both.
 """Triton kernels of `vqd_scale.diffusion.logit_statistics`: one program reads one row once, into registers.
 
-So they move no more bytes than a copy would, where PyTorch's operations pass over the logits a dozen times.
+Memory traffic equals that of a copy; PyTorch operations pass over the logits a dozen times.
 """
 
 import torch
@@ -18,7 +18,7 @@ _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 class TritonRows:
-    """Twin of `logit_statistics.TorchRows`. A token outside the codebook makes its row's reading NaN."""
+    """Triton version of `logit_statistics.TorchRows`; a token outside the codebook makes its row NaN."""
 
     keeps_softmax = False
 
@@ -29,7 +29,7 @@ class TritonRows:
         into: LogitStatistics,
         kept: Float[Tensor, "tokens codes"] | None,
     ) -> None:
-        """Read each row off; nothing is kept."""
+        """Compute the statistics of each row; the softmax is not kept."""
         with torch.cuda.device_of(logits):
             _read[(len(logits),)](
                 logits,
@@ -56,7 +56,7 @@ class TritonRows:
         *,
         kept: bool,
     ) -> Float[Tensor, "tokens codes"]:
-        """The gradient of each row's logits; without ``out`` it overwrites them."""
+        """Compute the gradient of each row's logits; overwrites the logits without ``out``."""
         out = logits if out is None else out
         with torch.cuda.device_of(logits):
             _gradient[(len(logits),)](
@@ -81,7 +81,7 @@ class TritonRows:
 
 def _launch(codes: int) -> dict[str, int]:
     width = triton.next_power_of_2(codes)
-    # About 16 numbers of a row for each thread.
+    # About 16 elements of a row per thread.
     return {"width": width, "num_warps": min(max(width // 512, 1), 32)}
 
 
@@ -122,7 +122,7 @@ def _read(
 
 @triton.jit
 def _at(line: tl.tensor, code: tl.tensor, place: tl.tensor, codes: tl.tensor) -> tl.tensor:
-    # A place out of range says so as NaN: an error would have to wait for the device.
+    # An index out of range becomes NaN: raising an error would require a device synchronization.
     found = tl.sum(tl.where(code == place, line, 0.0), 0)
     return tl.where((place >= 0) & (place < codes), found, float("nan"))
 

@@ -1,9 +1,9 @@
 # pyright: basic, reportArgumentType=false, reportCallIssue=false
 # pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false
-# A kernel's parameters are Triton's tensors inside and PyTorch's outside: no annotation is right for both.
-"""`vqd_scale.core.rng.uniforms` as one Triton kernel, equal to it bit for bit.
+# Kernel parameters are Triton tensors inside and PyTorch tensors outside: no annotation fits both.
+"""Triton kernel that computes `vqd_scale.core.rng.uniforms`, bit-identical.
 
-PyTorch's operations launch some hundred kernels for the same numbers.
+PyTorch operations launch about a hundred kernels for the same numbers.
 """
 
 import torch
@@ -27,7 +27,7 @@ def uniforms(
     draw: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "batch count"]:
-    """Uniform numbers in [0, 1), a row for each slot; arguments and errors as in `vqd_scale.core.rng`."""
+    """Return uniform numbers in [0, 1), a row per slot; arguments and errors as in `vqd_scale.core.rng`."""
     each = words_of(dtype)
     low, high = key_of(seed, purpose)
     out = torch.empty(len(slots), count, dtype=dtype, device=slots.device)

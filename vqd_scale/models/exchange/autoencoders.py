@@ -1,4 +1,4 @@
-"""Published tokenizers: their shape read off their weights, or off the YAML file beside them."""
+"""Import of published tokenizers, with the architecture from their weights or their YAML file."""
 
 import re
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from vqd_scale.tokenizers.vqgan import VQGANConfig
 from vqd_scale.tokenizers.weights import from_taming
 
 _NOT_OURS = (
-    # What a GAN is trained with, and the transformer whose first stage a tokenizer is.
+    # GAN losses, and the transformer of which the tokenizer is the first stage.
     r"loss\..+",
     r"(transformer|cond_stage_model)\..+",
     r"first_stage_model\.loss\..+",
@@ -24,7 +24,7 @@ _NOT_OURS = (
 
 
 def plan_taming(path: Path, description: Path) -> TokenizerPlan:
-    """What a ``.ckpt`` file of taming-transformers and its YAML file hold, as a tokenizer.
+    """Plan the import of a tokenizer from a taming-transformers ``.ckpt`` file and its YAML file.
 
     Raises:
         UserError: A file is missing, damaged, or of another kind.
@@ -41,10 +41,10 @@ def plan_taming(path: Path, description: Path) -> TokenizerPlan:
 def autoencoder_config(
     state: Mapping[str, Tensor], source: str
 ) -> VQGANConfig | TamingVQConfig | TamingGumbelConfig:
-    """The shape of a published tokenizer, of whatever codebook, from its weights under their own names.
+    """Infer the architecture and codebook of a published tokenizer from its weights.
 
     Raises:
-        UserError: They are none.
+        UserError: The weights are not those of such a tokenizer.
     """
 
     def shape(name: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""A conversion that is known but not yet done."""
+"""Import plans: configuration and key mapping of foreign weights, before conversion."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +27,13 @@ TOKENIZER = "tokenizer."
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """A whole model out of somebody else's files.
+    """Import plan of a complete model.
 
     Attributes:
-        config: What the bundle will say of the model.
-        tokenizer: What it will say of the tokenizer; or a tokenizer's bundle, where the files hold none.
-        exchange: The weights; ours under `MODEL` and `TOKENIZER`.
+        config: Configuration of the model.
+        tokenizer: Configuration of the tokenizer; or the path of a tokenizer bundle, if the source files
+            contain no tokenizer.
+        exchange: Weights; target names start with `MODEL` and `TOKENIZER`.
     """
 
     config: BundleConfig
@@ -40,7 +41,7 @@ class ModelPlan:
     exchange: Exchange
 
     def bundle(self) -> Bundle:
-        """The model, without writing it.
+        """Return the model without writing it.
 
         Raises:
             UserError: Weights are missing, unknown or of another shape.
@@ -55,7 +56,7 @@ class ModelPlan:
         return Bundle(self.config, model, tokenizer)
 
     def save(self, folder: Path) -> None:
-        """Write the bundle.
+        """Write the model bundle.
 
         Raises:
             UserError: Weights are missing, unknown or of another shape, or the folder cannot be written.
@@ -69,18 +70,18 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class TokenizerPlan:
-    """A tokenizer out of somebody else's file.
+    """Import plan of a tokenizer.
 
     Attributes:
-        config: What the bundle will say of it.
-        exchange: The weights.
+        config: Configuration of the tokenizer.
+        exchange: Weights.
     """
 
     config: TokenizerConfig
     exchange: Exchange
 
     def save(self, folder: Path) -> None:
-        """Write the bundle.
+        """Write the tokenizer bundle.
 
         Raises:
             UserError: Weights are missing, unknown or of another shape, or the folder cannot be written.
@@ -92,14 +93,14 @@ Plan = ModelPlan | TokenizerPlan
 
 
 def wanted_tokenizer(config: TokenizerConfig) -> dict[str, Tensor]:
-    """Names and shapes of a tokenizer's weights, without values."""
+    """Return a tokenizer's state dictionary of meta tensors: names and shapes without values."""
     with torch.device("meta"):
         return build_tokenizer(config).state_dict()
 
 
 def wanted_weights(config: BundleConfig, tokenizer: TokenizerConfig | Path) -> dict[str, Tensor]:
-    """Names and shapes of a model's weights and, if it is not a bundle, its tokenizer's; without values."""
-    # Not `Model` as a whole: the text encoder tokenizes something when it is made, which needs a real device.
+    """Return names and shapes of a model's weights, and of its tokenizer's unless that is a bundle."""
+    # The text encoder is built on a real device, because its constructor tokenizes a text.
     text = {} if config.text is None else TextEncoder(config.text).state_dict()
     with torch.device("meta"):
         network = build_network(config.denoiser, config.codebook_size, config.grid, config.diffusion.steps)

@@ -1,7 +1,7 @@
-"""diffusers' ``VQDiffusionPipeline`` as a folder on disk: taken over as a model, and written from one.
+"""Import of diffusers' ``VQDiffusionPipeline`` folders, and the layout shared with the export.
 
-Nothing of diffusers is imported: the folder is JSON and safetensors. It knows text-conditional models of
-fully connected blocks under the released schedule only; anything else is refused in a sentence.
+The folder is JSON and safetensors, so diffusers is not imported. Only text-conditional models with fully
+connected blocks and the released noise schedule are supported; others raise a `UserError`.
 """
 
 from collections.abc import Mapping
@@ -37,10 +37,10 @@ COMPONENTS = {
         "LearnedClassifierFreeSamplingEmbeddings",
     ),
 }
-"""Library and class of each part. The last is named by its module: what diffusers 0.42 writes there itself
-it does not find again."""
+"""Library and class of each component. The last library is a module path: diffusers 0.42 cannot load the
+name that it writes itself."""
 PAD = "!"
-"""CLIP's token 0, which fills captions up; any other conditions the network on what it never saw."""
+"""CLIP's token 0, the padding of captions. The network was not trained with any other padding token."""
 
 TRANSFORMER = Prefixes(
     ("content_emb.", "latent_image_embedding."),
@@ -82,7 +82,7 @@ _FIXED: Mapping[str, Mapping[str, Any]] = {
     },
     "text_encoder": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
 }
-"""What must be so, if it is said, for our networks to be the same functions."""
+"""Required values, if the key is present; with others the networks would not be equivalent."""
 
 _REQUIRED: Mapping[str, tuple[str, ...]] = {
     "transformer": (
@@ -123,11 +123,11 @@ _REQUIRED: Mapping[str, tuple[str, ...]] = {
 
 
 def plan_diffusers(folder: Path) -> ModelPlan:
-    """What a ``VQDiffusionPipeline`` folder holds, as a model.
+    """Plan the import of a model from a ``VQDiffusionPipeline`` folder.
 
     Raises:
-        UserError: It is no such folder, a part is missing or damaged, or a network is of another kind than
-            VQ-Diffusion's.
+        UserError: The folder is not such a pipeline, a component is missing or damaged, or a network differs
+            from VQ-Diffusion's.
     """
     index = read_json(folder / INDEX, "diffusers pipeline")
     if index.get("_class_name") != "VQDiffusionPipeline":
@@ -153,7 +153,7 @@ def plan_diffusers(folder: Path) -> ModelPlan:
     found: dict[str, Tensor] = {}
     for component in ("transformer", "vqvae", "text_encoder", NULL):
         found |= under(f"{component}/", _weights_of(folder / component))
-    # Older versions of transformers save the numbers 0, 1, 2, ... along.
+    # Older versions of transformers also save the position ids 0, 1, 2, ...
     dropped = [r"text_encoder/(text_model\.)?embeddings\.position_ids"]
     if not learned:
         dropped.append(f"{NULL}/embeddings")
@@ -247,7 +247,7 @@ def _autoencoder(folder: Path) -> TamingVQConfig:
 
 
 def _config_of(folder: Path, component: str) -> dict[str, Any]:
-    """A component's settings, looked through for what is needed and what must be so."""
+    """Read a component's configuration, with checks of required keys and fixed values."""
     name = "scheduler_config.json" if component == "scheduler" else "config.json"
     path = folder / component / name
     config: dict[str, Any] = read_json(path, f"configuration of the {component}")
@@ -263,7 +263,7 @@ def _config_of(folder: Path, component: str) -> dict[str, Any]:
 
 
 def _check_padding(folder: Path) -> None:
-    """See that captions are filled up with token 0 (diffusers' own conversion names it by its text)."""
+    """Check that captions are padded with token 0, which diffusers' own conversion refers to by its text."""
     config = read_json(folder / "tokenizer_config.json", "configuration of the tokenizer")
     pad = config.get("pad_token")
     if pad is None and (folder / "special_tokens_map.json").is_file():
@@ -276,7 +276,7 @@ def _check_padding(folder: Path) -> None:
 
 
 def _weights_of(folder: Path) -> dict[str, Tensor]:
-    """A component's weights from one file or several; of another precision only if there is no other."""
+    """Read a component's weights from one or several files; other precisions only as a fallback."""
     for pattern in ("*model.safetensors", "*model-*-of-*.safetensors", "*model*.safetensors", "*model*.bin"):
         files = sorted(folder.glob(pattern))
         if files:

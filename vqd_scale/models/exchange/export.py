@@ -1,4 +1,4 @@
-"""A model as a folder that diffusers' ``VQDiffusionPipeline.from_pretrained`` loads and runs."""
+"""Export of a model to a folder for diffusers' ``VQDiffusionPipeline.from_pretrained``."""
 
 import json
 from pathlib import Path
@@ -30,8 +30,8 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 def export_diffusers(bundle: Bundle, folder: Path) -> None:
     """Write a model as a ``VQDiffusionPipeline`` folder.
 
-    A tokenizer of another codebook than the nearest of learned vectors keeps its pictures, but not its way to
-    choose codes; the moving averages of a codebook are left out.
+    diffusers' only codebook is the nearest learned vector. A tokenizer with another one still decodes to the
+    same images, but its selection of codes is lost. EMA statistics of a codebook are dropped.
 
     Raises:
         UserError: diffusers has no counterpart of this model, or the folder cannot be written.
@@ -64,7 +64,7 @@ def export_diffusers(bundle: Bundle, folder: Path) -> None:
         "transformer": TRANSFORMER.to_theirs(part_of(bundle.model.state_dict(), "denoiser.")),
         "vqvae": to_diffusers(_autoencoder(bundle.tokenizer)),
         "text_encoder": to_transformers(text.network.state_dict()),
-        # What is not learned is an empty tensor there.
+        # diffusers represents embeddings that are not learned by an empty tensor.
         NULL: {"embeddings": torch.zeros(0) if text.null is None else text.null.detach()},
     }
     described = {
@@ -112,7 +112,7 @@ def _convolutions(tokenizer: Tokenizer) -> ConvolutionsConfig | None:
 
 
 def _autoencoder(tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """Encoder and decoder, and between them the vectors that the tokens decode as."""
+    """Return the weights of encoder and decoder, with ``code_vectors`` as the codebook."""
     full = tokenizer.full if isinstance(tokenizer, Reduced) else tokenizer
     state = cast(nn.Module, full).state_dict()
     kept = {name: value for name, value in state.items() if not name.startswith("quantize.")}
@@ -189,7 +189,7 @@ def _scheduler(schedule: Released, codes: int) -> dict[str, Any]:
 
 
 def _write_tokenizer(folder: Path, tokenizer: CaptionTokenizer) -> None:
-    """CLIP's byte pairs as transformers reads them, cut where ours are."""
+    """Write CLIP's byte pairs in transformers' format, truncated to this tokenizer's merges."""
     from open_clip.tokenizer import SimpleTokenizer
 
     whole = SimpleTokenizer()

@@ -1,4 +1,4 @@
-"""Weights under other names: what goes where, and what is missing, left over or of another shape."""
+"""Key mapping of foreign weights, with checks for missing, unknown and misshapen entries."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,26 +12,26 @@ from vqd_scale.core.errors import UserError
 _LISTED = 20
 
 Convert = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-"""A pure function from one state dictionary to another; it moves, cuts and joins, and computes nothing."""
+"""A pure function between state dictionaries; it renames, splits and joins tensors, without arithmetic."""
 
 
 class Prefixes:
-    """Names that differ in their beginnings only, both ways.
+    """Bidirectional mapping of name prefixes.
 
     Args:
-        table: (ours, theirs); the first that fits counts, and a ``*`` is a number, the same on both sides.
-            What fits none has no place on the other side.
+        table: Pairs (ours, theirs); the first match applies. ``*`` matches a number, equal on both sides.
+            Names without a match are dropped.
     """
 
     def __init__(self, *table: tuple[str, str]) -> None:
         self._table = table
 
     def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Their state under our names."""
+        """Rename a foreign state to this package's names."""
         return _renamed(state, [(theirs, ours) for ours, theirs in self._table])
 
     def to_theirs(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our state under their names."""
+        """Rename a state of this package to the foreign names."""
         return _renamed(state, self._table)
 
 
@@ -49,25 +49,25 @@ def _renamed(state: Mapping[str, Tensor], table: Sequence[tuple[str, str]]) -> d
 
 
 def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """What lies under a prefix, without it."""
+    """Return the entries under a prefix, with the prefix removed."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same with a prefix before every name."""
+    """Add a prefix to every name."""
     return {prefix + name: value for name, value in state.items()}
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """What is to be taken over from somebody else's weights.
+    """Conversion of foreign weights to a target state dictionary.
 
     Attributes:
-        source: The file or folder, for errors.
-        found: Their weights.
-        wanted: Ours, by name; only the shapes count.
-        convert: Their state to ours.
-        dropped: Patterns of their names that nothing of ours needs.
+        source: File or folder, for error messages.
+        found: Foreign weights.
+        wanted: Target weights by name; only the shapes are used.
+        convert: Conversion from the foreign state to the target state.
+        dropped: Regular expressions of foreign names to drop.
     """
 
     source: str
@@ -77,7 +77,7 @@ class Exchange:
     dropped: Sequence[str] = ()
 
     def lines(self) -> list[str]:
-        """The mapping for people: a line for each of our weights, then what is dropped, then the problems."""
+        """Describe the mapping, one line per weight: converted ones, dropped ones, problems."""
         origins = self._origins()
         taken = [
             f"{' + '.join(origins[name])} -> {name} {list(wanted.shape)}"
@@ -87,7 +87,7 @@ class Exchange:
         return [*taken, *(f"{name} is dropped" for name in self._dropped()), *self.problems()]
 
     def problems(self) -> list[str]:
-        """What keeps the weights from being taken over: missing, unknown and misshapen ones."""
+        """List missing, unknown and misshapen weights."""
         origins, taken = self._origins(), self._converted(self.found)
         used = {part for name in self.wanted for part in origins.get(name, [])}
         unknown = [name for name in self.found if name not in used and name not in set(self._dropped())]
@@ -104,7 +104,7 @@ class Exchange:
         ]
 
     def weights(self) -> dict[str, Tensor]:
-        """Our weights, in float32 where they are floating-point numbers.
+        """Convert the weights; floating-point tensors become float32.
 
         Raises:
             UserError: Weights are missing, unknown or of another shape; the message lists them.
@@ -114,10 +114,10 @@ class Exchange:
         return {name: _single(taken[name]) for name in self.wanted}
 
     def check(self) -> None:
-        """See that everything fits.
+        """Check that there are no problems.
 
         Raises:
-            UserError: As `weights` does.
+            UserError: Weights are missing, unknown or of another shape; the message lists them.
         """
         problems = self.problems()
         if problems:
@@ -131,7 +131,10 @@ class Exchange:
         return [name for name in self.found if any(pattern.fullmatch(name) for pattern in patterns)]
 
     def _origins(self) -> dict[str, list[str]]:
-        """Which of theirs each of ours is made of: the conversion of tensors that hold only their number."""
+        """Return the foreign names that each target weight consists of.
+
+        The conversion runs on tensors filled with the index of their name.
+        """
         names = list(self.found)
         numbered = {
             name: torch.tensor(float(number)).expand(self.found[name].shape)

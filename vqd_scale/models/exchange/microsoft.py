@@ -1,7 +1,8 @@
-"""Checkpoints of Microsoft's VQ-Diffusion: everything but the heads' number can be read off the weights.
+"""Import of Microsoft's VQ-Diffusion checkpoints.
 
-They hold the network, CLIP's text tower, the tokenizer and the schedule. The moving average of the weights
-stands beside the weights last trained, and is what is taken.
+A checkpoint contains the network, CLIP's text tower, the tokenizer and the noise schedule. The architecture
+is inferred from the weights, except for the number of attention heads. EMA weights are preferred over the
+last training weights.
 """
 
 import math
@@ -57,13 +58,13 @@ _CODEC_OURS = Prefixes(
     ("", "enc."), ("decoder.", "dec.decoder."), ("post_quant_conv.", "dec.post_quant_conv.")
 )
 _DROPPED: Sequence[str] = (
-    # Causal masks that no attention reads; the schedule, which is checked; what importance sampling learned.
+    # Unused causal masks; the noise schedule, checked separately; the state of importance sampling.
     r"transformer\.blocks\.\d+\.attn2\.mask",
     r"log_\w+",
     r"Lt_(history|count)",
-    # CLIP's way to one vector for a caption: here each position counts.
+    # CLIP's projection to one vector per caption; the network uses the features of all positions.
     r"condition_emb\.text_projection",
-    # The same codebook again.
+    # A copy of the codebook.
     r"content_codec\.dec\.quantize\..+",
 )
 _TOLERANCE = 1e-3
@@ -79,16 +80,16 @@ _ORIGIN = (
 
 @dataclass(frozen=True)
 class MicrosoftOptions:
-    """What the file does not say.
+    """Import options that the file does not contain.
 
     Attributes:
-        heads: Attention heads; 16 in every published model.
-        grid: Rows and columns of tokens; if not given, as the file has masks for, or what its tokenizer makes
-            of 256 x 256 pixels.
-        no_caption: Whether the learned embedding of "no caption" was trained; every newer file has one, only
-            the models with ``learnable`` in their names use it. If not given: where there is one.
-        reduction: The map of the codebook to fewer codes, for models of a reduced one.
-        tokenizer: A tokenizer's bundle, for files without one.
+        heads: Number of attention heads; 16 in every published model.
+        grid: Token grid (rows, columns). Default: from the file's attention masks, or the tokenizer's grid
+            for 256 x 256 pixels.
+        no_caption: Null condition. Every newer file has a learned "no caption" embedding, but only models
+            with ``learnable`` in their names use it. Default: learned if the file has the embedding.
+        reduction: Map to fewer codes, for models with a reduced codebook.
+        tokenizer: Tokenizer bundle, for files without a tokenizer.
     """
 
     heads: int = 16
@@ -99,10 +100,10 @@ class MicrosoftOptions:
 
 
 def plan_microsoft(path: Path, options: MicrosoftOptions) -> Plan:
-    """What a ``.pth`` file holds: a model, or a tokenizer by itself.
+    """Plan the import of a ``.pth`` file with a model, or with only a tokenizer.
 
     Raises:
-        UserError: The file is missing, damaged, or no checkpoint of VQ-Diffusion; or an option is needed.
+        UserError: The file is missing, damaged, or not a VQ-Diffusion checkpoint; or an option is missing.
     """
     found = _weights_in(path)
     if "encoder.conv_in.weight" in found:
@@ -145,7 +146,7 @@ def plan_microsoft(path: Path, options: MicrosoftOptions) -> Plan:
 
 
 def _weights_in(path: Path) -> dict[str, Tensor]:
-    """What is of use: the moving average where there is one, and all that stands beside the network."""
+    """Return the network's EMA weights (else its training weights) and all weights outside it."""
     loaded = read_saved(path)
     checkpoint = cast(Mapping[str, object], loaded) if isinstance(loaded, Mapping) else {}
     last, average = tensors_in(checkpoint.get("model")), tensors_in(checkpoint.get("ema"))
@@ -166,7 +167,7 @@ def _to_ours(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _table(found: Mapping[str, Tensor], name: str, path: Path) -> list[int]:
-    """The shape of a weight without which nothing of the network is known."""
+    """Return the shape of a weight that is required to infer the architecture."""
     if name not in found:
         raise UserError(f"{path}: has no weight '{name}' as VQ-Diffusion's checkpoints do.")
     return list(found[name].shape)
@@ -200,7 +201,7 @@ def _tokenizer(
 
 
 def _grid(found: Mapping[str, Tensor], tokenizer: TokenizerConfig | Path) -> tuple[int, int]:
-    """As many tokens as the masks of cross-attention have; or those of a picture of 256 x 256."""
+    """Infer the token grid from the cross-attention masks, or from the tokenizer at 256 x 256 pixels."""
     mask = found.get(f"{_NETWORK}blocks.0.attn2.mask")
     if mask is not None:
         side = math.isqrt(mask.shape[-1])
@@ -217,7 +218,7 @@ def _condition(found: Mapping[str, Tensor]) -> Condition:
         return TextCondition(width=found[f"{block}attn2.key.weight"].shape[1])
     if f"{block}ln2.emb.weight" in found:
         rows = found[f"{block}ln2.emb.weight"].shape[0]
-        # ImageNet's 1,000 classes and, where the model was trained for guidance, a row for none of them.
+        # ImageNet's 1,000 classes, plus a null row if the model was trained for classifier-free guidance.
         is_learned = rows == _IMAGENET_WITH_NULL
         return ClassCondition(classes=rows - is_learned, null="learned" if is_learned else "mean")
     return NoCondition()
@@ -244,7 +245,7 @@ def _tower(found: Mapping[str, Tensor], no_caption: Literal["learned", "empty"],
 
 
 def _schedule(found: Mapping[str, Tensor], codes: int, path: Path) -> Released:
-    """The released schedule, if the file's own tables say so."""
+    """Return the released noise schedule; the file's own tables must match it."""
     steps = _table(found, "log_at", path)[0]
     schedule = Released(steps=steps)
     chances = MaskAndReplace(schedule, codes).rates.at(torch.arange(steps))

@@ -1,7 +1,7 @@
-"""The codebook of a VQ tokenizer, learned by moving averages of the vectors assigned to each code.
+"""VQ codebook, updated by exponential moving averages (EMA) of the vectors assigned to each code.
 
-van den Oord et al., "Neural Discrete Representation Learning", appendix A.1. Buffers, not parameters: every
-rank sees the sums over all ranks, so they stay equal without belonging to any optimizer.
+van den Oord et al., "Neural Discrete Representation Learning", appendix A.1. The state is in buffers, not
+parameters. Every rank updates them with the all-reduced sums, so they stay equal without an optimizer.
 """
 
 from collections.abc import Callable
@@ -14,23 +14,23 @@ from torch import Tensor, nn
 from vqd_scale.core.rng import Purpose, uniforms
 
 Sum = Callable[[Tensor], Tensor]
-"""Adds a tensor over all ranks."""
+"""All-reduce (sum) of a tensor over all ranks."""
 
 _SMOOTHING = 1e-5
 
 _CHUNK_ELEMENTS = 1 << 24
-"""How many distances exist at once: 64 MiB of them, whatever the number of codes."""
+"""Maximum number of distances in memory at once: 64 MiB in float32, for any number of codes."""
 
 
 def chunks(vectors: Float[Tensor, "count width"], codes: int) -> tuple[Float[Tensor, "part width"], ...]:
-    """Vectors in parts so small that a number for each vector and code fits into bounded memory."""
+    """Split vectors into parts whose [part, codes] matrices fit into bounded memory."""
     return vectors.split(max(1, _CHUNK_ELEMENTS // codes))
 
 
 def nearest_codes(
     vectors: Float[Tensor, "count width"], embedding: Float[Tensor, "codes width"]
 ) -> Int[Tensor, " count"]:
-    """The id of the nearest code of each vector (squared Euclidean distance), found in float32."""
+    """Return the id of each vector's nearest code (squared Euclidean distance), computed in float32."""
     with torch.autocast(vectors.device.type, enabled=False):
         embedding = embedding.float()
         squared = embedding.square().sum(dim=1)
@@ -43,13 +43,14 @@ def nearest_codes(
 
 
 class Codebook(nn.Module):
-    """K vectors and the statistics that move them.
+    """K embedding vectors and the EMA statistics that update them.
 
     Args:
         codes: K.
-        width: The length of a code's vector.
-        decay: Share of the old averages that a step keeps.
-        revival_share: A code used less than this part of its even share is replaced by a vector of a batch.
+        width: Dimension of a code's vector.
+        decay: EMA decay: weight of the old averages in each update.
+        revival_share: Dead-code threshold, as a fraction of the mean cluster size. A code below the threshold
+            is replaced by an encoder output.
     """
 
     def __init__(self, codes: int, width: int, decay: float, revival_share: float) -> None:
@@ -69,24 +70,24 @@ class Codebook(nn.Module):
         return self.embedding.shape[0]
 
     def nearest(self, vectors: Float[Tensor, "count width"]) -> Int[Tensor, " count"]:
-        """The id of the nearest code of each vector (squared Euclidean distance)."""
+        """Return the id of each vector's nearest code (squared Euclidean distance)."""
         return nearest_codes(vectors, self.embedding)
 
     def lookup(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape width"]:
-        """The vectors of codes."""
+        """Return the embedding vectors of code ids."""
         return nn.functional.embedding(ids, self.embedding)
 
     @torch.no_grad()
     def initialise(self, vectors: Float[Tensor, "count width"], seed: int) -> None:
-        """Place the codes at the k-means centres of encoder outputs.
+        """Initialize the codes with the k-means centers of encoder outputs.
 
-        One thread, since the order in which threads add would make two equal runs differ.
+        k-means runs in one thread: with several, the order of summation would make two equal runs differ.
         """
         from sklearn.cluster import KMeans
         from threadpoolctl import threadpool_limits
 
         with threadpool_limits(limits=1):
-            # The stub knows only n_init's other form, a string.
+            # The stub accepts only a string for n_init.
             means: Any = KMeans(self.codes, n_init=1, max_iter=20, random_state=seed)  # pyright: ignore
             means.fit(vectors.cpu().numpy())
         counts = torch.bincount(torch.from_numpy(means.labels_).long(), minlength=self.codes)
@@ -94,7 +95,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def place(self, centres: Float[Tensor, "codes width"], sizes: Tensor) -> None:
-        """Put the codes at centres, as if so many vectors of a batch had been assigned to each."""
+        """Set the codes to ``centres``, and the EMA statistics as if each had ``sizes`` vectors."""
         self.embedding.copy_(centres)
         self.cluster_size.copy_(sizes)
         self.embedding_avg.copy_(self.embedding * self.cluster_size[:, None])
@@ -103,7 +104,7 @@ class Codebook(nn.Module):
     def update(
         self, vectors: Float[Tensor, "count width"], ids: Int[Tensor, " count"], add_over_ranks: Sum
     ) -> None:
-        """Move the codes towards the vectors assigned to them on all ranks."""
+        """Update the codes by EMA with the vectors assigned to them on all ranks."""
         sums = torch.zeros_like(self.embedding_avg).index_add_(0, ids, vectors.float())
         counts = torch.bincount(ids, minlength=self.codes).to(sums.dtype)
         gathered = add_over_ranks(torch.cat([sums, counts[:, None]], dim=1))
@@ -115,15 +116,15 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def revive(self, candidates: Float[Tensor, "count width"], seed: int, draw: int) -> Int[Tensor, ""]:
-        """Replace codes that hardly anything is assigned to by encoder outputs.
+        """Replace dead codes by encoder outputs.
 
         Args:
             candidates: Encoder outputs, the same on every rank.
-            seed: The run's seed.
-            draw: Which revival of the run this is.
+            seed: Seed of the run.
+            draw: Index of this reset within the run.
 
         Returns:
-            How many codes were replaced.
+            Number of replaced codes.
         """
         even_share = self.cluster_size.sum() / self.codes
         dead = self.cluster_size < self.revival_share * even_share

@@ -1,10 +1,15 @@
-"""A tokenizer with the codes left out that a data set hardly uses.
+"""Reduction of a tokenizer to the codes that a dataset uses.
 
-A large codebook has many codes that no picture of a data set needs, and a denoiser would learn them in vain.
-The published VQ-Diffusion models of COCO, CUB-200 and CC keep 2,886 of 8,192 codes, that of ImageNet 973 of
-16,384. A *map* says the reduced id of every full code: 0 for all unused ones together, then 1, 2, ... for the
-used ones in their order. Or, with no bucket, 0, 1, ... for the used ones, that of the nearest of these for
-an unused one: no token of the counted data changes then what it decodes as, and a new picture loses little.
+A large codebook has many codes that no image of a dataset uses; a denoiser would learn them for nothing. The
+published VQ-Diffusion models of COCO, CUB-200 and CC keep 2,886 of 8,192 codes, the ImageNet model 973 of
+16,384. A *map* is an int64 vector with the reduced id of every full code. It has one of two forms:
+
+    full code         0  1  2  3  4
+    count             0  7  0  2  0
+    map, "bucket"     0  1  0  2  0    id 0: all unused codes; 1, 2, ...: the used codes in their order
+    map, "nearest"    0  0  1  1  1    0, 1, ...: the used codes; unused: the nearest one's id
+
+With "nearest", the tokens of the counted dataset decode as before, and a new image loses little.
 """
 
 from pathlib import Path
@@ -21,22 +26,22 @@ from vqd_scale.tokenizers.base import Draws, ImageTokenizer, check_tokens
 from vqd_scale.tokenizers.codebook.quantizer import nearest_codes
 
 Unused = Literal["bucket", "nearest"]
-"""What becomes of unused codes: one id for all of them, as published, or the id of the nearest used one."""
+"""Id of unused codes: one common id (as published), or the id of the nearest used code."""
 
 
 class Reduced(nn.Module):
-    """A tokenizer seen through a map; the map is part of its state and moves with it.
+    """Tokenizer with a reduced codebook; the map is part of its state.
 
-    The unused bucket, id 0, decodes as the first code in it, as with the published models. Before weights are
-    loaded the map keeps the last codes.
+    The unused bucket, id 0, decodes as the first code in it, as in the published models. The initial map,
+    before weights are loaded, keeps the last codes.
 
     Args:
-        full: The tokenizer with all its codes, a module.
-        codes: K, how many ids are left, the unused bucket among them.
-        unused: What became of unused codes.
+        full: Tokenizer with all codes; an `nn.Module`.
+        codes: K, the number of reduced ids, including the unused bucket.
+        unused: Treatment of unused codes.
 
     Raises:
-        UserError: There are not more codes than are to be left.
+        UserError: ``codes`` is not between 1 and the number of full codes.
     """
 
     def __init__(self, full: ImageTokenizer, codes: int, unused: Unused = "bucket") -> None:
@@ -50,38 +55,38 @@ class Reduced(nn.Module):
         self.register_buffer("map", last.clamp(min=0))
         self.map: Tensor
         if unused == "nearest":
-            # An unused code may come before the one that it joins: the first of an id is not what it means.
+            # With "nearest" an unused code can precede the used code of the same id, so `inverse` fails.
             self.register_buffer("kept", torch.arange(full.codes - codes, full.codes))
         self.register_load_state_dict_post_hook(_check_loaded)
 
     def encode(
         self, images: Float[Tensor, "batch 3 height width"], draws: Draws | None = None
     ) -> Int[Tensor, "batch rows columns"]:
-        """Images in [-1, 1] to reduced codes, 0 where the full code is unused; see `ImageTokenizer`."""
+        """Encode images in [-1, 1] to reduced codes; see `ImageTokenizer`."""
         return self.map[self.full.encode(images, draws)]
 
     def decode(self, tokens: Int[Tensor, "batch rows columns"]) -> Float[Tensor, "batch 3 height width"]:
-        """Reduced codes to float32 images in about [-1, 1]."""
+        """Decode reduced codes to float32 images in about [-1, 1]."""
         check_tokens(tokens, self.codes)
         return self.full.decode(self.meant[tokens])
 
     @property
     def meant(self) -> Int[Tensor, " codes"]:
-        """The full code that each reduced one decodes as."""
+        """Full code that each reduced code decodes as."""
         return cast(Tensor, self.kept) if hasattr(self, "kept") else inverse(self.map)
 
     def code_vectors(self) -> Float[Tensor, "codes width"]:
-        """The vector that each reduced code decodes as."""
+        """Return the vector that each reduced code decodes as."""
         return self.full.code_vectors()[self.meant]
 
     def latents(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch code rows columns"]:
-        """What the tokenizer with all its codes quantises."""
+        """Return the vectors that the full tokenizer quantizes."""
         return self.full.latents(images)
 
     def compute_in(self, dtype: torch.dtype) -> Self:
-        """See `Autoencoder.compute_in`."""
+        """Set the compute dtype; see `Autoencoder.compute_in`."""
         self.full.compute_in(dtype)
         return self
 
@@ -98,11 +103,11 @@ def _ids(module: Reduced) -> Int[Tensor, " codes"]:
 
 
 def map_from_counts(counts: Int[Tensor, " full"], least: int = 1) -> Int[Tensor, " full"]:
-    """The map that keeps what a data set uses.
+    """Compute the map with an unused bucket.
 
     Args:
-        counts: How often each code of the full codebook occurs.
-        least: Codes that occur less often are unused.
+        counts: Number of occurrences of each code of the full codebook.
+        least: Minimum number of occurrences of a used code.
 
     Raises:
         UserError: No code is used, or all are.
@@ -119,12 +124,12 @@ def map_from_counts(counts: Int[Tensor, " full"], least: int = 1) -> Int[Tensor,
 def map_to_nearest(
     counts: Int[Tensor, " full"], vectors: Float[Tensor, "full width"], least: int = 1
 ) -> Int[Tensor, " full"]:
-    """The map without a bucket: what a data set uses stays, the rest joins its nearest neighbour among it.
+    """Compute the map without a bucket: an unused code gets the id of the nearest used code.
 
     Args:
-        counts: How often each code of the full codebook occurs.
-        vectors: What each code decodes as.
-        least: Codes that occur less often are unused.
+        counts: Number of occurrences of each code of the full codebook.
+        vectors: Vector that each code decodes as.
+        least: Minimum number of occurrences of a used code.
 
     Raises:
         UserError: No code is used, or all are.
@@ -134,22 +139,22 @@ def map_to_nearest(
 
 
 def kept_codes(counts: Int[Tensor, " full"], least: int = 1) -> Int[Tensor, " codes"]:
-    """The full codes that are used, in their order."""
+    """Return the full codes that are used, in their order."""
     return (counts >= least).nonzero()[:, 0]
 
 
 def inverse(map: Int[Tensor, " full"]) -> Int[Tensor, " codes"]:
-    """The full code of every reduced id, the first where several share one."""
+    """Return the full code of every reduced id: the first one where several share an id."""
     full = torch.arange(len(map), device=map.device)
     first = full.new_full((int(map.max()) + 1,), len(map))
     return first.scatter_reduce(0, map, full, "amin")
 
 
 def check_map(map: Int[Tensor, " full"], full: int, codes: int, source: str) -> None:
-    """See that a map leads from one number of codes onto all of another.
+    """Check that a map assigns ``full`` codes to all of the ids 0..codes - 1.
 
     Raises:
-        UserError: It does not.
+        UserError: The map has another dtype, shape, length or range, or an id without a code.
     """
     if map.dtype != torch.int64 or map.ndim != 1:
         raise UserError(f"{source}: expected one row of int64, found {map.dtype} {list(map.shape)}.")
@@ -168,10 +173,10 @@ def check_map(map: Int[Tensor, " full"], full: int, codes: int, source: str) -> 
 
 
 def read_map(path: Path) -> Int[Tensor, " full"]:
-    """A map from a safetensors file, or from a ``.pt`` file as the published ones, of one tensor.
+    """Read a map: a safetensors or ``.pt`` file (as published) with a single tensor.
 
     Raises:
-        UserError: The file is missing or damaged, or holds anything else.
+        UserError: The file is missing or damaged, or its content is not a map.
     """
     tensors = list(read_tensors(path).values())
     if len(tensors) != 1:

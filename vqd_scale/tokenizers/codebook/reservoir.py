@@ -1,4 +1,4 @@
-"""A fair sample of a stream of vectors that nobody can hold whole."""
+"""Uniform random sample of a stream of vectors too large for memory."""
 
 from collections.abc import Callable
 
@@ -10,15 +10,15 @@ from vqd_scale.core.rng import Purpose, uniforms
 
 
 class Reservoir:
-    """So many vectors of a stream, each set of so many equally likely.
+    """Reservoir sample of P vectors of a stream, uniform over all subsets of that size.
 
-    Every vector has a random number by its name, and those with the smallest stay (reservoir sampling with
-    random keys; Li, "Reservoir-sampling algorithms of time complexity O(n(1 + log(N/n)))", 1994). So what
-    stays depends neither on the order of the stream nor on how many ranks read it.
+    Each vector has a random key derived from its slot; the P smallest keys are kept (reservoir sampling with
+    random keys; Li, "Reservoir-sampling algorithms of time complexity O(n(1 + log(N/n)))", 1994). The sample
+    depends neither on the order of the stream nor on the number of ranks.
 
     Args:
-        size: P, how many stay.
-        seed: Of the random numbers.
+        size: P, the number of vectors kept.
+        seed: Seed of the random keys.
     """
 
     def __init__(self, size: int, seed: int) -> None:
@@ -29,11 +29,11 @@ class Reservoir:
         self.seen = 0
 
     def add(self, vectors: Float[Tensor, "count width"], slots: Int[Tensor, " images"]) -> None:
-        """See all vectors of some images, as many of each and in the order of ``slots``.
+        """Add the vectors of some images, in the order of ``slots`` and equally many per image.
 
         Args:
-            vectors: The images' vectors, one image after the other.
-            slots: The images' own numbers.
+            vectors: Vectors of the images, image by image.
+            slots: Unique index of each image.
         """
         each = len(vectors) // len(slots)
         keys = uniforms(self.seed, Purpose.RESERVOIR, slots, each, dtype=torch.float64).flatten()
@@ -41,10 +41,10 @@ class Reservoir:
         self._keep(vectors.detach().float(), keys)
 
     def pooled(self, concatenated: Callable[[Tensor], Tensor]) -> Float[Tensor, "pool width"]:
-        """What stays of what all ranks saw, the same on all of them; as many as were seen, if fewer than P.
+        """Return the sample over all ranks, equal on all of them; fewer than P vectors if fewer were seen.
 
         Args:
-            concatenated: Joins the tensors of all ranks, which have one shape.
+            concatenated: All-gather that concatenates the ranks' tensors, which have equal shapes.
         """
         lacking = self.size - len(self.keys)
         filling = self.vectors.new_zeros(lacking, self.vectors.shape[1])

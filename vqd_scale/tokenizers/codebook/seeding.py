@@ -1,11 +1,13 @@
-"""Where k-means begins, and where it ends: what rebuilds a codebook from a pool of encoder outputs.
+"""k-means and its seeding, used to rebuild a codebook from a pool of encoder outputs.
 
-k-means++ (Arthur and Vassilvitskii, 2007) draws every seed with a chance proportional to its squared
-distance to the seeds before it, and looks at all points for each. AFK-MC² (Bachem et al., "Fast and provably
-good seedings for k-means", 2016) draws nearly so by a Markov chain of fixed length; it sees all points once.
+k-means++ (Arthur and Vassilvitskii, 2007) samples each seed with a probability proportional to its squared
+distance to the previous seeds, and visits all points for each seed. AFK-MC² (Bachem et al., "Fast and
+provably good seedings for k-means", 2016) approximates that distribution by a Markov chain of fixed length
+and visits all points once.
 
-Of n points, K seeds and chains of m it measures n + m K (K - 1) / 2 distances, k-means++ n (K - 1). It wins
-where n is much larger than m K / 2, and loses where it is not: at n = 20,000, K = 1,024, m = 200 by five.
+For n points, K seeds and chains of length m, AFK-MC² computes n + m K (K - 1) / 2 distances and k-means++
+n (K - 1). AFK-MC² is cheaper where n is much larger than m K / 2. At n = 20,000, K = 1,024, m = 200 it is
+five times as expensive.
 """
 
 import warnings
@@ -20,16 +22,16 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
 
 CHAIN = 200
-"""The length of AFK-MC²'s chains, as in its authors' code and in VQ-DDM's."""
+"""Length of AFK-MC² Markov chains, as in its authors' code and in VQ-DDM."""
 
 
 @dataclass(frozen=True)
 class Seeding:
-    """Points to begin k-means with.
+    """Initial points of k-means.
 
     Attributes:
-        chosen: Their places among all points, [seeds].
-        distances: How many distances between two points were measured to find them.
+        chosen: Indices of the seeds among all points, [seeds].
+        distances: Number of distances computed to find the seeds.
     """
 
     chosen: Int[Tensor, " seeds"]
@@ -37,11 +39,11 @@ class Seeding:
 
 
 class Clusters(NamedTuple):
-    """What k-means found.
+    """Result of k-means.
 
     Attributes:
-        centres: [clusters, width], float32.
-        sizes: How many points each centre is the nearest of; none is 0.
+        centres: Cluster centers [clusters, width], float32.
+        sizes: Number of points assigned to each center; at least 1.
     """
 
     centres: Float[Tensor, "clusters width"]
@@ -49,21 +51,21 @@ class Clusters(NamedTuple):
 
 
 def afkmc2(points: Float[Tensor, "count width"], seeds: int, seed: int, chain: int = CHAIN) -> Seeding:
-    """Seeds by AFK-MC² (Bachem et al., 2016, algorithm 1), repeatable on any device.
+    """Sample seeds by AFK-MC² (Bachem et al., 2016, algorithm 1), reproducibly on any device.
 
     Args:
-        points: What is to be clustered.
-        seeds: K, how many seeds.
-        seed: Of the random numbers.
+        points: Points to cluster.
+        seeds: K, the number of seeds.
+        seed: Seed of the random numbers.
         chain: m, the length of each Markov chain.
 
     Raises:
-        UserError: More seeds than points are asked for, or a point is not finite.
+        UserError: There are fewer points than seeds, or a point is not finite.
     """
     _check(points, seeds)
     count = len(points)
     rows = torch.arange(seeds, device=points.device)
-    # A row of numbers for each seed: a proposal and an acceptance for every state of its chain.
+    # One row per seed: a proposal and an acceptance number for every state of its chain.
     drawn = uniforms(seed, Purpose.SEEDING, rows, 2 * chain, dtype=torch.float64)
     chosen = [int(drawn[0, 0] * count)]
     squared = _squared_distances(points, points[chosen])[:, 0]
@@ -75,7 +77,7 @@ def afkmc2(points: Float[Tensor, "count width"], seeds: int, seed: int, chain: i
         places = places.clamp(max=count - 1)
         nearest = _squared_distances(points[places], points[chosen]).amin(dim=1)
         measured += chain * len(chosen)
-        # A state's weight is its squared distance over the chance of its being proposed.
+        # Weight of a state: squared distance / proposal probability.
         weights = (nearest / proposal[places]).tolist()
         state = 0
         for step, accepted in enumerate(drawn[number, chain + 1 :].tolist(), start=1):
@@ -86,10 +88,10 @@ def afkmc2(points: Float[Tensor, "count width"], seeds: int, seed: int, chain: i
 
 
 def kmeans_plus_plus(points: Float[Tensor, "count width"], seeds: int, seed: int) -> Seeding:
-    """Seeds by k-means++ (Arthur and Vassilvitskii, 2007, section 2.2): what `afkmc2` approaches.
+    """Sample seeds by k-means++ (Arthur and Vassilvitskii, 2007, section 2.2); `afkmc2` approximates it.
 
     Raises:
-        UserError: More seeds than points are asked for, or a point is not finite.
+        UserError: There are fewer points than seeds, or a point is not finite.
     """
     _check(points, seeds)
     rows = torch.arange(seeds, device=points.device)
@@ -107,17 +109,17 @@ def kmeans_plus_plus(points: Float[Tensor, "count width"], seeds: int, seed: int
 def kmeans(
     points: Float[Tensor, "count width"], starts: Float[Tensor, "clusters width"], iterations: int = 300
 ) -> Clusters:
-    """Lloyd's iterations from given centres, to centres of which each is the nearest of some point.
+    """Run Lloyd's iterations from given centers; every resulting center has at least one point.
 
-    One thread, since the order in which threads add would make two equal runs differ.
+    One thread: with several, the order of summation would make two equal runs differ.
 
     Args:
-        points: What is clustered.
-        starts: The centres to begin with.
-        iterations: The most that are made.
+        points: Points to cluster.
+        starts: Initial centers.
+        iterations: Maximum number of iterations.
 
     Raises:
-        UserError: There are more centres than different points, or a point is not finite.
+        UserError: There are more centers than distinct points, or a point is not finite.
     """
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
@@ -125,9 +127,9 @@ def kmeans(
     _check(points, len(starts))
     values = points.detach().float().cpu()
     with threadpool_limits(limits=1), warnings.catch_warnings():
-        # That vectors repeat is seen below.
+        # scikit-learn warns about duplicate points; `_without_empty` handles them.
         warnings.simplefilter("ignore")
-        # The stub leaves out arrays and numbers.
+        # The stub omits array and number arguments.
         build = cast(Any, KMeans)
         means = build(len(starts), init=starts.detach().float().cpu().numpy(), n_init=1, max_iter=iterations)
         means.fit(values.numpy())
@@ -136,19 +138,19 @@ def kmeans(
 
 
 def cost(points: Float[Tensor, "count width"], centres: Float[Tensor, "clusters width"]) -> float:
-    """The sum of the squared distances of points to their nearest centres: what k-means lowers."""
+    """Compute the k-means objective: the sum of squared distances of points to their nearest centers."""
     parts = points.split(max(1, _CHUNK // len(centres)))
     return sum(float(_squared_distances(part, centres).amin(dim=1).sum()) for part in parts)
 
 
 _CHUNK = 1 << 22
-"""How many distances exist at once."""
+"""Maximum number of distances in memory at once."""
 
 
 def _without_empty(
     points: Float[Tensor, "count width"], centres: Float[Tensor, "clusters width"]
 ) -> Clusters:
-    """Centres of which each has points: one that has none moves to the point farthest from its centre."""
+    """Move each center without points to the point farthest from its nearest center."""
     for _ in range(len(centres)):
         nearest, labels = _nearest(points, centres)
         sizes = torch.bincount(labels, minlength=len(centres))
@@ -176,7 +178,10 @@ def _nearest(
 def _squared_distances(
     points: Float[Tensor, "count width"], others: Float[Tensor, "seeds width"]
 ) -> Float[Tensor, "count seeds"]:
-    """In float64, from differences: a point's own distance is exactly 0, so that it is not drawn twice."""
+    """Compute squared distances from differences in float64.
+
+    The distance of a point to itself is exactly 0, so no point is sampled twice.
+    """
     exact = torch.cdist(points.double(), others.double(), compute_mode="donot_use_mm_for_euclid_dist")
     return exact.square()
 

@@ -1,4 +1,4 @@
-"""How much of a codebook is used: counts of codes, and what is said of them."""
+"""Codebook usage: statistics of code counts."""
 
 from dataclasses import dataclass
 
@@ -7,20 +7,20 @@ from jaxtyping import Int
 from torch import Tensor
 
 OFTEN = 10
-"""From how many occurrences on VQ-DDM's code calls a code used."""
+"""Minimum number of occurrences of a used code in VQ-DDM's code."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What counts of codes say.
+    """Codebook usage statistics.
 
     Attributes:
-        codes: K, how many codes there are.
-        tokens: How many tokens were counted.
-        used: Share of the codes that occur at all.
-        used_often: Share that occur ten times and more, VQ-DDM's definition.
-        perplexity: exp of the entropy of the codes' frequencies: how many codes, all equally frequent, would
-            be as hard to foretell; K at most.
+        codes: K, the number of codes.
+        tokens: Number of tokens counted.
+        used: Fraction of codes that occur at least once.
+        used_often: Fraction of codes that occur at least ten times (VQ-DDM's definition).
+        perplexity: exp of the entropy of the code frequencies (in nats); at most K, reached when all codes
+            are equally frequent.
     """
 
     codes: int
@@ -31,7 +31,7 @@ class Usage:
 
 
 def usage_of(counts: Int[Tensor, " codes"]) -> Usage:
-    """The figures of how often each code occurs."""
+    """Compute usage statistics from code counts."""
     counts = counts.double()
     total = counts.sum()
     shares = counts / total.clamp(min=1)

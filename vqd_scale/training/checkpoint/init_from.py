@@ -1,4 +1,4 @@
-"""The weights of a trained model as those that a run starts from, read by each rank for its own share."""
+"""Initialization of a run from a trained model; each rank reads only its own partition."""
 
 import math
 from collections.abc import Sequence, Set
@@ -15,26 +15,26 @@ from vqd_scale.training.partition import Partition, Piece
 
 
 class StartConfig(Config):
-    """A trained model that a run goes on from, as fine-tuning does."""
+    """Trained model that initializes the weights, for fine-tuning."""
 
     bundle: Path
-    """Its bundle, or the folder of the finished run that exported it."""
+    """Bundle of the model, or folder of the finished run that exported it."""
     init_missing: tuple[str, ...] = ()
-    """Names of weights that it lacks and this run adds, such as ``text.null``; they start as in any run."""
+    """Names of weights missing in the bundle, such as ``text.null``, which get the default initialization."""
 
 
 @torch.no_grad()
 def start_from(path: Path, partition: Partition, prefix: str = "", fresh: Sequence[str] = ()) -> None:
-    """Fill the weights with a bundle's; no rank reads more of a tensor than the rows that its piece touches.
+    """Load a bundle's weights; each rank reads only the rows that overlap its pieces.
 
     Args:
-        path: A safetensors file of whole tensors.
-        partition: This rank's pieces, which are overwritten.
-        prefix: What the trained module's names have before those of the file.
-        fresh: Weights that the file lacks, by the names that it would give them; they stay as they are.
+        path: Safetensors file of full tensors.
+        partition: Pieces of this rank, overwritten.
+        prefix: Prefix of the module's parameter names, relative to the names in the file.
+        fresh: Names, without prefix, of weights that are not in the file; they are unchanged.
 
     Raises:
-        UserError: The file cannot be read, or holds other tensors than the module trains.
+        UserError: The file cannot be read, or its tensors differ from the module's trainable parameters.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -66,7 +66,7 @@ def _check(path: Path, stored: dict[str, Any], partition: Partition, untouched: 
 
 
 def _elements(stored: Any, piece: Piece) -> Tensor:  # noqa: ANN401 - a slice of a file, untyped upstream
-    """A piece's elements, of the rows of the stored tensor that they lie in."""
+    """Read a piece's elements, loading only the overlapping rows of the stored tensor."""
     row = math.prod(piece.shape[1:])
     first, last = piece.start // row, -(-(piece.start + piece.length) // row)
     before = piece.start - first * row

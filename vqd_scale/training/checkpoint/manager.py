@@ -1,9 +1,9 @@
-"""Checkpoints: named slices, published, not written.
+"""Sharded, asynchronous checkpoints, published by an atomic rename.
 
-Every rank writes its slices (`vqd_scale.training.checkpoint.shards`) in a thread, with their size and digest
-in a file beside them. The first rank's thread waits for all of these files, writes the manifest and renames
-the folder. Only a folder with a valid manifest is a checkpoint, whatever a kill or a full disk left behind.
-Nothing is pickled, and no thread communicates with another rank.
+Every rank writes its shard (`vqd_scale.training.checkpoint.shards`) in a thread, with size and digest in a
+JSON file next to it. The first rank's thread waits for all of these JSON files, writes the manifest and
+renames the folder. Only a folder with a valid manifest is a checkpoint; leftovers of a kill or a full disk
+are ignored. Nothing is pickled, and no thread communicates with another rank.
 """
 
 import hashlib
@@ -52,29 +52,30 @@ _POLL_SECONDS = 0.05
 
 
 class CheckpointConfig(Config):
-    """When to save, and how much to keep."""
+    """Checkpoint period, retention and mirror."""
 
     every_images: PositiveInt = 500_000
     """Images between two checkpoints."""
     keep_last: PositiveInt = 2
-    """How many of the newest are kept."""
+    """Number of newest checkpoints to keep."""
     keep_every_images: PositiveInt | None = None
-    """The first checkpoint after each multiple of so many images is kept for good."""
+    """Period in images of permanent checkpoints: the first one after each multiple is never deleted."""
     asynchronous: bool = True
-    """Write in a thread while training goes on; costs a copy of this rank's share in the host's memory."""
+    """Write in a thread while training continues; needs host memory for a copy of this rank's partition."""
     max_consecutive_failures: NonNegativeInt = 3
-    """How many saves in a row may fail, for want of space or rights, before the run stops."""
+    """Maximum number of consecutive failed saves (disk full, no permission) before the run stops."""
     mirror: Location | None = None
-    """If given, every checkpoint is copied there, such as to S3; the newest is fetched if none is here."""
+    """Mirror, such as S3. Every checkpoint is copied to it, and the newest is fetched if the run folder has
+    none."""
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What a checkpoint gives back beside the weights.
+    """Restored run state apart from weights, moments and EMA.
 
     Attributes:
-        images: Images the run had seen.
-        state: The run's other tensors, equal on every rank.
+        images: Images seen.
+        state: Other tensors of the run, equal on every rank.
     """
 
     images: int
@@ -83,13 +84,13 @@ class Restored:
 
 @dataclass(frozen=True)
 class _Save:
-    """A save under way.
+    """Save in progress.
 
     Attributes:
-        folder: What it will be called.
-        written: Done when this rank's files are on the disk.
-        published: On the first rank, done when the folder has its name.
-        abandoned: Set when some rank could not write.
+        folder: Final path of the checkpoint.
+        written: Future that completes when this rank's files are on disk.
+        published: Future that completes when the folder is renamed; first rank only.
+        abandoned: Event that is set when a rank fails to write.
     """
 
     folder: Path
@@ -99,14 +100,14 @@ class _Save:
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """Checkpoint manager of one run.
 
     Args:
-        folder: Where they lie, one folder each, named by images seen.
-        config: When to save, and how much to keep.
-        partition: This rank's pieces.
-        ema: Their average.
-        world: This process's place among the ranks.
+        folder: Parent folder; each checkpoint is a subfolder named by images seen.
+        config: Checkpoint period, retention and mirror.
+        partition: Pieces of this rank.
+        ema: EMA of the weights.
+        world: This process's rank and device.
     """
 
     def __init__(
@@ -123,15 +124,16 @@ class Checkpoints:
         self._failures = 0
 
     def save(self, images: int, state: Mapping[str, Tensor], *, must: bool = False) -> None:
-        """Begin to save the run, after the save before has ended; all ranks call it together.
+        """Wait for the previous save, then start a new one; collective.
 
         Args:
             images: Images seen.
-            state: The run's other tensors, equal on every rank.
-            must: See this save to its end, and do not tolerate that it fails.
+            state: Other tensors of the run, equal on every rank.
+            must: Wait for this save and raise if it fails.
 
         Raises:
-            UserError: So many saves failed in a row that the run had better stop, or this one must not.
+            UserError: More than ``max_consecutive_failures`` saves failed in a row, or a save with ``must``
+                failed.
         """
         self._wait_and_tolerate()
         final = self.folder / f"{images:012d}"
@@ -139,7 +141,7 @@ class Checkpoints:
         if self.world.is_first:
             for leftover in self.folder.glob(f"*{PARTIAL}"):
                 shutil.rmtree(leftover, ignore_errors=True)
-        # Also a barrier: nobody writes before the leftovers of an earlier attempt are gone.
+        # Also a barrier: no rank writes before the leftovers of an earlier attempt are deleted.
         if self.world.any(final.exists()):
             return
         if self._host is None:
@@ -165,10 +167,10 @@ class Checkpoints:
             self._wait_and_tolerate()
 
     def wait(self) -> None:
-        """See the save under way to its end, if there is one; all ranks call it together.
+        """Wait for the save in progress, if any; collective.
 
         Raises:
-            UserError: Some rank could not write. Older checkpoints are untouched.
+            UserError: A rank could not write. Older checkpoints are unchanged.
         """
         save, self._save = self._save, None
         if save is None:
@@ -177,7 +179,7 @@ class Checkpoints:
         if self.world.any(mistake is not None):
             save.abandoned.set()
         if save.published is not None:
-            # Waited for in any case: it clears away what was written, and must not do so in the next save.
+            # Always wait: after a failure it deletes the partial folder, which must end before the next save.
             unpublished = _mistake(save.published)
             mistake = mistake or unpublished
         if self.world.any(mistake is not None):
@@ -187,26 +189,26 @@ class Checkpoints:
         self._failures = 0
 
     def close(self) -> None:
-        """Let go of a save under way that nobody will wait for any more, as after an error."""
+        """Abandon a save in progress, for example after an error, and stop the thread."""
         if self._save is not None:
             self._save.abandoned.set()
         self._thread.shutdown(wait=True)
 
     def resume(self, before: int | None = None) -> Restored | None:
-        """Load the newest checkpoint whose every file is what its manifest says; all ranks call it together.
+        """Load the newest checkpoint whose files all match the manifest; collective.
 
         Args:
-            before: Leave out those of so many images and more.
+            before: Consider only checkpoints with fewer images than this.
 
         Returns:
-            What was restored, or ``None`` if the run has no checkpoint yet.
+            The restored state, or ``None`` if the run has no checkpoint.
 
         Raises:
-            UserError: There are checkpoints, but none is whole; or they belong to another model.
+            UserError: No checkpoint is valid although some exist, or they belong to another model.
         """
         mirror = self.config.mirror
         if mirror is not None:
-            # Where the folder has no checkpoint, a copy is brought back.
+            # Fetch from the mirror if the folder has no checkpoint.
             self.world.on_first_rank(
                 lambda: _named(self.folder) or fetch_newest(mirror, self.folder, _MANIFEST)
             )
@@ -264,7 +266,7 @@ class Checkpoints:
         rest: bytes,
         abandoned: threading.Event,
     ) -> None:
-        """The first rank's last act in a save: wait for all files, write the manifest, give the name."""
+        """Wait for all ranks' files, write the manifest and rename the folder; first rank only."""
         state = write_described(partial / _STATE, rest)
         descriptions = [
             partial / f"slices-{rank:05d}-of-{self.world.size:05d}{_DESCRIPTION}"
@@ -317,17 +319,17 @@ class Checkpoints:
 
 
 def consolidated(folder: Path, kind: str) -> dict[str, Tensor]:
-    """Whole parameters from a checkpoint's slices, on the CPU in float32.
+    """Consolidate a checkpoint's slices into full parameters, on the CPU in float32.
 
     Args:
-        folder: One checkpoint.
+        folder: Folder of one checkpoint.
         kind: ``ema`` or ``master``.
 
     Returns:
         Parameters by name.
 
     Raises:
-        UserError: There is no whole checkpoint in the folder.
+        UserError: The folder contains no valid checkpoint.
     """
     manifest = _manifest(folder)
     stored = _stored(folder, manifest)
@@ -340,14 +342,14 @@ def consolidated(folder: Path, kind: str) -> dict[str, Tensor]:
 
 
 def newest_whole(folder: Path, images: int | None = None) -> Path:
-    """The newest checkpoint of a run that is whole, or the one at so many images.
+    """Return the newest valid checkpoint of a run, or the one at a given number of images.
 
     Args:
-        folder: The run's checkpoints.
-        images: Which one is meant; ``None`` means the newest.
+        folder: Checkpoint folder of the run.
+        images: Images seen by the checkpoint; ``None`` selects the newest.
 
     Raises:
-        UserError: There is none, or the one that is meant is damaged.
+        UserError: There is no such checkpoint, or it is damaged.
     """
     candidates = sorted(_named(folder), reverse=True)
     for candidate in candidates:
@@ -363,7 +365,7 @@ def newest_whole(folder: Path, images: int | None = None) -> Path:
 
 
 def prune(folder: Path, config: CheckpointConfig) -> None:
-    """Delete the checkpoints that need not be kept; none at all unless the newest one is all there."""
+    """Delete checkpoints beyond the retention policy, provided the newest one is complete."""
     checkpoints = sorted(_named(folder))
     if not checkpoints or not _is_complete(checkpoints[-1]):
         return
@@ -371,12 +373,12 @@ def prune(folder: Path, config: CheckpointConfig) -> None:
         images, every = int(old.name), config.keep_every_images
         if every is not None and images // every > (images - config.every_images) // every:
             continue
-        # A name that nobody reads, before anything of it is gone.
+        # Rename before deleting, so a partly deleted folder is not taken for a checkpoint.
         shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)), ignore_errors=True)
 
 
 def _damage(folder: Path, rank: int, ranks: int) -> str | None:
-    """What is wrong with a rank's share of a checkpoint's files; every file is some rank's."""
+    """Verify this rank's share of a checkpoint's files; return a description of the damage, if any."""
     try:
         files = _manifest(folder)["files"]
     except UserError as error:
@@ -411,15 +413,15 @@ def _mistake(future: "Future[None]") -> UserError | None:
 
 
 def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """A manifest with its own digest."""
+    """Return a manifest with its own digest added."""
     return {**manifest, "sha256": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """A checkpoint's manifest.
+    """Read and verify a checkpoint's manifest.
 
     Raises:
-        UserError: It is missing, or not what was written.
+        UserError: The manifest is missing or damaged, or has another format version.
     """
     path = folder / _MANIFEST
     read = read_json(path, "checkpoint manifest")

@@ -1,4 +1,4 @@
-"""Copies of checkpoints elsewhere, such as in S3: sent when they are whole, fetched where none is left."""
+"""Checkpoint mirror, such as S3: complete checkpoints are uploaded, and fetched if none is left locally."""
 
 import logging
 import shutil
@@ -19,16 +19,17 @@ from vqd_scale.core.errors import UserError
 logger = logging.getLogger(__name__)
 
 _WHOLE = ".json"
-"""Ending of what says that a copy is whole."""
+"""Suffix of the marker object of a complete copy."""
 
 
 def send(checkpoint: Path, place: Location, manifest: str) -> None:
-    """Copy a whole checkpoint; what goes wrong is a warning and no more.
+    """Copy a complete checkpoint to the mirror; a failure is only logged as a warning.
 
     Args:
-        checkpoint: Its folder.
-        place: Where a folder of the same name is to be, and beside it, last of all, its manifest once more.
-        manifest: The file that makes a folder a checkpoint.
+        checkpoint: Folder of the checkpoint.
+        place: Mirror. It receives a folder of the same name and, last, a second copy of the manifest next to
+            the folder, which marks the copy as complete.
+        manifest: File name of the manifest.
     """
     try:
         for file in sorted(checkpoint.iterdir()):
@@ -39,17 +40,17 @@ def send(checkpoint: Path, place: Location, manifest: str) -> None:
 
 
 def fetch_newest(place: Location, folder: Path, manifest: str) -> None:
-    """Bring the newest copy back into a folder that has no checkpoint.
+    """Fetch the newest complete copy into a folder without checkpoints.
 
-    Whether each file is what the manifest says is looked at when it is loaded, as always.
+    Sizes and digests are verified when the checkpoint is loaded.
 
     Args:
-        place: Where `send` copied to.
-        folder: The run's checkpoints.
-        manifest: The file that makes a folder a checkpoint.
+        place: Mirror to which `send` copied.
+        folder: Checkpoint folder of the run.
+        manifest: File name of the manifest.
 
     Raises:
-        UserError: A copy cannot be read, or not be written here.
+        UserError: A copy cannot be read, or cannot be written locally.
     """
     names = [name.removesuffix(_WHOLE) for name in file_sizes(place) if name.endswith(_WHOLE)]
     whole = sorted(name for name in names if name.isdigit())

@@ -1,7 +1,15 @@
-"""Named slices: what one rank holds of every weight, moment and average, in one safetensors file.
+"""Checkpoint shards: one safetensors file per rank with its slices of weights, moments and EMA.
 
-A slice is flat and named ``{kind}/{parameter}/{start}``. Reading copies the overlap of whatever slices there
-are with whatever pieces are asked for, so any number of ranks reads what any other number wrote.
+A slice is a flat float32 tensor named ``{kind}/{parameter}/{start}``. Loading copies the overlap of each
+stored slice with each requested piece, so a checkpoint can be loaded by any number of ranks.
+
+Example: a parameter ``w`` of 10 elements, saved by 2 ranks and loaded by 3 ranks under ZeRO-3::
+
+    saved by rank 0   master/w/0   elements 0 to 4
+    saved by rank 1   master/w/5   elements 5 to 9
+    loaded by rank 0  elements 0 to 3   from master/w/0
+    loaded by rank 1  elements 4 to 7   4 from master/w/0, 5 to 7 from master/w/5
+    loaded by rank 2  elements 8 to 9   from master/w/5
 """
 
 import errno
@@ -27,23 +35,24 @@ if sys.platform == "linux":
     import fcntl
 
 _PAGE = 4096
-"""What lies at multiples of so many bytes, in memory and in the file, can go to any disk without a copy."""
+"""Alignment of memory and file offset in bytes for direct I/O (``O_DIRECT``) on any disk."""
 _BLOCK = 1 << 24
 _LENGTH = 8
-"""A file of safetensors begins with the length of its header, in so many bytes."""
+"""Bytes of the length field at the start of a safetensors file."""
 _ALIGNMENT = 8
 _LAST_IN_LINE = 19
 _ELEMENT = 4
 
 
 class HostSlices:
-    """A rank's slices in the host's memory, as they lie in the file, its header before them.
+    """Host-memory image of a rank's shard file, header and slices.
 
-    The buffer is made once and kept: filling it is all that training waits for while a checkpoint is written.
+    The buffer is allocated once and reused. In an asynchronous save, training waits only for the copy into
+    this buffer.
 
     Args:
-        partition: Says which pieces there are.
-        kinds: What there is of each piece: its weights, moments, average.
+        partition: Pieces of this rank.
+        kinds: Kinds of tensors saved for each piece: master weights, moments, EMA.
     """
 
     def __init__(self, partition: Partition, kinds: Iterable[str]) -> None:
@@ -69,10 +78,10 @@ class HostSlices:
 
     @torch.no_grad()
     def fill(self, flats: Mapping[str, list[Tensor]]) -> None:
-        """Copy the slices as they are now.
+        """Copy the current slices into the buffer.
 
         Args:
-            flats: The flat float32 tensors of each kind, one a group.
+            flats: Flat float32 tensors of each kind, one per group.
         """
         begin = 0
         for kind, piece in self._places:
@@ -83,39 +92,39 @@ class HostSlices:
             torch.cuda.synchronize()
 
     def write(self, path: Path) -> dict[str, Any]:
-        """Write what was copied, down to the disk.
+        """Write the buffer to a file and sync it to disk.
 
         Returns:
-            The file's name, size and SHA-256, for a manifest.
+            Name, size and SHA-256 of the file, for the manifest.
 
         Raises:
-            UserError: The file cannot be written; nothing of it is left.
+            UserError: The file cannot be written; the partial file is deleted.
         """
         return write_described(path, self._image.numpy().data, at_a_page=True)
 
 
 def _at_a_page(size: int) -> Tensor:
-    """So many bytes of memory that begin with a page; in a GPU's reach, if there is one."""
+    """Allocate ``size`` bytes of page-aligned host memory, pinned if there is a GPU."""
     room = torch.empty(size + _PAGE, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
     begin = -room.data_ptr() % _PAGE
     return room[begin : begin + size]
 
 
 def write_described(path: Path, content: bytes | memoryview, *, at_a_page: bool = False) -> dict[str, Any]:
-    """Write a file, down to the disk.
+    """Write a file and sync it to disk.
 
     Args:
-        path: The file.
-        content: What it is to hold.
-        at_a_page: Whether that begins with a page of memory. It then goes past the system's cache where the
-            file system lets it: a copy there costs as much of a core as the training beside it can spare, and
-            pushes out what will be read again, as a checkpoint will not.
+        path: Output file.
+        content: Content of the file.
+        at_a_page: ``True`` if ``content`` is page-aligned in memory. The write then bypasses the page cache
+            if the file system supports it. A copy into the page cache costs CPU time that training needs, and
+            evicts data that will be read again.
 
     Returns:
-        The file's name, size and SHA-256, for a manifest.
+        Name, size and SHA-256 of the file, for the manifest.
 
     Raises:
-        UserError: It cannot be written; nothing of it is left.
+        UserError: The file cannot be written; the partial file is deleted.
     """
     content = memoryview(content)
     digest = hashlib.sha256()
@@ -137,10 +146,10 @@ def write_described(path: Path, content: bytes | memoryview, *, at_a_page: bool 
 
 
 def _written(file: FileIO, content: memoryview) -> Iterator[memoryview]:
-    """The content again, in pieces that have been written."""
+    """Write the content in blocks and yield each block after it is written."""
     while content:
         try:
-            # A disk that is nearly full takes less than it is given.
+            # Short write: a nearly full disk accepts fewer bytes.
             count = file.write(content[:_BLOCK])
         except OSError as refused:
             if refused.errno == errno.EINVAL and _past_the_cache(file, False):
@@ -151,9 +160,9 @@ def _written(file: FileIO, content: memoryview) -> Iterator[memoryview]:
 
 
 def _past_the_cache(file: FileIO, whether: bool) -> bool:
-    """Let what is written next go past the system's cache, or not; says whether that is a change.
+    """Enable or disable ``O_DIRECT`` for the next writes; return ``True`` if the flag changed.
 
-    Where system or file system cannot, it goes through the cache: nothing but its speed is different.
+    If the operating system or file system does not support it, writes go through the page cache.
     """
     if sys.platform != "linux":
         return False
@@ -169,19 +178,19 @@ def _past_the_cache(file: FileIO, whether: bool) -> bool:
 
 
 def give_way() -> None:
-    """Let this thread run only where no other wants to: what it writes has time, and training has none.
+    """Set this thread to the lowest CPU priority, so checkpoint writes do not slow down training.
 
-    On Linux, where threads have priorities of their own; elsewhere it does nothing.
+    Linux only, where each thread has its own priority; a no-op elsewhere.
     """
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LAST_IN_LINE)
 
 
 class StoredSlices:
-    """All slices of some files, by what they are slices of.
+    """Index of the slices in shard files, by kind and parameter.
 
     Args:
-        paths: The files.
+        paths: Shard files.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -193,10 +202,10 @@ class StoredSlices:
                     self._places.setdefault(name, []).append((int(start), path, key))
 
     def copy(self, kind: str, piece: Piece, target: Tensor) -> None:
-        """Fill a piece's elements from every slice that overlaps it.
+        """Fill a piece from all slices that overlap it.
 
         Raises:
-            UserError: Some of its elements are in no slice.
+            UserError: The slices do not cover the piece.
         """
         filled = 0
         begin, end = piece.start, piece.start + piece.length

@@ -1,4 +1,4 @@
-"""What a row of metrics holds: sums between two rows, brought together over ranks only when one is due."""
+"""Aggregation of metrics between two log rows; ranks are reduced only when a row is due."""
 
 import resource
 import time
@@ -15,17 +15,17 @@ from vqd_scale.training.logging.metrics import MetricLogger
 from vqd_scale.training.tasks.base import BatchType
 
 _PROBE_SIZE = 256
-"""Rows of the matrix that every rank squares now and then, alone, to see how fast it is."""
+"""Side of the matrix that every rank squares to measure its own speed."""
 
 
 class MetricAggregator:
-    """The rows of a run.
+    """Aggregator and writer of a run's metric rows.
 
     Args:
-        config: The run.
-        world: This process's place among the ranks.
-        images: Where the run starts or goes on from.
-        ideal_seconds: What an image would take all ranks together at their devices' peak, if that is known.
+        config: Run configuration.
+        world: This process's rank and device.
+        images: Images seen at the start or resume.
+        ideal_seconds: Seconds per image at the peak FLOPS of all devices together, if known.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class MetricAggregator:
         self.start()
 
     def start(self) -> None:
-        """Begin to sum for the next row."""
+        """Reset the sums for the next row."""
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
         self._valid = torch.zeros((), dtype=torch.float64)
         self._small = torch.zeros((), dtype=torch.float64)
@@ -59,29 +59,29 @@ class MetricAggregator:
         self._since = time.monotonic()
 
     def waited_for(self, batches: Iterator[BatchType]) -> BatchType:
-        """The next batch; how long it took to come is counted."""
+        """Return the next batch and count the time spent waiting for it."""
         before = time.monotonic()
         batch = next(batches)
         self._waited += time.monotonic() - before
         return batch
 
     def add(self, loss: Tensor, statistics: Mapping[str, Tensor]) -> None:
-        """Count a part of a batch: its summed loss, and the task's (sum, count) pairs."""
+        """Add a micro-batch's summed loss and the task's (sum, count) pairs."""
         self._sums["loss"] = self._sums["loss"] + torch.stack([loss, loss.new_zeros(())]).double().cpu()
         for name, value in statistics.items():
             self._sums[name] = self._sums[name] + value.double().cpu()
 
     def add_step(self, valid: Tensor, rate: float) -> None:
-        """Count a batch: its samples that are valid, over all ranks, and the learning rate."""
+        """Add a batch's number of valid samples over all ranks, and set the learning rate."""
         self._valid = self._valid + valid.double().cpu()
         self._rate = rate
 
     def add_gradient(self, own_squared_norm: Tensor, norm: float) -> None:
-        """Count the gradient of a step that was taken.
+        """Add the gradient of an applied step.
 
         Args:
-            own_squared_norm: Sum over this rank's parts of the batch of their gradients' squared norms.
-            norm: Norm of the whole batch's gradient.
+            own_squared_norm: Sum of the squared gradient norms of this rank's micro-batches.
+            norm: Gradient norm of the global batch.
         """
         self._norm = norm
         self._small = self._small + own_squared_norm.double().cpu()
@@ -90,27 +90,27 @@ class MetricAggregator:
 
     @property
     def wait_share(self) -> float:
-        """The share of time between the last two rows that this rank waited for data."""
+        """Fraction of the time between the last two rows that this rank waited for data."""
         return self._last_wait_share
 
     @property
     def utilisation(self) -> float | None:
-        """The share of all devices' peak between the last two rows, where the peak is known."""
+        """Model FLOPs utilization (MFU) between the last two rows; ``None`` if the peak FLOPS is unknown."""
         return None if self._ideal_seconds is None else self._last_rate * self._ideal_seconds
 
     def add_skipped(self) -> None:
-        """Count a batch that was not learned from."""
+        """Count a skipped batch."""
         self.skipped += 1
 
     def write(self, images: int, more: Mapping[str, float]) -> float:
-        """Write the row that is due; all ranks together.
+        """Reduce the sums over ranks and write a row; collective.
 
         Args:
             images: Images seen.
-            more: Figures that are known already, such as those of held-out samples.
+            more: Further metrics, such as validation metrics.
 
         Returns:
-            The mean loss since the last row.
+            Mean loss since the last row.
         """
         names = sorted(self._sums)
         seconds = time.monotonic() - self._since
@@ -153,14 +153,14 @@ class MetricAggregator:
         return means["loss"]
 
     def close(self) -> None:
-        """Let all writers finish."""
+        """Close all writers."""
         if self.diary is not None:
             self.diary.close()
 
     def _noise(self, small: float) -> dict[str, float]:
         if self._parts == 1 or not self._steps:
             return {}
-        # Each part's gradient arrives divided by the number of a rank's parts.
+        # The engine divides each micro-batch's gradient by the number of accumulation steps.
         scale = noise_scale(
             small * self._accumulation**2 / self._steps / self._parts,
             self._big / self._steps,
@@ -171,9 +171,9 @@ class MetricAggregator:
 
 
 def _alone(device: torch.device) -> float:
-    """Seconds that this rank takes for a fixed piece of work that it does alone: slow machines show.
+    """Measure the seconds of a fixed local computation, to detect stragglers.
 
-    Steps last equally long on all ranks, since each waits for the slowest.
+    Step times do not show a straggler: every rank waits for the slowest, so they are equal on all ranks.
     """
     matrix = torch.ones(_PROBE_SIZE, _PROBE_SIZE, device=device)
     best = float("inf")
@@ -190,7 +190,7 @@ def _alone(device: torch.device) -> float:
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Bytes: of the GPU's memory since the start of the process, or of the host's."""
+    """Return the peak memory in bytes since process start: GPU memory on CUDA, else host memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""Rows of metrics to where people watch them; none of it can stall a run or end it."""
+"""Metric writers for TensorBoard and Weights & Biases; a failing writer cannot stall or end a run."""
 
 import logging
 import queue
@@ -22,34 +22,35 @@ Row = Mapping[str, float]
 
 
 class WandbConfig(Config):
-    """Weights & Biases."""
+    """Weights & Biases logging."""
 
     mode: Literal["online", "offline", "disabled"] = "offline"
-    """Offline writes into the run's folder, for ``wandb sync``: compute nodes often reach nothing else."""
+    """W&B mode. ``offline`` writes to the run folder for a later ``wandb sync``, because compute nodes often
+    have no internet access."""
     project: str = "vqd-scale"
     entity: str | None = None
     name: str | None = None
-    """Of the run; its folder's name unless given."""
+    """Name of the W&B run; defaults to the name of the run folder."""
 
 
 class Writer(Protocol):
-    """Somewhere that rows go."""
+    """Destination of metric rows."""
 
     def write(self, row: Row) -> None:
-        """Take a row; ``images`` in it says when."""
+        """Write a row; its ``images`` value is the step."""
         ...
 
     def close(self) -> None:
-        """No more rows will come."""
+        """Flush and close the writer."""
         ...
 
 
 class AsyncLogger:
-    """A writer in a thread: whatever it does, raise or never return, the run only ever hands it rows.
+    """Writer in a thread with a bounded queue; an exception or hang in it does not affect the run.
 
     Args:
-        name: What it is called when it fails.
-        start: Makes the writer, in the thread.
+        name: Name for warnings.
+        start: Factory of the writer, called in the thread.
     """
 
     def __init__(self, name: str, start: Callable[[], Writer]) -> None:
@@ -60,14 +61,14 @@ class AsyncLogger:
         self._thread.start()
 
     def write(self, row: Row) -> None:
-        """Hand over a row; one that finds no room is dropped."""
+        """Enqueue a row; it is dropped if the queue is full."""
         try:
             self._rows.put_nowait(row)
         except queue.Full:
             self._warn("does not take its rows")
 
     def close(self) -> None:
-        """Let the writer finish, for a while."""
+        """Wait for the writer to finish, up to a timeout."""
         try:
             self._rows.put_nowait(None)
         except queue.Full:
@@ -77,7 +78,7 @@ class AsyncLogger:
             self._warn("does not end")
 
     def _serve(self, start: Callable[[], Writer]) -> None:
-        # Whatever goes wrong in somebody else's service is no reason to lose a run.
+        # A failure of an external service must not end a run.
         try:
             writer = start()
             while (row := self._rows.get()) is not None:
@@ -93,12 +94,12 @@ class AsyncLogger:
 
 
 class WandbWriter:
-    """Weights & Biases, resumed under the identity stored in the run's folder.
+    """Weights & Biases writer, resumed under the run ID stored in the run folder.
 
     Args:
-        config: Which project, and whether anything is sent.
-        run: The run's folder.
-        settings: The run's whole configuration.
+        config: Project, mode and names.
+        run: Run folder.
+        settings: Full configuration of the run.
     """
 
     def __init__(self, config: WandbConfig, run: Path, settings: Mapping[str, Any]) -> None:
@@ -120,22 +121,21 @@ class WandbWriter:
         )
 
     def write(self, row: Row) -> None:
-        """Log a row at its number of images."""
+        """Log a row with its number of images as the step."""
         self._run.log(dict(row), step=int(row["images"]))
 
     def close(self) -> None:
-        """Finish the run."""
+        """Finish the W&B run."""
         self._run.finish()
 
 
 class TensorBoardWriter:
-    """An event file of scalars, as TensorBoard reads it.
+    """Writer of TensorBoard event files with scalars, without dependencies.
 
-    The format is a row of records (length, checksum, bytes, checksum), each a small protocol buffer; so
-    little of it is needed that no package is.
+    An event file is a sequence of records (length, checksum, bytes, checksum), each a small protocol buffer.
 
     Args:
-        folder: Where the file is made, one for each start of the run.
+        folder: Folder of the event files, one file per start of the run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -194,7 +194,7 @@ _CRC32C = _crc32c_table()
 
 
 def _checksum(content: bytes) -> bytes:
-    """CRC-32C, rotated and offset as the record format wants it."""
+    """Return the masked CRC-32C of the record format: rotated and offset."""
     crc = 0xFFFFFFFF
     for byte in content:
         crc = crc >> 8 ^ _CRC32C[(crc ^ byte) & 0xFF]

@@ -1,4 +1,4 @@
-"""The run's diary: one JSON object a line, images seen first; other writers follow it."""
+"""Metric log of a run: ``metrics.jsonl``, one JSON object per line, and optional further writers."""
 
 import json
 import logging
@@ -24,22 +24,22 @@ logger = logging.getLogger(__name__)
 
 
 class LogConfig(Config):
-    """What is written down while a run goes on; metrics.jsonl always is."""
+    """Metric logging; ``metrics.jsonl`` is always written."""
 
     every_images: PositiveInt = 10_000
-    """Images between two rows."""
+    """Images between two log rows."""
     tensorboard: bool = False
-    """Event files as well, in the run's folder ``tensorboard``."""
+    """Write TensorBoard event files to the subfolder ``tensorboard`` of the run folder."""
     wandb: WandbConfig | None = None
-    """Weights & Biases as well."""
+    """Weights & Biases logging; disabled if not given."""
 
 
 class MetricsFile:
-    """Append rows to ``metrics.jsonl``; a resumed run first takes out what it is about to write again.
+    """Writer of ``metrics.jsonl``; a resumed run first deletes the rows after its checkpoint.
 
     Args:
-        path: The file.
-        images: Where the run starts or goes on from.
+        path: Path of the file.
+        images: Images seen at the start or resume.
     """
 
     def __init__(self, path: Path, images: int) -> None:
@@ -49,7 +49,7 @@ class MetricsFile:
         self._waiting: list[str] = []
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Append a row; on a full disk it waits for the next one, with a warning."""
+        """Append a row; if the disk is full, log a warning and retry with the next row."""
         self._waiting.append(json.dumps(row) + "\n")
         size = self.path.stat().st_size
         try:
@@ -62,17 +62,17 @@ class MetricsFile:
             self._waiting = []
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: the file is not kept open."""
 
 
 class MetricLogger:
-    """All writers of a run.
+    """All metric writers of a run.
 
     Args:
-        config: Which there are.
-        run: The run's folder.
-        images: Where the run starts or goes on from.
-        settings: The run's whole configuration, as plain values.
+        config: Enabled writers.
+        run: Run folder.
+        images: Images seen at the start or resume.
+        settings: Full configuration of the run, as plain values.
     """
 
     def __init__(self, config: LogConfig, run: Path, images: int, settings: Mapping[str, Any]) -> None:
@@ -84,18 +84,21 @@ class MetricLogger:
             self._writers.append(AsyncLogger("wandb", lambda: WandbWriter(wandb, run, settings)))
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Give a row to all writers."""
+        """Write a row to all writers."""
         for writer in self._writers:
             writer.write(row)
 
     def close(self) -> None:
-        """Let all writers finish."""
+        """Close all writers."""
         for writer in self._writers:
             writer.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """All whole rows of a metrics file; none if there is no file. A row that a kill cut short is left out."""
+    """Read all complete rows of a metrics file; empty if there is no file.
+
+    A last row truncated by a kill is ignored.
+    """
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")

@@ -1,4 +1,4 @@
-"""What a run draws of the same prompts under the same seeds, now and then."""
+"""Sample images of a run, generated periodically from fixed prompts and seeds."""
 
 import tempfile
 from pathlib import Path
@@ -19,24 +19,28 @@ _COLUMNS = 4
 
 
 class SampleImagesConfig(Config):
-    """Which pictures a run draws of its averaged weights, for whoever watches it."""
+    """Sample images of the EMA weights, for monitoring a run."""
 
     prompts: tuple[str, ...] = Field(min_length=1)
+    """Prompts, one image each."""
     every_images: PositiveInt = 1_000_000
-    """Images between two sheets; the last one is at the end of the run."""
+    """Images between two grids; the last grid is at the end of the run."""
     steps: PositiveInt = 25
+    """Number of sampling steps."""
     guidance: NonNegativeFloat = 3.0
+    """Scale of classifier-free guidance."""
     seed: NonNegativeInt = 0
+    """Seed of the samples."""
 
 
 @torch.no_grad()
 def whole_parameters(partition: Partition, flats: list[Tensor], world: World) -> dict[str, Tensor]:
-    """Whole parameters from all ranks' pieces, on the CPU in float32; all ranks together.
+    """Gather full parameters from all ranks' pieces, on the CPU in float32; collective.
 
     Args:
-        partition: This rank's pieces.
-        flats: The weights that are meant: masters, or the average's.
-        world: This process's place among the ranks.
+        partition: Pieces of this rank.
+        flats: Flat tensors to gather, such as the master weights or the EMA.
+        world: This process's rank and device.
     """
     whole: dict[str, Tensor] = {}
     for piece in partition.pieces:
@@ -50,17 +54,17 @@ def whole_parameters(partition: Partition, flats: list[Tensor], world: World) ->
 def draw_pictures(
     task: Task[BatchType], parameters: dict[str, Tensor], config: SampleImagesConfig, path: Path, world: World
 ) -> None:
-    """Draw the sheet of prompts with a model of its own; called on the first rank only.
+    """Generate the image grid with a separate copy of the model; called on the first rank only.
 
-    The engine's module is left alone: gathering each block for each of the sampler's steps would cost more
-    than the one copy of the weights that is drawn with.
+    The engine's module is not used: gathering each block at each sampling step would cost more than one copy
+    of the weights.
 
     Args:
-        task: What is trained; its bundle must be one that `load_pipeline` loads.
-        parameters: Whole weights.
-        config: What is drawn.
-        path: The PNG file.
-        world: This process's place among the ranks.
+        task: Training task; `load_pipeline` must be able to load its bundle.
+        parameters: Full weights.
+        config: Prompts and sampling options.
+        path: Output PNG file.
+        world: This process's rank and device.
     """
     with tempfile.TemporaryDirectory(prefix="vqd-scale-") as folder:
         task.export(parameters, Path(folder) / "bundle")

@@ -1,4 +1,4 @@
-"""The task of training a tokenizer: reconstruct pictures through a codebook."""
+"""Training task of a tokenizer: image reconstruction through a codebook."""
 
 import math
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ from vqd_scale.training.validation import ValidationConfig
 _POOL = "pool"
 _CRITICS = "critics."
 _LATENTS_PER_CODE = 16
-"""How many latents k-means sees for each code that it places."""
+"""Number of latents per code for the k-means initialization."""
 
 TrainedConfig = Annotated[
     Annotated[VQGANConfig, Tag("vqgan")]
@@ -45,89 +45,92 @@ TrainedConfig = Annotated[
     | Annotated[FSQConfig, Tag("fsq")],
     Discriminator(kind_or("vqgan")),
 ]
-"""The autoencoder by its codebook: moving averages, vectors learned by gradients, Gumbel softmax, a grid."""
+"""Autoencoder by type of codebook: EMA codebook, codebook trained by gradients, Gumbel softmax, FSQ."""
 
 
 class ReconstructionConfig(Config):
-    """Weights of the autoencoder's loss."""
+    """Weights of the reconstruction loss terms."""
 
     l1: NonNegativeFloat = 1.0
-    """Of the mean absolute error."""
+    """Weight of the mean absolute error."""
     l2: NonNegativeFloat = 0.0
-    """Of the mean squared error."""
+    """Weight of the mean squared error."""
     commitment: NonNegativeFloat = 0.25
-    """Of the latents' squared distance to their codes (beta of VQ-VAE)."""
+    """Weight of the commitment loss, the squared distance of the latents to their codes (beta of VQ-VAE)."""
     codebook: NonNegativeFloat = 1.0
-    """Of the same distance where it moves the codes: only learned ones are moved by a loss."""
+    """Weight of the codebook loss, the same distance with gradients to the codes; gradient-trained codebooks
+    only."""
     kl: NonNegativeFloat = 5e-4
-    """Of a Gumbel tokenizer's code probabilities from equal ones."""
+    """Weight of KL(q(code) ‖ uniform); Gumbel tokenizers only."""
 
     def pixels(
         self, made: Float[Tensor, "batch 3 height width"], signal: Float[Tensor, "batch 3 height width"]
     ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-        """Each sample's loss of pixels, and its mean squared error."""
+        """Return each sample's pixel loss and mean squared error."""
         error = (made - signal).flatten(1)
         squared = error.square().mean(dim=1)
         return self.l1 * error.abs().mean(dim=1) + self.l2 * squared, squared
 
 
 class TemperatureConfig(Config):
-    """How a Gumbel tokenizer's samples come to be single codes: half a cosine from one temperature down."""
+    """Cosine annealing of the Gumbel-softmax temperature."""
 
     first: PositiveFloat = 1.0
+    """Initial temperature."""
     last: PositiveFloat = 1 / 16
+    """Final temperature."""
     anneal_images: PositiveInt = 1_000_000
-    """Images after which the last one is reached."""
+    """Length of the annealing in images."""
 
     def at(self, images: int) -> float:
-        """The temperature after so many images."""
+        """Return the temperature after ``images`` images."""
         done = min(1.0, images / self.anneal_images)
         return self.last + (self.first - self.last) * (1 + math.cos(math.pi * done)) / 2
 
 
 class TokenizerValidationConfig(ValidationConfig):
-    """Validation images, and the networks with which the report at the end of the run measures them."""
+    """Validation images, and the networks for the metrics of the report at the end of the run."""
 
     inception: Inception | None = None
     """Inception weights for rFID; without them the report has no rFID."""
 
 
 class AutoencodingConfig(RunConfig):
-    """What all runs that train a tokenizer are told."""
+    """Configuration common to all runs that train a tokenizer."""
 
     transform: Transform = CenterCrop()
-    """From a picture to a square."""
+    """Crop and resize of an image to a square."""
     decode: DecodeConfig = DecodeConfig()
-    """How pictures are unpacked."""
+    """Image decoding."""
     reconstruction: ReconstructionConfig = ReconstructionConfig()
     losses: GANLossesConfig = GANLossesConfig()
-    """Who looks at reconstructions beside the pixels."""
+    """Perceptual and adversarial losses."""
     # Configurations are frozen, so a narrower type is safe.
     validation: TokenizerValidationConfig | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """Validation set, evaluated periodically with the EMA weights and in ``report.json`` at the end."""
 
 
 class TokenizerTrainConfig(AutoencodingConfig):
-    """Train a VQ tokenizer on image shards."""
+    """Configuration for training a VQ tokenizer on image shards."""
 
     kind: Literal["tokenizer"] = "tokenizer"
     vqgan: TrainedConfig = VQGANConfig()
     temperature: TemperatureConfig = TemperatureConfig()
-    """Of a Gumbel codebook; no other has one."""
+    """Temperature schedule; Gumbel codebooks only."""
     codebook_warmup_images: NonNegativeInt = 10_000
-    """Images after which a codebook of moving averages joins, placed by k-means; a plain autoencoder before.
-    Other codebooks are there from the start."""
+    """Images before an EMA codebook is initialized by k-means and used. Until then the model is a plain
+    autoencoder. Other codebooks are used from the start."""
     dead_code_reset_every_images: PositiveInt = 5_000
-    """Images between two looks for dead codes, which are replaced by latents of the current batch."""
+    """Images between two dead-code resets, which replace dead codes by latents of the current batch."""
 
 
 class AutoencodingStep(nn.Module):
-    """From pictures to losses in one forward; what the engine wraps.
+    """Module wrapped by the engine: images to losses in one forward.
 
     Args:
-        vqgan: The autoencoder.
-        weights: Of the loss's terms.
-        seed: By which Gumbel codes are sampled.
+        vqgan: Autoencoder.
+        weights: Weights of the loss terms.
+        seed: Seed of the Gumbel code sampling.
     """
 
     def __init__(self, vqgan: FullTokenizer, weights: ReconstructionConfig, seed: int) -> None:
@@ -143,7 +146,7 @@ class AutoencodingStep(nn.Module):
         slots: Int[Tensor, " batch"],
         temperature: Float[Tensor, ""],
     ) -> tuple[Tensor, ...]:
-        """Per-sample loss and reconstructions (differentiable), squared error, latents and codes."""
+        """Return per-sample loss and reconstructions (differentiable), squared error, latents and codes."""
         signal = to_signal(images)
         output = (
             self.vqgan(signal, Draws(self.seed, slots), temperature)
@@ -160,15 +163,15 @@ class AutoencodingStep(nn.Module):
 
 
 class AutoencodingTask:
-    """See `vqd_scale.training.tasks.base.Task`.
+    """Implementation of `vqd_scale.training.tasks.base.Task` for a tokenizer.
 
     Args:
-        config: The run.
-        world: This process's place among the ranks.
+        config: Run configuration.
+        world: This process's rank and device.
 
     Raises:
-        UserError: Picture size and autoencoder do not fit, a batch has too few latents for the codebook, or
-            the run would end before the codebook joins.
+        UserError: The image size does not fit the autoencoder, the codebook warmup has too few latents for
+            k-means, or the run ends before the codebook is used.
     """
 
     def __init__(self, config: TokenizerTrainConfig, world: World) -> None:
@@ -193,18 +196,18 @@ class AutoencodingTask:
 
     @property
     def forward_flops(self) -> int:
-        """Of the autoencoder."""
+        """FLOPs of the autoencoder's forward pass."""
         return autoencoder_flops(self.config.vqgan, self.config.transform.size)
 
     def init_weights(self, partition: Partition) -> None:
-        """A tokenizer starts from its own first weights."""
+        """Do nothing: a tokenizer keeps its default initialization."""
 
     def samples(self) -> ImageSamples:
-        """Pictures."""
+        """Return images without captions as the kind of samples."""
         return ImageSamples(self.config.transform, decode=self.config.decode, captioned=False)
 
     def losses(self, forward: Forward, batch: ImageBatch, images: int) -> Losses:
-        """Reconstruct, and move the codebook towards this batch's latents."""
+        """Compute the reconstruction loss and update an EMA codebook with this batch's latents."""
         valid, pictures, slots = (
             tensor.to(self.world.device, non_blocking=True)
             for tensor in (batch.valid, batch.images, batch.slots)
@@ -229,13 +232,13 @@ class AutoencodingTask:
         return Losses(loss if added is None else loss + added, statistics | more)
 
     def validate(self, forward: Forward, batch: ImageBatch) -> dict[str, Tensor]:
-        """How far reconstructions are from the pictures; a Gumbel tokenizer's are from sampled codes."""
+        """Compute the squared error of the reconstructions; a Gumbel tokenizer's codes are sampled."""
         pictures, slots = (tensor.to(self.world.device) for tensor in (batch.images, batch.slots))
         _, _, squared, _, _ = forward(pictures, slots, torch.ones((), device=self.world.device))
         return {"squared_error": mean_of(squared, batch.valid.to(self.world.device))}
 
     def on_step_end(self, images: int) -> None:
-        """Look for dead codes when it is time."""
+        """Reset dead codes if due."""
         batch = self.config.data.global_batch_size
         turn = images // self.config.dead_code_reset_every_images
         if (
@@ -247,20 +250,20 @@ class AutoencodingTask:
         self.averaged.revive(self.world.concatenated(self.latents), self.config.seed, turn)
 
     def state(self) -> dict[str, Tensor]:
-        """The codebook, before it starts the latents that it will be placed at, and the discriminator."""
+        """Return the EMA codebook, the latents pooled for its initialization, and the discriminator."""
         pool = {_POOL: torch.cat(self.pool)} if self.pool else {}
         averages = {} if self.averaged is None else self.averaged.state_dict()
         return dict(averages) | pool | critics_state(self.critics)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take it back."""
+        """Restore the result of `state`."""
         self.pool = [state[_POOL]] if _POOL in state else []
         averages = load_critics_state(self.critics, state)
         if self.averaged is not None:
             self.averaged.load_state_dict({name: averages[name] for name in averages if name != _POOL})
 
     def export(self, parameters: Mapping[str, Tensor], folder: Path) -> None:
-        """Write the bundle that `vqd_scale.models.bundle.load_tokenizer` loads."""
+        """Write a bundle for `vqd_scale.models.bundle.load_tokenizer`."""
         weights = {name.removeprefix("vqgan."): value for name, value in parameters.items()}
         buffers = {name: value.cpu() for name, value in buffers_of(self.vqgan).items()}
         save_tokenizer(folder, self.config.vqgan, weights | buffers)
@@ -269,13 +272,14 @@ class AutoencodingTask:
         config, codes = self.config, self.vqgan.codes
         if self.pool_images > config.codebook_warmup_images:
             raise UserError(
-                f"codebook_start: placing {codes} codes takes the latents of {self.pool_images} images, more "
-                f"than come before image {config.codebook_warmup_images}; start the codebook later."
+                f"codebook_warmup_images: placing {codes} codes takes the latents of "
+                f"{self.pool_images} images, more than come before image "
+                f"{config.codebook_warmup_images}; start the codebook later."
             )
         if config.total_images <= config.codebook_warmup_images:
             raise UserError(
-                f"images: the run ends at {config.total_images}, before its codebook joins at "
-                f"{config.codebook_warmup_images}; train longer, or set codebook_start."
+                f"total_images: the run ends at {config.total_images}, before its codebook joins at "
+                f"{config.codebook_warmup_images}; train longer, or set codebook_warmup_images."
             )
 
 
@@ -287,7 +291,7 @@ def judged_by(
     valid: Tensor,
     images: int,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """What `GANLosses.validate` says of reconstructions."""
+    """Return the result of `GANLosses.validate` for reconstructions."""
     signal = to_signal(pictures)
     shown = made.detach().float().requires_grad_()
     pixels, _ = weights.pixels(shown, signal)
@@ -295,12 +299,12 @@ def judged_by(
 
 
 def critics_state(critics: GANLosses) -> dict[str, Tensor]:
-    """The critics' part of a task's state."""
+    """Return the GAN losses' part of a task's state."""
     return {f"{_CRITICS}{name}": value for name, value in critics.state().items()}
 
 
 def load_critics_state(critics: GANLosses, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give the critics their part back; returns the rest of the state."""
+    """Restore the GAN losses' part of a task's state and return the rest of the state."""
     critics.load_state(
         {name.removeprefix(_CRITICS): value for name, value in state.items() if name.startswith(_CRITICS)}
     )
@@ -308,17 +312,17 @@ def load_critics_state(critics: GANLosses, state: Mapping[str, Tensor]) -> dict[
 
 
 def check_size(size: int, factor: int) -> None:
-    """See that pictures can be cut into whole tokens.
+    """Check that the image size is a multiple of the tokenizer's downsampling factor.
 
     Raises:
-        UserError: They cannot.
+        UserError: The image size is not a multiple.
     """
     if size % factor:
         raise UserError(f"transform.size: {size} is not a multiple of the factor {factor}.")
 
 
 def autoencoder_flops(config: TrainedConfig, size: int) -> int:
-    """Floating-point operations of one picture's way through encoder and decoder."""
+    """Return the FLOPs of encoding and decoding one image."""
     with torch.device("meta"):
         tokenizer: Any = build_tokenizer(config)
         there = nn.Sequential(
@@ -328,6 +332,6 @@ def autoencoder_flops(config: TrainedConfig, size: int) -> int:
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor]:
-    """What a module's state holds beside its parameters."""
+    """Return the buffers in a module's state dict."""
     parameters = dict(module.named_parameters())
     return {name: value for name, value in module.state_dict().items() if name not in parameters}

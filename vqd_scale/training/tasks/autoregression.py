@@ -1,4 +1,4 @@
-"""The task of VQ-AR: say each token from those before it, under a caption."""
+"""Training task of VQ-AR: next-token prediction, conditioned on captions or classes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,21 +22,21 @@ from vqd_scale.training.tasks.base import Forward, Losses, mean_of
 from vqd_scale.training.tasks.token_task import TokenRunConfig, TokenSource, weights_of_model
 
 _CHUNK_ELEMENTS = 2**24
-"""Logits that exist at once."""
+"""Maximum number of logits in memory at once."""
 
 
 class AutoregressionConfig(TokenRunConfig):
-    """Train an autoregressive transformer on token shards."""
+    """Configuration for training an autoregressive transformer on token shards."""
 
     kind: Literal["autoregression"] = "autoregression"
     network: AutoregressiveConfig = AutoregressiveConfig()
 
 
 class AutoregressionStep(nn.Module):
-    """From tokens to losses in one forward; what the engine wraps.
+    """Module wrapped by the engine: tokens to losses in one forward.
 
     Args:
-        model: The network and what it is told.
+        model: Network with its conditioning.
     """
 
     def __init__(self, model: AutoregressiveModel) -> None:
@@ -50,7 +50,7 @@ class AutoregressionStep(nn.Module):
         dropped: Bool[Tensor, " batch"],
         valid: Bool[Tensor, " batch"],
     ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " 2"]]:
-        """Each sample's cross-entropy, nats per token (differentiable), and the accuracy as (sum, count)."""
+        """Return each sample's cross-entropy in nats per token (differentiable), and the accuracy pair."""
 
         def consume(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
             loss, correct = token_losses(hidden.flatten(0, 1), weight, bias, tokens.flatten())
@@ -62,14 +62,14 @@ class AutoregressionStep(nn.Module):
 
 
 class AutoregressionTask:
-    """See `vqd_scale.training.tasks.base.Task`.
+    """Implementation of `vqd_scale.training.tasks.base.Task` for an autoregressive transformer.
 
     Args:
-        config: The run.
-        world: This process's place among the ranks.
+        config: Run configuration.
+        world: This process's rank and device.
 
     Raises:
-        UserError: The token shards were made by another tokenizer or for another caption vocabulary.
+        UserError: The token shards were produced by another tokenizer or for another caption vocabulary.
     """
 
     def __init__(self, config: AutoregressionConfig, world: World) -> None:
@@ -90,7 +90,7 @@ class AutoregressionTask:
 
     @property
     def forward_flops(self) -> int:
-        """Of the transformer alone, whatever its text comes from."""
+        """FLOPs of the transformer's forward pass, without the text encoder."""
         bundle = self.bundle
         rows, columns = bundle.grid
         return forward_flops(
@@ -102,15 +102,15 @@ class AutoregressionTask:
         )
 
     def init_weights(self, partition: Partition) -> None:
-        """Take over a trained model's weights, if that is asked for."""
+        """Load a trained model's weights if ``init_from`` is set."""
         self.source.init_weights(partition)
 
     def samples(self) -> TokenSamples:
-        """Tokens, and what the network is told of them."""
+        """Return tokens with captions or classes as the kind of samples."""
         return self.read
 
     def losses(self, forward: Forward, batch: TokenBatch, images: int) -> Losses:
-        """Draw each sample's caption dropout by its slot, and predict all its tokens."""
+        """Compute the cross-entropy of all tokens, with condition dropout keyed by each sample's slot."""
         tokens, valid = (
             tensor.to(self.world.device, non_blocking=True) for tensor in (batch.tokens, batch.valid)
         )
@@ -119,7 +119,7 @@ class AutoregressionTask:
         return Losses(loss, {"cross_entropy": mean_of(loss, valid.double()), "accuracy": accuracy})
 
     def validate(self, forward: Forward, batch: TokenBatch) -> dict[str, Tensor]:
-        """Nats per token; the model's own likelihood, no bound."""
+        """Compute the exact negative log-likelihood in nats per token, and the accuracy."""
         tokens, valid = (
             tensor.to(self.world.device, non_blocking=True) for tensor in (batch.tokens, batch.valid)
         )
@@ -128,17 +128,17 @@ class AutoregressionTask:
         return {"cross_entropy": mean_of(loss, valid.double()), "accuracy": accuracy}
 
     def on_step_end(self, images: int) -> None:
-        """Nothing follows from a step but the weights."""
+        """Do nothing: the task has no state."""
 
     def state(self) -> dict[str, Tensor]:
-        """Nothing."""
+        """Return an empty state."""
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing to take back."""
+        """Do nothing: the task has no state."""
 
     def export(self, parameters: Mapping[str, Tensor], folder: Path) -> None:
-        """Write the bundle that `AutoregressiveTextToImage` loads."""
+        """Write a bundle for `AutoregressiveTextToImage`."""
         save_bundle(folder, self.bundle, weights_of_model(parameters), self.config.tokenizer)
 
 
@@ -148,15 +148,15 @@ def token_losses(
     bias: Float[Tensor, " codes"],
     targets: Int[Tensor, " tokens"],
 ) -> tuple[Float[Tensor, " tokens"], Bool[Tensor, " tokens"]]:
-    """Cross-entropy of ``logits = hidden @ weight.T + bias``, and whether a target is the likeliest code.
+    """Compute the cross-entropy of ``logits = hidden @ weight.T + bias``, and a mask of correct predictions.
 
-    Logits exist for a chunk of tokens at a time, and are computed again in backward.
+    Logits are computed for one chunk of tokens at a time and recomputed in the backward pass.
 
     Args:
-        hidden: Any float dtype; what follows the logits runs in float32.
-        weight: The head's weight.
-        bias: The head's bias.
-        targets: int64, 0 to K-1.
+        hidden: Hidden states of any float dtype; the loss is computed in float32.
+        weight: Weight of the head.
+        bias: Bias of the head.
+        targets: Target codes, int64, 0 to K-1.
     """
     size = max(1, _CHUNK_ELEMENTS // len(weight))
     parts = [

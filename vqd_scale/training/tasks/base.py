@@ -1,4 +1,4 @@
-"""What the training loop asks of whatever it trains."""
+"""Interface between the training loop and a training task."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,16 +14,17 @@ from vqd_scale.training.partition import Partition
 
 BatchType = TypeVar("BatchType", TokenBatch, ImageBatch)
 Forward = Callable[..., Any]
-"""A task's module, wrapped by the engine."""
+"""Forward of a task's module, wrapped by the engine."""
 
 
 class Losses(NamedTuple):
-    """What a task makes of a batch.
+    """Losses and metrics of a batch.
 
     Attributes:
-        per_sample: Differentiable, float32 [batch]; the loop weighs bad samples out and averages.
-        statistics: Detached (sum, count) pairs, float [2], that a person watches beside the loss.
-        facts: What else a report names of each sample whose loss is not finite, such as its time.
+        per_sample: Differentiable loss of each sample, float32 [batch]. The loop masks out bad samples and
+            averages.
+        statistics: Detached (sum, count) pairs of metrics to log, float [2].
+        facts: Values to report for each sample with a nonfinite loss, such as its timestep.
     """
 
     per_sample: Tensor
@@ -32,56 +33,56 @@ class Losses(NamedTuple):
 
 
 def mean_of(values: Float[Tensor, " batch"], weight: Float[Tensor, " batch"]) -> Float[Tensor, " 2"]:
-    """A statistic of a batch, (sum, count), of values under weights 0 and 1."""
+    """Return the (sum, count) pair of a batch's values under a 0/1 weight."""
     return torch.stack([torch.where(weight > 0, values.detach().double(), 0.0).sum(), weight.sum()])
 
 
 class Task(Protocol[BatchType]):
-    """Something to train: a module that goes into the engine, and how a batch becomes losses."""
+    """Training task: a module for the engine and the computation of losses from a batch."""
 
     @property
     def module(self) -> nn.Module:
-        """Holds every trained parameter, and nothing that is frozen; its forward is what the engine wraps."""
+        """Module with all trainable parameters and no frozen ones; the engine wraps its forward."""
         ...
 
     @property
     def units(self) -> Sequence[type[nn.Module]]:
-        """Kinds of submodules whose parameters are gathered in one message, such as blocks.
+        """Submodule types, such as blocks, whose parameters are gathered in one message.
 
-        Their inputs must require gradients: the engine takes a unit's gradients to be complete when those of
-        its inputs are.
+        The inputs of a unit must require gradients: the engine treats a unit's gradients as complete when the
+        gradients of its inputs are complete.
         """
         ...
 
     @property
     def forward_flops(self) -> int:
-        """Floating-point operations of one sample's forward through the network that is trained."""
+        """FLOPs of the trained network's forward pass for one sample."""
         ...
 
     def init_weights(self, partition: Partition) -> None:
-        """Called on all ranks before the first step of a new run: its weights may still be replaced."""
+        """Replace initial weights, if needed; called on all ranks before the first step of a new run."""
         ...
 
     def samples(self) -> SampleKind[BatchType]:
-        """What kind of samples the stream is to read."""
+        """Return the kind of samples that the stream reads."""
         ...
 
     def losses(self, forward: Forward, batch: BatchType, images: int) -> Losses:
-        """The losses of this rank's part of a batch.
+        """Compute the losses of a micro-batch of this rank.
 
         Args:
-            forward: Stands for the module.
-            batch: The samples, on the CPU.
-            images: Images the run had seen before this batch.
+            forward: Engine-wrapped forward of the module.
+            batch: Samples, on the CPU.
+            images: Images seen before this batch.
         """
         ...
 
     def validate(self, forward: Forward, batch: BatchType) -> dict[str, Tensor]:
-        """What held-out samples say of the weights, drawing on nothing that the run did.
+        """Compute validation metrics, independently of the run's random state.
 
         Args:
-            forward: Stands for the module; no gradient is wanted.
-            batch: Held-out samples, on the CPU.
+            forward: Engine-wrapped forward of the module; called without gradients.
+            batch: Validation samples, on the CPU.
 
         Returns:
             (sum, count) pairs, float [2]; the same names for every batch.
@@ -89,17 +90,17 @@ class Task(Protocol[BatchType]):
         ...
 
     def on_step_end(self, images: int) -> None:
-        """Called on all ranks after the optimizer's step, with the images seen by then."""
+        """Update the task after an optimizer step, at ``images`` images seen; called on all ranks."""
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """What the task remembers beside the module's parameters, equal on all ranks."""
+        """Return the task's state apart from the module's parameters, equal on all ranks."""
         ...
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take a state back."""
+        """Restore the result of `state`."""
         ...
 
     def export(self, parameters: Mapping[str, Tensor], folder: Path) -> None:
-        """Write the trained model as a bundle (called on the first rank only)."""
+        """Write the trained model as a bundle; called on the first rank only."""
         ...

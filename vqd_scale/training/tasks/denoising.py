@@ -1,4 +1,4 @@
-"""The task of VQ-Diffusion: undo noise on tokens under a caption, by the bound and the auxiliary loss."""
+"""Training task of VQ-Diffusion: token denoising with the variational bound and the auxiliary loss."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,11 +29,11 @@ from vqd_scale.training.tasks.token_task import TokenRunConfig, TokenSource, wei
 
 _TIME_BINS = 10
 _JUDGED_TIMES = 8
-"""How many times held-out samples are looked at."""
+"""Number of equidistant timesteps at which each validation sample is evaluated."""
 
 
 class TrainConfig(TokenRunConfig):
-    """Train a denoiser on token shards."""
+    """Configuration for training a denoiser on token shards."""
 
     kind: Literal["denoising"] = "denoising"
     denoiser: NetworkConfig = DenoiserConfig()
@@ -43,11 +43,11 @@ class TrainConfig(TokenRunConfig):
 
 
 class DenoisingStep(nn.Module):
-    """From tokens to losses in one forward; what the engine wraps.
+    """Module wrapped by the engine: tokens to losses in one forward.
 
     Args:
-        model: The network and what it is told.
-        objective: The loss, called where the head's weight exists.
+        model: Denoiser with its conditioning.
+        objective: Loss, called inside the head because ZeRO-3 gathers the head's weight only there.
     """
 
     def __init__(self, model: Model, objective: Objective) -> None:
@@ -64,7 +64,7 @@ class DenoisingStep(nn.Module):
         dropped: Bool[Tensor, " batch"],
         valid: Bool[Tensor, " batch"],
     ) -> tuple[Float[Tensor, " batch"], ...]:
-        """Each sample's loss (differentiable), term of the bound and cross-entropy, and the accuracies."""
+        """Return each sample's loss (differentiable), bound term and cross-entropy, and the accuracies."""
         condition = self.model.condition_inputs(given, dropped)
 
         def consume(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
@@ -82,14 +82,14 @@ class DenoisingStep(nn.Module):
 
 
 class DenoisingTask:
-    """See `vqd_scale.training.tasks.base.Task`.
+    """Implementation of `vqd_scale.training.tasks.base.Task` for a denoiser.
 
     Args:
-        config: The run.
-        world: This process's place among the ranks.
+        config: Run configuration.
+        world: This process's rank and device.
 
     Raises:
-        UserError: The token shards were made by another tokenizer or for another caption vocabulary.
+        UserError: The token shards were produced by another tokenizer or for another caption vocabulary.
     """
 
     def __init__(self, config: TrainConfig, world: World) -> None:
@@ -116,7 +116,7 @@ class DenoisingTask:
 
     @property
     def forward_flops(self) -> int:
-        """Of the denoiser alone, whatever its text comes from."""
+        """FLOPs of the denoiser's forward pass, without the text encoder."""
         bundle = self.bundle
         rows, columns = bundle.grid
         return forward_flops(
@@ -131,10 +131,10 @@ class DenoisingTask:
         )
 
     def init_weights(self, partition: Partition) -> None:
-        """Take over a trained model's weights, if that is asked for.
+        """Load a trained model's weights if ``init_from`` is set.
 
         Raises:
-            UserError: See `TokenSource.init_weights`; or it was trained with another number of timesteps.
+            UserError: See `TokenSource.init_weights`; or the model has another number of timesteps.
         """
         start, steps = self.config.init_from, self.transition.steps
         if start is not None and (theirs := schedule_of(start.bundle).steps) != steps:
@@ -145,17 +145,17 @@ class DenoisingTask:
         self.source.init_weights(partition)
 
     def samples(self) -> TokenSamples:
-        """Tokens, and what the network is told of them."""
+        """Return tokens with captions or classes as the kind of samples."""
         return self.read
 
     def losses(self, forward: Forward, batch: TokenBatch, images: int) -> Losses:
-        """Draw each sample's timestep, noise and caption dropout by its slot, and denoise."""
+        """Denoise, with timestep, noise and condition dropout keyed by each sample's slot."""
         seed, device = self.config.seed, self.world.device
         slots, tokens, valid = (
             tensor.to(device, non_blocking=True) for tensor in (batch.slots, batch.tokens, batch.valid)
         )
         t, probability = self.times.draw(uniforms(seed, Purpose.TIMESTEP, slots, 1)[:, 0])
-        # float64: what is left of 24 bits after a rare replacement would reach only a few of the codes.
+        # float64: after a rare replacement, the remaining bits of a 24-bit uniform reach only a few codes.
         noise = uniforms(seed, Purpose.CORRUPTION, slots, tokens.shape[1], dtype=torch.float64)
         noisy = self.transition.corrupt(tokens, t, noise)
         given, dropped = self.source.condition_inputs(batch)
@@ -174,7 +174,7 @@ class DenoisingTask:
         return Losses(loss / probability, statistics, {"t": t})
 
     def validate(self, forward: Forward, batch: TokenBatch) -> dict[str, Tensor]:
-        """The bound and the cross-entropy in nats per token, at equidistant times under fixed noise."""
+        """Compute bound and cross-entropy in nats per token, at equidistant timesteps with fixed noise."""
         device, steps = self.world.device, self.transition.steps
         slots, tokens, valid = (
             tensor.to(device, non_blocking=True) for tensor in (batch.slots, batch.tokens, batch.valid)
@@ -184,7 +184,7 @@ class DenoisingTask:
         found: dict[str, Tensor] = {}
         for number in range(_JUDGED_TIMES):
             t = torch.full_like(slots, (2 * number + 1) * steps // (2 * _JUDGED_TIMES))
-            # Under a seed of its own, whatever the run's is, and other numbers at every time.
+            # A fixed seed, independent of the run's seed, and different noise at every timestep.
             drawn = slots * _JUDGED_TIMES + number
             noise = uniforms(0, Purpose.EVALUATION, drawn, tokens.shape[1], dtype=torch.float64)
             noisy = self.transition.corrupt(tokens, t, noise)
@@ -197,17 +197,17 @@ class DenoisingTask:
         return found
 
     def on_step_end(self, images: int) -> None:
-        """Fold all ranks' losses into the distribution of timesteps."""
+        """Update the timestep distribution with the losses of all ranks."""
         self.times.synchronise(self.world.sum)
 
     def state(self) -> dict[str, Tensor]:
-        """The distribution of timesteps."""
+        """Return the timestep distribution."""
         return self.times.state_dict()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take it back."""
+        """Restore the timestep distribution."""
         self.times.load_state_dict(dict(state))
 
     def export(self, parameters: Mapping[str, Tensor], folder: Path) -> None:
-        """Write the bundle that `vqd_scale.models.pipeline.TextToImage` loads."""
+        """Write a bundle for `vqd_scale.models.pipeline.TextToImage`."""
         save_bundle(folder, self.bundle, weights_of_model(parameters), self.config.tokenizer)

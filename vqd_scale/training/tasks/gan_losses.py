@@ -1,10 +1,10 @@
-"""Who looks at a reconstruction beside the pixels: a perceptual distance, and a discriminator that learns.
+"""Perceptual and adversarial losses of an autoencoder.
 
-Both look at the decoder's last activation, the picture, cut off from the network that made it: their
-gradients at the picture are taken first, and the network then gets a loss with these very gradients. So
-nothing is asked of a weight that lies cut among the ranks, no gradient of the one reaches the other, and the
-adaptive weight costs no second pass. The discriminator is the second engine of a task: the loop knows nothing
-of it.
+Both losses are evaluated on the reconstruction, detached from the autoencoder. Their gradients with respect
+to the reconstruction are computed first. The autoencoder then gets a surrogate loss with exactly these
+gradients. This needs no access to weights sharded over the ranks, separates the gradients of autoencoder and
+discriminator, and gives the adaptive weight without a second backward pass. The discriminator has its own
+engine inside the task; the training loop is independent of it.
 """
 
 from collections.abc import Mapping
@@ -32,34 +32,36 @@ PerSample = Float[Tensor, " batch"]
 
 
 class AdversarialConfig(Config):
-    """A discriminator of patches, and what its judgement counts."""
+    """Patch discriminator and the weight of its loss."""
 
     start_images: NonNegativeInt = 250_000
-    """Images after which it joins: until then there is nothing worth telling apart."""
+    """Images before the adversarial loss starts; earlier reconstructions are too poor for it to help."""
     weight: NonNegativeFloat = 0.8
-    """Of its judgement, in units of the weight that makes its gradient as large as that of all else."""
+    """Weight of the adversarial loss, as a multiple of the adaptive weight (VQ-GAN eq. 7), which makes its
+    gradient as large as that of all other losses."""
     adaptive: bool = True
-    """Whether that unit is measured at every step; else it is 1."""
+    """Compute the adaptive weight at every step; if false, the adaptive weight is 1."""
     network: DiscriminatorConfig = DiscriminatorConfig()
     optim: OptimConfig = OptimConfig(lr=4.5e-6, betas=(0.5, 0.9), weight_decay=0.0, schedule=ConstantRate())
 
 
 class GANLossesConfig(Config):
-    """What a reconstruction is judged by beside its pixels."""
+    """Perceptual and adversarial losses, in addition to the pixel loss."""
 
     perceptual: PerceptualConfig | None = None
-    """A distance of how pictures look; none: by pixels alone."""
+    """Perceptual distance; disabled if not given."""
     perceptual_weight: NonNegativeFloat = 1.0
+    """Weight of the perceptual distance."""
     discriminator: AdversarialConfig | None = None
 
 
 class DiscriminatorTrainer:
-    """A discriminator with its engine and learning rate.
+    """A discriminator with its own engine and learning-rate schedule.
 
     Args:
-        config: What it is.
-        run: The run that it takes part in.
-        world: This process's place among the ranks.
+        config: Discriminator configuration.
+        run: Run configuration.
+        world: This process's rank and device.
     """
 
     def __init__(self, config: AdversarialConfig, run: RunConfig, world: World) -> None:
@@ -72,24 +74,24 @@ class DiscriminatorTrainer:
         self.rate = LearningRate(config.optim, self.batch, run.total_images)
 
     def gradient(self, images: Tensor, valid: Tensor) -> tuple[PerSample, Tensor]:
-        """How made each picture looks, and its gradient at the picture; no weight gets one."""
+        """Return each image's generator loss and its gradient at the image, without weight gradients."""
         seen = images.detach().requires_grad_()
         value = -self.engine.module(seen).mean(dim=1)
         (gradient,) = torch.autograd.grad(torch.where(valid, value, 0.0).sum(), seen)
         return value.detach(), gradient
 
     def learn(self, real: Tensor, made: Tensor, valid: Tensor, images: int) -> PerSample:
-        """Learn from a part of a batch; returns the loss of each picture."""
+        """Train the discriminator on a micro-batch and return its loss per image."""
         judged = self.engine(torch.cat([real, made.detach()]))
         loss = hinge(*judged.chunk(2))
-        # The engine averages over ranks and parts; a bad sample counts as one that taught nothing.
+        # The engine averages over ranks and micro-batches; a bad sample contributes a loss of zero.
         total = torch.where(valid, loss, 0.0).sum() * self.parts / self.batch
         self.engine.backward(total)
         self.engine.step(self.rate.at(images))
         return loss.detach()
 
     def state(self) -> dict[str, Tensor]:
-        """Whole weights and moments; all ranks together."""
+        """Return full weights and optimizer moments; collective."""
         partition = self.engine.partition
         kinds = {"master": partition.masters, **{name: partition.moments(name) for name in _MOMENTS}}
         found = {
@@ -100,7 +102,7 @@ class DiscriminatorTrainer:
         return found | {_STEPS: torch.tensor(partition.steps)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take them back, each rank its share."""
+        """Restore the result of `state`; each rank loads its partition."""
         partition = self.engine.partition
         for kind, flats in (
             ("master", partition.masters),
@@ -117,15 +119,15 @@ class DiscriminatorTrainer:
 
 
 class GANLosses:
-    """All critics of a run.
+    """Perceptual and adversarial losses of a run.
 
     Args:
-        config: Which there are.
-        run: The run.
-        world: This process's place among the ranks.
+        config: Enabled losses.
+        run: Run configuration.
+        world: This process's rank and device.
 
     Raises:
-        UserError: The perceptual distance's weights cannot be read.
+        UserError: The weights of the perceptual distance cannot be read.
     """
 
     def __init__(self, config: GANLossesConfig, run: RunConfig, world: World) -> None:
@@ -141,19 +143,19 @@ class GANLosses:
     def validate(
         self, made: Tensor, signal: Tensor, pixels: PerSample, shown: Tensor, valid: Tensor, images: int
     ) -> tuple[PerSample | None, dict[str, Tensor]]:
-        """What the critics add to each sample's loss, and the discriminator's step.
+        """Compute the added loss of each sample and train the discriminator on this micro-batch.
 
         Args:
-            made: The reconstructions as the network made them, differentiable.
-            signal: What they should be, [-1, 1].
-            pixels: Each sample's loss of pixels, differentiable at ``shown``.
-            shown: The same reconstructions cut off from the network, float32.
-            valid: Which samples count.
-            images: Images the run had seen before this batch.
+            made: Reconstructions with their graph to the autoencoder.
+            signal: Original images, in [-1, 1].
+            pixels: Pixel loss of each sample, differentiable with respect to ``shown``.
+            shown: Reconstructions detached from the autoencoder, float32.
+            valid: Mask of the samples that count.
+            images: Images seen before this batch.
 
         Returns:
-            Loss terms with the critics' values and gradients, or ``None`` if there are no critics yet; and
-            statistics.
+            Loss terms with the values and gradients of the enabled losses, or ``None`` if none is active yet;
+            and metrics.
         """
         statistics: dict[str, Tensor] = {}
         adversary = self.adversary
@@ -178,23 +180,23 @@ class GANLosses:
                 "discriminator": mean_of(loss, valid.double()),
                 "adversarial_weight": torch.stack([weight.double().cpu(), torch.ones(()).double()]),
             }
-        # Of value zero, and of the gradients found.
+        # Surrogate term: value zero, with the gradients computed above.
         pull = (made.float() * gradient).flatten(1).sum(dim=1)
         return weighed + pull - pull.detach(), statistics
 
     def state(self) -> dict[str, Tensor]:
-        """What the discriminator is; all ranks together."""
+        """Return the discriminator's state; collective."""
         return {} if self.adversary is None else self.adversary.state()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take it back."""
+        """Restore the result of `state`."""
         if self.adversary is not None:
             self.adversary.load_state(state)
 
     def _gradients(
         self, pixels: Tensor, rest: Tensor, shown: Tensor, valid: Tensor, needed: bool
     ) -> tuple[Tensor, Tensor]:
-        """Gradients at the picture: of all that is no discriminator's, and of what the critics add to it."""
+        """Return the gradients at the image of all losses but the adversarial one, and of the added part."""
         of_pixels = torch.zeros_like(shown)
         if needed or rest is not pixels:
             total = torch.where(valid, pixels, 0.0).sum()
@@ -205,7 +207,7 @@ class GANLosses:
         return of_all, of_all - of_pixels
 
     def _weight(self, adversary: DiscriminatorTrainer, known: Tensor, pull: Tensor) -> Tensor:
-        """The discriminator's weight, measured over all ranks' samples."""
+        """Return the weight of the adversarial loss; if adaptive, computed over all ranks' samples."""
         if not adversary.config.adaptive:
             return known.new_tensor(adversary.config.weight)
         squared = torch.stack([known.square().sum(), pull.square().sum()])

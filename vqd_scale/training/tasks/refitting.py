@@ -1,8 +1,8 @@
-"""The task of ReFiT (Hu et al., arXiv 2112.01799): rebuild a tokenizer's codebook, then fine-tune around it.
+"""Training task of ReFiT (Hu et al., arXiv 2112.01799): rebuild a tokenizer's codebook, then fine-tune.
 
-A codebook of which most codes are never used is replaced by the centres of what the encoder gives for the
-data's pictures. The encoder stays as it is, and with it what is quantised; codebook, post-quantisation
-convolution and decoder learn to get along with the new codes.
+A codebook with mostly unused codes is replaced by the k-means centers of the encoder outputs on the training
+images. Encoder and pre-quantization convolution are frozen. Codebook, post-quantization convolution and
+decoder are fine-tuned for the new codes.
 """
 
 from collections.abc import Mapping
@@ -50,43 +50,44 @@ _LEARNED = "quantize.embedding.weight"
 
 
 class PoolConfig(Config):
-    """The encoder outputs that codes are placed at: a fair sample of all that the pool's pictures give."""
+    """Pool of encoder outputs for k-means: a uniform sample of all outputs of the pool's images."""
 
     size: PositiveInt = 20_000
-    """P, much larger than the number of codes; VQ-DDM's code takes 20,000, and 100,000 is worth its time."""
+    """Number of vectors (P), much larger than the number of codes. VQ-DDM's code uses 20,000; 100,000 is
+    worth the time."""
     images: PositiveInt = 20_000
-    """Pictures that are encoded for it, the run's first."""
+    """Number of images encoded for the pool, the first ones of the run."""
     chain_length: PositiveInt = CHAIN
-    """Length of AFK-MC²'s chains."""
+    """Length of the Markov chains of AFK-MC² seeding."""
 
 
 class RefitConfig(AutoencodingConfig):
-    """Rebuild a trained tokenizer's codebook, and fine-tune its decoder."""
+    """Configuration for rebuilding a trained tokenizer's codebook and fine-tuning its decoder."""
 
     kind: Literal["refit"] = "refit"
     tokenizer: Path
-    """Bundle of the tokenizer with the codebook that is to be replaced."""
+    """Bundle of the tokenizer whose codebook is replaced."""
     codebook_size: PositiveInt = 1024
-    """K', how many codes the new codebook has."""
+    """Number of codes in the new codebook (K')."""
     pool: PoolConfig = PoolConfig()
     dead_code_reset_every_images: PositiveInt | None = Field(default=None)
-    """If given, images between two looks for dead codes, where the codebook is one of moving averages."""
+    """Images between two dead-code resets; disabled if not given. EMA codebooks only."""
 
     @model_validator(mode="after")
     def _pool_is_larger(self) -> Self:
         if self.codebook_size > self.pool.size:
             raise ValueError(
-                f"codes {self.codebook_size} cannot be placed at a pool of {self.pool.size} vectors"
+                f"codebook_size {self.codebook_size} cannot be placed at a pool of {self.pool.size} vectors"
             )
         return self
 
 
 class RefitStep(nn.Module):
-    """From latents that stay as they are to losses; what the engine wraps.
+    """Module wrapped by the engine: latents of the frozen encoder to losses.
 
     Args:
-        tokenizer: Whose codebook and decoder are trained.
-        weights: Of the loss's terms.
+        tokenizer: Tokenizer whose codebook and decoder are trained.
+        weights: Weights of the loss terms.
     """
 
     def __init__(self, tokenizer: VQGAN | TamingVQ, weights: ReconstructionConfig) -> None:
@@ -101,10 +102,10 @@ class RefitStep(nn.Module):
         images: UInt8[Tensor, "batch 3 height width"],
         z: Float[Tensor, "batch code rows columns"],
     ) -> tuple[Tensor, ...]:
-        """Per-sample loss and reconstructions (differentiable), squared error, latents and codes."""
+        """Return per-sample loss and reconstructions (differentiable), squared error, latents and codes."""
         flat = z.permute(0, 2, 3, 1).flatten(0, 2)
         ids = self.quantize.nearest(flat)
-        # No way leads on to the encoder, so that learned codes get the decoder's gradients themselves.
+        # No straight-through estimator: the encoder is frozen, so the codes get the decoder's gradients.
         chosen = self.quantize.lookup(ids).unflatten(0, (z.shape[0], z.shape[2], z.shape[3]))
         chosen = chosen.permute(0, 3, 1, 2)
         made = self.decoder(self.post_quant_conv(chosen))
@@ -115,14 +116,14 @@ class RefitStep(nn.Module):
 
 
 class RefitTask:
-    """See `vqd_scale.training.tasks.base.Task`.
+    """Implementation of `vqd_scale.training.tasks.base.Task` for ReFiT.
 
     Args:
-        config: The run.
-        world: This process's place among the ranks.
+        config: Run configuration.
+        world: This process's rank and device.
 
     Raises:
-        UserError: The tokenizer has no codebook of vectors, or picture size and autoencoder do not fit.
+        UserError: The tokenizer has no codebook of vectors, or the image size does not fit the autoencoder.
     """
 
     def __init__(self, config: RefitConfig, world: World) -> None:
@@ -137,7 +138,7 @@ class RefitTask:
             )
         check_size(config.transform.size, old.factor)
         self.shape = old.config.model_copy(update={"codebook_size": config.codebook_size})
-        # The codebook's first state is replaced in `init_weights` or by a checkpoint.
+        # The codebook's initial values are replaced in `init_weights` or by a checkpoint.
         torch.manual_seed(config.seed)
         self.tokenizer: Any = build_tokenizer(self.shape)
         mended = {name: value for name, value in old.state_dict().items() if not name.startswith("quantize.")}
@@ -154,19 +155,19 @@ class RefitTask:
 
     @property
     def forward_flops(self) -> int:
-        """Of the autoencoder, whose encoder is not trained."""
+        """FLOPs of the autoencoder's forward pass, including the frozen encoder."""
         return autoencoder_flops(self.shape, self.config.transform.size)
 
     def init_weights(self, partition: Partition) -> None:
-        """Rebuild the codebook: pool, seeds, k-means; the same on all ranks.
+        """Rebuild the codebook by AFK-MC² seeding and k-means on the pool, identically on all ranks.
 
         Raises:
-            UserError: The pool has too few different vectors for so many codes.
+            UserError: The pool has fewer distinct vectors than codes.
         """
         pool = self._pool()
         seeds = afkmc2(pool, self.config.codebook_size, self.config.seed, self.config.pool.chain_length)
         found = kmeans(pool, pool[seeds.chosen])
-        # All ranks found the same, up to what their processors make of a sum: the first one's is taken.
+        # Ranks can differ in floating-point rounding: broadcast the first rank's centers.
         centres = torch.cat([found.centres, found.sizes[:, None]], dim=1).to(self.world.device)
         placed = self.world.sum(centres * float(self.world.is_first))
         centres, sizes = placed[:, :-1], placed[:, -1]
@@ -177,11 +178,11 @@ class RefitTask:
         partition.masters_changed()
 
     def samples(self) -> ImageSamples:
-        """Pictures."""
+        """Return images without captions as the kind of samples."""
         return ImageSamples(self.config.transform, decode=self.config.decode, captioned=False)
 
     def losses(self, forward: Forward, batch: ImageBatch, images: int) -> Losses:
-        """Reconstruct from the new codes."""
+        """Compute the reconstruction loss with the new codes and update an EMA codebook."""
         valid, pictures = (
             tensor.to(self.world.device, non_blocking=True) for tensor in (batch.valid, batch.images)
         )
@@ -198,13 +199,13 @@ class RefitTask:
         return Losses(loss if added is None else loss + added, statistics | more)
 
     def validate(self, forward: Forward, batch: ImageBatch) -> dict[str, Tensor]:
-        """How far reconstructions are from the pictures."""
+        """Compute the squared error of the reconstructions."""
         pictures = batch.images.to(self.world.device)
         _, _, squared, _, _ = forward(pictures, self._encoded(pictures))
         return {"squared_error": mean_of(squared, batch.valid.to(self.world.device))}
 
     def on_step_end(self, images: int) -> None:
-        """Look for dead codes when it is time."""
+        """Reset dead codes if due."""
         revival, batch = self.config.dead_code_reset_every_images, self.config.data.global_batch_size
         if self.averaged is None or self.latents is None or revival is None:
             return
@@ -213,18 +214,18 @@ class RefitTask:
             self.averaged.revive(self.world.concatenated(self.latents), self.config.seed, turn)
 
     def state(self) -> dict[str, Tensor]:
-        """The codebook where it is one of moving averages, and the discriminator."""
+        """Return the EMA codebook, if there is one, and the discriminator."""
         averages = {} if self.averaged is None else self.averaged.state_dict()
         return dict(averages) | critics_state(self.critics)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take it back."""
+        """Restore the result of `state`."""
         averages = load_critics_state(self.critics, state)
         if self.averaged is not None:
             self.averaged.load_state_dict(averages)
 
     def export(self, parameters: Mapping[str, Tensor], folder: Path) -> None:
-        """Write the bundle that `vqd_scale.models.bundle.load_tokenizer` loads."""
+        """Write a bundle for `vqd_scale.models.bundle.load_tokenizer`."""
         kept = {
             name: value
             for name, value in self.tokenizer.state_dict().items()

@@ -1,4 +1,4 @@
-"""What all tasks on token shards share: their data, what a network is told of it, and its first weights."""
+"""Common part of all tasks on token shards: data, conditioning and weight initialization."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,52 +31,53 @@ from vqd_scale.training.config import RunConfig
 from vqd_scale.training.partition import Partition
 
 _PREFIX = "model."
-"""What a task's module calls its model, which is all that a bundle holds of it."""
+"""Prefix of the model's parameters in a task's module; a bundle contains the model only."""
 
 
 class TokenRunConfig(RunConfig):
-    """A run on token shards, whatever learns from them."""
+    """Configuration of a run on token shards."""
 
     tokenizer: Path
-    """The tokenizer's bundle that made the token shards; it travels into the trained model's bundle."""
+    """Bundle of the tokenizer that produced the token shards; copied into the trained model's bundle."""
     text: TextConfig | None = Tower()
-    """The encoder of captions; ``null`` for a network whose condition is no text."""
+    """Caption encoder; ``null`` for a network without text condition."""
     init_from: StartConfig | None = None
-    """If given, a trained model whose weights this run starts from."""
+    """Trained model that initializes the weights."""
     embedding_init_std: NonNegativeFloat = 0.0
-    """If not zero, token embeddings and head start from the tokenizer's codebook, with this deviation."""
+    """If not zero, token embeddings and head are initialized from the tokenizer's codebook, scaled to this
+    standard deviation."""
     condition_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of samples that see the null condition instead of their caption or class, for guidance."""
+    """Fraction of samples trained with the null condition, for classifier-free guidance."""
 
 
 class TokenSource:
-    """The token shards of a run, as one model sees them.
+    """Token shards of a run.
 
     Args:
-        config: The run.
-        world: This process's place among the ranks.
+        config: Run configuration.
+        world: This process's rank and device.
 
     Attributes:
-        meta: What the shards say of themselves, the first of several sets.
+        meta: Metadata of the first dataset.
 
     Raises:
-        UserError: The shards hold no tokens.
+        UserError: The shards contain no tokens.
     """
 
     def __init__(self, config: TokenRunConfig, world: World) -> None:
         self.config = config
         self.world = world
-        # That the tars are there is seen when they are opened to be read.
+        # Missing tars are detected when they are opened for reading.
         sets = [ShardSet.open(source.path, look=False) for source in config.data.mixed]
         self._metas = [(shards.folder, TokenSetMeta.of(shards)) for shards in sets]
         self.meta = self._metas[0][1]
 
     def samples(self, model: ConditionalModel) -> TokenSamples:
-        """What is read for a model: its codes, and what it is told.
+        """Return the kind of samples for a model: tokens with captions or classes.
 
         Raises:
-            UserError: The shards were made by another tokenizer, for another caption vocabulary, or sets that
-            are mixed differ in their grids.
+            UserError: The shards were produced by another tokenizer or for another caption vocabulary, or
+                mixed datasets differ in their grids.
         """
         config, condition = self.config, model.condition
         captions = model.text.tokenizer if isinstance(condition, TextCondition) else None
@@ -96,26 +97,26 @@ class TokenSource:
         )
 
     def start(self, code_tables: Sequence[Tensor], where: ParamSharding) -> None:
-        """Let a network's codes start from the codebook, if that is asked for.
+        """Initialize a network's code tables from the codebook if ``embedding_init_std`` is not zero.
 
         Raises:
-            UserError: All codes have the same number somewhere, as those of a tokenizer that never used them.
+            UserError: All codes are equal in some dimension, as in a tokenizer that never used its codebook.
         """
         deviation = self.config.embedding_init_std
         if deviation:
             vectors = load_tokenizer(self.config.tokenizer, torch.device("cpu")).code_vectors()
             if not bool((vectors.std(dim=0) > 0).all()):
                 raise UserError(
-                    f"codebook_start: the codes of {self.config.tokenizer} do not differ, so that nothing "
-                    f"can start from them; train that tokenizer until its codebook joins, or set this to 0."
+                    f"embedding_init_std: the codes of {self.config.tokenizer} do not differ, so nothing can "
+                    f"start from them; train that tokenizer until its codebook joins, or set this to 0."
                 )
             start_from_codebook(code_tables, vectors, deviation, where)
 
     def init_weights(self, partition: Partition) -> None:
-        """Take over a trained model's weights, if that is asked for.
+        """Load a trained model's weights if ``init_from`` is set.
 
         Raises:
-            UserError: They cannot be read, or are those of another model or for another tokenizer's codes.
+            UserError: The weights cannot be read, belong to another model, or to another tokenizer's codes.
         """
         start = self.config.init_from
         if start is None:
@@ -128,7 +129,7 @@ class TokenSource:
         start_from(weights_file(start.bundle), partition, _PREFIX, start.init_missing)
 
     def condition_inputs(self, batch: TokenBatch) -> tuple[Tensor, Bool[Tensor, " batch"]]:
-        """Return captions or classes, and a mask of the samples whose condition is dropped."""
+        """Return captions or classes, and a mask of the samples with condition dropout."""
         slots = batch.slots.to(self.world.device, non_blocking=True)
         drawn = uniforms(self.config.seed, Purpose.CAPTION_DROPOUT, slots, 1)[:, 0]
         given = batch.text if batch.labels is None else batch.labels
@@ -136,5 +137,5 @@ class TokenSource:
 
 
 def weights_of_model(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A task's parameters by the names that its model's bundle has for them."""
+    """Return a task's parameters by their names in the model's bundle."""
     return {name.removeprefix(_PREFIX): value for name, value in parameters.items()}
