@@ -20,8 +20,10 @@ pytestmark = pytest.mark.s3
 
 def tokenize(images: Location, out: Location, folder: Path, workers: int = 1) -> None:
     file = folder / "tokenize.yaml"
-    file.write_text("size: 16\nbatch: 4\nmax_bad_share: 0.2\ncaptions: {context_length: 8, merges: 300}\n")
-    paths = [f"total_images={images}", f"out={out}", f"tokenizer={folder / 'tokenizer'}"]
+    file.write_text(
+        "size: 16\nbatch_size: 4\nmax_bad_fraction: 0.2\ncaptions: {context_length: 8, bpe_merges: 300}\n"
+    )
+    paths = [f"images={images}", f"output={out}", f"tokenizer={folder / 'tokenizer'}"]
     for worker in range(workers):
         main([str(file), *paths, "--worker", str(worker), "--workers", str(workers)])
 

@@ -14,7 +14,7 @@ from vqd_scale.cli import make_shards, tokenize_shards, train_tokenizer
 CODES, SIDE = 32, 32
 
 TOKENIZER = {
-    "images": 320,
+    "total_images": 320,
     "transform": {"size": SIDE},
     "engine": {"precision": "fp32", "zero": {"stage": 1}},
     "vqgan": {

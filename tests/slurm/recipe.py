@@ -20,7 +20,7 @@ TRAINING = {
     },
     "text": {"kind": "tower", "width": 16, "heads": 2, "layers": 1, **CAPTIONS},
     "diffusion": {"kind": "paper", "steps": 10},
-    "times": {"kind": "importance", "warmup": 2},
+    "timestep_sampler": {"kind": "importance", "warmup": 2},
     "condition_dropout": 0.1,
     "optim": {"lr": 1e-3, "warmup_images": 32, "schedule": {"kind": "cooldown", "cooldown_fraction": 0.2}},
     "ema": {"half_life_images": 64},
@@ -37,9 +37,9 @@ def write_recipe(folder: Path, embedded: Path, runs: Path) -> None:
     stages = (("pretrain", "train", PRETRAINED), ("finetune", "held_out", FINETUNED))
     for stage, part, images in stages:
         data = {"path": str(embedded / "tokens" / part), "global_batch_size": 8, "shuffle_window": 16}
-        values: dict[str, Any] = common | {"run": str(runs / stage), "images": images, "data": data}
+        values: dict[str, Any] = common | {"run": str(runs / stage), "total_images": images, "data": data}
         if stage == "finetune":
-            values["start"] = {"bundle": str(runs / "pretrain" / "export")}
+            values["init_from"] = {"bundle": str(runs / "pretrain" / "export")}
         written(folder / f"{stage}.yaml", values)
 
 
