@@ -362,7 +362,7 @@ def test_two_ranks_train_as_one_in_any_stage(pictures: Path, tmp_path: Path) -> 
 def _results(pictures: Path, out: Path, names: list[str], ranks: int) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     launch = "import sys; from pathlib import Path; from vqd_scale.launchers.local import run_on_this_machine"
-    script = Path(__file__).with_name("tokenizing.py")
+    script = ROOT / "tests" / "training" / "tokenizing.py"
     call = f"sys.exit(run_on_this_machine(Path({str(script)!r}), sys.argv[1:], {ranks}))"
     done = subprocess.run(
         [sys.executable, "-c", f"{launch}; {call}", str(pictures), str(out), *names],
