@@ -31,7 +31,7 @@ try_interpreter() {
     if (cd "$tree" && make setup PYTHON="$path" && .venv/bin/python -c "$IMPORT_ALL" \
         && make demo FAST=1) > "$work/log" 2>&1; then
         echo "$version: ok after $((SECONDS - start)) s ($path; $(grep 'modules imported' "$work/log"))"
-        tail -n 3 "$work/log" | sed 's/^/    /'
+        grep -E '^(attribute accuracy|chance level|tokenizer ceiling) ' "$work/log" | sed 's/^/    /'
     else
         tail -n 40 "$work/log"
         echo "$version: FAILED after $((SECONDS - start)) s ($path)"

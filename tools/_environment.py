@@ -56,7 +56,10 @@ def usable_interpreters() -> "dict[int, str]":
         if candidate.parent == ENVIRONMENT.parent or not os.access(str(candidate), os.X_OK):
             continue
         version, path = probe(str(candidate))
-        if version and is_supported(version) and (version, path) > newest.get(version[1], ((), "")):
+        # A shim may find the environment through PATH.
+        if not version or not is_supported(version) or Path(path).parent == ENVIRONMENT.parent:
+            continue
+        if (version, path) > newest.get(version[1], ((), "")):
             newest[version[1]] = (version, path)
     return {minor: path for minor, (_, path) in newest.items()}
 
