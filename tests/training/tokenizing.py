@@ -133,7 +133,7 @@ def main() -> None:
             options = {
                 "kind": "refit",
                 "tokenizer": str(runner.out / f"{how}-whole" / "export"),
-                "codes": 6,
+                "codebook_size": 6,
                 "pool": {"size": 300, "images": 16, "chain_length": 20},
             }
             results[name] = resumed(runner, f"refit-{how}", **options)
