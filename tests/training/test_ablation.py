@@ -25,7 +25,7 @@ def test_an_ablation_trains_scores_and_does_nothing_twice(
         "report_images": 1,
     }
     config = {
-        "out": str(tmp_path / "out"),
+        "output": str(tmp_path / "out"),
         "train": str(token_world / "train.yaml"),
         "overrides": ["total_images=16", "checkpoint.every_images=16"],
         "mask_rates": {"mask only": 1.0, "both": 0.9},
@@ -33,7 +33,7 @@ def test_an_ablation_trains_scores_and_does_nothing_twice(
         "inference_steps": [2, 5],
         "seeds": [0, 1],
         "evaluation": evaluation,
-        "figures": ["alignment.mean"],
+        "metrics": ["alignment.mean"],
     }
     path = tmp_path / "ablation.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -53,6 +53,6 @@ def test_an_ablation_trains_scores_and_does_nothing_twice(
     assert made == [(model / "export" / "model.safetensors").stat().st_mtime_ns for model in models]
     # Models of another training are not taken for these.
     with pytest.raises(SystemExit) as end:
-        eval_ablation.main([str(path), "overrides=[images=24,checkpoint.every_images=16]"])
+        eval_ablation.main([str(path), "overrides=[total_images=24,checkpoint.every_images=16]"])
     assert end.value.code == 2
-    assert "was begun with train.images 16, not 24" in capsys.readouterr().err
+    assert "was begun with train.total_images 16, not 24" in capsys.readouterr().err
