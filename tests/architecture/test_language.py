@@ -44,7 +44,7 @@ def openings(source: str) -> list[int]:
 
 
 def phrases(text: str) -> list[int]:
-    """Return the lines that contain a phrase of another century."""
+    """Return the lines that contain a banned phrase."""
     return [number for number, line in enumerate(text.splitlines(), start=1) if PHRASES.search(line)]
 
 
@@ -79,7 +79,7 @@ def test_docstrings_open_with_what_is_documented(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [*PACKAGE, *PAGES], ids=lambda path: str(path.relative_to(ROOT)))
-def test_sentences_are_of_this_century(path: Path) -> None:
+def test_no_banned_phrase_is_used(path: Path) -> None:
     assert phrases(path.read_text(encoding="utf-8")) == []
 
 
