@@ -1,5 +1,5 @@
 import logging
-import struct
+import subprocess
 import sys
 import threading
 import time
@@ -8,69 +8,48 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vqd_scale.training.logging import loggers as writers
-from vqd_scale.training.logging.loggers import AsyncLogger, TensorBoardWriter, WandbConfig, WandbWriter
-from vqd_scale.training.logging.metrics import LogConfig, MetricLogger, read_metrics
+from vqd_scale.training.config import LogConfig, WandbConfig
+from vqd_scale.training.logging import loggers
+from vqd_scale.training.logging.loggers import AsyncLogger, TensorBoardWriter, WandbWriter
+from vqd_scale.training.logging.metrics import MetricLogger, read_metrics
 
 ROWS = [{"images": 8, "loss": 2.5}, {"images": 3_000_000_000, "loss": 0.25, "rate": 1e-4}]
 
 
-def event_type() -> Any:
-    """TensorBoard's event, of its published field numbers."""
-    file = descriptor_pb2.FileDescriptorProto(name="event.proto", package="test")
-    kinds = descriptor_pb2.FieldDescriptorProto
-    value = file.message_type.add(name="Value")
-    value.field.add(name="tag", number=1, type=kinds.TYPE_STRING, label=kinds.LABEL_OPTIONAL)
-    value.field.add(name="simple_value", number=2, type=kinds.TYPE_FLOAT, label=kinds.LABEL_OPTIONAL)
-    summary = file.message_type.add(name="Summary")
-    summary.field.add(
-        name="value",
-        number=1,
-        type=kinds.TYPE_MESSAGE,
-        label=kinds.LABEL_REPEATED,
-        type_name=".test.Value",
-    )
-    event = file.message_type.add(name="Event")
-    event.field.add(name="wall_time", number=1, type=kinds.TYPE_DOUBLE, label=kinds.LABEL_OPTIONAL)
-    event.field.add(name="step", number=2, type=kinds.TYPE_INT64, label=kinds.LABEL_OPTIONAL)
-    event.field.add(name="file_version", number=3, type=kinds.TYPE_STRING, label=kinds.LABEL_OPTIONAL)
-    event.field.add(
-        name="summary",
-        number=5,
-        type=kinds.TYPE_MESSAGE,
-        label=kinds.LABEL_OPTIONAL,
-        type_name=".test.Summary",
-    )
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("test.Event"))
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values by tag, as TensorBoard reads them."""
+    events: Any = EventAccumulator(str(folder)).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
 
 
-def test_event_files_are_what_protocol_buffers_read(tmp_path: Path) -> None:
-    writer = TensorBoardWriter(tmp_path)
-    for row in ROWS:
+def test_tensorboard_reads_each_row_once_it_is_written(tmp_path: Path) -> None:
+    writer = TensorBoardWriter(tmp_path, 0)
+    for count, row in enumerate(ROWS, start=1):
         writer.write(row)
+        assert len(scalars(tmp_path)["loss"]) == count
     writer.close()
-    (path,) = tmp_path.iterdir()
-    content, events = path.read_bytes(), []
-    while content:
-        (length,) = struct.unpack("<Q", content[:8])
-        events.append(event_type().FromString(content[12 : 12 + length]))
-        content = content[16 + length :]
-    assert events[0].file_version == "brain.Event:2"
-    assert [event.step for event in events[1:]] == [8, 3_000_000_000]
-    found = [{value.tag: value.simple_value for value in event.summary.value} for event in events[1:]]
-    assert found[0] == {"loss": 2.5}
-    assert found[1] == pytest.approx({"loss": 0.25, "rate": 1e-4})
+    assert scalars(tmp_path) == {
+        "loss": [(8, 2.5), (3_000_000_000, 0.25)],
+        "rate": [(3_000_000_000, pytest.approx(1e-4))],
+    }
 
 
-def test_the_checksum_is_crc_32c() -> None:
-    # 0xE3069283 is the check value of CRC-32C for these nine digits.
-    crc = 0xE3069283
-    masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-    assert writers._checksum(b"123456789") == struct.pack("<I", masked)  # pyright: ignore[reportPrivateUsage]
+def test_tensorboard_shows_no_point_of_an_earlier_start_after_the_checkpoint(tmp_path: Path) -> None:
+    for start, losses in ((0, {8: 4.0, 16: 3.0, 24: 2.0, 32: 1.0}), (16, {24: 2.5})):
+        metric_logger = MetricLogger(LogConfig(tensorboard=True), tmp_path, start, {})
+        for images, loss in losses.items():
+            metric_logger.write({"images": images, "loss": loss})
+        metric_logger.close()
+    assert scalars(tmp_path / "tensorboard") == {"loss": [(8, 4.0), (16, 3.0), (24, 2.5)]}
+
+
+def test_tensorboard_is_imported_only_by_its_writer() -> None:
+    source = "import sys, vqd_scale.training.logging.metrics; sys.exit('tensorboard' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", source], check=False).returncode == 0
 
 
 class Recorder:
@@ -99,9 +78,9 @@ def test_wandb_goes_on_under_the_identity_of_the_run(tmp_path: Path, monkeypatch
     recorder = Recorder()
     monkeypatch.setitem(sys.modules, "wandb", recorder)
     for row in ROWS:
-        diary = MetricLogger(LogConfig(wandb=WandbConfig(entity="us")), tmp_path, 0, {"seed": 3})
-        diary.write(row)
-        diary.close()
+        metric_logger = MetricLogger(LogConfig(wandb=WandbConfig(entity="us")), tmp_path, 0, {"seed": 3})
+        metric_logger.write(row)
+        metric_logger.close()
     first, second = recorder.started
     assert first["id"] == second["id"]
     assert (first["resume"], first["mode"], first["entity"]) == ("allow", "offline", "us")
@@ -112,9 +91,9 @@ def test_wandb_goes_on_under_the_identity_of_the_run(tmp_path: Path, monkeypatch
 
 def test_disabled_wandb_is_never_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    diary = MetricLogger(LogConfig(wandb=WandbConfig(mode="disabled")), tmp_path, 0, {})
-    diary.write(ROWS[0])
-    diary.close()
+    metric_logger = MetricLogger(LogConfig(wandb=WandbConfig(mode="disabled")), tmp_path, 0, {})
+    metric_logger.write(ROWS[0])
+    metric_logger.close()
 
 
 @pytest.mark.parametrize("place", ["import", "init", "log", "finish"])
@@ -130,10 +109,10 @@ def test_a_writer_that_fails_is_one_warning(
         setattr(recorder, place, fail)
     monkeypatch.setitem(sys.modules, "wandb", None if place == "import" else recorder)
     with caplog.at_level(logging.WARNING):
-        diary = MetricLogger(LogConfig(wandb=WandbConfig()), tmp_path, 0, {})
+        metric_logger = MetricLogger(LogConfig(wandb=WandbConfig()), tmp_path, 0, {})
         for row in ROWS:
-            diary.write(row)
-        diary.close()
+            metric_logger.write(row)
+        metric_logger.close()
     (warning,) = [record.getMessage() for record in caplog.records]
     assert warning.startswith("wandb failed (")
     assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2.5, 0.25]
@@ -143,8 +122,8 @@ def test_a_writer_that_never_returns_stalls_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     forever = threading.Event()
-    monkeypatch.setattr(writers, "_PATIENCE_SECONDS", 0.05)
-    monkeypatch.setattr(writers, "_WAITING_ROWS", 3)
+    monkeypatch.setattr(loggers, "_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(loggers, "_MAX_QUEUED_ROWS", 3)
 
     def hang() -> WandbWriter:
         forever.wait()

@@ -38,6 +38,6 @@ def test_on_a_full_disk_rows_wait_and_no_torn_line_is_left(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.stat().st_size == size
-    assert "Training goes on; 1 rows wait" in caplog.text
+    assert "Training continues; 1 rows are pending" in caplog.text
     file.write({"images": 24, "loss": 0.25})
     assert [row["images"] for row in read_metrics(path)] == [8, 16, 24]

@@ -7,31 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import PositiveInt
-
 from vqd_scale.core.atomic_io import publish_text, writing
-from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
-from vqd_scale.training.logging.loggers import (
-    AsyncLogger,
-    TensorBoardWriter,
-    WandbConfig,
-    WandbWriter,
-    Writer,
-)
+from vqd_scale.training.config import LogConfig
+from vqd_scale.training.logging.loggers import AsyncLogger, TensorBoardWriter, WandbWriter, Writer
 
 logger = logging.getLogger(__name__)
-
-
-class LogConfig(Config):
-    """Metric logging; ``metrics.jsonl`` is always written."""
-
-    every_images: PositiveInt = 10_000
-    """Images between two log rows."""
-    tensorboard: bool = False
-    """Write TensorBoard event files to the subfolder ``tensorboard`` of the run folder."""
-    wandb: WandbConfig | None = None
-    """Weights & Biases logging; disabled if not given."""
 
 
 class MetricsFile:
@@ -44,22 +25,22 @@ class MetricsFile:
 
     def __init__(self, path: Path, images: int) -> None:
         self.path = path
-        kept = [row for row in read_metrics(path) if row["images"] <= images]
-        publish_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._waiting: list[str] = []
+        rows = [row for row in read_metrics(path) if row["images"] <= images]
+        publish_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._pending: list[str] = []
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append a row; if the disk is full, log a warning and retry with the next row."""
-        self._waiting.append(json.dumps(row) + "\n")
+        self._pending.append(json.dumps(row) + "\n")
         size = self.path.stat().st_size
         try:
             with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(self._waiting))
+                file.write("".join(self._pending))
         except UserError as error:
             os.truncate(self.path, size)
-            logger.warning("%s Training goes on; %d rows wait to be written.", error, len(self._waiting))
+            logger.warning("%s Training continues; %d rows are pending.", error, len(self._pending))
         else:
-            self._waiting = []
+            self._pending = []
 
     def close(self) -> None:
         """Do nothing: the file is not kept open."""
@@ -78,7 +59,8 @@ class MetricLogger:
     def __init__(self, config: LogConfig, run: Path, images: int, settings: Mapping[str, Any]) -> None:
         self._writers: list[Writer] = [MetricsFile(run / "metrics.jsonl", images)]
         if config.tensorboard:
-            self._writers.append(AsyncLogger("TensorBoard", lambda: TensorBoardWriter(run / "tensorboard")))
+            folder = run / "tensorboard"
+            self._writers.append(AsyncLogger("TensorBoard", lambda: TensorBoardWriter(folder, images)))
         if config.wandb is not None and config.wandb.mode != "disabled":
             wandb = config.wandb
             self._writers.append(AsyncLogger("wandb", lambda: WandbWriter(wandb, run, settings)))
