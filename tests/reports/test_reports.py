@@ -11,11 +11,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import UndefinedError
 from PIL import Image
 
 from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.errors import UserError
-from vqd_scale.reports.html import FiguresSection, ImageSection, TextSection, html_report
+from vqd_scale.reports.html import (
+    FiguresSection,
+    ImageSection,
+    TableSection,
+    TextSection,
+    html_report,
+    render,
+)
 from vqd_scale.reports.plots import Series, comparison_grid, image_grid, plot_curves, publish_image
 
 WHITE = np.array([255, 255, 255], dtype=np.uint8)
@@ -43,8 +51,8 @@ def test_every_picture_is_there_once_in_reading_order(count: int, columns: int, 
     canvas = np.asarray(image_grid(images, columns=columns, scale=scale))
     enlarged = [np.kron(image, np.ones((scale, scale, 1), dtype=np.uint8)) for image in images]
     places = [occurrences(canvas, image) for image in enlarged]
-    assert all(len(found) == 1 for found in places)
-    assert [found[0] for found in places] == sorted(found[0] for found in places)
+    assert all(len(matches) == 1 for matches in places)
+    assert [matches[0] for matches in places] == sorted(matches[0] for matches in places)
     assert len({row for [(row, _)] in places}) == -(-count // columns)
     inked = (canvas != WHITE).any(axis=-1).sum()
     assert inked == count * 64 * scale**2
@@ -61,11 +69,11 @@ def test_a_caption_stays_under_its_own_picture(caption: str) -> None:
     size = 96
     images = pictures(3, size, size)
     canvas = np.asarray(image_grid(images, ["", caption, ""], columns=3))
-    [(top, left)] = occurrences(canvas, images[1])
+    [(top, column_start)] = occurrences(canvas, images[1])
     below = canvas[top + size :]
     inked = np.nonzero((below != WHITE).any(axis=(0, 2)))[0]
     # A glyph's curve may reach a pixel over the advance width by which lines are measured.
-    assert all(left - 2 <= column < left + size + 2 for column in inked)
+    assert all(column_start - 2 <= column < column_start + size + 2 for column in inked)
     assert (len(inked) > 0) == bool(caption.strip())
     assert below.shape[0] < 140
 
@@ -86,8 +94,8 @@ def test_a_pair_is_an_original_directly_above_its_reconstruction() -> None:
     originals, reconstructions = pictures(4), pictures(5)[:4]
     canvas = np.asarray(comparison_grid(originals, reconstructions, columns=2))
     for original, reconstruction in zip(originals, reconstructions, strict=True):
-        [(top, left)] = occurrences(canvas, original)
-        assert occurrences(canvas, reconstruction) == [(top + 9, left)]
+        [(row, column)] = occurrences(canvas, original)
+        assert occurrences(canvas, reconstruction) == [(row + 9, column)]
 
 
 def test_grids_of_nothing_or_of_unequal_sets() -> None:
@@ -117,10 +125,10 @@ def test_curves_are_drawn_each_in_a_colour_of_its_own(tmp_path: Path) -> None:
     one = Series("loss", positions, [1 / (1 + position) for position in positions])
     two = Series("other", positions, [0.5] * len(positions))
     blue, orange = (0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)
-    for series, drawn in (([one], {blue}), ([one, two], {blue, orange})):
+    for series, expected_colors in (([one], {blue}), ([one, two], {blue, orange})):
         plot_curves(tmp_path / "loss.png", series, title="Training", x_label="images", y_label="nats")
         pixels = curve_pixels(tmp_path / "loss.png")
-        assert {colour for colour in (blue, orange) if pixels[colour] > 100} == drawn
+        assert {colour for colour in (blue, orange) if pixels[colour] > 100} == expected_colors
 
 
 def test_a_folder_that_cannot_be_written_to() -> None:
@@ -189,8 +197,8 @@ def test_a_report_holds_everything_it_shows(tmp_path: Path) -> None:
     assert picture["alt"] == "Samples"
     kind, _, data = str(picture["src"]).partition(",")
     assert kind == "data:image/png;base64"
-    with Image.open(io.BytesIO(base64.b64decode(data))) as shown:
-        assert np.array_equal(np.asarray(shown), np.asarray(grid))
+    with Image.open(io.BytesIO(base64.b64decode(data))) as embedded_image:
+        assert np.array_equal(np.asarray(embedded_image), np.asarray(grid))
     assert all(link.startswith("data:") for link in page.links)
 
 
@@ -209,6 +217,24 @@ def test_any_text_is_shown_as_it_is(tmp_path_factory: pytest.TempPathFactory, te
     # title and h1, then heading and paragraph, heading, name, value and note, heading and note
     assert page.words.count(text) == 10
     assert page.pictures[0]["alt"] == text
+
+
+def test_a_script_in_a_caption_is_escaped(tmp_path: Path) -> None:
+    caption = "<script>alert(1)</script>"
+    publish_image(tmp_path / "grid.png", image_grid(pictures(1), [caption], columns=1))
+    sections = [
+        TableSection("Captions", ["image", "caption"], [["0", caption]]),
+        ImageSection(caption, tmp_path / "grid.png", caption),
+    ]
+    html_report(tmp_path / "report.html", caption, sections)
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in source
+    assert source.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 6
+
+
+def test_a_missing_value_of_a_template_is_an_error() -> None:
+    with pytest.raises(UndefinedError, match="'sections' is undefined"):
+        render("report.html.j2", title="no sections")
 
 
 def test_importing_the_module_does_not_import_matplotlib() -> None:

@@ -1,12 +1,16 @@
-"""Self-contained HTML reports of text, tables and images."""
+"""Self-contained HTML reports of text, tables and images, and the templates that produce them."""
 
 import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 from vqd_scale.core.atomic_io import publish_text
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 @dataclass(frozen=True)
@@ -15,6 +19,8 @@ class TextSection:
 
     heading: str
     text: str
+    note: str = ""
+    kind: ClassVar[str] = "text"
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class FiguresSection:
     heading: str
     rows: Mapping[str, float | str]
     note: str = ""
+    kind: ClassVar[str] = "figures"
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class TableSection:
     columns: Sequence[str]
     rows: Sequence[Sequence[float | str]]
     note: str = ""
+    kind: ClassVar[str] = "table"
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,12 @@ class ImageSection:
     heading: str
     path: Path
     note: str = ""
+    kind: ClassVar[str] = "image"
+
+    @property
+    def base64(self) -> str:
+        """Content of the file, for a data URL."""
+        return base64.b64encode(self.path.read_bytes()).decode("ascii")
 
 
 Section = TextSection | FiguresSection | TableSection | ImageSection
@@ -54,61 +68,22 @@ def html_report(path: Path, title: str, sections: Sequence[Section]) -> None:
     Raises:
         UserError: The file cannot be written.
     """
-    body = "\n".join(_section_html(section) for section in sections)
-    publish_text(path, _PAGE.format(title=escape(title), style=_STYLE, body=body))
+    publish_text(path, render("report.html.j2", title=title, sections=sections))
 
 
-def _section_html(section: Section) -> str:
-    parts = [f"<h2>{escape(section.heading)}</h2>"]
-    if isinstance(section, TextSection):
-        parts += [f"<p>{escape(paragraph)}</p>" for paragraph in section.text.split("\n\n")]
-        return "\n".join(parts)
-    if isinstance(section, FiguresSection):
-        rows = [
-            f"<tr><th>{escape(name)}</th><td>{_figure(value)}</td></tr>"
-            for name, value in section.rows.items()
-        ]
-        parts.append(f"<table>{''.join(rows)}</table>")
-    elif isinstance(section, TableSection):
-        head = "".join(f"<th>{escape(name)}</th>" for name in section.columns)
-        body = "".join(
-            f"<tr>{''.join(f'<td>{_figure(value)}</td>' for value in row)}</tr>" for row in section.rows
-        )
-        parts.append(f'<table class="columns"><tr>{head}</tr>{body}</table>')
-    else:
-        data = base64.b64encode(section.path.read_bytes()).decode("ascii")
-        parts.append(f'<img alt="{escape(section.heading)}" src="data:image/png;base64,{data}">')
-    if section.note:
-        parts.append(f'<p class="note">{escape(section.note)}</p>')
-    return "\n".join(parts)
+def render(template: str, **values: object) -> str:
+    """Render a template of ``templates/``; HTML is escaped, and a missing value is an error."""
+    return _environment().get_template(template).render(values)
 
 
-def _figure(value: float | str) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return escape(str(value))
+@cache
+def _environment() -> "Environment":
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-
-_STYLE = """
-body { margin: 3rem auto; max-width: 60rem; padding: 0 1.5rem; color: #222; background: #fff;
-       font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem; }
-img { max-width: 100%; height: auto; border: 1px solid #e5e5e5; border-radius: 6px; }
-table { border-collapse: collapse; } tr { border-bottom: 1px solid #e5e5e5; }
-th, td { padding: .3rem 2.5rem .3rem 0; text-align: left; font-weight: normal; }
-td { text-align: right; padding-right: 0; font-variant-numeric: tabular-nums; }
-.columns :is(th, td) { text-align: right; padding: .3rem 0 .3rem 1.5rem; }
-.columns :is(th, td):first-child { text-align: left; padding-left: 0; }
-.note { color: #666; font-size: .9rem; }
-"""
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
-<style>{style}</style></head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
-"""
+    return Environment(
+        loader=PackageLoader("vqd_scale.reports"),
+        autoescape=select_autoescape(["html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
