@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vqd_scale.data.loading.batch import TokenBatch, pinned
+from vqd_scale.data.loading.batch import TokenBatch
 
 pytestmark = pytest.mark.gpu
 
@@ -14,9 +14,9 @@ def test_a_pinned_batch_is_the_same_batch() -> None:
         valid=torch.tensor([True, False, True]),
         keys=["a", "b", "c"],
     )
-    found = pinned(batch)
-    assert (found.keys, found.labels) == (batch.keys, None)
+    pinned = batch.pin_memory()
+    assert (pinned.keys, pinned.labels) == (batch.keys, None)
     for name in ("tokens", "text", "slots", "valid"):
-        tensor = getattr(found, name)
+        tensor = getattr(pinned, name)
         assert tensor.is_pinned() or tensor.numel() == 0
         assert torch.equal(tensor.to("cuda", non_blocking=True).cpu(), getattr(batch, name))

@@ -266,14 +266,14 @@ def token_batch(task: DenoisingTask | AutoregressionTask) -> TokenBatch:
     labels = torch.tensor([0, 1]) if isinstance(condition, ClassCondition) else None
     tokens = torch.randint(source.meta.codes, (BATCH, samples.length), generator=generator)
     valid = torch.ones(BATCH, dtype=torch.bool)
-    return TokenBatch(tokens, text, torch.arange(BATCH), valid, ["0", "1"], labels)
+    return TokenBatch(tokens, text, labels, slots=torch.arange(BATCH), valid=valid, keys=["0", "1"])
 
 
 def image_batch(size: int) -> ImageBatch:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (BATCH, 3, size, size), generator=generator, dtype=torch.uint8)
     valid = torch.ones(BATCH, dtype=torch.bool)
-    return ImageBatch(images, ["", ""], None, torch.arange(BATCH), valid, ["0", "1"])
+    return ImageBatch(images, ["", ""], slots=torch.arange(BATCH), valid=valid, keys=["0", "1"])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)

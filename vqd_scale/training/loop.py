@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NoReturn, cast
 
@@ -19,6 +19,7 @@ from vqd_scale.core.progress import progress_bar
 from vqd_scale.core.provenance import modified_files, provenance
 from vqd_scale.core.signals import StopFlag
 from vqd_scale.core.world import World
+from vqd_scale.data.loading.batch import BatchType
 from vqd_scale.data.loading.stream import Stream
 from vqd_scale.nn.flops import peak_flops
 from vqd_scale.training.checkpoint.manager import Checkpoints, Restored, consolidated
@@ -36,7 +37,7 @@ from vqd_scale.training.health import (
 from vqd_scale.training.logging.aggregator import MetricAggregator
 from vqd_scale.training.logging.sample_images import draw_pictures, whole_parameters
 from vqd_scale.training.optim import LearningRate
-from vqd_scale.training.tasks.base import BatchType, Losses, Task
+from vqd_scale.training.tasks.base import Losses, Task
 from vqd_scale.training.validation import ValidationSet
 
 logger = logging.getLogger(__name__)
@@ -228,13 +229,14 @@ class _Trainer(Generic[BatchType]):
 
     def _step(self, batch: BatchType) -> bool:
         """Run one optimizer step and return ``True`` if any rank received a stop signal."""
-        parts = _split(batch, self.config.engine.gradient_accumulation_steps)
+        parts = batch.split(self.config.engine.gradient_accumulation_steps)
         rate = self.rate.at(self.images)
         valid, summed = torch.ones(()), 0.0
         stopping = stands_out = was_applied = False
         for number, part in enumerate(parts, start=1):
-            losses = self.task.losses(self.engine, part, self.images)
-            total = torch.where(part.valid.to(self.world.device), losses.per_sample, 0.0).sum()
+            on_device = part.to(self.world.device, non_blocking=True)
+            losses = self.task.losses(self.engine, on_device, self.images)
+            total = torch.where(on_device.valid, losses.per_sample, 0.0).sum()
             bad = ~losses.per_sample.detach().isfinite().cpu() & part.valid
             # One all-reduce for all values: each all-reduce waits for the slowest rank.
             said = [batch.valid.sum(), bad.sum(), torch.tensor(self.stop.requested), total.detach().cpu()]
@@ -369,16 +371,3 @@ class _Trainer(Generic[BatchType]):
         self.images = restored.images
         if self.world.is_first:
             logger.info("going on from the checkpoint at %d images, the newest whole one", restored.images)
-
-
-def _split(batch: BatchType, parts: int) -> list[BatchType]:
-    """Split a batch into micro-batches of equal size, in order."""
-    size = len(batch.valid) // parts
-    return [
-        type(batch)(**{field.name: _rows(getattr(batch, field.name), start, size) for field in fields(batch)})
-        for start in range(0, parts * size, size)
-    ]
-
-
-def _rows(value: Any, start: int, size: int) -> Any:  # noqa: ANN401 - the type of a batch's field
-    return None if value is None else value[start : start + size]

@@ -1,9 +1,9 @@
 """Validation with fixed samples, timesteps and noise, comparable across runs and seeds."""
 
 from contextlib import closing
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic
+from typing import Generic
 
 import torch
 from pydantic import PositiveInt
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from vqd_scale.core.config import Config
 from vqd_scale.core.world import World
+from vqd_scale.data.loading.batch import Batch, BatchType
 from vqd_scale.data.loading.stream import Stream, StreamConfig
-from vqd_scale.training.tasks.base import BatchType, Forward, Task
+from vqd_scale.training.tasks.base import Forward, Task
 
 _SEED = 0
 """Seed of the sample order, independent of the run's seed: all seeds use the same validation samples."""
@@ -64,55 +65,22 @@ class ValidationSet(Generic[BatchType]):
         share = -(-count // world.size)
         mine = torch.arange(share) * world.size + world.rank
         with closing(iter(stream)) as batches:
-            read = [next(batches) for _ in range(-(-count // lanes))]
+            samples = Batch.cat([next(batches) for _ in range(-(-count // lanes))])
         # If the samples do not divide evenly over the ranks, a rank pads with its first sample, masked out.
         counted = mine < count
         rows = torch.where(counted, mine, mine[0].clamp(max=count - 1))
-        whole = _joined(read)
-        own = _chosen(whole, rows, counted)
-        self._parts = [_chosen(own, part) for part in torch.arange(share).split(config.batch_size)]
+        samples = samples.select(rows)
+        samples = replace(samples, valid=samples.valid & counted)
+        self._parts = [samples.select(part) for part in torch.arange(share).split(config.batch_size)]
 
     @torch.no_grad()
     def measured(self, forward: Forward) -> dict[str, float]:
         """Return the task's metrics as means over all validation samples; collective."""
         sums: dict[str, Tensor] = {}
         for part in self._parts:
-            for name, value in self._task.validate(forward, part).items():
+            batch = part.to(self._world.device, non_blocking=True)
+            for name, value in self._task.validate(forward, batch).items():
                 sums[name] = sums.get(name, torch.zeros(2, dtype=torch.float64)) + value.double().cpu()
         names = sorted(sums)
         totals = self._world.sum(torch.stack([sums[name] for name in names]).to(self._world.device)).cpu()
         return {name: float(total / count) for name, (total, count) in zip(names, totals, strict=True)}
-
-
-def _joined(batches: list[BatchType]) -> BatchType:
-    first = batches[0]
-    return type(first)(
-        **{
-            field.name: _concatenated([getattr(batch, field.name) for batch in batches])
-            for field in fields(first)
-        }
-    )
-
-
-def _concatenated(values: list[Any]) -> Any:  # noqa: ANN401 - the type of a batch's field
-    if values[0] is None:
-        return None
-    if isinstance(values[0], Tensor):
-        return torch.cat(values)
-    return [item for value in values for item in value]
-
-
-def _chosen(batch: BatchType, rows: Tensor, counted: Tensor | None = None) -> BatchType:
-    """Return rows of a batch; rows outside ``counted`` become invalid."""
-    values = {field.name: _rows(getattr(batch, field.name), rows) for field in fields(batch)}
-    if counted is not None:
-        values["valid"] = values["valid"] & counted
-    return type(batch)(**values)
-
-
-def _rows(value: Any, rows: Tensor) -> Any:  # noqa: ANN401 - the type of a batch's field
-    if value is None:
-        return None
-    if isinstance(value, Tensor):
-        return value[rows]
-    return [value[row] for row in rows.tolist()]

@@ -267,10 +267,6 @@ def test_wrong_uses(tokens: Path, tmp_path: Path) -> None:
         load_config(StreamConfig, overrides=["path=x", "global_batch_size=0"])
 
 
-def character_ids(captions: Sequence[str]) -> torch.Tensor:
-    return torch.tensor([[ord(character) for character in f"{caption:<8}"[:8]] for caption in captions])
-
-
 def picture(number: int) -> Image.Image:
     image = Image.new("RGB", (20 + number, 20), (number, 2 * number, 255 - number))
     image.paste("white", (0, 0, 20 + number, 8))
@@ -289,7 +285,7 @@ def test_image_batches(tmp_path: Path) -> None:
     recipe = ShardRecipe(shard_name(0), 10, functools.partial(picture_samples, 10))
     write_shard_set(tmp_path / "set", {"content": "images"}, [recipe], "test")
     config = StreamConfig(path=tmp_path / "set", global_batch_size=5, max_bad_fraction=0.5)
-    kind = ImageSamples(CenterCrop(size=16), tokenize=character_ids)
+    kind = ImageSamples(CenterCrop(size=16))
     pictures: Stream[ImageBatch] = Stream(
         config, kind, seed=0, rank=0, ranks=1, cursor=0, quarantine=tmp_path / "bad.jsonl"
     )
@@ -299,8 +295,6 @@ def test_image_batches(tmp_path: Path) -> None:
     for batch in batches:
         assert batch.images.shape == (5, 3, 16, 16)
         assert batch.images.dtype == torch.uint8
-        assert batch.text is not None
-        assert torch.equal(batch.text, character_ids(batch.captions))
         for row, key in enumerate(batch.keys):
             number = int(key)
             is_bad = number == 4

@@ -66,7 +66,7 @@ def batch(height: int = SIDE, width: int = SIDE, count: int = 3) -> ImageBatch:
     images = torch.randint(0, 256, (count, 3, height, width), generator=generator, dtype=torch.uint8)
     valid = torch.ones(count, dtype=torch.bool)
     valid[-1] = False
-    return ImageBatch(images, ["a"] * count, None, torch.arange(count), valid, ["k"] * count)
+    return ImageBatch(images, ["a"] * count, slots=torch.arange(count), valid=valid, keys=["k"] * count)
 
 
 class StandIn:

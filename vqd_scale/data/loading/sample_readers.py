@@ -1,6 +1,6 @@
 """Sample kinds of a stream: reading the rows of a batch and collating them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -39,9 +39,6 @@ Slots = Int64[NDArray[np.int64], " batch"]
 
 Columns = dict[str, NDArray[Any]]
 """Arrays with one row per sample, sent from a reading process to its rank."""
-
-CaptionTokenizer = Callable[[Sequence[str]], Int64[Tensor, "batch text_length"]]
-"""Function from captions to ids; picklable, since it may be called in another process."""
 
 
 class SampleKind(Protocol[BatchType_co]):
@@ -129,20 +126,18 @@ class ImageSamples:
 
     Attributes:
         transform: Transform from an image to the network's square input.
-        tokenize: Caption tokenizer; None leaves captions as strings.
         decode: Image decoding options.
         captioned: Treat a sample without a caption as bad. If false, its caption is empty.
     """
 
     transform: Transform
-    tokenize: CaptionTokenizer | None = None
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     captioned: bool = True
 
     def read(
         self, places: Sequence[SampleLocation], slots: Slots, seed: int
     ) -> tuple[Columns, dict[int, str]]:
-        """Read images, captions and, with a tokenizer, caption ids."""
+        """Read images and captions."""
         size = self.transform.size
         images = np.zeros((len(places), 3, size, size), np.uint8)
         captions = [""] * len(places)
@@ -156,17 +151,13 @@ class ImageSamples:
             except BadSample as error:
                 captions[row] = ""
                 bad[row] = str(error)
-        columns = {"images": images, "captions": np.array(captions, dtype=np.object_)}
-        if self.tokenize is not None:
-            columns["text"] = self.tokenize(captions).numpy()
-        return columns, bad
+        return {"images": images, "captions": np.array(captions, dtype=np.object_)}, bad
 
     def batch(self, columns: Columns) -> ImageBatch:
         """Collate image samples."""
         return ImageBatch(
             images=torch.from_numpy(columns["images"]),
             captions=columns["captions"].tolist(),
-            text=torch.from_numpy(columns["text"]) if "text" in columns else None,
             slots=torch.from_numpy(columns["slots"]),
             valid=torch.from_numpy(columns["valid"]),
             keys=columns["keys"].tolist(),

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Literal, TypeVar, cast
+from typing import Generic, Literal, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.core.s3 import S3Path
-from vqd_scale.data.loading.batch import pinned
+from vqd_scale.data.loading.batch import Batch, BatchType
 from vqd_scale.data.loading.prefetch import in_processes, in_thread
 from vqd_scale.data.loading.sample_readers import Columns, SampleKind, SampleLocation, Slots
 from vqd_scale.data.order.balance import BalancedOrder, classes_of
@@ -32,7 +32,6 @@ from vqd_scale.data.shards.ranged_reader import RangedReadConfig, RangedReader
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.shards.shard_io import ShardReader
 
-BatchType = TypeVar("BatchType")
 _ShardNumber = tuple[int, int]
 """Dataset number and shard number in the dataset."""
 
@@ -191,7 +190,8 @@ class Stream(Generic[BatchType]):
         with closing(parts):
             while group := list(itertools.islice(parts, len(readers))):
                 batch = self._kind.batch(_joined([part.columns for part in group]))
-                yield pinned(batch) if self._pinned else batch, [bad for part in group for bad in part.bad]
+                bad = [sample for part in group for sample in part.bad]
+                yield batch.pin_memory() if self._pinned else batch, bad
 
     def _report(self, bad: "_Bad", count: int) -> None:
         self._quarantine.add(bad.shard, bad.key, bad.reason)
@@ -228,7 +228,7 @@ class _PartReader:
     sets: Sequence[ShardSet]
     classes: Sequence[NDArray[np.int32]] | None
     config: StreamConfig
-    kind: SampleKind[object]
+    kind: SampleKind[Batch]
     seed: int
     slots: Slots
 

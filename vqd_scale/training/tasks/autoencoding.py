@@ -208,10 +208,7 @@ class AutoencodingTask:
 
     def losses(self, forward: Forward, batch: ImageBatch, images: int) -> Losses:
         """Compute the reconstruction loss and update an EMA codebook with this batch's latents."""
-        valid, pictures, slots = (
-            tensor.to(self.world.device, non_blocking=True)
-            for tensor in (batch.valid, batch.images, batch.slots)
-        )
+        valid, pictures, slots = batch.valid, batch.images, batch.slots
         codebook = self.averaged
         self.module.quantised = codebook is None or images >= self.config.codebook_warmup_images
         if codebook is not None and self.module.quantised and self.pool:
@@ -233,9 +230,9 @@ class AutoencodingTask:
 
     def validate(self, forward: Forward, batch: ImageBatch) -> dict[str, Tensor]:
         """Compute the squared error of the reconstructions; a Gumbel tokenizer's codes are sampled."""
-        pictures, slots = (tensor.to(self.world.device) for tensor in (batch.images, batch.slots))
-        _, _, squared, _, _ = forward(pictures, slots, torch.ones((), device=self.world.device))
-        return {"squared_error": mean_of(squared, batch.valid.to(self.world.device))}
+        temperature = torch.ones((), device=self.world.device)
+        _, _, squared, _, _ = forward(batch.images, batch.slots, temperature)
+        return {"squared_error": mean_of(squared, batch.valid)}
 
     def on_step_end(self, images: int) -> None:
         """Reset dead codes if due."""

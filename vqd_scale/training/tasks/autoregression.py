@@ -111,21 +111,15 @@ class AutoregressionTask:
 
     def losses(self, forward: Forward, batch: TokenBatch, images: int) -> Losses:
         """Compute the cross-entropy of all tokens, with condition dropout keyed by each sample's slot."""
-        tokens, valid = (
-            tensor.to(self.world.device, non_blocking=True) for tensor in (batch.tokens, batch.valid)
-        )
         given, dropped = self.source.condition_inputs(batch)
-        loss, accuracy = forward(tokens, given, dropped, valid)
-        return Losses(loss, {"cross_entropy": mean_of(loss, valid.double()), "accuracy": accuracy})
+        loss, accuracy = forward(batch.tokens, given, dropped, batch.valid)
+        return Losses(loss, {"cross_entropy": mean_of(loss, batch.valid.double()), "accuracy": accuracy})
 
     def validate(self, forward: Forward, batch: TokenBatch) -> dict[str, Tensor]:
         """Compute the exact negative log-likelihood in nats per token, and the accuracy."""
-        tokens, valid = (
-            tensor.to(self.world.device, non_blocking=True) for tensor in (batch.tokens, batch.valid)
-        )
         given, _ = self.source.condition_inputs(batch)
-        loss, accuracy = forward(tokens, given, torch.zeros_like(valid), valid)
-        return {"cross_entropy": mean_of(loss, valid.double()), "accuracy": accuracy}
+        loss, accuracy = forward(batch.tokens, given, torch.zeros_like(batch.valid), batch.valid)
+        return {"cross_entropy": mean_of(loss, batch.valid.double()), "accuracy": accuracy}
 
     def on_step_end(self, images: int) -> None:
         """Do nothing: the task has no state."""

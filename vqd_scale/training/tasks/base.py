@@ -2,17 +2,16 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vqd_scale.data.loading.batch import ImageBatch, TokenBatch
+from vqd_scale.data.loading.batch import BatchType
 from vqd_scale.data.loading.sample_readers import SampleKind
 from vqd_scale.training.partition import Partition
 
-BatchType = TypeVar("BatchType", TokenBatch, ImageBatch)
 Forward = Callable[..., Any]
 """Forward of a task's module, wrapped by the engine."""
 
@@ -72,7 +71,7 @@ class Task(Protocol[BatchType]):
 
         Args:
             forward: Engine-wrapped forward of the module.
-            batch: Samples, on the CPU.
+            batch: Samples, on the rank's device.
             images: Images seen before this batch.
         """
         ...
@@ -82,7 +81,7 @@ class Task(Protocol[BatchType]):
 
         Args:
             forward: Engine-wrapped forward of the module; called without gradients.
-            batch: Validation samples, on the CPU.
+            batch: Validation samples, on the rank's device.
 
         Returns:
             (sum, count) pairs, float [2]; the same names for every batch.

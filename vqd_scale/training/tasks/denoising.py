@@ -150,10 +150,7 @@ class DenoisingTask:
 
     def losses(self, forward: Forward, batch: TokenBatch, images: int) -> Losses:
         """Denoise, with timestep, noise and condition dropout keyed by each sample's slot."""
-        seed, device = self.config.seed, self.world.device
-        slots, tokens, valid = (
-            tensor.to(device, non_blocking=True) for tensor in (batch.slots, batch.tokens, batch.valid)
-        )
+        seed, slots, tokens, valid = self.config.seed, batch.slots, batch.tokens, batch.valid
         t, probability = self.times.draw(uniforms(seed, Purpose.TIMESTEP, slots, 1)[:, 0])
         # float64: after a rare replacement, the remaining bits of a 24-bit uniform reach only a few codes.
         noise = uniforms(seed, Purpose.CORRUPTION, slots, tokens.shape[1], dtype=torch.float64)
@@ -175,10 +172,7 @@ class DenoisingTask:
 
     def validate(self, forward: Forward, batch: TokenBatch) -> dict[str, Tensor]:
         """Compute bound and cross-entropy in nats per token, at equidistant timesteps with fixed noise."""
-        device, steps = self.world.device, self.transition.steps
-        slots, tokens, valid = (
-            tensor.to(device, non_blocking=True) for tensor in (batch.slots, batch.tokens, batch.valid)
-        )
+        steps, slots, tokens, valid = self.transition.steps, batch.slots, batch.tokens, batch.valid
         given, _ = self.source.condition_inputs(batch)
         weight = valid.double()
         found: dict[str, Tensor] = {}

@@ -183,9 +183,7 @@ class RefitTask:
 
     def losses(self, forward: Forward, batch: ImageBatch, images: int) -> Losses:
         """Compute the reconstruction loss with the new codes and update an EMA codebook."""
-        valid, pictures = (
-            tensor.to(self.world.device, non_blocking=True) for tensor in (batch.valid, batch.images)
-        )
+        valid, pictures = batch.valid, batch.images
         loss, made, squared, latents, ids = forward(pictures, self._encoded(pictures))
         kept = valid.repeat_interleave(len(ids) // len(valid))
         if self.averaged is not None:
@@ -200,9 +198,8 @@ class RefitTask:
 
     def validate(self, forward: Forward, batch: ImageBatch) -> dict[str, Tensor]:
         """Compute the squared error of the reconstructions."""
-        pictures = batch.images.to(self.world.device)
-        _, _, squared, _, _ = forward(pictures, self._encoded(pictures))
-        return {"squared_error": mean_of(squared, batch.valid.to(self.world.device))}
+        _, _, squared, _, _ = forward(batch.images, self._encoded(batch.images))
+        return {"squared_error": mean_of(squared, batch.valid)}
 
     def on_step_end(self, images: int) -> None:
         """Reset dead codes if due."""
@@ -255,8 +252,9 @@ class RefitTask:
         with closing(iter(stream)) as batches, bar:
             for _ in range(0, config.pool.images, config.data.global_batch_size):
                 batch = next(batches)
-                z = self._encoded(batch.images[batch.valid].to(world.device))
+                batch = batch.select(batch.valid)
+                z = self._encoded(batch.images.to(world.device))
                 if len(z):
-                    reservoir.add(z.permute(0, 2, 3, 1).flatten(0, 2).cpu(), batch.slots[batch.valid])
+                    reservoir.add(z.permute(0, 2, 3, 1).flatten(0, 2).cpu(), batch.slots)
                 bar.update(config.data.global_batch_size)
         return reservoir.pooled(lambda tensor: world.concatenated(tensor.to(world.device)).cpu())

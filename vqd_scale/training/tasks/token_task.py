@@ -130,10 +130,9 @@ class TokenSource:
 
     def condition_inputs(self, batch: TokenBatch) -> tuple[Tensor, Bool[Tensor, " batch"]]:
         """Return captions or classes, and a mask of the samples with condition dropout."""
-        slots = batch.slots.to(self.world.device, non_blocking=True)
-        drawn = uniforms(self.config.seed, Purpose.CAPTION_DROPOUT, slots, 1)[:, 0]
-        given = batch.text if batch.labels is None else batch.labels
-        return given.to(self.world.device, non_blocking=True), drawn < self.config.condition_dropout
+        uniform = uniforms(self.config.seed, Purpose.CAPTION_DROPOUT, batch.slots, 1)[:, 0]
+        condition = batch.text if batch.labels is None else batch.labels
+        return condition, uniform < self.config.condition_dropout
 
 
 def weights_of_model(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
