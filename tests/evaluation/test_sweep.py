@@ -72,7 +72,7 @@ def test_samplers_are_an_axis_as_well(tmp_path: Path) -> None:
     [
         ({"sampling.sampler.step": (1,)}, "sampling.sampler.step: unknown key"),
         ({"sampling.sampler.steps": (0,)}, "sampling.sampler.steps: "),
-        ({"sampler.steps": (1,)}, "'sampler' is no group of keys"),
+        ({"sampler.steps": (1,)}, "sampler: unknown key"),
     ],
 )
 def test_a_wrong_axis_is_one_sentence(tmp_path: Path, axes: dict[str, Any], sentence: str) -> None:

@@ -8,15 +8,14 @@ from pydantic import Field
 
 from vqd_scale.cli.base import add_config_arguments, config_from, run_tool, tool_parser
 from vqd_scale.cli.eval_coco_fid import evaluate_and_publish, model_identity
-from vqd_scale.core.atomic_io import publish_json, read_json
+from vqd_scale.core.atomic_io import read_json
 from vqd_scale.core.config import Config, load_config
-from vqd_scale.core.errors import UserError
 from vqd_scale.core.provenance import provenance
 from vqd_scale.core.signals import REQUEUE_EXIT_CODE, StopFlag
 from vqd_scale.core.world import World, join_world, leave_world
 from vqd_scale.diffusion.samplers import Strided
 from vqd_scale.evaluation.protocol import EvaluationConfig
-from vqd_scale.evaluation.resumable_chunks import first_difference
+from vqd_scale.evaluation.resumable_chunks import reserve_folder
 from vqd_scale.evaluation.sweep import Row, figures_of, publish_sweep
 from vqd_scale.models.pipeline import TextToImage
 from vqd_scale.training.loop import train
@@ -98,12 +97,7 @@ def _begin(config: AblationConfig, world: World) -> None:
         "train": train.model_dump(mode="json", exclude={"diffusion", "seed", "run"}),
         "evaluation": config.evaluation.model_dump(mode="json"),
     }
-    world.on_first_rank(lambda: path.exists() or publish_json(path, shared))
-    differing = first_difference(read_json(path, "description of these models"), shared)
-    if differing is not None:
-        raise UserError(
-            f"{config.output}: was begun with {differing}; give another out, or delete this folder."
-        )
+    reserve_folder(path, shared, world, option="output")
 
 
 def _rows(config: AblationConfig, world: World) -> Iterator[Row]:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.nested import set_at
 from vqd_scale.core.renamed_keys import RENAMED
 
 ConfigType = TypeVar("ConfigType", bound="Config")
@@ -138,14 +139,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         value: Any = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"override '{override}': '{text}' is not a YAML value; quote it.") from None
-    *parents, last = path.split(".")
-    node = values
-    for key in parents:
-        child = node.setdefault(key, {})
-        if not isinstance(child, dict):
-            raise UserError(f"override '{override}': {key} holds the value {child!r}, not further keys.")
-        node = cast(dict[str, Any], child)
-    node[last] = value
+    try:
+        set_at(values, path, value)
+    except ValueError as error:
+        raise UserError(f"override '{override}': {error}.") from None
 
 
 def _describe(kind: type[Config], values: Mapping[str, Any], error: ErrorDetails) -> str:

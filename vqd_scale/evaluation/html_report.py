@@ -1,9 +1,10 @@
 """Self-contained HTML report of an evaluation."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from vqd_scale.core.atomic_io import publish_json
+from vqd_scale.core.nested import leaves
 from vqd_scale.evaluation.evaluate import Result
 from vqd_scale.reports.html import FiguresSection, ImageSection, Section, TextSection, html_report
 from vqd_scale.reports.plots import Series, image_grid, plot_curves, publish_image
@@ -29,18 +30,18 @@ def publish_result(result: Result, out: Path) -> None:
         plot_curves(path, [series], title=curve.heading, x_label=curve.x, y_label=curve.y)
         pictures.append(ImageSection(curve.heading, path, curve.note))
     report = result.report
-    figures = flattened(report["figures"])
+    figures = _rows(report["figures"])
     html_report(
         out / "report.html",
         f"{report['protocol']['name']}: {report['model']['name']}",
         [
             FiguresSection("Figures", figures, f"Of {report['count']} pictures, each counted once."),
             *pictures,
-            FiguresSection("Drawn by", flattened(report["sampling"] | {"dtype": report["dtype"]})),
+            FiguresSection("Drawn by", _rows(report["sampling"] | {"dtype": report["dtype"]})),
             FiguresSection(
-                "Beside", flattened({**report["reference"], "prompts (SHA-256)": report["prompts"]}), _NOTE
+                "Beside", _rows({**report["reference"], "prompts (SHA-256)": report["prompts"]}), _NOTE
             ),
-            FiguresSection("Model", flattened(report["model"])),
+            FiguresSection("Model", _rows(report["model"])),
             TextSection("How to read this", _READ),
         ],
     )
@@ -48,15 +49,13 @@ def publish_result(result: Result, out: Path) -> None:
     publish_json(out / "report.json", report)
 
 
-def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, float | str]:
+def _rows(values: dict[str, Any]) -> dict[str, float | str]:
     """Flatten nested plain values to dotted names; ``None`` values are omitted."""
-    rows: dict[str, float | str] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            rows |= flattened(cast(dict[str, Any], value), f"{prefix}{name}.")
-        elif value is not None:
-            rows[f"{prefix}{name}"] = value if isinstance(value, float) else str(value)
-    return rows
+    return {
+        name: value if isinstance(value, float) else str(value)
+        for name, value in leaves(values)
+        if value is not None
+    }
 
 
 _NOTE = "A figure taken with any other of these is another figure."

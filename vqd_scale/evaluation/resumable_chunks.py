@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vqd_scale.core.atomic_io import publish_json, published, read_json
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.nested import differences
 from vqd_scale.core.progress import progress_bar
 from vqd_scale.core.tensors import read_tensors, write_tensors
 from vqd_scale.core.world import World
@@ -64,14 +65,8 @@ class ResumableChunks:
         Raises:
             UserError: The folder contains chunks of another computation.
         """
-        wanted = json.loads(json.dumps({"count": self.count, "size": self.size, **description}))
-        path = self.folder / _DESCRIPTION
-        world.on_first_rank(lambda: path.exists() or publish_json(path, wanted))
-        differing = first_difference(read_json(path, "description of these parts"), wanted)
-        if differing is not None:
-            raise UserError(
-                f"{self.folder}: was begun with {differing}; give another --out, or delete this folder."
-            )
+        complete = {"count": self.count, "size": self.size, **description}
+        reserve_folder(self.folder / _DESCRIPTION, complete, world, option="--out")
 
     def work(
         self, make: Callable[[range], Columns], world: World, title: str, stop: Callable[[], bool]
@@ -123,16 +118,32 @@ class ResumableChunks:
         return torch.cat([self.read(part)[name] for part in self.numbers])
 
 
-def first_difference(found: Any, wanted: Any, path: str = "") -> str | None:  # noqa: ANN401 - JSON
-    """Return the first difference of two JSON values as 'a.b this, not that'; ``None`` if equal."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in [*wanted, *(key for key in found if key not in wanted)]:
-            inner = f"{path}.{key}" if path else str(key)
-            differing = first_difference(found.get(key), wanted.get(key), inner)
-            if differing is not None:
-                return differing
-        return None
-    return None if found == wanted else f"{path} {_short(found)}, not {_short(wanted)}"
+def reserve_folder(path: Path, description: Mapping[str, Any], world: World, option: str) -> None:
+    """Write the description of a computation to its folder, or check that the folder has the same one.
+
+    Args:
+        path: File of the description in the folder.
+        description: Description of the computation, as JSON values.
+        world: Ranks that share the work.
+        option: Name of the option that sets the folder, for the error message.
+
+    Raises:
+        UserError: The folder contains the description of another computation.
+    """
+    expected = json.loads(json.dumps(description))
+    world.on_first_rank(lambda: path.exists() or publish_json(path, expected))
+    difference = first_difference(read_json(path, "description of this computation"), expected)
+    if difference is not None:
+        raise UserError(
+            f"{path.parent}: was begun with {difference}; give another {option}, or delete this folder."
+        )
+
+
+def first_difference(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
+    """Return the first difference of two nested mappings as 'a.b this, not that'; ``None`` if equal."""
+    for path, value, expected_value in differences(stored, expected):
+        return f"{path} {_short(value)}, not {_short(expected_value)}"
+    return None
 
 
 def digest(value: Any) -> str:  # noqa: ANN401 - whatever JSON can hold

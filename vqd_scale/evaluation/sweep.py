@@ -12,7 +12,7 @@ from pydantic import Field
 from vqd_scale.core.atomic_io import publish_json
 from vqd_scale.core.config import Config, validated
 from vqd_scale.core.errors import UserError
-from vqd_scale.evaluation.html_report import flattened
+from vqd_scale.core.nested import leaves, set_at
 from vqd_scale.evaluation.protocol import EvaluationConfig
 from vqd_scale.reports.html import ImageSection, Section, TableSection, TextSection, html_report
 from vqd_scale.reports.plots import Series, plot_curves
@@ -97,7 +97,10 @@ def points(config: SweepConfig, out: Path) -> list[tuple[str, dict[str, Any], Ev
         settings = dict(zip(keys, combination, strict=True))
         plain = config.evaluation.model_dump(mode="json")
         for key, value in settings.items():
-            _set(plain, key, value)
+            try:
+                set_at(plain, key, value)
+            except ValueError as error:
+                raise UserError(f"axes.{key}: {error}.") from None
         # All evaluations share the reference statistics.
         plain["reference"]["file"] = plain["reference"]["file"] or str(out / "reference.safetensors")
         settings = {key: _named(value) for key, value in settings.items()}
@@ -195,8 +198,7 @@ def publish_sweep(
 
 def figures_of(report: Mapping[str, Any]) -> dict[str, float]:
     """Return a report's metrics by dotted name."""
-    found = flattened(report["figures"])
-    return {name: value for name, value in found.items() if isinstance(value, float)}
+    return {name: value for name, value in leaves(report["figures"]) if isinstance(value, float)}
 
 
 def _separations(
@@ -252,13 +254,3 @@ def _curves(groups: Sequence[Group], x: str, figure: str) -> list[Series]:
 def _named(value: Any) -> Any:  # noqa: ANN401 - a configuration's value
     """Return a group of keys as one string for tables and folder names; other values unchanged."""
     return " ".join(map(str, cast(dict[str, Any], value).values())) if isinstance(value, dict) else value
-
-
-def _set(values: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401 - a configuration's value
-    *parents, last = key.split(".")
-    inner = values
-    for parent in parents:
-        if not isinstance(inner.get(parent), dict):
-            raise UserError(f"axes.{key}: '{parent}' is no group of keys in this protocol.")
-        inner = inner[parent]
-    inner[last] = value

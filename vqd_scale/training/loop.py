@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from vqd_scale.core.atomic_io import publish_json, publish_text
 from vqd_scale.core.config import read_yaml, to_yaml
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.nested import leaves
 from vqd_scale.core.progress import progress_bar
 from vqd_scale.core.provenance import modified_files, provenance
 from vqd_scale.core.signals import StopFlag
@@ -115,8 +116,8 @@ def _lock_run_folder(folder: Path, config: RunConfig) -> None:
     """Check that the run folder contains no other run, then write the resolved configuration to it."""
     path = folder / "config.yaml"
     if path.exists():
-        theirs = dict(_leaves(read_yaml(path)))
-        ours = dict(_leaves(config.model_dump(mode="json")))
+        theirs = dict(leaves(read_yaml(path)))
+        ours = dict(leaves(config.model_dump(mode="json")))
         for key in sorted(theirs.keys() | ours.keys()):
             if theirs.get(key) != ours.get(key) and not f"{key}.".startswith(_CHANGEABLE):
                 raise UserError(
@@ -125,15 +126,6 @@ def _lock_run_folder(folder: Path, config: RunConfig) -> None:
                 )
     publish_text(path, to_yaml(config))
     publish_json(folder / "environment.json", {**provenance(), "modified_files": modified_files()})
-
-
-def _leaves(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaf values of nested mappings with their dotted keys."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(cast(Mapping[str, Any], value), f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
 
 
 class _Trainer(Generic[BatchType]):

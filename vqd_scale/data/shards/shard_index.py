@@ -20,6 +20,7 @@ from jaxtyping import Float64, Int64, Shaped
 from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.atomic_io import Location, file_sizes, parse_location, publish_json, published, read_json
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.nested import differences
 
 INDEX = "index.json"
 ABSENT = -1
@@ -254,10 +255,11 @@ def begin_set(folder: Location, meta: Mapping[str, Any], tars: Location | None =
     if index is None:
         _publish_index(folder, complete=False, tars=elsewhere, meta=meta, shards=())
         return
-    before = {"tars": index["tars"], **index["meta"]}
-    if difference := _difference(before, {"tars": elsewhere, **json.loads(json.dumps(meta))}):
+    stored = {"tars": index["tars"], **index["meta"]}
+    for path, old, new in differences(stored, {"tars": elsewhere, **json.loads(json.dumps(meta))}):
         raise UserError(
-            f"{folder}: holds another set of shards ({difference}); name another folder or delete it."
+            f"{folder}: holds another set of shards ({path} was {old!r}, now is {new!r}); name another "
+            "folder or delete it."
         )
 
 
@@ -399,19 +401,6 @@ def _publish_index(
     index = {"complete": complete, "tars": tars, "meta": meta, "shards": columns, "left_out": counts}
     # Several processes may begin or finish one dataset at the same time.
     publish_json(folder / INDEX, index, shared=True)
-
-
-def _difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> str:
-    """Describe the first difference of two metas as 'key was A, now is B'; empty if they are equal."""
-    for key in sorted({*old, *new}):
-        before, now = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            before, now = cast("dict[str, Any]", before), cast("dict[str, Any]", now)
-            if inner := _difference(before, now, f"{path}{key}."):
-                return inner
-        elif before != now:
-            return f"{path}{key} was {before!r}, now is {now!r}"
-    return ""
 
 
 def _read_arrays(table: Location) -> dict[str, NDArray[Any]]:
