@@ -3,7 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_TOLD = {"text": "a caption", "class": "a class", "none": "nothing"}
+from vqd_scale.reports.html import render
+
+_CONDITIONS = {
+    "text": "conditioned on a caption",
+    "class": "conditioned on a class",
+    "none": "unconditionally",
+}
 
 
 @dataclass(frozen=True)
@@ -12,28 +18,32 @@ class ModelKind:
 
     Attributes:
         name: Name of the kind.
-        loader: Pipeline class, in the form that follows ``from vqd_scale.models.``.
-        how: Sampling procedure, as a phrase that follows a comma.
+        module: Module of the pipeline class, below ``vqd_scale.models``.
+        pipeline: Pipeline class.
+        procedure: Sampling procedure, as a sentence without its period.
         source: Papers.
     """
 
     name: str
-    loader: str
-    how: str
+    module: str
+    pipeline: str
+    procedure: str
     source: str
 
 
 DENOISING = ModelKind(
     "VQ-Diffusion",
-    "pipeline import TextToImage",
-    "undoing mask-and-replace noise step by step",
+    "pipeline",
+    "TextToImage",
+    "Sampling reverses mask-and-replace noise step by step",
     "Gu et al., arXiv 2111.14822; Tang et al., arXiv 2205.16007",
 )
 AUTOREGRESSION = ModelKind(
     "VQ-AR",
-    "autoregressive_sampling import AutoregressiveTextToImage",
-    "one token after the other in raster order",
-    "the autoregressive peer of VQ-Diffusion, Gu et al., arXiv 2111.14822",
+    "autoregressive_sampling",
+    "AutoregressiveTextToImage",
+    "Tokens are sampled one after the other in raster order",
+    "the autoregressive baseline of VQ-Diffusion, Gu et al., arXiv 2111.14822",
 )
 
 
@@ -50,24 +60,12 @@ def model_card(
         facts: Further table rows, by name.
         origin: Origin of the weights and their known license.
     """
-    rows = "\n".join(f"| {name} | {fact} |" for name, fact in facts.items())
-    return f"""# A {kind.name} model
-
-It draws pictures as {grid[0]} x {grid[1]} tokens of {codes} codes,
-{kind.how} under {_TOLD[condition]}
-({kind.source}).
-
-```python
-from vqd_scale.models.{kind.loader}
-
-{kind.loader.split()[-1]}.load("this folder")
-```
-
-| | |
-|---|---|
-{rows}
-
-## Origin and licence
-
-{origin}
-"""
+    return render(
+        "model_card.md.j2",
+        kind=kind,
+        grid=grid,
+        codes=codes,
+        condition=_CONDITIONS[condition],
+        facts=facts,
+        origin=origin,
+    )
