@@ -1,4 +1,7 @@
-"""Progress bars with the estimated time left, for every operation longer than two seconds."""
+"""Progress bars with the estimated time left, for every operation longer than two seconds.
+
+tqdm, because its bars also appear in the log file of a job, where rich prints nothing before the end.
+"""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -37,10 +40,10 @@ def progress_bar(
 
 
 def progress(
-    items: Iterable[Item], description: str, total: int, *, done: int = 0, unit: str = "it"
+    items: Iterable[Item], description: str, total: int, *, unit: str = "it", quiet: bool = False
 ) -> Iterator[Item]:
     """Yield items and advance a progress bar after each."""
-    with progress_bar(description, total, done=done, unit=unit) as bar:
+    with progress_bar(description, total, unit=unit, quiet=quiet) as bar:
         for item in items:
             yield item
             bar.update()

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
-from tqdm import tqdm
 
 from vqd_scale.core.atomic_io import Location, file_sizes, read_json, sha256_of
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.progress import progress
 from vqd_scale.core.s3 import S3Object, S3Path
 from vqd_scale.data.process_pool import each
 from vqd_scale.data.shards.decode import IMAGE_EXTENSIONS, BadSample, decode_image, decode_json, decode_text
@@ -128,8 +128,7 @@ def build_index(
         meta = cast("Mapping[str, Any]", {} if index is None else index["meta"])
     begin_set(folder, meta, tars)
     made = each(functools.partial(_indexed_or_index, tars, folder, config.sieve), names, config.workers)
-    bar = tqdm(made, desc="indexing", total=len(names), unit="shard", disable=None)
-    shards = list(bar)
+    shards = list(progress(made, "index", len(names), unit="shard"))
     report(shards, folder)
     check_share(shards, sum(map(_seen, shards)), config.max_bad_fraction, folder)
     damaged = [shard.name for shard in shards if any(not left.key for left in shard.left_out)]

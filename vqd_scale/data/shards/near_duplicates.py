@@ -5,6 +5,7 @@ import numpy as np
 from vqd_scale.core.atomic_io import Location
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.progress import progress
 from vqd_scale.data.process_pool import each
 from vqd_scale.data.shards.decode import IMAGE_EXTENSIONS, BadSample, decode_image
 from vqd_scale.data.shards.perceptual_hash import KnownPictures, margin_hashes
@@ -34,7 +35,9 @@ def known_pictures(config: DuplicatesConfig, workers: int) -> KnownPictures:
     shards = ShardSet.open(config.evaluation_set).shards
     keys: list[str] = []
     hashes: list[np.uint64] = []
-    for shard_keys, shard_hashes in each(_hashes_of, shards, workers):
+    for shard_keys, shard_hashes in progress(
+        each(_hashes_of, shards, workers), "hash evaluation set", len(shards), unit="shard"
+    ):
         keys += shard_keys
         hashes += shard_hashes
     if not keys:

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
-from tqdm import tqdm
 from webdataset.writer import ShardWriter
 
 from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.atomic_io import Location, published, sha256_of
+from vqd_scale.core.progress import progress_bar
 from vqd_scale.data.process_pool import each
 from vqd_scale.data.shards.decode import BadSample
 from vqd_scale.data.shards.index_builder import check_share, index_tar, report
@@ -83,7 +83,7 @@ def write_shard_set(
     shards: list[IndexedShard] = []
     total = sum(recipe.count for recipe in recipes)
     made = each(functools.partial(written_or_write, folder), recipes, workers)
-    with tqdm(total=total, desc=title, unit="sample", disable=None) as bar:
+    with progress_bar(title, total, unit="sample") as bar:
         for recipe, shard in zip(recipes, made, strict=True):
             shards.append(shard)
             report(shards[-1:], folder)
