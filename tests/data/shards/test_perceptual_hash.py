@@ -6,19 +6,19 @@ import pytest
 from PIL import Image
 
 from vqd_scale.data.shards.decode import Pixels, decode_image
-from vqd_scale.data.shards.perceptual_hash import MARGINS, KnownPictures, margin_hashes, picture_hash
+from vqd_scale.data.shards.perceptual_hash import MARGINS, ExcludedImages, image_hash, margin_hashes
 
 COUNT = 40
 
 
-def picture(number: int, height: int = 200, width: int = 300) -> Pixels:
+def random_image(number: int, height: int = 200, width: int = 300) -> Pixels:
     rng = np.random.default_rng(number)
     places = np.mgrid[0:height, 0:width] / np.array([height, width])[:, None, None]
-    colours = np.full((height, width, 3), 128.0)
+    colors = np.full((height, width, 3), 128.0)
     for _ in range(12):
         wave = np.sin(2 * np.pi * (places * rng.uniform(-4, 4, (2, 1, 1))).sum(axis=0) + rng.uniform(0, 6))
-        colours += wave[..., None] * rng.normal(0, 20, 3)
-    return (colours + rng.normal(0, 4, colours.shape)).clip(0, 255).astype(np.uint8)
+        colors += wave[..., None] * rng.normal(0, 20, 3)
+    return (colors + rng.normal(0, 4, colors.shape)).clip(0, 255).astype(np.uint8)
 
 
 def recompressed(pixels: Pixels) -> Pixels:
@@ -32,8 +32,10 @@ def scaled(pixels: Pixels, width: int, height: int) -> Pixels:
 
 
 def without_margin(pixels: Pixels, share: float) -> Pixels:
-    top, left = (int(share * side) for side in pixels.shape[:2])
-    return pixels[top : pixels.shape[0] - top, left : pixels.shape[1] - left]
+    margin_rows, margin_columns = (int(share * side) for side in pixels.shape[:2])
+    return pixels[
+        margin_rows : pixels.shape[0] - margin_rows, margin_columns : pixels.shape[1] - margin_columns
+    ]
 
 
 COPIES: dict[str, Callable[[Pixels], Pixels]] = {
@@ -49,33 +51,35 @@ COPIES: dict[str, Callable[[Pixels], Pixels]] = {
 
 
 @pytest.fixture(scope="module")
-def known() -> KnownPictures:
-    hashes = [single for number in range(COUNT) for single in margin_hashes(picture(number))]
-    return KnownPictures(np.array(hashes, np.uint64), tuple(map(str, range(COUNT))), max_distance=8)
+def known_images() -> ExcludedImages:
+    hashes = [single for number in range(COUNT) for single in margin_hashes(random_image(number))]
+    return ExcludedImages(np.array(hashes, np.uint64), tuple(map(str, range(COUNT))), max_distance=8)
 
 
 @pytest.mark.parametrize("copy", COPIES)
-def test_copies_are_found(known: KnownPictures, copy: str) -> None:
+def test_copies_are_found(known_images: ExcludedImages, copy: str) -> None:
     for number in range(COUNT):
-        found = known.nearest(COPIES[copy](picture(number)))
-        assert found is not None
-        assert found[0] == str(number)
+        match = known_images.nearest(COPIES[copy](random_image(number)))
+        assert match is not None
+        assert match[0] == str(number)
 
 
-def test_others_are_not(known: KnownPictures) -> None:
-    assert [known.nearest(picture(1000 + number)) for number in range(100)] == [None] * 100
+def test_distinct_images_do_not_match(known_images: ExcludedImages) -> None:
+    assert [known_images.nearest(random_image(1000 + number)) for number in range(100)] == [None] * 100
 
 
-def test_the_nearest_by_a_loop(known: KnownPictures) -> None:
-    """The slow twin: bit by bit, one known hash after the other."""
-    loose = KnownPictures(known.hashes, known.keys, 64)
+def test_nearest_equals_a_loop(known_images: ExcludedImages) -> None:
+    """Compare with a loop over all known hashes and bits."""
+    loose = ExcludedImages(known_images.hashes, known_images.keys, 64)
     for number in range(1000, 1010):
-        own = int(picture_hash(picture(number)))
-        distances = [bin(own ^ int(single)).count("1") for single in known.hashes]
+        expected = int(image_hash(random_image(number)))
+        distances = [bin(expected ^ int(single)).count("1") for single in known_images.hashes]
         best = min(distances)
-        assert loose.nearest(picture(number)) == (str(distances.index(best) // len(MARGINS)), best)
+        assert loose.nearest(random_image(number)) == (str(distances.index(best) // len(MARGINS)), best)
 
 
-def test_the_fingerprint_says_what_is_found(known: KnownPictures) -> None:
-    assert known.fingerprint != KnownPictures(known.hashes, known.keys, 9).fingerprint
-    assert known.fingerprint != KnownPictures(known.hashes[1:], known.keys, 8).fingerprint
+def test_fingerprint_covers_hashes_and_threshold(known_images: ExcludedImages) -> None:
+    assert known_images.fingerprint != ExcludedImages(known_images.hashes, known_images.keys, 9).fingerprint
+    assert (
+        known_images.fingerprint != ExcludedImages(known_images.hashes[1:], known_images.keys, 8).fingerprint
+    )

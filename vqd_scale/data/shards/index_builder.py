@@ -19,7 +19,7 @@ from vqd_scale.core.s3 import S3Object, S3Path
 from vqd_scale.data.process_pool import each
 from vqd_scale.data.shards.decode import IMAGE_EXTENSIONS, BadSample, decode_image, decode_json, decode_text
 from vqd_scale.data.shards.filters import Filters
-from vqd_scale.data.shards.perceptual_hash import KnownPictures
+from vqd_scale.data.shards.perceptual_hash import ExcludedImages
 from vqd_scale.data.shards.quarantine import DUPLICATES, QUARANTINE, Quarantine
 from vqd_scale.data.shards.shard_index import (
     IndexedShard,
@@ -49,7 +49,7 @@ class SampleFilter:
     """
 
     filters: Filters = field(default_factory=Filters)
-    known: KnownPictures | None = None
+    known: ExcludedImages | None = None
 
     @property
     def wanted(self) -> frozenset[str]:

@@ -8,25 +8,22 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress
 from vqd_scale.data.process_pool import each
 from vqd_scale.data.shards.decode import IMAGE_EXTENSIONS, BadSample, decode_image
-from vqd_scale.data.shards.perceptual_hash import KnownPictures, margin_hashes
+from vqd_scale.data.shards.perceptual_hash import ExcludedImages, margin_hashes
 from vqd_scale.data.shards.shard_index import Shard, ShardSet
 from vqd_scale.data.shards.shard_io import KEY, read_shard
 
 
 class DuplicatesConfig(Config):
-    """Evaluation images to exclude, including re-encoded, resized and slightly cropped copies.
-
-    Attributes:
-        evaluation_set: Image shards to keep out of training, such as COCO's validation split.
-        max_hamming_distance: Largest number of the 64 hash bits in which two copies differ. Unrelated images
-            differ in 32 bits on average; a larger value gives more false positives.
-    """
+    """Evaluation images to exclude, including re-encoded, resized and slightly cropped copies."""
 
     evaluation_set: Location
+    """Image shards to keep out of training, such as COCO's validation split."""
     max_hamming_distance: int = 8
+    """Largest number of the 64 hash bits in which two copies differ. Unrelated images differ in 32 bits on
+    average; a larger value gives more false positives."""
 
 
-def known_pictures(config: DuplicatesConfig, workers: int) -> KnownPictures:
+def hash_excluded_images(config: DuplicatesConfig, workers: int) -> ExcludedImages:
     """Hash the images of an evaluation dataset; unreadable images are skipped.
 
     Raises:
@@ -42,7 +39,7 @@ def known_pictures(config: DuplicatesConfig, workers: int) -> KnownPictures:
         hashes += shard_hashes
     if not keys:
         raise UserError(f"{config.evaluation_set}: holds no readable picture.")
-    return KnownPictures(np.array(hashes, dtype=np.uint64), tuple(keys), config.max_hamming_distance)
+    return ExcludedImages(np.array(hashes, dtype=np.uint64), tuple(keys), config.max_hamming_distance)
 
 
 def _hashes_of(shard: Shard) -> tuple[list[str], list[np.uint64]]:

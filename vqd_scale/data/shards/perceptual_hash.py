@@ -1,8 +1,8 @@
 """64-bit perceptual hash (DCT hash) for near-duplicate images.
 
 The hash is the sign pattern of an image's lowest frequencies, which re-encoding and resizing hardly change.
-Known images are also hashed with several margins cut off, so that cropped copies are found. A candidate's
-hash is compared with all known hashes by linear search: for the 40,504 images of COCO's validation split,
+Excluded images are also hashed with several margins cut off, so that cropped copies match. A candidate's
+hash is compared with all their hashes by linear search: for the 40,504 images of COCO's validation split,
 this takes less time than decoding the candidate, and needs no search tree.
 """
 
@@ -18,14 +18,14 @@ from vqd_scale.data.shards.decode import Pixels
 from vqd_scale.data.transforms import resized
 
 MARGINS = (0.0, 0.025, 0.05, 0.075, 0.1, 0.125)
-"""Margins cut off a known image before hashing, as fractions of the side, at each edge."""
+"""Margins cut off an excluded image before hashing, as fractions of the side, at each edge."""
 
 _SIDE = 32
 _FREQUENCIES = 8
 
 
 @dataclass(frozen=True)
-class KnownPictures:
+class ExcludedImages:
     """Hashes of the images to exclude.
 
     Attributes:
@@ -44,8 +44,8 @@ class KnownPictures:
         return hashlib.sha256(self.hashes.tobytes() + bytes([self.max_distance])).hexdigest()
 
     def nearest(self, pixels: Pixels) -> tuple[str, int] | None:
-        """Return the key and Hamming distance of the nearest known image; None above ``max_distance``."""
-        distances = np.bitwise_count(self.hashes ^ picture_hash(pixels))
+        """Return the key and Hamming distance of the nearest excluded image; None above ``max_distance``."""
+        distances = np.bitwise_count(self.hashes ^ image_hash(pixels))
         best = int(distances.argmin())
         if distances[best] > self.max_distance:
             return None
@@ -56,10 +56,10 @@ def margin_hashes(pixels: Pixels) -> list[np.uint64]:
     """Hash an image with each of `MARGINS` cut off."""
     height, width = pixels.shape[:2]
     cuts = [(int(margin * height), int(margin * width)) for margin in MARGINS]
-    return [picture_hash(pixels[top : height - top, left : width - left]) for top, left in cuts]
+    return [image_hash(pixels[rows : height - rows, columns : width - columns]) for rows, columns in cuts]
 
 
-def picture_hash(pixels: Pixels) -> np.uint64:
+def image_hash(pixels: Pixels) -> np.uint64:
     """Hash an image: signs of its low DCT frequencies about their median, after resizing to a square."""
     small = resized(pixels, _SIDE, _SIDE).astype(np.float64) @ (0.299, 0.587, 0.114)
     cosines = _cosines()
@@ -72,5 +72,5 @@ def picture_hash(pixels: Pixels) -> np.uint64:
 @functools.cache
 def _cosines() -> Float64[NDArray[np.float64], "frequencies side"]:
     """Return the lowest rows of the discrete cosine transform."""
-    places = (np.arange(_SIDE) + 0.5) * np.pi / _SIDE
-    return np.cos(np.arange(_FREQUENCIES)[:, None] * places)
+    phases = (np.arange(_SIDE) + 0.5) * np.pi / _SIDE
+    return np.cos(np.arange(_FREQUENCIES)[:, None] * phases)

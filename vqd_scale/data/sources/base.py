@@ -15,8 +15,8 @@ from vqd_scale.core.atomic_io import Location
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.data.shards.decode import IMAGE_EXTENSIONS, BadSample, Pixels, decode_image, decode_text
-from vqd_scale.data.shards.near_duplicates import DuplicatesConfig, known_pictures
-from vqd_scale.data.shards.perceptual_hash import KnownPictures
+from vqd_scale.data.shards.near_duplicates import DuplicatesConfig, hash_excluded_images
+from vqd_scale.data.shards.perceptual_hash import ExcludedImages
 from vqd_scale.data.shards.shard_index import ShardSet, SkippedSample
 from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, shard_name, write_shard_set
 from vqd_scale.data.transforms import fitted
@@ -39,30 +39,28 @@ class Jpeg(Config):
 
     kind: Literal["jpeg"] = "jpeg"
     quality: int = Field(default=95, ge=1, le=100)
+    """JPEG quality of Pillow. Lower it to save space."""
 
 
 Encoding = Annotated[Kept | Png | Jpeg, Field(discriminator="kind")]
 
 
 class PackingConfig(Config):
-    """Packing of image files into shards.
-
-    Attributes:
-        encoding: Storage format of the images. With ``kept``, training can choose its own crops.
-        image_size: Side in pixels: the short side is resized to it and the center square cut. Unused with
-            ``kept``.
-        samples_per_shard: Images per shard.
-        max_bad_fraction: Largest fraction of unusable images, which are skipped and reported.
-        near_duplicates: Images to exclude; their near-duplicates are skipped and reported.
-        num_workers: Number of processes.
-    """
+    """Packing of image files into shards."""
 
     encoding: Encoding = Kept()
+    """Storage format of the images. With ``kept``, training can choose its own crops."""
     image_size: int = Field(default=256, ge=8, le=4096)
+    """Side in pixels: the short side is resized to it and the center square cut. Unused with ``kept``."""
     samples_per_shard: int = Field(default=1_000, ge=1)
+    """Images per shard. Lower it for large images, so that a shard stays below about 1 GB."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    """Largest fraction of unusable images, which are skipped and reported."""
     near_duplicates: DuplicatesConfig | None = None
+    """Images to exclude; their near-duplicates are skipped and reported. Set it if the dataset may contain
+    evaluation images."""
     num_workers: int = Field(default=1, ge=1)
+    """Number of processes."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def write_pictures(
     """
     known = None
     if config.near_duplicates is not None:
-        known = known_pictures(config.near_duplicates, config.num_workers)
+        known = hash_excluded_images(config.near_duplicates, config.num_workers)
     recipes = [
         ShardRecipe(shard_name(shard), len(part), functools.partial(_samples, config, known, part))
         for shard, first in enumerate(range(0, len(pictures), config.samples_per_shard))
@@ -174,7 +172,7 @@ def existing(*candidates: Path, what: str) -> Path:
 
 
 def _samples(
-    config: PackingConfig, known: KnownPictures | None, pictures: Sequence[SourceImage]
+    config: PackingConfig, known: ExcludedImages | None, pictures: Sequence[SourceImage]
 ) -> Iterator[Sample | SkippedSample]:
     for picture in pictures:
         try:

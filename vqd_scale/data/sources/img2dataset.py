@@ -6,25 +6,22 @@ from vqd_scale.core.atomic_io import Location
 from vqd_scale.core.config import Config
 from vqd_scale.data.shards.filters import Filters
 from vqd_scale.data.shards.index_builder import IndexConfig, SampleFilter, build_index
-from vqd_scale.data.shards.near_duplicates import DuplicatesConfig, known_pictures
+from vqd_scale.data.shards.near_duplicates import DuplicatesConfig, hash_excluded_images
 from vqd_scale.data.shards.shard_index import ShardSet
 
 
 class Img2datasetConfig(Config):
-    """Indexing of a folder written by img2dataset.
-
-    Attributes:
-        filters: Filters by metadata and caption.
-        near_duplicates: Images to exclude; their near-duplicates are skipped and reported. Decodes every
-            image.
-        max_bad_fraction: Largest fraction of unusable samples, and of damaged tars.
-        num_workers: Number of processes.
-    """
+    """Indexing of a folder written by img2dataset."""
 
     filters: Filters = Filters()
+    """Filters by metadata and caption."""
     near_duplicates: DuplicatesConfig | None = None
+    """Images to exclude; their near-duplicates are skipped and reported. Set it if the dataset may contain
+    evaluation images; it decodes every image."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    """Largest fraction of unusable samples, and of damaged tars."""
     num_workers: int = Field(default=1, ge=1)
+    """Number of processes."""
 
 
 def index_img2dataset(config: Img2datasetConfig, tars: Location, folder: Location) -> ShardSet:
@@ -39,7 +36,7 @@ def index_img2dataset(config: Img2datasetConfig, tars: Location, folder: Locatio
     """
     known = None
     if config.near_duplicates is not None:
-        known = known_pictures(config.near_duplicates, config.num_workers)
+        known = hash_excluded_images(config.near_duplicates, config.num_workers)
     meta = {
         "content": "images",
         "source": {
