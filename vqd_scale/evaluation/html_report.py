@@ -18,31 +18,30 @@ def publish_result(result: Result, out: Path) -> None:
     Raises:
         UserError: The folder cannot be written.
     """
-    pictures: list[Section] = []
-    for number, shown in enumerate(result.shown):
-        scale = max(1, 128 // shown.images.shape[1])
-        path = out / f"shown-{number}.png"
-        publish_image(path, image_grid(shown.images, shown.captions, columns=_COLUMNS, scale=scale))
-        pictures.append(ImageSection(shown.heading, path))
+    image_sections: list[Section] = []
+    for number, samples in enumerate(result.shown):
+        scale = max(1, 128 // samples.images.shape[1])
+        path = out / f"samples-{number}.png"
+        publish_image(path, image_grid(samples.images, samples.captions, columns=_COLUMNS, scale=scale))
+        image_sections.append(ImageSection(samples.heading, path))
     for number, curve in enumerate(result.curves):
         path = out / f"curve-{number}.png"
         series = Series(curve.y, curve.positions, curve.values)
         plot_curves(path, [series], title=curve.heading, x_label=curve.x, y_label=curve.y)
-        pictures.append(ImageSection(curve.heading, path, curve.note))
+        image_sections.append(ImageSection(curve.heading, path, curve.note))
     report = result.report
-    figures = _rows(report["figures"])
     html_report(
         out / "report.html",
         f"{report['protocol']['name']}: {report['model']['name']}",
         [
-            FiguresSection("Figures", figures, f"Of {report['count']} pictures, each counted once."),
-            *pictures,
-            FiguresSection("Drawn by", _rows(report["sampling"] | {"dtype": report["dtype"]})),
+            FiguresSection("Metrics", _rows(report["figures"]), f"Over {report['count']} samples."),
+            *image_sections,
+            FiguresSection("Sampling", _rows(report["sampling"] | {"dtype": report["dtype"]})),
             FiguresSection(
-                "Beside", _rows({**report["reference"], "prompts (SHA-256)": report["prompts"]}), _NOTE
+                "Reference", _rows({**report["reference"], "prompts (SHA-256)": report["prompts"]}), _NOTE
             ),
             FiguresSection("Model", _rows(report["model"])),
-            TextSection("How to read this", _READ),
+            TextSection("Metric definitions", _DEFINITIONS),
         ],
     )
     # Written last: its existence marks a complete report.
@@ -58,11 +57,11 @@ def _rows(values: dict[str, Any]) -> dict[str, float | str]:
     }
 
 
-_NOTE = "A figure taken with any other of these is another figure."
-_READ = """Fréchet distance, FID where the features are Inception's: lower is better; so is KID. Precision \
-and density say how many drawn pictures lie among real ones, recall and coverage how much of the real ones \
-is covered. CLIP's score is the mean cosine of a picture and its caption. Alignment is decided by an exact \
-reader of the embedded set's pixels.
+_NOTE = "Metrics are comparable only if all of these values are equal."
+_DEFINITIONS = """Fréchet distance (FID if the features are Inception's) and KID: lower is better. Precision \
+and density measure how many samples lie among the real images; recall and coverage measure how much of the \
+real images the samples cover. CLIP score is the mean cosine similarity of a sample and its caption. \
+Alignment is the fraction of attributes that an exact pixel reader finds correct; embedded dataset only.
 
-Captions, their order and the pictures' random numbers are functions of the seeds that are named here: the \
-same command gives the same pictures on any number of ranks."""
+Captions, their order and the random numbers are functions of the seeds above: the same command generates \
+the same samples on any number of ranks."""
