@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.progress import progress
 
 _SEED = 2020
 """torch-fidelity's default seed, so results are identical to torch-fidelity's."""
@@ -125,7 +126,8 @@ def neighbourhoods(
     nearest = torch.full((len(drawn),), torch.inf, dtype=torch.float32, device=drawn.device)
     recalled: list[Bool[Tensor, " part"]] = []
     covered: list[Bool[Tensor, " part"]] = []
-    for part, reach in zip(real.split(_CHUNK), real_reach.split(_CHUNK), strict=True):
+    chunks = list(zip(real.split(_CHUNK), real_reach.split(_CHUNK), strict=True))
+    for part, reach in progress(chunks, "precision and recall", len(chunks)):
         distances = _distances(part, drawn)
         within = distances <= reach[:, None]
         reached += within.sum(dim=0)
@@ -143,8 +145,12 @@ def neighbourhoods(
 
 def _reach(features: Float64[Tensor, "count features"], neighbours: int) -> Float32[Tensor, " count"]:
     """Return each feature's distance to its k-th neighbor; the feature itself is the nearest of k + 1."""
+    chunks = features.split(_CHUNK)
     return torch.cat(
-        [_distances(part, features).kthvalue(neighbours + 1).values for part in features.split(_CHUNK)]
+        [
+            _distances(chunk, features).kthvalue(neighbours + 1).values
+            for chunk in progress(chunks, "nearest neighbors", len(chunks))
+        ]
     )
 
 

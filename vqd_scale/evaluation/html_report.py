@@ -27,7 +27,7 @@ def publish_result(result: Result, out: Path) -> None:
     for number, curve in enumerate(result.curves):
         path = out / f"curve-{number}.png"
         series = Series(curve.y, curve.positions, curve.values)
-        plot_curves(path, [series], title=curve.heading, x_label=curve.x, y_label=curve.y)
+        plot_curves(path, [series], title="", x_label=curve.x, y_label=curve.y)
         image_sections.append(ImageSection(curve.heading, path, curve.note))
     report = result.report
     html_report(
