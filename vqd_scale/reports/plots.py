@@ -15,9 +15,9 @@ _MARGIN = 16
 _FONT_SIZE = 13
 _LINE_HEIGHT = 18
 _CAPTION_LINES = 5
-_CAPTION_COLOUR = (60, 60, 60)
+_CAPTION_COLOR = (60, 60, 60)
 _WHITE = (255, 255, 255)
-_FEW = 20
+_MAX_MARKED_VALUES = 20
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Series:
 
 
 def plot_curves(path: Path, series: Sequence[Series], *, title: str, x_label: str, y_label: str) -> None:
-    """Plot curves to a PNG file: pale raw values, and a strong running mean over 1/50 of the values.
+    """Plot curves to a PNG file: pale raw values, and a dark running mean over 1/50 of the values.
 
     Raises:
         UserError: The file cannot be written.
@@ -40,19 +40,19 @@ def plot_curves(path: Path, series: Sequence[Series], *, title: str, x_label: st
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    colours = colormaps["tab10" if len(series) <= 10 else "tab20"]
+    colors = colormaps["tab10" if len(series) <= 10 else "tab20"]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot(title=title, xlabel=x_label, ylabel=y_label)
     for number, curve in enumerate(series):
-        colour = colours(number % colours.N)
+        color = colors(number % colors.N)
         values = np.asarray(curve.values, dtype=np.float64)
         if curve.between is not None:
-            axes.fill_between(curve.positions, *curve.between, color=colour, alpha=0.15, linewidth=0)
-            axes.vlines(curve.positions, *curve.between, color=colour, alpha=0.3)
-        axes.plot(curve.positions, values, color=colour, alpha=0.25, linewidth=1)
-        marker = "o" if len(values) <= _FEW else None
-        strong = _running_mean(values)
-        axes.plot(curve.positions, strong, color=colour, linewidth=2, marker=marker, label=curve.name)
+            axes.fill_between(curve.positions, *curve.between, color=color, alpha=0.15, linewidth=0)
+            axes.vlines(curve.positions, *curve.between, color=color, alpha=0.3)
+        axes.plot(curve.positions, values, color=color, alpha=0.25, linewidth=1)
+        marker = "o" if len(values) <= _MAX_MARKED_VALUES else None
+        smoothed = _running_mean(values)
+        axes.plot(curve.positions, smoothed, color=color, linewidth=2, marker=marker, label=curve.name)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
@@ -95,15 +95,15 @@ def image_grid(
         _WHITE,
     )
     draw = ImageDraw.Draw(canvas)
-    top = _MARGIN
+    y = _MARGIN
     for row, text_height in zip(rows, text_heights, strict=True):
         for column, index in enumerate(row):
-            left = _MARGIN + pitch * column
-            canvas.paste(_enlarged(images[index], scale), (left, top))
+            x = _MARGIN + pitch * column
+            canvas.paste(_enlarged(images[index], scale), (x, y))
             for number, line in enumerate(lines[index]):
-                position = (left, top + height * scale + 3 + _LINE_HEIGHT * number)
-                draw.text(position, line, font=font, fill=_CAPTION_COLOUR)
-        top += height * scale + text_height + _MARGIN
+                position = (x, y + height * scale + 3 + _LINE_HEIGHT * number)
+                draw.text(position, line, font=font, fill=_CAPTION_COLOR)
+        y += height * scale + text_height + _MARGIN
     return canvas
 
 
