@@ -30,6 +30,7 @@ OWNERS = {
     "webdataset": ("data",),
     "yaml": ("core.config",),
     "matplotlib": ("reports.plots",),
+    "jinja2": ("reports.html",),
     "s3fs": ("core.s3_client",),
     "botocore": ("core.s3_client",),
     "aiohttp": ("core.s3_client",),
