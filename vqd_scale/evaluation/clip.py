@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.progress import progress
 from vqd_scale.core.rng import Purpose, permutation
 from vqd_scale.core.tensors import check_names, read_tensors
 from vqd_scale.evaluation.extractors import checked_weights
@@ -134,7 +135,7 @@ def r_precision(
         )
     right = 0
     order = torch.from_numpy(permutation(0, Purpose.EVALUATION, 1, count))
-    for place, number in enumerate(order.tolist()):
+    for place, number in enumerate(progress(order.tolist(), "CLIP R-precision", count, unit="img")):
         # The other candidates are the next ones in a random permutation of all captions.
         others = captions[order[torch.arange(place + 1, place + among) % count]]
         own = captions[number]
