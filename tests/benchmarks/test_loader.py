@@ -12,9 +12,9 @@ from benchmarks.loader import (
     picture_figures,
 )
 from benchmarks.tokens import TokenProblem, check_tokens, token_figures
+from benchmarks.webdataset_baseline import plain_token_batches
 
 from vqd_scale.core.arrays import NDArray
-from vqd_scale.data.loading.webdataset_baseline import plain_token_batches
 
 FEW = TokenProblem(shards=3, samples=10, length=6, codes=20, text_length=4, batch=4)
 

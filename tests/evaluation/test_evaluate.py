@@ -265,7 +265,7 @@ def test_captions_without_pictures_are_one_sentence(model: Path, tmp_path: Path)
     samples = [{"__key__": f"{number:03d}", "txt": f"a star {number}"} for number in range(9)]
     captions = tmp_path / "captions"
     write_shard_set(captions, {}, [ShardRecipe("000000.tar", 9, lambda: samples)], "")
-    with pytest.raises(UserError, match=r"sample '0..' has a caption but no picture; a reference needs"):
+    with pytest.raises(UserError, match=r"sample '0..' has no image; a reference needs"):
         scored(protocol(captions, count=9), model, tmp_path / "out")
 
 

@@ -296,7 +296,7 @@ def test_statistics(config: TokenizeConfig) -> None:
     shares = np.array([count for count in counts if count]) / len(codes)
     found = json.loads((config.output / "statistics.json").read_text())
     assert (found["samples"], found["captions"], found["counts"]) == (7, 7, counts)
-    assert found["failures"] == {"is not a readable picture (of no known kind)": 1}
+    assert found["failures"] == {"is not a readable image (of no known kind)": 1}
     assert (found["usage"]["codes"], found["usage"]["tokens"]) == (9, 7 * 16)
     assert found["usage"]["perplexity"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
 

@@ -79,7 +79,7 @@ def test_of_large_members_only_the_headers_are_fetched(
     )
     scan = TarScan(folder / "0.tar")
     samples = list(scan.samples())
-    assert [sample.places for sample in samples] == [sample.places for sample in TarScan(path).samples()]
+    assert [sample.members for sample in samples] == [sample.members for sample in TarScan(path).samples()]
     assert scan.sha256 == ""
     opened = build_index(folder)
     assert opened.digests == ("",)

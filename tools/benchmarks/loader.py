@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from benchmarks.measuring import extra_peak, in_fresh_process
 from benchmarks.tokens import TokenProblem, token_figures
+from benchmarks.webdataset_baseline import plain_batches
 from PIL import Image
 
 from vqd_scale.core.arrays import NDArray
@@ -24,7 +25,6 @@ from vqd_scale.core.rng import Purpose, integers
 from vqd_scale.data.loading.batch import ImageBatch
 from vqd_scale.data.loading.sample_readers import ImageSamples
 from vqd_scale.data.loading.stream import Stream, StreamConfig
-from vqd_scale.data.loading.webdataset_baseline import plain_batches
 from vqd_scale.data.shards.decode import DecodeConfig, Pixels
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, shard_name, write_shard_set

@@ -22,13 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from benchmarks.measuring import extra_peak, in_fresh_process
+from torch import Tensor
 
 from vqd_scale.core import atomic_io as store
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress
 from vqd_scale.core.s3 import S3Path
 from vqd_scale.core.s3_client import Answer
+from vqd_scale.data.loading.batch import Batch
 from vqd_scale.data.loading.sample_readers import Columns, SampleLocation, Slots
 from vqd_scale.data.loading.stream import Stream, StreamConfig
 from vqd_scale.data.shards.shard_index import ShardSet
@@ -94,7 +97,8 @@ def read_in_lanes(problem: S3Problem, shards: ShardSet) -> int:
         report = Path(folder) / "quarantine.jsonl"
         stream = Stream(config, _RawSamples(), seed=0, rank=0, ranks=1, cursor=0, quarantine=report)
         with closing(iter(stream)) as batches:
-            return sum(itertools.islice(batches, shards.count // problem.lanes))
+            parts = itertools.islice(batches, shards.count // problem.lanes)
+            return sum(int(batch.sizes.sum()) for batch in parts)
 
 
 def read_plainly(problem: S3Problem, shards: ShardSet) -> int:
@@ -181,21 +185,33 @@ def _see_equal_bytes(problem: S3Problem, shards: ShardSet) -> int:
 
 
 @dataclass(frozen=True)
+class _SizeBatch(Batch):
+    """Batch with the number of bytes of each sample."""
+
+    sizes: Tensor
+
+
+@dataclass(frozen=True)
 class _RawSamples:
-    """Samples whose members are read and nothing more; a batch is how many bytes they have."""
+    """Samples whose members are read and nothing more; a batch has their numbers of bytes."""
 
     def read(
-        self, places: Sequence[SampleLocation], slots: Slots, seed: int
+        self, locations: Sequence[SampleLocation], slots: Slots, seed: int
     ) -> tuple[Columns, dict[int, str]]:
         del slots, seed
         sizes = [
             sum(len(reader.read(member, extension)) for extension in reader.extensions(member))
-            for reader, member, _ in places
+            for reader, member, _ in locations
         ]
         return {"sizes": np.array(sizes)}, {}
 
-    def batch(self, columns: Columns) -> int:
-        return int(columns["sizes"].sum())
+    def batch(self, columns: Columns) -> _SizeBatch:
+        return _SizeBatch(
+            torch.from_numpy(columns["sizes"]),
+            slots=torch.from_numpy(columns["slots"]),
+            valid=torch.from_numpy(columns["valid"]),
+            keys=columns["keys"].tolist(),
+        )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from benchmarks.webdataset_baseline import plain_token_batches
 from jaxtyping import Int64
 
 from vqd_scale.core.arrays import NDArray
@@ -20,7 +21,6 @@ from vqd_scale.core.rng import Purpose, integers
 from vqd_scale.data.loading.batch import TokenBatch
 from vqd_scale.data.loading.sample_readers import TokenSamples
 from vqd_scale.data.loading.stream import Stream, StreamConfig
-from vqd_scale.data.loading.webdataset_baseline import plain_token_batches
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, shard_name, write_shard_set
 

@@ -92,8 +92,8 @@ def validated(
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise UserError(f"{source}: {_describe(kind, values, first)}{more}") from None
+        remaining = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise UserError(f"{source}: {_describe(kind, values, first)}{remaining}") from None
 
 
 def _named(kinds: tuple[type[ConfigType], ...], values: Mapping[str, Any], source: str) -> type[ConfigType]:
@@ -153,8 +153,8 @@ def _describe(kind: type[Config], values: Mapping[str, Any], error: ErrorDetails
         successors = [name for name in RENAMED.get(str(error["loc"][-1]), ()) if name in allowed]
         if successors:
             return f"{path}: this key is called '{successors[0]}' now."
-        near = difflib.get_close_matches(str(error["loc"][-1]), allowed, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else "."
+        suggestions = difflib.get_close_matches(str(error["loc"][-1]), allowed, n=1)
+        hint = f"; did you mean '{suggestions[0]}'?" if suggestions else "."
         return f"{path}: unknown key; allowed here: {', '.join(sorted(allowed))}{hint}"
     if error["type"] == "missing":
         return f"{path}: required, but not given."

@@ -26,24 +26,24 @@ def _machine() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    found = {
+    machine = {
         "processor": models[0] if models else platform.processor(),
         "threads": torch.get_num_threads(),
         "system": platform.system(),
     }
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+        machine["gpu"] = torch.cuda.get_device_name()
+    return machine
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _git(*arguments: str) -> str:
@@ -53,5 +53,5 @@ def _git(*arguments: str) -> str:
         return ""
     # Without locks: a run killed during this call must not leave a lock file in the user's checkout.
     command = [git, "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - fixed words
-    return found.stdout.strip("\n")
+    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - fixed words
+    return result.stdout.strip("\n")

@@ -114,14 +114,14 @@ def uniforms(
 
 
 def drawn_codes(
-    chances: Float[Tensor, "*shape states"], drawn: Float[Tensor, "*shape"]
+    weights: Float[Tensor, "*shape states"], uniform: Float[Tensor, "*shape"]
 ) -> Int[Tensor, "*shape"]:
-    """Sample one state per uniform number by inverse CDF in float64; ``chances`` may be unnormalized."""
-    cumulative = chances.cumsum(-1, dtype=torch.float64)
+    """Sample one state per uniform number by inverse CDF in float64; ``weights`` may be unnormalized."""
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
     total = cumulative[..., -1:]
     # Rounding must not select a state past the last one of nonzero probability.
-    place = torch.minimum(drawn.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, place, right=True).squeeze(-1)
+    target = torch.minimum(uniform.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
 
 
 def integers(seed: int, purpose: Purpose, slot: int, count: int, *, draw: int = 0) -> NDArray[np.int64]:

@@ -69,8 +69,8 @@ def check_names(state: Mapping[str, Tensor], expected: Iterable[str], whose: str
     Raises:
         UserError: Entries are unknown or missing; the message lists all of them.
     """
-    known = set(expected)
-    unknown, missing = sorted(state.keys() - known), sorted(known - state.keys())
+    expected_names = set(expected)
+    unknown, missing = sorted(state.keys() - expected_names), sorted(expected_names - state.keys())
     if unknown or missing:
         raise UserError(
             f"these are not the weights of {whose}: unknown {', '.join(unknown) or 'none'}; missing "

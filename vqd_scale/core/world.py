@@ -71,7 +71,7 @@ class World:
         """Wait for all ranks."""
         distributed.barrier()
 
-    def on_first_rank(self, act: Callable[[], object]) -> None:
+    def on_first_rank(self, action: Callable[[], object]) -> None:
         """Run a function on rank 0, such as writing a file, while the other ranks wait.
 
         Raises:
@@ -80,12 +80,12 @@ class World:
         mistake: UserError | None = None
         if self.is_first:
             try:
-                act()
+                action()
             except UserError as error:
                 mistake = error
-        told = self.gathered({"mistake": None if mistake is None else str(mistake)})[0]["mistake"]
-        if told is not None:
-            raise mistake or FirstRankError(told)
+        message = self.gathered({"mistake": None if mistake is None else str(mistake)})[0]["mistake"]
+        if message is not None:
+            raise mistake or FirstRankError(message)
 
 
 def join_world() -> World:

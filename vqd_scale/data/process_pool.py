@@ -12,7 +12,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def each(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
+def map_in_processes(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int
+) -> Iterator[Result]:
     """Yield the function's results in the order of the items.
 
     Args:
@@ -29,7 +31,7 @@ def each(function: Callable[[Item], Result], items: Sequence[Item], workers: int
         return
     # spawn: neither S3 clients nor torch's threads survive a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_init_worker) as pool:
         results = [pool.submit(function, item) for item in items]
         try:
             for result in results:
@@ -38,7 +40,7 @@ def each(function: Callable[[Item], Result], items: Sequence[Item], workers: int
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _begin() -> None:
+def _init_worker() -> None:
     # Ctrl-C reaches every process of the terminal; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

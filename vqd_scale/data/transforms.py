@@ -145,8 +145,8 @@ def resized(pixels: Pixels, height: int, width: int) -> Pixels:
     if pixels.shape[:2] == (height, width):
         return pixels
     planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
-    made = functional.interpolate(planes, (height, width), mode="bicubic", antialias=True)
-    return made[0].permute(1, 2, 0).numpy()
+    resized_planes = functional.interpolate(planes, (height, width), mode="bicubic", antialias=True)
+    return resized_planes[0].permute(1, 2, 0).numpy()
 
 
 def _integer(uniform: float, low: int, high: int) -> int:

@@ -20,7 +20,7 @@ from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.tensors import write_tensors
 from vqd_scale.core.world import World
-from vqd_scale.data.shards.decode import IMAGE_EXTENSIONS, BadSample, decode_image
+from vqd_scale.data.shards.decode import BadSample, decode_image, image_extension
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.shards.shard_io import ShardReader
 from vqd_scale.data.transforms import CenterCrop
@@ -174,11 +174,8 @@ class _Pictures:
         if self._open is None or self._open[0] != number:
             self._open = (number, ShardReader(self._shards.shards[number]))
         reader, inside = self._open[1], member - int(self._firsts[number])
-        present = reader.extensions(inside)
-        extension = next((name for name in IMAGE_EXTENSIONS if name in present), None)
         try:
-            if extension is None:
-                raise BadSample("has a caption but no picture")
+            extension = image_extension(reader.extensions(inside))
             pixels = self._transform(decode_image(reader.read(inside, extension)), ())
         except BadSample as error:
             raise UserError(

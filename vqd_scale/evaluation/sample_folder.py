@@ -9,8 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.data.loading.sample_readers import IMAGE_EXTENSIONS
-from vqd_scale.data.shards.decode import decode_image, decode_json
+from vqd_scale.data.shards.decode import decode_image, decode_json, image_extension
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.shards.shard_io import KEY, read_shard
 from vqd_scale.data.sources.shapes import Scene
@@ -89,8 +88,7 @@ def _read(keys: list[str], shards: ShardSet) -> tuple[Images, list[Scene]]:
     for shard in shards.shards:
         for sample in read_shard(shard):
             if sample[KEY] in wanted:
-                extension = next(name for name in IMAGE_EXTENSIONS if name in sample)
-                pixels = decode_image(sample[extension])
+                pixels = decode_image(sample[image_extension(sample)])
                 pictures[sample[KEY]] = torch.from_numpy(pixels).permute(2, 0, 1)
                 described = decode_json(sample["json"]) if "json" in sample else {}
                 if "figures" in described:

@@ -19,7 +19,7 @@ from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.rng import Purpose, permutation
 from vqd_scale.data.sources.shapes import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     POSITIONS,
     RELATIONS,
     SHAPES,
@@ -33,7 +33,7 @@ _CHUNK = 256
 """Images per chunk, to bound memory (a few megabytes at an image side of 64)."""
 
 Pixels = Float64[NDArray[np.float64], "pictures 3 pixels"]
-Gains = Float64[NDArray[np.float64], "pictures positions looks colours backgrounds"]
+Gains = Float64[NDArray[np.float64], "pictures positions looks colors backgrounds"]
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,9 @@ def _scene(
 ) -> Scene:
     figures: list[Figure] = []
     for position in positions:
-        look, colour = divmod(int(which[list(POSITIONS).index(position), background]), len(COLOURS))
+        look, color = divmod(int(which[list(POSITIONS).index(position), background]), len(COLORS))
         shape, size = list(product(SHAPES, SIZES))[look]
-        figures.append(Figure(shape, list(COLOURS)[colour], size, position))
+        figures.append(Figure(shape, list(COLORS)[color], size, position))
     return Scene(list(BACKGROUNDS)[background], tuple(figures))
 
 
@@ -160,14 +160,14 @@ def _gains(pixels: Pixels, side: int) -> Gains:
     """Compute the change of an empty background's squared distance by each figure on each background."""
     covers = _coverages(side)
     backgrounds = np.array(list(BACKGROUNDS.values()), np.float64)
-    steps = np.array(list(COLOURS.values()), np.float64)[:, None] - backgrounds
+    steps = np.array(list(COLORS.values()), np.float64)[:, None] - backgrounds
     picture_sums = pixels @ covers.T
     cover_sums, square_sums = covers.sum(axis=1), np.square(covers).sum(axis=1)
     # Indices: n image, h channel, m coverage, c color, b background.
     along = np.einsum("nhm,cbh->nmcb", picture_sums, steps, optimize=True)
     along -= np.einsum("m,bh,cbh->mcb", cover_sums, backgrounds, steps)
     across = np.einsum("m,cbh->mcb", square_sums, np.square(steps))
-    return (across - 2 * along).reshape(len(pixels), len(POSITIONS), -1, len(COLOURS), len(BACKGROUNDS))
+    return (across - 2 * along).reshape(len(pixels), len(POSITIONS), -1, len(COLORS), len(BACKGROUNDS))
 
 
 def _distances_to_backgrounds(pixels: Pixels) -> Float64[NDArray[np.float64], "pictures backgrounds"]:

@@ -1,6 +1,7 @@
 """Evaluation of tokenizers: reconstruction quality and codebook usage on validation images."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,8 +16,7 @@ from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.atomic_io import Location, publish_json
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress_bar
-from vqd_scale.data.loading.sample_readers import IMAGE_EXTENSIONS
-from vqd_scale.data.shards.decode import BadSample, decode_image
+from vqd_scale.data.shards.decode import BadSample, decode_image, image_extension
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.shards.shard_io import read_shard
 from vqd_scale.data.transforms import fitted
@@ -230,13 +230,8 @@ def in_a_line(figures: Mapping[str, Any]) -> str:
 def _pictures(shards: ShardSet, size: int) -> Iterator[NDArray[np.uint8]]:
     for shard in shards.shards:
         for sample in read_shard(shard):
-            extension = next((name for name in IMAGE_EXTENSIONS if name in sample), None)
-            if extension is None:
-                continue
-            try:
-                yield fitted(decode_image(sample[extension]), size)
-            except BadSample:
-                continue
+            with suppress(BadSample):
+                yield fitted(decode_image(sample[image_extension(sample)]), size)
 
 
 def _figures(

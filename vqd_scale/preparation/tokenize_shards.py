@@ -19,13 +19,13 @@ from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.data.shards.decode import (
-    IMAGE_EXTENSIONS,
     BadSample,
     Pixels,
     decode_arrays,
     decode_image,
     decode_json,
     decode_text,
+    image_extension,
 )
 from vqd_scale.data.shards.parallel_writer import Worker, WorkerIndex, forget_parts, write_own_shards
 from vqd_scale.data.shards.shard_index import (
@@ -352,10 +352,7 @@ class _ShardEncoder:
 
     def _squares(self, sample: dict[str, Any], slot: int) -> list[Pixels]:
         """Return the crops of an image to encode."""
-        extension = next((name for name in IMAGE_EXTENSIONS if name in sample), None)
-        if extension is None:
-            raise BadSample("has no picture")
-        pixels = decode_image(sample[extension])
+        pixels = decode_image(sample[image_extension(sample)])
         size, views = self.config.size, self.config.augmented_views
         if views is None:
             return [fitted(pixels, size)]

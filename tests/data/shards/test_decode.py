@@ -73,7 +73,7 @@ def test_a_gray_jpeg() -> None:
 @pytest.mark.parametrize("missing", [1, 2, 200, 2000])
 def test_a_cut_jpeg(missing: int) -> None:
     data = file_of(photograph(256, 256), "JPEG")
-    with pytest.raises(BadSample, match="not a readable picture"):
+    with pytest.raises(BadSample, match="not a readable image"):
         decode_image(data[:-missing])
 
 

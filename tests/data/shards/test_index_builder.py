@@ -131,7 +131,7 @@ def test_samples_are_webdatasets(tmp_path_factory: pytest.TempPathFactory, membe
             seen.add(sample[KEY])
             expected.append({name: value for name, value in sample.items() if name[:2] != "__"})
     found = [
-        {extension: whole[offset : offset + size] for extension, (offset, size) in sample.places.items()}
+        {extension: whole[offset : offset + size] for extension, (offset, size) in sample.members.items()}
         for sample in ours
     ]
     assert found == expected
@@ -329,9 +329,9 @@ def test_of_a_distant_tar_with_large_members_only_headers_are_fetched(
     members += [("last.json", b"{}")]
     distant.path = write_tar(tmp_path / "0.tar", members)
     near, far = TarScan(distant.path), TarScan(S3Path.parse("s3://bucket/0.tar"), frozenset({"json"}))
-    expected = [sample.places for sample in near.samples()]
+    expected = [sample.members for sample in near.samples()]
     found = list(far.samples())
-    assert [sample.places for sample in found] == expected
+    assert [sample.members for sample in found] == expected
     assert found[-1].contents == {"json": b"{}"}
     assert far.damage == ""
     if size == 500:

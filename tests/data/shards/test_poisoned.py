@@ -78,10 +78,10 @@ IN_THE_INDEX = {
     "twice": "has two members 'jpg'",
 }
 IN_THE_STREAM = {
-    "cut": "is not a readable picture",
-    "zero": "is not a readable picture",
+    "cut": "is not a readable image",
+    "zero": "is not a readable image",
     "silent": "has no 'txt'",
-    "bomb": "is not a readable picture (Image size (1600000000 pixels) exceeds",
+    "bomb": "is not a readable image (Image size (1600000000 pixels) exceeds",
 }
 
 

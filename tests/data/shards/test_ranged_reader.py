@@ -30,40 +30,40 @@ def set_at(tars: Location, counts: tuple[int, ...], mean: int) -> ShardSet:
 def test_what_is_read_ahead_fits_into_memory(mean: int, lanes: int, window: int, megabytes: int) -> None:
     shards = set_at(S3Path("bucket", "set"), (1000, 10, 1), mean)
     config = RangedReadConfig(buffer_megabytes=megabytes)
-    tempo = RangedReader.in_lanes([shards], lanes, window, config).tempo
-    assert 1 <= tempo.turns <= (window if tempo.samples > 1 else TURNS_AHEAD)
-    assert 1 <= tempo.samples <= window
-    if tempo.samples > 1:
+    policy = RangedReader.in_lanes([shards], lanes, window, config).policy
+    assert 1 <= policy.turns <= (window if policy.samples > 1 else TURNS_AHEAD)
+    assert 1 <= policy.samples <= window
+    if policy.samples > 1:
         # A lane's own window, the next one, and the ends of the pieces that reach over them.
-        assert lanes * (2 * window + 2 * tempo.samples) * mean <= megabytes * MEGABYTE
-        assert tempo.samples * mean <= PIECE_BYTES
-    elif tempo.turns > 1:
-        assert lanes * (tempo.turns + 1) * mean <= megabytes * MEGABYTE
+        assert lanes * (2 * window + 2 * policy.samples) * mean <= megabytes * MEGABYTE
+        assert policy.samples * mean <= PIECE_BYTES
+    elif policy.turns > 1:
+        assert lanes * (policy.turns + 1) * mean <= megabytes * MEGABYTE
 
 
 def test_pieces_are_large_where_lanes_are_few_and_single_samples_where_they_are_many() -> None:
     tokens = set_at(S3Path("bucket", "set"), (10_000,) * 4, 6000)
     pictures = set_at(S3Path("bucket", "set"), (10_000,) * 4, 300_000)
     config = RangedReadConfig()
-    assert RangedReader.in_lanes([tokens], 16, 256, config).tempo.samples == 256
-    assert RangedReader.in_lanes([pictures], 2, 256, config).tempo.samples == PIECE_BYTES // 300_000
-    assert RangedReader.in_lanes([pictures], 128, 256, config).tempo.samples == 1
+    assert RangedReader.in_lanes([tokens], 16, 256, config).policy.samples == 256
+    assert RangedReader.in_lanes([pictures], 2, 256, config).policy.samples == PIECE_BYTES // 300_000
+    assert RangedReader.in_lanes([pictures], 128, 256, config).policy.samples == 1
 
 
 def test_nothing_is_read_ahead_from_a_file_system(tmp_path: Path) -> None:
     shards = set_at(tmp_path, (1000,), 6000)
-    assert RangedReader.in_lanes([shards], 16, 256, RangedReadConfig()).tempo.turns == 0
+    assert RangedReader.in_lanes([shards], 16, 256, RangedReadConfig()).policy.turns == 0
 
 
 def test_whole_shards_are_asked_for_a_window_ahead(tmp_path: Path) -> None:
     shards = set_at(S3Path("bucket", "set"), (1000,), 6000)
     config = RangedReadConfig(cache=CacheConfig(folder=tmp_path, max_gigabytes=1))
-    assert RangedReader.in_lanes([shards], 16, 256, config).tempo.turns == 256
+    assert RangedReader.in_lanes([shards], 16, 256, config).policy.turns == 256
 
 
 @pytest.mark.parametrize("size", [0, 1, PIECE_BYTES, 100 * PIECE_BYTES])
 def test_a_shard_in_order_is_read_in_large_pieces(size: int) -> None:
     path = S3Path("bucket", "set") / "000000.tar"
-    tempo = RangedReader.in_order(Shard(path, path.with_suffix(".npz"), 1000, size, "")).tempo
-    assert tempo.samples >= 1
-    assert tempo.samples * size <= 1000 * PIECE_BYTES or tempo.samples == 1
+    policy = RangedReader.in_order(Shard(path, path.with_suffix(".npz"), 1000, size, "")).policy
+    assert policy.samples >= 1
+    assert policy.samples * size <= 1000 * PIECE_BYTES or policy.samples == 1

@@ -138,7 +138,7 @@ def test_wrong_uses(make_coco: Callable[..., Path], tmp_path: Path) -> None:
     coco = make_coco(split="train")
     annotations = coco / "annotations" / "captions_train2014.json"
     (coco / "train2014" / "COCO_train2014_000000000009.jpg").unlink()
-    with pytest.raises(UserError, match=r"COCO_train2014_000000000009\.jpg: this picture is missing"):
+    with pytest.raises(UserError, match=r"COCO_train2014_000000000009\.jpg: this image is missing"):
         write_coco(CocoConfig(), coco, tmp_path / "out")
     content = json.loads(annotations.read_text())
     content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] != 25]

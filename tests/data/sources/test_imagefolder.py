@@ -73,7 +73,7 @@ def test_corrupt_pictures_are_reported_and_left_out(pictures: Path, tmp_path: Pa
     assert not set(kept) & set(bad)
     lines = (tmp_path / "out" / QUARANTINE).read_text().splitlines()
     assert [json.loads(line)["key"] for line in lines] == bad
-    assert all("not a readable picture" in line for line in lines)
+    assert all("not a readable image" in line for line in lines)
     write_imagefolder(CONFIG, pictures, tmp_path / "out")
     assert (tmp_path / "out" / QUARANTINE).read_text().splitlines() == lines
 
@@ -105,7 +105,7 @@ def test_empty_caption_is_a_bad_sample(pictures: Path, tmp_path: Path) -> None:
 def test_changed_pictures_are_refused(pictures: Path, tmp_path: Path) -> None:
     write_imagefolder(CONFIG, pictures, tmp_path / "out")
     os.utime(pictures / "pic 0.png", ns=(1, 1))
-    with pytest.raises(UserError, match=r"source\.pictures was"):
+    with pytest.raises(UserError, match=r"source\.images was"):
         write_imagefolder(CONFIG, pictures, tmp_path / "out")
 
 
@@ -113,6 +113,6 @@ def test_wrong_uses(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         write_imagefolder(CONFIG, tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no picture"):
+    with pytest.raises(UserError, match="holds no image"):
         write_imagefolder(CONFIG, tmp_path / "empty", tmp_path / "out")
     assert not (tmp_path / "out" / INDEX).exists()

@@ -188,7 +188,7 @@ def test_near_duplicates_are_left_out(
     assert keys(ShardSet.open(tmp_path / "index")) == kept
     lines = [json.loads(line) for line in (tmp_path / "index" / DUPLICATES).read_text().splitlines()]
     assert [line["key"] for line in lines] == [metadata(2)["key"], metadata(9)["key"]]
-    assert "is nearly the picture '000000001'" in lines[0]["reason"]
+    assert "is nearly the image '000000001'" in lines[0]["reason"]
     # The same when picture files are packed.
     for number in range(10):
         path = place(tmp_path / "own" / f"{number}.jpg", number, 48, 64)

@@ -13,7 +13,7 @@ from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.shards.shard_io import read_shard
 from vqd_scale.data.sources.shapes import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     POSITIONS,
     SHAPES,
     SIZES,
@@ -31,7 +31,7 @@ SMALL = ShapesConfig(train_samples=50, held_out_samples=20, samples_per_shard=16
 
 
 def combination(scene: Scene) -> set[tuple[str, str, str]]:
-    return {(figure.shape, figure.colour, scene.background) for figure in scene.figures}
+    return {(figure.shape, figure.color, scene.background) for figure in scene.figures}
 
 
 def test_no_combination_in_both_splits() -> None:
@@ -48,7 +48,7 @@ def test_no_combination_in_both_splits() -> None:
 def test_training_has_every_pair_of_attributes() -> None:
     tables = {
         "shape": list(SHAPES),
-        "colour": list(COLOURS),
+        "color": list(COLORS),
         "size": list(SIZES),
         "position": list(POSITIONS),
         "background": list(BACKGROUNDS),
@@ -84,7 +84,7 @@ def test_captions_say_everything_in_few_words(objects: int) -> None:
         assert "a orange" not in caption
         assert len(tokenizer.encode(caption)) + 2 <= 24
         for figure in scene.figures:
-            assert figure.colour in caption
+            assert figure.color in caption
             size_words = {"small": ("small", "little"), "large": ("large", "big")}
             assert any(word in caption for word in size_words[figure.size])
             assert figure.shape in caption
@@ -116,8 +116,8 @@ def test_relation_words_match_the_picture() -> None:
         scene = Scene.from_json(sample["json"])
         is_reversed = any(word in sample["txt"] for word in backward)
         first = scene.figures[1] if is_reversed else scene.figures[0]
-        start = min(sample["txt"].index(colour) for colour in COLOURS if colour in sample["txt"].split())
-        assert sample["txt"][start:].startswith(first.colour)
+        start = min(sample["txt"].index(color) for color in COLORS if color in sample["txt"].split())
+        assert sample["txt"][start:].startswith(first.color)
         across = any(word in sample["txt"] for word in ("left of", "right of"))
         assert scene.relation == ("left of" if across else "above")
 
@@ -132,9 +132,9 @@ def test_figures_are_seen_and_lie_inside() -> None:
         assert abs(x - POSITIONS[position][0]) < 0.02
         assert abs(y - POSITIONS[position][1]) < 0.03
         assert np.logical_and(cover > 0, cover < 1).any()
-    for colour, background in product(COLOURS.values(), BACKGROUNDS.values()):
-        assert np.abs(np.subtract(colour, background)).max() > 60
-    for one, other in [*combinations(COLOURS.values(), 2), *combinations(BACKGROUNDS.values(), 2)]:
+    for color, background in product(COLORS.values(), BACKGROUNDS.values()):
+        assert np.abs(np.subtract(color, background)).max() > 60
+    for one, other in [*combinations(COLORS.values(), 2), *combinations(BACKGROUNDS.values(), 2)]:
         assert np.linalg.norm(np.subtract(one, other)) > 40
 
 
@@ -145,7 +145,7 @@ def test_render_is_the_formula() -> None:
     picture = render(scene, 32)
     for row, column in [(0, 0), (8, 8), (16, 16), (7, 25)]:
         for channel in range(3):
-            back, front = BACKGROUNDS[scene.background][channel], COLOURS[figure.colour][channel]
+            back, front = BACKGROUNDS[scene.background][channel], COLORS[figure.color][channel]
             expected = back + float(cover[row, column]) * (front - back)
             assert abs(float(picture[row, column, channel]) - expected) <= 0.5 + 1e-3
 

@@ -90,12 +90,12 @@ def in_processes(
     processes: list[BaseProcess] = []
     try:
         for producer in producers:
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_serve, args=(producer, depth, theirs), daemon=True)
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_serve, args=(producer, depth, sender), daemon=True)
             process.start()
             # Only the child keeps this end open, so its death is an end of file and not an endless wait.
-            theirs.close()
-            connections.append(ours)
+            sender.close()
+            connections.append(receiver)
             processes.append(process)
         for connection in itertools.cycle(connections):
             while not connection.poll(0.1):

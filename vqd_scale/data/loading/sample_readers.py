@@ -13,13 +13,13 @@ from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.data.loading.batch import ImageBatch, TokenBatch
 from vqd_scale.data.shards.decode import (
-    IMAGE_EXTENSIONS,
     BadSample,
     DecodeConfig,
     decode_arrays,
     decode_image,
     decode_json,
     decode_text,
+    image_extension,
 )
 from vqd_scale.data.shards.shard_io import ShardReader
 from vqd_scale.data.transforms import Transform
@@ -45,12 +45,12 @@ class SampleKind(Protocol[BatchType_co]):
     """Kind of sample; picklable, since it may be used in another process."""
 
     def read(
-        self, places: Sequence[SampleLocation], slots: Slots, seed: int
+        self, locations: Sequence[SampleLocation], slots: Slots, seed: int
     ) -> tuple[Columns, dict[int, str]]:
         """Read samples into rows.
 
         Args:
-            places: Locations of the samples.
+            locations: Locations of the samples.
             slots: Global slot of each sample; also the id of its random numbers.
             seed: Seed of the run.
 
@@ -83,30 +83,32 @@ class TokenSamples:
     classes: int = 0
 
     def read(
-        self, places: Sequence[SampleLocation], slots: Slots, seed: int
+        self, locations: Sequence[SampleLocation], slots: Slots, seed: int
     ) -> tuple[Columns, dict[int, str]]:
         """Read codes, and caption ids or class labels; uses no random numbers."""
         del slots, seed
-        bad: dict[int, str] = {}
-        wanted = (
+        errors: dict[int, str] = {}
+        extensions = (
             "tokens.npy",
             *(["text.npy"] if self.text_length else []),
             *(["cls"] if self.classes else []),
         )
-        contents = _read_together(places, wanted, bad)
-        tokens = _integers(contents["tokens.npy"], len(places), self.length, bad)
-        columns: Columns = {"tokens": tokens, "text": np.zeros((len(places), 0), np.int64)}
+        contents = _read_together(locations, extensions, errors)
+        tokens = _integers(contents["tokens.npy"], len(locations), self.length, errors)
+        columns: Columns = {"tokens": tokens, "text": np.zeros((len(locations), 0), np.int64)}
         if self.text_length:
-            captions = [place.caption for place in places]
-            columns["text"] = _integers(contents["text.npy"], len(places), self.text_length, bad, captions)
+            captions = [location.caption for location in locations]
+            columns["text"] = _integers(
+                contents["text.npy"], len(locations), self.text_length, errors, captions
+            )
         if self.classes:
-            columns["labels"] = _labels(contents["cls"], len(places), self.classes, bad)
+            columns["labels"] = _labels(contents["cls"], len(locations), self.classes, errors)
         outside = (tokens.min(axis=1) < 0) | (tokens.max(axis=1) >= self.codes)
         for row in np.flatnonzero(outside).tolist():
-            bad.setdefault(row, f"has tokens outside 0 to {self.codes - 1}")
+            errors.setdefault(row, f"has tokens outside 0 to {self.codes - 1}")
         for column in columns.values():
-            column[list(bad)] = 0
-        return columns, bad
+            column[list(errors)] = 0
+        return columns, errors
 
     def batch(self, columns: Columns) -> TokenBatch:
         """Collate token samples."""
@@ -135,23 +137,23 @@ class ImageSamples:
     captioned: bool = True
 
     def read(
-        self, places: Sequence[SampleLocation], slots: Slots, seed: int
+        self, locations: Sequence[SampleLocation], slots: Slots, seed: int
     ) -> tuple[Columns, dict[int, str]]:
         """Read images and captions."""
         size = self.transform.size
-        images = np.zeros((len(places), 3, size, size), np.uint8)
-        captions = [""] * len(places)
-        bad: dict[int, str] = {}
-        draws = uniforms(seed, Purpose.CROP, torch.from_numpy(slots), self.transform.draws).tolist()
-        for row, place in enumerate(places):
+        images = np.zeros((len(locations), 3, size, size), np.uint8)
+        captions = [""] * len(locations)
+        errors: dict[int, str] = {}
+        uniform_rows = uniforms(seed, Purpose.CROP, torch.from_numpy(slots), self.transform.draws).tolist()
+        for row, location in enumerate(locations):
             try:
-                if self.captioned or "txt" in place.reader.extensions(place.member):
-                    captions[row] = caption_of(place)
-                images[row] = self._pixels(place, draws[row])
+                if self.captioned or "txt" in location.reader.extensions(location.member):
+                    captions[row] = caption_of(location)
+                images[row] = self._pixels(location, uniform_rows[row])
             except BadSample as error:
                 captions[row] = ""
-                bad[row] = str(error)
-        return {"images": images, "captions": np.array(captions, dtype=np.object_)}, bad
+                errors[row] = str(error)
+        return {"images": images, "captions": np.array(captions, dtype=np.object_)}, errors
 
     def batch(self, columns: Columns) -> ImageBatch:
         """Collate image samples."""
@@ -164,29 +166,26 @@ class ImageSamples:
         )
 
     def _pixels(
-        self, place: SampleLocation, draws: Sequence[float]
+        self, location: SampleLocation, uniforms: Sequence[float]
     ) -> UInt8[NDArray[np.uint8], "3 height width"]:
-        present = set(place.reader.extensions(place.member))
-        extension = next((name for name in IMAGE_EXTENSIONS if name in present), None)
-        if extension is None:
-            raise BadSample("has no picture")
-        data = place.reader.read(place.member, extension)
+        extension = image_extension(location.reader.extensions(location.member))
+        data = location.reader.read(location.member, extension)
         pixels = decode_image(data, self.decode, smallest_side=self.transform.smallest_side)
-        return self.transform(pixels, draws).transpose(2, 0, 1)
+        return self.transform(pixels, uniforms).transpose(2, 0, 1)
 
 
 def _read_together(
-    places: Sequence[SampleLocation], extensions: tuple[str, ...], bad: dict[int, str]
+    locations: Sequence[SampleLocation], extensions: tuple[str, ...], errors: dict[int, str]
 ) -> dict[str, dict[int, bytes]]:
     """Read members by extension and row; a row that lacks one is omitted and added to ``bad``."""
     contents: dict[str, dict[int, bytes]] = {extension: {} for extension in extensions}
-    for row, place in enumerate(places):
+    for row, location in enumerate(locations):
         try:
-            read = place.reader.read_together(place.member, extensions)
+            members = location.reader.read_together(location.member, extensions)
         except BadSample as error:
-            bad[row] = str(error)
+            errors[row] = str(error)
             continue
-        for extension, content in zip(extensions, read, strict=True):
+        for extension, content in zip(extensions, members, strict=True):
             contents[extension][row] = content
     return contents
 
@@ -195,7 +194,7 @@ def _integers(
     contents: Mapping[int, bytes],
     batch: int,
     length: int,
-    bad: dict[int, str],
+    errors: dict[int, str],
     captions: Sequence[int] | None = None,
 ) -> Integer[NDArray[np.integer], "batch length"]:
     """Decode one row of integers per sample, in their stored dtype; errors are added to ``bad``.
@@ -204,61 +203,61 @@ def _integers(
     caption, from which this row is selected.
     """
     numbered = list(contents)
-    found: list[tuple[list[int], NDArray[np.integer]]] = []
+    groups: list[tuple[list[int], NDArray[np.integer]]] = []
     for numbers, arrays in decode_arrays(list(contents.values())):
         rows = [numbered[number] for number in numbers]
         if isinstance(arrays, BadSample):
-            bad |= {row: str(arrays) for row in rows if row not in bad}
+            errors |= {row: str(arrays) for row in rows if row not in errors}
             continue
         if captions is not None:
             several = arrays if arrays.ndim == 3 else arrays[:, None]
-            arrays, rows = _of_captions(several, rows, captions, bad)
+            arrays, rows = _of_captions(several, rows, captions, errors)
         if arrays.shape[1:] == (length,) and arrays.dtype.kind in "iu":
-            found.append((rows, arrays))
+            groups.append((rows, arrays))
             continue
         kind = f"type {arrays.dtype} and shape {arrays.shape[1:]}"
-        bad |= {row: f"has an array of {kind}, not {length} integers" for row in rows if row not in bad}
+        errors |= {row: f"has an array of {kind}, not {length} integers" for row in rows if row not in errors}
     # A small dtype keeps transfers between processes small; int64 fits any mixture of dtypes.
-    types = {arrays.dtype for _, arrays in found}
+    types = {arrays.dtype for _, arrays in groups}
     is_small = len(types) == 1 and max(types).itemsize < np.dtype(np.int64).itemsize
     column = np.zeros((batch, length), types.pop() if is_small else np.int64)
-    for rows, arrays in found:
+    for rows, arrays in groups:
         column[rows] = arrays
     return column
 
 
-def caption_of(place: SampleLocation) -> str:
+def caption_of(location: SampleLocation) -> str:
     """Read the caption of a location: caption 0 from the sample's ``txt``, the others from its ``json``.
 
     Raises:
         BadSample: The sample has no such caption.
     """
-    if place.caption == 0:
-        return decode_text(place.reader.read(place.member, "txt"))
-    listed = decode_json(place.reader.read(place.member, "json"))
+    if location.caption == 0:
+        return decode_text(location.reader.read(location.member, "txt"))
+    content = decode_json(location.reader.read(location.member, "json"))
     try:
-        return decode_text(listed["captions"][place.caption].encode())
+        return decode_text(content["captions"][location.caption].encode())
     except (TypeError, KeyError, IndexError, AttributeError):
-        raise BadSample(f"has no caption {place.caption} in its 'json'") from None
+        raise BadSample(f"has no caption {location.caption} in its 'json'") from None
 
 
 def _of_captions(
-    arrays: NDArray[np.integer], rows: Sequence[int], captions: Sequence[int], bad: dict[int, str]
+    arrays: NDArray[np.integer], rows: Sequence[int], captions: Sequence[int], errors: dict[int, str]
 ) -> tuple[NDArray[np.integer], list[int]]:
     """Select each sample's caption row; also return the batch rows that have this caption."""
-    several = arrays.shape[1]
-    bad |= {
-        row: f"has the ids of {several} captions, not of all that it has; tokenize its pictures again"
+    caption_count = arrays.shape[1]
+    errors |= {
+        row: f"has the ids of {caption_count} captions, not of all that it has; tokenize its images again"
         for row in rows
-        if captions[row] >= several and row not in bad
+        if captions[row] >= caption_count and row not in errors
     }
-    there = [number for number, row in enumerate(rows) if captions[row] < several]
-    wanted = [captions[rows[number]] for number in there]
-    return arrays[there, wanted], [rows[number] for number in there]
+    numbers = [number for number, row in enumerate(rows) if captions[row] < caption_count]
+    indices = [captions[rows[number]] for number in numbers]
+    return arrays[numbers, indices], [rows[number] for number in numbers]
 
 
 def _labels(
-    contents: Mapping[int, bytes], batch: int, classes: int, bad: dict[int, str]
+    contents: Mapping[int, bytes], batch: int, classes: int, errors: dict[int, str]
 ) -> Int64[NDArray[np.int64], " batch"]:
     labels = np.zeros(batch, np.int64)
     for row, content in contents.items():
@@ -266,7 +265,7 @@ def _labels(
         if text.isdigit() and int(text) < classes:
             labels[row] = int(text)
         else:
-            bad.setdefault(row, f"has a class that is none of 0 to {classes - 1}")
+            errors.setdefault(row, f"has a class that is none of 0 to {classes - 1}")
     return labels
 
 

@@ -173,39 +173,39 @@ class Stream(Generic[BatchType]):
         """Yield batches without end; closing the iterator ends its thread and processes."""
         bad_by_epoch = Counter[tuple[int, int]]()
         with closing(in_thread(self._batches, self._config.prefetch_batches)) as batches:
-            for batch, found in batches:
-                for bad in found:
-                    bad_by_epoch[bad.set, bad.epoch] += 1
-                    self._report(bad, bad_by_epoch[bad.set, bad.epoch])
+            for batch, bad_samples in batches:
+                for sample in bad_samples:
+                    bad_by_epoch[sample.set, sample.epoch] += 1
+                    self._report(sample, bad_by_epoch[sample.set, sample.epoch])
                 yield batch
 
-    def _batches(self, is_closed: threading.Event) -> "Generator[tuple[BatchType, list[_Bad]]]":
+    def _batches(self, is_closed: threading.Event) -> "Generator[tuple[BatchType, list[_BadSample]]]":
         workers = min(self._config.num_workers, len(self._lanes))
         lanes = np.array_split(np.asarray(self._lanes, dtype=np.int64), max(1, workers))
         readers = [
-            _PartReader(self._sets, self._classes, self._config, self._kind, self._seed, self._cursor + own)
-            for own in lanes
+            _PartReader(self._sets, self._classes, self._config, self._kind, self._seed, self._cursor + slots)
+            for slots in lanes
         ]
         parts = in_processes(readers, self._config.prefetch_batches, is_closed) if workers else readers[0]()
         with closing(parts):
             while group := list(itertools.islice(parts, len(readers))):
                 batch = self._kind.batch(_joined([part.columns for part in group]))
-                bad = [sample for part in group for sample in part.bad]
-                yield batch.pin_memory() if self._pinned else batch, bad
+                bad_samples = [sample for part in group for sample in part.bad_samples]
+                yield batch.pin_memory() if self._pinned else batch, bad_samples
 
-    def _report(self, bad: "_Bad", count: int) -> None:
-        self._quarantine.add(bad.shard, bad.key, bad.reason)
-        if count > self._tolerated[bad.set]:
+    def _report(self, sample: "_BadSample", count: int) -> None:
+        self._quarantine.add(sample.shard, sample.key, sample.reason)
+        if count > self._tolerated[sample.set]:
             raise UserError(
-                f"{self._sets[bad.set].folder}: more than max_bad_fraction="
+                f"{self._sets[sample.set].folder}: more than max_bad_fraction="
                 f"{self._config.max_bad_fraction} of the samples cannot "
-                f"be used; '{bad.key}' for one {bad.reason}; {self._quarantine.path} lists "
+                f"be used; '{sample.key}' for one {sample.reason}; {self._quarantine.path} lists "
                 "them."
             )
 
 
 @dataclass(frozen=True)
-class _Bad:
+class _BadSample:
     set: int
     epoch: int
     shard: str
@@ -218,7 +218,7 @@ class _Part:
     """Rows of a batch that one reader has read."""
 
     columns: Columns
-    bad: list[_Bad]
+    bad_samples: list[_BadSample]
 
 
 @dataclass(frozen=True)
@@ -236,17 +236,17 @@ class _PartReader:
         lanes = len(self.slots)
         window = 1 if self.config.class_balanced else self.config.shuffle_window
         reading = RangedReader.in_lanes(self.sets, lanes, window, self.config.ranged_reads)
-        opened = _OpenShards(self.sets, reading, self._most_open())
+        opened = _OpenShards(self.sets, reading, self._max_open())
         ahead = deque[_Planned]()
-        for planned in self._planned(self._plan()):
-            planned.places.extend(self._places(planned, opened))
-            for place in planned.places if reading.tempo.turns else ():
-                place.reader.expect(place.member)
+        for planned in self._plan_batches(self._build_plan()):
+            planned.locations.extend(self._locations(planned, opened))
+            for location in planned.locations if reading.policy.turns else ():
+                location.reader.expect(location.member)
             ahead.append(planned)
-            if len(ahead) > reading.tempo.turns:
+            if len(ahead) > reading.policy.turns:
                 yield self._read(ahead.popleft())
 
-    def _plan(self) -> Plan:
+    def _build_plan(self) -> Plan:
         config, seed = self.config, self.seed
         mixed = shares([source.weight for source in config.mixed], config.global_batch_size)
         orders: list[Order] = []
@@ -258,12 +258,12 @@ class _PartReader:
                 orders.append(BalancedOrder(self.classes[number], counts, share, seed, name))
         return Plan(mixed, orders)
 
-    def _most_open(self) -> int:
+    def _max_open(self) -> int:
         return max(OPEN_SHARDS_BALANCED if self.config.class_balanced else OPEN_SHARDS, 2 * len(self.slots))
 
-    def _places(self, planned: "_Planned", opened: "_OpenShards") -> list[SampleLocation]:
+    def _locations(self, planned: "_Planned", opened: "_OpenShards") -> list[SampleLocation]:
         """Open the shards of a planned batch and select the captions."""
-        readers, members = opened.readers(planned.found), planned.found.members.tolist()
+        readers, members = opened.readers(planned.positions), planned.positions.members.tolist()
         if self.config.captions == "each":
             return [
                 SampleLocation(reader, *reader.captioned(n))
@@ -272,41 +272,41 @@ class _PartReader:
         if self.config.captions == "first":
             return list(map(SampleLocation, readers, members))
         slots = torch.from_numpy(planned.slots)
-        drawn = uniforms(self.seed, Purpose.CAPTION_CHOICE, slots, 1)[:, 0].tolist()
+        uniform_numbers = uniforms(self.seed, Purpose.CAPTION_CHOICE, slots, 1)[:, 0].tolist()
         return [
             SampleLocation(reader, member, int(share * reader.captions(member)))
-            for reader, member, share in zip(readers, members, drawn, strict=True)
+            for reader, member, share in zip(readers, members, uniform_numbers, strict=True)
         ]
 
-    def _planned(self, plan: Plan) -> Iterator["_Planned"]:
+    def _plan_batches(self, plan: Plan) -> Iterator["_Planned"]:
         """Plan batches in order; planned batches per call double from 1, so that the first batch is fast."""
         lanes, first, batches = len(self.slots), 0, 1
         while True:
             turns = np.arange(first, first + batches, dtype=np.int64)
             slots = (turns[:, None] * self.config.global_batch_size + self.slots).reshape(-1)
-            found = plan.locate(slots)
+            positions = plan.locate(slots)
             for start in range(0, len(slots), lanes):
                 rows = slice(start, start + lanes)
-                yield _Planned(slots[rows], found[rows], [])
+                yield _Planned(slots[rows], positions[rows], [])
             first += batches
             batches = max(1, min(2 * batches, SLOTS_AT_ONCE // lanes))
 
     def _read(self, planned: "_Planned") -> _Part:
-        places, slots = planned.places, planned.slots
-        columns, bad = self.kind.read(places, slots, self.seed)
+        locations, slots = planned.locations, planned.slots
+        columns, errors = self.kind.read(locations, slots, self.seed)
         valid = np.ones(len(slots), np.bool_)
-        valid[list(bad)] = False
-        keys = np.array([place.reader.key(place.member) for place in places], dtype=np.object_)
-        found = planned.found
+        valid[list(errors)] = False
+        keys = np.array([location.reader.key(location.member) for location in locations], dtype=np.object_)
+        positions = planned.positions
         reports = [
-            _Bad(
-                int(found.sets[row]),
-                int(found.epochs[row]),
-                places[row].reader.shard.path.name,
+            _BadSample(
+                int(positions.sets[row]),
+                int(positions.epochs[row]),
+                locations[row].reader.shard.path.name,
                 keys[row],
                 reason,
             )
-            for row, reason in bad.items()
+            for row, reason in errors.items()
         ]
         return _Part({**columns, "slots": slots, "valid": valid, "keys": keys}, reports)
 
@@ -316,36 +316,36 @@ class _Planned:
     """Planned batch; its shards are opened shortly before it is read."""
 
     slots: Slots
-    found: SampleLocations
-    places: list[SampleLocation]
+    positions: SampleLocations
+    locations: list[SampleLocation]
 
 
 class _OpenShards:
     """LRU cache of open shards."""
 
-    def __init__(self, sets: Sequence[ShardSet], reading: RangedReader, most: int) -> None:
-        self._sets, self._reading, self._most = [shards.shards for shards in sets], reading, most
+    def __init__(self, sets: Sequence[ShardSet], reading: RangedReader, max_open: int) -> None:
+        self._sets, self._reading, self._max_open = [shards.shards for shards in sets], reading, max_open
         self._open = OrderedDict[_ShardNumber, ShardReader]()
 
-    def readers(self, found: SampleLocations) -> list[ShardReader]:
+    def readers(self, positions: SampleLocations) -> list[ShardReader]:
         """Return the shard reader of each sample, opening shards that are not open yet."""
-        numbers = list(zip(found.sets.tolist(), found.shards.tolist(), strict=True))
-        absent = list({number: None for number in numbers if number not in self._open})
-        if len(absent) > 1 and any(isinstance(shards[0].path, S3Path) for shards in self._sets):
+        numbers = list(zip(positions.sets.tolist(), positions.shards.tolist(), strict=True))
+        unopened = list({number: None for number in numbers if number not in self._open})
+        if len(unopened) > 1 and any(isinstance(shards[0].path, S3Path) for shards in self._sets):
             with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
-                self._open.update(zip(absent, pool.map(self._opened, absent), strict=True))
+                self._open.update(zip(unopened, pool.map(self._opened, unopened), strict=True))
         else:
-            self._open.update({number: self._opened(number) for number in absent})
+            self._open.update({number: self._opened(number) for number in unopened})
         for number in numbers:
             self._open.move_to_end(number)
         readers = [self._open[number] for number in numbers]
-        while len(self._open) > self._most:
+        while len(self._open) > self._max_open:
             self._open.popitem(last=False)
         return readers
 
     def _opened(self, number: _ShardNumber) -> ShardReader:
-        of, shard = number
-        return ShardReader(self._sets[of][shard], self._reading)
+        set_number, shard = number
+        return ShardReader(self._sets[set_number][shard], self._reading)
 
 
 def _counts(config: StreamConfig, shards: ShardSet) -> tuple[int, ...]:

@@ -33,8 +33,8 @@ class BalancedOrder:
     def __init__(
         self, classes: NDArray[np.int32], counts: Sequence[int], share: MixtureShare, seed: int, name: int = 0
     ) -> None:
-        present, numbers = np.unique(classes, return_inverse=True)
-        self._classes = len(present)
+        labels, numbers = np.unique(classes, return_inverse=True)
+        self._classes = len(labels)
         self._members = np.argsort(numbers, kind="stable")
         self._sizes = np.bincount(numbers)
         self._begins = np.cumsum(self._sizes) - self._sizes
@@ -49,25 +49,28 @@ class BalancedOrder:
         """Implement `vqd_scale.data.order.plan.Order.locate`; an epoch has one slot per sample."""
         numbers = self._share.before(slots)
         rounds, turns = np.divmod(numbers, self._classes)
-        drawn = np.empty_like(slots)
+        classes = np.empty_like(slots)
         for number in np.unique(rounds).tolist():
-            here = rounds == number
+            in_round = rounds == number
             order = permutation(self._seed, Purpose.CLASS_ORDER, self._name + number, self._classes)
-            drawn[here] = order[turns[here]]
-        epochs, places = np.divmod(rounds, self._sizes[drawn])
-        columns = (drawn.tolist(), epochs.tolist(), places.tolist())
-        chosen = [self._order(of, epoch).item(place) for of, epoch, place in zip(*columns, strict=True)]
-        samples = self._members[self._begins[drawn] + np.array(chosen, np.int64)]
+            classes[in_round] = order[turns[in_round]]
+        epochs, positions = np.divmod(rounds, self._sizes[classes])
+        columns = (classes.tolist(), epochs.tolist(), positions.tolist())
+        members = [
+            self._order(number, epoch).item(position)
+            for number, epoch, position in zip(*columns, strict=True)
+        ]
+        samples = self._members[self._begins[classes] + np.array(members, np.int64)]
         shards = np.searchsorted(self._shards, samples, side="right") - 1
         return numbers // len(self._members), shards, samples - self._shards[shards]
 
-    def _order(self, of: int, epoch: int) -> NDArray[np.int64]:
+    def _order(self, number: int, epoch: int) -> NDArray[np.int64]:
         """Return the order of a class's samples in one of its epochs, cached."""
-        cached = self._orders.get(of)
+        cached = self._orders.get(number)
         if cached is None or cached[0] != epoch:
-            name = self._name + epoch * self._classes + of
-            cached = epoch, permutation(self._seed, Purpose.CLASS_MEMBERS, name, int(self._sizes[of]))
-            self._orders[of] = cached
+            name = self._name + epoch * self._classes + number
+            cached = epoch, permutation(self._seed, Purpose.CLASS_MEMBERS, name, int(self._sizes[number]))
+            self._orders[number] = cached
         return cached[1]
 
 
@@ -78,7 +81,7 @@ def classes_of(shards: ShardSet) -> NDArray[np.int32]:
         UserError: A sample has no class.
     """
 
-    def read(shard: Shard) -> Int32[NDArray[np.int32], " count"]:
+    def read_classes(shard: Shard) -> Int32[NDArray[np.int32], " count"]:
         classes = read_table(shard).columns.get("class", np.full(shard.count, np.nan))
         if np.isnan(classes).any():
             raise UserError(
@@ -88,4 +91,4 @@ def classes_of(shards: ShardSet) -> NDArray[np.int32]:
         return classes.astype(np.int32)
 
     with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-        return np.concatenate(list(pool.map(read, shards.shards)))
+        return np.concatenate(list(pool.map(read_classes, shards.shards)))

@@ -66,9 +66,9 @@ class MixtureShare:
 
     def slot(self, number: int) -> int:
         """Return the global slot of the dataset's slot ``number`` (from 0); the inverse of `before`."""
-        near = number * self.total // ((self.end - self.begin) * self.lanes)
+        estimate = number * self.total // ((self.end - self.begin) * self.lanes)
         # Over whole batches the dataset is less than one slot from its exact share (>= 1 slot per batch).
-        batches = np.arange(max(0, near - 2), near + 2, dtype=np.int64)
+        batches = np.arange(max(0, estimate - 2), estimate + 2, dtype=np.int64)
         counts = self._cells(self.end, batches) - self._cells(self.begin, batches)
         last = int(np.searchsorted(counts, number, side="right")) - 1
         batch = batches[last : last + 1]
@@ -77,8 +77,8 @@ class MixtureShare:
     def turns(self, lanes: Slots, slots: Slots) -> Slots:
         """Count the dataset's slots in each lane before each slot."""
         batches = slots // self.lanes
-        whole = self._turns(self.end, lanes, batches) - self._turns(self.begin, lanes, batches)
-        return whole + (self._owns(batches, lanes) & (lanes < slots % self.lanes))
+        before_batch = self._turns(self.end, lanes, batches) - self._turns(self.begin, lanes, batches)
+        return before_batch + (self._owns(batches, lanes) & (lanes < slots % self.lanes))
 
     def _owns(self, batches: Slots, lanes: Slots) -> Bool[NDArray[np.bool_], " slots"]:
         return (self._lane(self.begin, batches) <= lanes) & (lanes < self._lane(self.end, batches))

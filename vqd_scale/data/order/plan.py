@@ -73,13 +73,13 @@ class Plan:
 
     def locate(self, slots: Slots) -> SampleLocations:
         """Locate the sample of each global slot (int64 >= 0, any order)."""
-        found = np.empty((4, len(slots)), np.int64)
+        columns = np.empty((4, len(slots)), np.int64)
         for number, (share, order) in enumerate(self._sets):
-            own = np.flatnonzero(share.owns(slots))
-            if len(own):
-                found[0, own] = number
-                found[1, own], found[2, own], found[3, own] = order.locate(slots[own])
-        return SampleLocations(*found)
+            rows = np.flatnonzero(share.owns(slots))
+            if len(rows):
+                columns[0, rows] = number
+                columns[1, rows], columns[2, rows], columns[3, rows] = order.locate(slots[rows])
+        return SampleLocations(*columns)
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,12 @@ class LaneOrder:
         shards, members = np.empty_like(slots), np.empty_like(slots)
         windows: dict[int, NDArray[np.int64]] = {}
         for number in np.unique(epochs).tolist():
-            here = epochs == number
+            in_epoch = epochs == number
             epoch = self.epoch(number)
-            positions = self._positions(slots[here], epoch, windows)
-            places = np.searchsorted(epoch.starts, positions, side="right") - 1
-            shards[here] = epoch.shards[places]
-            members[here] = positions - epoch.starts[places]
+            positions = self._positions(slots[in_epoch], epoch, windows)
+            shard_positions = np.searchsorted(epoch.starts, positions, side="right") - 1
+            shards[in_epoch] = epoch.shards[shard_positions]
+            members[in_epoch] = positions - epoch.starts[shard_positions]
         self._windows = windows
         return epochs, shards, members
 
@@ -152,12 +152,12 @@ class LaneOrder:
             counts = self._counts[shards]
             lanes = np.arange(self._share.lanes, dtype=np.int64)
             begin, end = (
-                self._share.turns(lanes, np.full_like(lanes, self._share.slot(each * self.samples)))
-                for each in (number, number + 1)
+                self._share.turns(lanes, np.full_like(lanes, self._share.slot(epoch * self.samples)))
+                for epoch in (number, number + 1)
             )
             lengths = end - begin
-            made = _Epoch(shards, np.cumsum(counts) - counts, np.cumsum(lengths) - lengths, lengths, begin)
-            self._epochs = {n: self._epochs[n] for n in sorted(self._epochs)[-1:]} | {number: made}
+            layout = _Epoch(shards, np.cumsum(counts) - counts, np.cumsum(lengths) - lengths, lengths, begin)
+            self._epochs = {n: self._epochs[n] for n in sorted(self._epochs)[-1:]} | {number: layout}
         return self._epochs[number]
 
     def _positions(self, slots: Slots, epoch: _Epoch, windows: dict[int, NDArray[np.int64]]) -> Slots:
@@ -170,7 +170,7 @@ class LaneOrder:
         firsts = turns // self._window * self._window
         names = self._name + (epoch.turns[lanes] + firsts) * self._share.lanes + lanes
         lengths = np.minimum(self._window, epoch.lane_lengths[lanes] - firsts)
-        _, one_of_each, which = np.unique(names, return_index=True, return_inverse=True)
+        _, one_of_each, window_of_slot = np.unique(names, return_index=True, return_inverse=True)
         orders: list[NDArray[np.int64]] = []
         for name, length in zip(names[one_of_each].tolist(), lengths[one_of_each].tolist(), strict=True):
             order = self._windows.get(name)
@@ -178,8 +178,10 @@ class LaneOrder:
                 order = permutation(self._seed, Purpose.LANE_ORDER, name, length)
             windows[name] = order
             orders.append(order)
-        each = lengths[one_of_each]
-        shuffled = np.concatenate(orders)[(np.cumsum(each) - each)[which] + turns - firsts]
+        window_lengths = lengths[one_of_each]
+        shuffled = np.concatenate(orders)[
+            (np.cumsum(window_lengths) - window_lengths)[window_of_slot] + turns - firsts
+        ]
         return epoch.lane_starts[lanes] + firsts + shuffled
 
 
@@ -194,5 +196,5 @@ def owned_lanes(lanes: int, rank: int, ranks: int) -> range:
             f"a global batch of {lanes} cannot be shared by {ranks} ranks; make data.global_batch_size a "
             f"multiple of the ranks."
         )
-    each = lanes // ranks
-    return range(rank * each, (rank + 1) * each)
+    count = lanes // ranks
+    return range(rank * count, (rank + 1) * count)

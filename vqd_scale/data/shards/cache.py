@@ -59,10 +59,10 @@ class ShardCache:
         with writing(path):
             self.folder.mkdir(parents=True, exist_ok=True)
             with _locked(self._lock_of(path)):
-                descriptor = _held(path)
+                descriptor = _open_locked(path)
                 if descriptor is None and self._reserve(path, shard.size):
                     _fetch(shard, path)
-                    descriptor = _held(path)
+                    descriptor = _open_locked(path)
                 return descriptor
 
     def _reserve(self, path: Path, size: int) -> bool:
@@ -71,13 +71,13 @@ class ShardCache:
         with _locked(self.folder / "lock-of-room"):
             # Left over from a killed process: this process holds the lock of the key.
             partial.unlink(missing_ok=True)
-            kept: list[tuple[float, int, Path]] = []
+            files: list[tuple[float, int, Path]] = []
             for published_file in self._names():
                 state = _state_of(published_file)
                 if state is not None:
-                    kept.append(state)
-            free = self.capacity - sum(file_size for _, file_size, _ in kept)
-            for _, file_size, file in sorted(kept):
+                    files.append(state)
+            free = self.capacity - sum(file_size for _, file_size, _ in files)
+            for _, file_size, file in sorted(files):
                 if free < size and self._deleted(file):
                     free += file_size
             if free < size:
@@ -131,13 +131,13 @@ def _fetch(shard: Shard, path: Path) -> None:
         raise UserError(f"{shard.path}: missing, although the set's index lists it.") from None
 
 
-def _held(path: Path) -> int | None:
+def _open_locked(path: Path) -> int | None:
     """Open a file under a shared lock, which prevents eviction; None if it is missing or being deleted."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    if not _taken(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB) or os.fstat(descriptor).st_nlink == 0:
+    if not _acquired(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB) or os.fstat(descriptor).st_nlink == 0:
         os.close(descriptor)
         return None
     # Record the last use as mtime; not every file system keeps access times.
@@ -150,12 +150,12 @@ def _locked(path: Path, *, wait: bool = True) -> Generator[bool]:
     """Hold a file's exclusive lock; with ``wait=False``, yield whether the lock was acquired."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
     try:
-        yield _taken(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield _acquired(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         os.close(descriptor)
 
 
-def _taken(descriptor: int, kind: int) -> bool:
+def _acquired(descriptor: int, kind: int) -> bool:
     try:
         fcntl.flock(descriptor, kind)
     except BlockingIOError:

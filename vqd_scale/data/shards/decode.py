@@ -6,7 +6,7 @@ import json
 import struct
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from itertools import compress
 from typing import Any, cast
 
@@ -35,6 +35,18 @@ Pixels = UInt8[NDArray[np.uint8], "height width 3"]
 
 class BadSample(Exception):
     """Error for one unusable sample; the message completes the sentence 'this sample …'."""
+
+
+def image_extension(extensions: Container[str]) -> str:
+    """Return the extension of a sample's image among those of its members.
+
+    Raises:
+        BadSample: The sample has no image.
+    """
+    for extension in IMAGE_EXTENSIONS:
+        if extension in extensions:
+            return extension
+    raise BadSample("has no image")
 
 
 class DecodeConfig(Config):
@@ -82,7 +94,7 @@ def decode_image(
             return np.array(_as_rgb(ImageOps.exif_transpose(image)))
     except UnidentifiedImageError:
         # The original message contains a memory address; reasons must be reproducible.
-        raise BadSample("is not a readable picture (of no known kind)") from None
+        raise BadSample("is not a readable image (of no known kind)") from None
     # Errors of the decoders on damaged bytes. The bytes are in memory, so an OSError is one of them.
     except (
         OSError,
@@ -93,7 +105,7 @@ def decode_image(
         zlib.error,
         Image.DecompressionBombError,
     ) as error:
-        raise BadSample(f"is not a readable picture ({error})") from None
+        raise BadSample(f"is not a readable image ({error})") from None
 
 
 def _decoded_jpeg(data: bytes) -> Pixels:

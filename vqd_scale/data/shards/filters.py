@@ -21,7 +21,7 @@ class Bounds(Config):
         return (self.min is None or number >= self.min) and (self.max is None or number <= self.max)
 
     @property
-    def given(self) -> bool:
+    def is_bounded(self) -> bool:
         """Flag for at least one given bound."""
         return self.min is not None or self.max is not None
 
@@ -50,12 +50,12 @@ class Filters(Config):
     @property
     def read_metadata(self) -> bool:
         """Flag for conditions on metadata."""
-        return bool(self.columns or self.labels or self.aspect.given)
+        return bool(self.columns or self.labels or self.aspect.is_bounded)
 
     @property
     def read_caption(self) -> bool:
         """Flag for conditions on the caption."""
-        return bool(self.any_of or self.none_of or self.words.given)
+        return bool(self.any_of or self.none_of or self.words.is_bounded)
 
     def accept(self, metadata: Mapping[str, Any], caption: str) -> bool:
         """Return whether a sample passes all filters.
@@ -66,7 +66,7 @@ class Filters(Config):
         return (
             all(bounds.hold(_number(metadata, name)) for name, bounds in self.columns.items())
             and all(_column(metadata, name) in allowed for name, allowed in self.labels.items())
-            and (not self.aspect.given or self.aspect.hold(_aspect(metadata)))
+            and (not self.aspect.is_bounded or self.aspect.hold(_aspect(metadata)))
             and self.words.hold(len(caption.split()))
             and (not self.any_of or _mentions(caption, self.any_of))
             and not (self.none_of and _mentions(caption, self.none_of))

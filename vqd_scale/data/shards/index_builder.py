@@ -16,8 +16,15 @@ from vqd_scale.core.atomic_io import Location, file_sizes, read_json, sha256_of
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress
 from vqd_scale.core.s3 import S3Object, S3Path
-from vqd_scale.data.process_pool import each
-from vqd_scale.data.shards.decode import IMAGE_EXTENSIONS, BadSample, decode_image, decode_json, decode_text
+from vqd_scale.data.process_pool import map_in_processes
+from vqd_scale.data.shards.decode import (
+    IMAGE_EXTENSIONS,
+    BadSample,
+    decode_image,
+    decode_json,
+    decode_text,
+    image_extension,
+)
 from vqd_scale.data.shards.filters import Filters
 from vqd_scale.data.shards.perceptual_hash import ExcludedImages
 from vqd_scale.data.shards.quarantine import DUPLICATES, QUARANTINE, Quarantine
@@ -45,18 +52,18 @@ class SampleFilter:
 
     Attributes:
         filters: Filters by metadata and caption.
-        known: Hashes of excluded images; None skips near-duplicate detection, which decodes every image.
+        excluded_images: Hashes of excluded images; None skips the detection, which decodes every image.
     """
 
     filters: Filters = field(default_factory=Filters)
-    known: ExcludedImages | None = None
+    excluded_images: ExcludedImages | None = None
 
     @property
-    def wanted(self) -> frozenset[str]:
+    def content_extensions(self) -> frozenset[str]:
         """Extensions of the members whose contents are read."""
-        pictures = IMAGE_EXTENSIONS if self.known is not None else ()
+        images = IMAGE_EXTENSIONS if self.excluded_images is not None else ()
         captions = ("txt",) if self.filters.read_caption else ()
-        return frozenset({"json", *pictures, *captions})
+        return frozenset({"json", *images, *captions})
 
     def check(self, sample: TarSample, rows: Callable[[], Mapping[str, Mapping[str, Any]]]) -> str:
         """Return the near-duplicate reason of a sample; empty if the sample is accepted.
@@ -70,15 +77,16 @@ class SampleFilter:
             Unwanted: The filters reject the sample.
             UserError: A filter names a column that the dataset lacks.
         """
-        caption = decode_text(_content(sample, "txt")) if self.filters.read_caption else ""
+        caption = _caption(sample) if self.filters.read_caption else ""
         metadata = _metadata(sample, rows) if self.filters.read_metadata else {}
         if not self.filters.accept(metadata, caption):
             raise Unwanted
-        if self.known is None:
+        if self.excluded_images is None:
             return ""
-        extension = next((name for name in IMAGE_EXTENSIONS if name in sample.contents), "picture")
-        near = self.known.nearest(decode_image(_content(sample, extension)))
-        return "" if near is None else f"is nearly the picture '{near[0]}' ({near[1]} of 64 bits differ)"
+        image = decode_image(sample.contents[image_extension(sample.contents)])
+        if (duplicate := self.excluded_images.nearest(image)) is None:
+            return ""
+        return f"is nearly the image '{duplicate[0]}' ({duplicate[1]} of 64 bits differ)"
 
 
 class Unwanted(Exception):
@@ -90,12 +98,12 @@ class IndexConfig:
     """Options of `build_index`.
 
     Attributes:
-        sieve: Filter for the samples of the tables.
+        sample_filter: Filter for the samples of the tables.
         max_bad_fraction: Largest fraction of bad samples, and of damaged tars.
         workers: Number of processes.
     """
 
-    sieve: SampleFilter = field(default_factory=SampleFilter)
+    sample_filter: SampleFilter = field(default_factory=SampleFilter)
     max_bad_fraction: float = 0.01
     workers: int = 1
 
@@ -127,11 +135,12 @@ def build_index(
         index = read_index(folder)
         meta = cast("Mapping[str, Any]", {} if index is None else index["meta"])
     begin_set(folder, meta, tars)
-    made = each(functools.partial(_indexed_or_index, tars, folder, config.sieve), names, config.workers)
-    shards = list(progress(made, "index", len(names), unit="shard"))
+    index_one = functools.partial(_indexed_or_index, tars, folder, config.sample_filter)
+    indexed = map_in_processes(index_one, names, config.workers)
+    shards = list(progress(indexed, "index", len(names), unit="shard"))
     report(shards, folder)
-    check_share(shards, sum(map(_seen, shards)), config.max_bad_fraction, folder)
-    damaged = [shard.name for shard in shards if any(not left.key for left in shard.left_out)]
+    check_share(shards, sum(map(_sample_count, shards)), config.max_bad_fraction, folder)
+    damaged = [shard.name for shard in shards if any(not sample.key for sample in shard.left_out)]
     if len(damaged) > config.max_bad_fraction * len(shards):
         raise UserError(
             f"{tars / damaged[0]}: damaged, as {len(damaged)} of {len(shards)} tars are, more than "
@@ -155,10 +164,10 @@ def report(shards: Sequence[IndexedShard], folder: Location) -> None:
 def left_out_of(shards: Sequence[IndexedShard], *, is_bad: bool) -> list[tuple[str, str, str]]:
     """List skipped samples as (shard, key, reason): the bad ones, or the near-duplicates."""
     return [
-        (shard.name, left.key, left.reason)
+        (shard.name, sample.key, sample.reason)
         for shard in shards
-        for left in shard.left_out
-        if left.is_bad == is_bad
+        for sample in shard.left_out
+        if sample.is_bad == is_bad
     ]
 
 
@@ -170,19 +179,19 @@ def check_share(
     Raises:
         UserError: More samples are bad.
     """
-    bad = [(shard.name, left) for shard in shards for left in shard.left_out if left.is_bad]
-    if len(bad) > max_bad_fraction * total:
-        name, left = bad[0]
+    bad_samples = [(shard.name, sample) for shard in shards for sample in shard.left_out if sample.is_bad]
+    if len(bad_samples) > max_bad_fraction * total:
+        name, sample = bad_samples[0]
         raise UserError(
             f"{folder}: more than max_bad_fraction={max_bad_fraction} of the {total} samples cannot be used; "
-            f"'{left.key or name}' for one {left.reason}; {folder / QUARANTINE} lists them."
+            f"'{sample.key or name}' for one {sample.reason}; {folder / QUARANTINE} lists them."
         )
 
 
 def index_tar(
     tar: Location,
     table: Location,
-    sieve: SampleFilter | None = None,
+    sample_filter: SampleFilter | None = None,
     *,
     left_out: Sequence[SkippedSample] = (),
     version: str = "",
@@ -192,17 +201,17 @@ def index_tar(
     Args:
         tar: Path of the tar.
         table: Path of the table to write.
-        sieve: Filter for the samples of the table; None accepts all usable samples.
+        sample_filter: Filter for the samples of the table; None accepts all usable samples.
         left_out: Samples that were skipped when the tar was written.
         version: See `IndexedShard`.
 
     Raises:
         UserError: A filter names a column that the dataset lacks; the table cannot be written.
     """
-    sieve = SampleFilter() if sieve is None else sieve
-    scan = TarScan(tar, sieve.wanted)
-    kept: list[tuple[str, Mapping[str, tuple[int, int]], Mapping[str, float]]] = []
-    left = list(left_out)
+    sample_filter = SampleFilter() if sample_filter is None else sample_filter
+    scan = TarScan(tar, sample_filter.content_extensions)
+    entries: list[tuple[str, Mapping[str, tuple[int, int]], Mapping[str, float]]] = []
+    skipped = list(left_out)
     filtered = 0
     rows = functools.cache(lambda: _parquet_rows(tar))
     for sample in scan.samples():
@@ -210,49 +219,51 @@ def index_tar(
             if sample.fault:
                 raise BadSample(sample.fault)
             columns = _columns(sample)
-            likeness = sieve.check(sample, rows)
+            duplicate = sample_filter.check(sample, rows)
         except BadSample as error:
-            left.append(SkippedSample(sample.key, str(error)))
+            skipped.append(SkippedSample(sample.key, str(error)))
         except Unwanted:
             filtered += 1
         else:
-            if likeness:
-                left.append(SkippedSample(sample.key, likeness, is_bad=False))
+            if duplicate:
+                skipped.append(SkippedSample(sample.key, duplicate, is_bad=False))
             else:
-                kept.append((sample.key, sample.places, columns))
-    seen = len(kept) + filtered + len(left) - len(left_out)
-    damage = scan.damage or _missing(tar, seen)
+                entries.append((sample.key, sample.members, columns))
+    sample_count = len(entries) + filtered + len(skipped) - len(left_out)
+    damage = scan.damage or _check_count(tar, sample_count)
     if damage:
-        left.append(SkippedSample("", f"{damage}; {seen} samples were found"))
-    content = table_of(kept)
+        skipped.append(SkippedSample("", f"{damage}; {sample_count} samples were found"))
+    content = table_of(entries)
     captions = content.columns.get("captions")
-    found = IndexedShard(
+    indexed = IndexedShard(
         tar.name,
-        len(kept),
+        len(entries),
         scan.size,
         scan.sha256,
-        len(kept) if captions is None else int(np.nan_to_num(captions, nan=1.0).sum()),
+        len(entries) if captions is None else int(np.nan_to_num(captions, nan=1.0).sum()),
         filtered,
-        tuple(left),
+        tuple(skipped),
         version,
     )
-    publish_table(table, content, found)
-    return found
+    publish_table(table, content, indexed)
+    return indexed
 
 
-def _indexed_or_index(tars: Location, folder: Location, sieve: SampleFilter, name: str) -> IndexedShard:
+def _indexed_or_index(
+    tars: Location, folder: Location, sample_filter: SampleFilter, name: str
+) -> IndexedShard:
     """Return a tar's index; the tar is read only if it is not indexed or was replaced since."""
     tar, table = tars / name, folder / table_name(name)
     version = _version(tar)
     if table.is_file():
-        found = read_indexed(name, table)
+        indexed = read_indexed(name, table)
         # A tar written by this package has no version: its table was written with it.
-        if found.version == version or (not found.version and sha256_of(tar) == found.sha256):
-            return found
-    return index_tar(tar, table, sieve, version=version)
+        if indexed.version == version or (not indexed.version and sha256_of(tar) == indexed.sha256):
+            return indexed
+    return index_tar(tar, table, sample_filter, version=version)
 
 
-def _seen(shard: IndexedShard) -> int:
+def _sample_count(shard: IndexedShard) -> int:
     return shard.count + shard.filtered + len(shard.left_out)
 
 
@@ -277,10 +288,10 @@ def _columns(sample: TarSample) -> dict[str, float]:
     return columns
 
 
-def _content(sample: TarSample, extension: str) -> bytes:
-    if extension not in sample.contents:
-        raise BadSample(f"has no '{extension}'")
-    return sample.contents[extension]
+def _caption(sample: TarSample) -> str:
+    if "txt" not in sample.contents:
+        raise BadSample("has no 'txt'")
+    return decode_text(sample.contents["txt"])
 
 
 def _metadata(sample: TarSample, rows: Callable[[], Mapping[str, Mapping[str, Any]]]) -> Mapping[str, Any]:
@@ -318,10 +329,10 @@ def _parquet_rows(tar: Location) -> Mapping[str, Mapping[str, Any]]:
     return {str(line.get("key")): line for line in lines}
 
 
-def _missing(tar: Location, seen: int) -> str:
+def _check_count(tar: Location, sample_count: int) -> str:
     """Compare a tar's sample count with img2dataset's statistics; empty if equal or without statistics."""
     path = tar.with_name(tar.name.removesuffix(".tar") + "_stats.json")
     if not path.exists():
         return ""
     counted = read_json(path, "statistics of a shard").get("successes")
-    return "" if counted in (None, seen) else f"lacks some of the {counted} samples in {path.name}"
+    return "" if counted in (None, sample_count) else f"lacks some of the {counted} samples in {path.name}"

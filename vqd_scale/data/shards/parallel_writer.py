@@ -96,22 +96,22 @@ def write_own_shards(
         UserError: The folder cannot be written, or too many samples are bad; they are reported.
     """
     total = sum(recipe.count for recipe in recipes)
-    own = worker.of(recipes)
+    own_recipes = worker.of(recipes)
     shards: list[IndexedShard] = []
     totals: Totals = np.zeros(1, np.int64)
-    with progress_bar(title, sum(recipe.count for recipe in own), unit="sample") as bar:
-        for recipe in own:
+    with progress_bar(title, sum(recipe.count for recipe in own_recipes), unit="sample") as bar:
+        for recipe in own_recipes:
             shards.append(written_or_write(folder, recipe))
             _check(shards, total, max_bad_fraction, folder)
             totals = totals + count(_placed(shards[-1], folder))
             bar.update(recipe.count)
     part = {"shards": [asdict(shard) for shard in shards], "totals": totals.tolist()}
     publish_json(_path(folder, worker), part)
-    whole = _merged(folder, worker.workers)
-    if whole is not None:
-        _check(whole.shards, total, max_bad_fraction, folder)
-        publish_report(folder / QUARANTINE, left_out_of(whole.shards, is_bad=True))
-    return whole
+    merged = _merged(folder, worker.workers)
+    if merged is not None:
+        _check(merged.shards, total, max_bad_fraction, folder)
+        publish_report(folder / QUARANTINE, left_out_of(merged.shards, is_bad=True))
+    return merged
 
 
 def forget_parts(folder: Location) -> None:
@@ -146,7 +146,7 @@ def _part(text: str) -> WorkerIndex:
     content: dict[str, Any] = json.loads(text)
     shards: list[IndexedShard] = []
     for shard in content["shards"]:
-        left_out = tuple(SkippedSample(**left) for left in shard.pop("left_out"))
+        left_out = tuple(SkippedSample(**sample) for sample in shard.pop("left_out"))
         shards.append(IndexedShard(**shard, left_out=left_out))
     return WorkerIndex(tuple(shards), np.array(content["totals"], np.int64))
 

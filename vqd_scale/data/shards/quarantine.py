@@ -23,11 +23,11 @@ class Quarantine:
     def __init__(self, path: Location) -> None:
         self.path = path
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
+        complete_lines = text[: text.rfind("\n") + 1]
         # A kill may have left a partial line; remove it before lines are appended.
-        if whole != text:
-            publish_text(path, whole)
-        self._lines = dict.fromkeys(whole.splitlines())
+        if complete_lines != text:
+            publish_text(path, complete_lines)
+        self._lines = dict.fromkeys(complete_lines.splitlines())
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -40,13 +40,13 @@ class Quarantine:
         """
         self.extend([(shard, key, reason)])
 
-    def extend(self, found: Iterable[tuple[str, str, str]]) -> None:
+    def extend(self, samples: Iterable[tuple[str, str, str]]) -> None:
         """Report samples, each as (shard, key, reason).
 
         Raises:
             UserError: The report cannot be written.
         """
-        lines = _lines(found)
+        lines = _lines(samples)
         new = [line for line in dict.fromkeys(lines) if line not in self._lines]
         self._lines |= dict.fromkeys(new)
         if not new:
@@ -61,19 +61,19 @@ class Quarantine:
                 file.writelines(f"{line}\n" for line in new)
 
 
-def publish_report(path: Location, found: Iterable[tuple[str, str, str]]) -> None:
+def publish_report(path: Location, samples: Iterable[tuple[str, str, str]]) -> None:
     """Write a report by atomic rename, replacing an existing one; safe for concurrent processes.
 
     Args:
         path: Path of the report; not written if there is no sample.
-        found: Samples to report, each as (shard, key, reason).
+        samples: Samples to report, each as (shard, key, reason).
 
     Raises:
         UserError: The report cannot be written.
     """
-    if lines := _lines(found):
+    if lines := _lines(samples):
         publish_text(path, "".join(f"{line}\n" for line in lines), shared=True)
 
 
-def _lines(found: Iterable[tuple[str, str, str]]) -> list[str]:
-    return [json.dumps({"shard": shard, "key": key, "reason": reason}) for shard, key, reason in found]
+def _lines(samples: Iterable[tuple[str, str, str]]) -> list[str]:
+    return [json.dumps({"shard": shard, "key": key, "reason": reason}) for shard, key, reason in samples]

@@ -26,7 +26,7 @@ from vqd_scale.data.shards.shard_index import Shard, ShardSet
 TURNS_AHEAD = 8
 """Prefetch distance in batches for pieces of a single sample, if memory allows."""
 
-_KEPT_AT_ONCE = 2
+_PARALLEL_DOWNLOADS = 2
 
 Extents = Int64[NDArray[np.int64], "count 2"]
 """Byte range [begin, end) of each sample of a shard."""
@@ -77,15 +77,15 @@ class RangedReader:
     """Shard access of one process: read-ahead policy, buffer and cache.
 
     Args:
-        tempo: Read-ahead policy.
+        policy: Read-ahead policy.
         config: Buffer size and cache.
     """
 
-    def __init__(self, tempo: ReadAheadPolicy, config: RangedReadConfig) -> None:
-        self.tempo = tempo
+    def __init__(self, policy: ReadAheadPolicy, config: RangedReadConfig) -> None:
+        self.policy = policy
         self._pieces = _Pieces(config.buffer_megabytes << 20)
         self._cache = None if config.cache is None else ShardCache(config.cache)
-        self._pool = ThreadPoolExecutor(_KEPT_AT_ONCE)
+        self._pool = ThreadPoolExecutor(_PARALLEL_DOWNLOADS)
 
     @classmethod
     def in_order(cls, shard: Shard) -> "RangedReader":
@@ -108,13 +108,13 @@ class RangedReader:
             return cls(ReadAheadPolicy(1, 0), config)
         size, count = sum(sum(shards.sizes) for shards in sets), sum(shards.count for shards in sets)
         mean = max(1, size // count)
-        each = (config.buffer_megabytes << 20) // (lanes * mean)
-        samples = max(1, min(window, PIECE_BYTES // mean, (each - 2 * window) // 2))
+        lane_capacity = (config.buffer_megabytes << 20) // (lanes * mean)
+        samples = max(1, min(window, PIECE_BYTES // mean, (lane_capacity - 2 * window) // 2))
         if config.cache is not None:
             return cls(ReadAheadPolicy(samples, window), config)
         # One batch less than a window: the next window is requested after the first batch of this one has
         # arrived, so that this batch does not wait for it.
-        turns = window - 1 if samples > 1 else max(1, min(TURNS_AHEAD, each - 1))
+        turns = window - 1 if samples > 1 else max(1, min(TURNS_AHEAD, lane_capacity - 1))
         return cls(ReadAheadPolicy(samples, turns), config)
 
     def open(self, shard: Shard, extents: Callable[[], Extents]) -> SampleBytes:
@@ -135,13 +135,13 @@ class RangedReader:
                 raise UserError(f"{path}: this shard cannot be read ({error.strerror}).") from None
 
         def in_pieces() -> SampleBytes:
-            return _InPieces(S3Object(path, shard.size), extents(), self.tempo.samples, self._pieces)
+            return _InPieces(S3Object(path, shard.size), extents(), self.policy.samples, self._pieces)
 
-        def kept(cache: ShardCache) -> SampleBytes:
+        def from_cache(cache: ShardCache) -> SampleBytes:
             descriptor = cache.open(shard)
             return in_pieces() if descriptor is None else _InPlace(shard, descriptor)
 
-        return in_pieces() if cache is None else _Awaited(self._pool.submit(kept, cache))
+        return in_pieces() if cache is None else _Awaited(self._pool.submit(from_cache, cache))
 
 
 class _InPlace:
@@ -164,15 +164,15 @@ class _InPlace:
 class _Awaited:
     """Reader of a shard whose download to the cache is pending."""
 
-    def __init__(self, kept: "Future[SampleBytes]") -> None:
-        self._kept = kept
+    def __init__(self, pending: "Future[SampleBytes]") -> None:
+        self._pending = pending
 
     def expect(self, sample: int) -> None:
-        if self._kept.done():
-            self._kept.result().expect(sample)
+        if self._pending.done():
+            self._pending.result().expect(sample)
 
     def read(self, sample: int, begin: int, end: int) -> bytes:
-        return self._kept.result().read(sample, begin, end)
+        return self._pending.result().read(sample, begin, end)
 
 
 class _InPieces:
@@ -210,15 +210,15 @@ class _Pieces:
 
     def __init__(self, capacity: int) -> None:
         self._free = capacity
-        self._kept: OrderedDict[tuple[str, int], tuple[int, PartialDownload]] = OrderedDict()
+        self._buffer: OrderedDict[tuple[str, int], tuple[int, PartialDownload]] = OrderedDict()
 
     def get(self, key: tuple[str, int], size: int, fetch: Callable[[], PartialDownload]) -> PartialDownload:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key][1]
+        if key in self._buffer:
+            self._buffer.move_to_end(key)
+            return self._buffer[key][1]
         self._free -= size
-        while self._free < 0 and self._kept:
-            _, (dropped, _) = self._kept.popitem(last=False)
+        while self._free < 0 and self._buffer:
+            _, (dropped, _) = self._buffer.popitem(last=False)
             self._free += dropped
-        self._kept[key] = size, fetch()
-        return self._kept[key][1]
+        self._buffer[key] = size, fetch()
+        return self._buffer[key][1]

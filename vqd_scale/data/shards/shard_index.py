@@ -142,6 +142,12 @@ class ShardSet:
         """Shards as a lazy sequence."""
         return _Shards(self)
 
+    def locate(self, members: Int64[NDArray[np.int64], " samples"]) -> tuple[NDArray[np.int64], ...]:
+        """Convert sample indices in the dataset to shard numbers and sample indices in the shards."""
+        ends = np.cumsum(np.asarray(self.counts, dtype=np.int64))
+        numbers = np.searchsorted(ends, members, side="right")
+        return numbers, members - np.concatenate([[0], ends])[numbers]
+
     @classmethod
     def open(cls, folder: Location, *, look: bool = True) -> "ShardSet":
         """Read a dataset's index and check that its shards exist.
@@ -172,9 +178,9 @@ class ShardSet:
         return opened
 
     def _look(self) -> None:
-        present = file_sizes(self.tars)
+        sizes = file_sizes(self.tars)
         for name, size in zip(self.names, self.sizes, strict=True):
-            if present.get(name) != size:
+            if sizes.get(name) != size:
                 raise UserError(
                     f"{self.tars / name}: missing or changed since it was indexed; make the set again."
                 )
@@ -195,14 +201,14 @@ class _Shards(Sequence[Shard]):
     def __getitem__(self, number: int | slice) -> Shard | Sequence[Shard]:
         if isinstance(number, slice):
             return [self[single] for single in range(*number.indices(len(self)))]
-        of = self._set
-        name = of.names[number]
+        shard_set = self._set
+        name = shard_set.names[number]
         return Shard(
-            of.tars / name,
-            of.folder / table_name(name),
-            of.counts[number],
-            of.sizes[number],
-            of.digests[number],
+            shard_set.tars / name,
+            shard_set.folder / table_name(name),
+            shard_set.counts[number],
+            shard_set.sizes[number],
+            shard_set.digests[number],
         )
 
 
@@ -276,7 +282,7 @@ def finish_set(
     return ShardSet.open(folder)
 
 
-def publish_table(path: Location, table: ShardTable, found: IndexedShard) -> None:
+def publish_table(path: Location, table: ShardTable, indexed: IndexedShard) -> None:
     """Publish a shard's table, together with the result of indexing, by atomic rename.
 
     Raises:
@@ -290,14 +296,14 @@ def publish_table(path: Location, table: ShardTable, found: IndexedShard) -> Non
             extensions=_text_array(table.extensions),
             offsets=table.offsets,
             sizes=table.sizes,
-            shard_size=np.int64(found.size),
-            shard_sha256=np.array(found.sha256),
-            version=np.array(found.version),
-            captions=np.int64(found.captions),
-            filtered=np.int64(found.filtered),
-            left_out_keys=_text_array([left.key for left in found.left_out]),
-            left_out_reasons=_text_array([left.reason for left in found.left_out]),
-            left_out_bad=np.array([left.is_bad for left in found.left_out], dtype=np.bool_),
+            shard_size=np.int64(indexed.size),
+            shard_sha256=np.array(indexed.sha256),
+            version=np.array(indexed.version),
+            captions=np.int64(indexed.captions),
+            filtered=np.int64(indexed.filtered),
+            left_out_keys=_text_array([sample.key for sample in indexed.left_out]),
+            left_out_reasons=_text_array([sample.reason for sample in indexed.left_out]),
+            left_out_bad=np.array([sample.is_bad for sample in indexed.left_out], dtype=np.bool_),
             column_names=_text_array(list(table.columns)),
             columns=np.array(list(table.columns.values()), dtype=np.float64),
         )
@@ -353,18 +359,18 @@ def table_of(
     samples: Sequence[tuple[str, Mapping[str, tuple[int, int]], Mapping[str, float]]],
 ) -> ShardTable:
     """Build a table from samples: key, (offset, size) of each member by extension, columns."""
-    extensions = sorted({extension for _, places, _ in samples for extension in places})
+    extensions = sorted({extension for _, members, _ in samples for extension in members})
     numbers = {extension: number for number, extension in enumerate(extensions)}
-    found = np.full((len(samples), len(extensions), 2), ABSENT, dtype=np.int64)
-    for row, (_, places, _) in enumerate(samples):
-        for extension, place in places.items():
-            found[row, numbers[extension]] = place
+    locations = np.full((len(samples), len(extensions), 2), ABSENT, dtype=np.int64)
+    for row, (_, members, _) in enumerate(samples):
+        for extension, location in members.items():
+            locations[row, numbers[extension]] = location
     names = sorted({name for _, _, columns in samples for name in columns})
     return ShardTable(
         _text_array([key for key, _, _ in samples]),
         tuple(extensions),
-        found[..., 0],
-        found[..., 1],
+        locations[..., 0],
+        locations[..., 1],
         {
             name: np.array([columns.get(name, np.nan) for _, _, columns in samples], dtype=np.float64)
             for name in names
@@ -392,10 +398,10 @@ def _publish_index(
         "sha256": [shard.sha256 for shard in shards],
         "captions": [shard.captions for shard in shards],
     }
-    left_out = [left for shard in shards for left in shard.left_out]
+    skipped = [sample for shard in shards for sample in shard.left_out]
     counts = {
-        "bad": sum(left.is_bad for left in left_out),
-        "near_duplicates": sum(not left.is_bad for left in left_out),
+        "bad": sum(sample.is_bad for sample in skipped),
+        "near_duplicates": sum(not sample.is_bad for sample in skipped),
         "filtered": sum(shard.filtered for shard in shards),
     }
     index = {"complete": complete, "tars": tars, "meta": meta, "shards": columns, "left_out": counts}

@@ -4,7 +4,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int64
@@ -13,7 +13,7 @@ from webdataset.writer import ShardWriter
 from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.atomic_io import Location, published, sha256_of
 from vqd_scale.core.progress import progress_bar
-from vqd_scale.data.process_pool import each
+from vqd_scale.data.process_pool import map_in_processes
 from vqd_scale.data.shards.decode import BadSample
 from vqd_scale.data.shards.index_builder import check_share, index_tar, report
 from vqd_scale.data.shards.ranged_reader import Extents, RangedReader
@@ -30,6 +30,8 @@ from vqd_scale.data.shards.shard_index import (
     read_table,
     table_name,
 )
+
+Item = TypeVar("Item")
 
 KEY = "__key__"
 Sample = Mapping[str, Any]
@@ -57,6 +59,25 @@ def shard_name(number: int) -> str:
     return f"{number:06d}.tar"
 
 
+def shard_recipes(
+    items: Sequence[Item],
+    samples_per_shard: int,
+    samples: Callable[[Sequence[Item]], Iterable[Sample | SkippedSample]],
+) -> list[ShardRecipe]:
+    """Cut a dataset's items into shards.
+
+    Args:
+        items: One item per sample, in order; a range is cut without being stored.
+        samples_per_shard: Number of samples in a shard; the last shard contains the remainder.
+        samples: Function that yields the samples of some items, as in `ShardRecipe`.
+    """
+    parts = [items[first : first + samples_per_shard] for first in range(0, len(items), samples_per_shard)]
+    return [
+        ShardRecipe(shard_name(number), len(part), functools.partial(samples, part))
+        for number, part in enumerate(parts)
+    ]
+
+
 def write_shard_set(
     folder: Location,
     meta: Mapping[str, Any],
@@ -82,9 +103,9 @@ def write_shard_set(
     begin_set(folder, meta)
     shards: list[IndexedShard] = []
     total = sum(recipe.count for recipe in recipes)
-    made = each(functools.partial(written_or_write, folder), recipes, workers)
+    written = map_in_processes(functools.partial(written_or_write, folder), recipes, workers)
     with progress_bar(title, total, unit="sample") as bar:
-        for recipe, shard in zip(recipes, made, strict=True):
+        for recipe, shard in zip(recipes, written, strict=True):
             shards.append(shard)
             report(shards[-1:], folder)
             check_share(shards, total, max_bad_fraction, folder)
@@ -130,9 +151,9 @@ def written_or_write(folder: Location, recipe: ShardRecipe) -> IndexedShard:
     """
     path, table = folder / recipe.name, folder / table_name(recipe.name)
     if path.is_file() and table.is_file():
-        found = read_indexed(recipe.name, table)
-        if sha256_of(path) == found.sha256:
-            return found
+        indexed = read_indexed(recipe.name, table)
+        if sha256_of(path) == indexed.sha256:
+            return indexed
     return write_shard(path, recipe.samples())
 
 
@@ -193,8 +214,8 @@ class ShardReader:
         """
         begin, end, *within = self._spans_of(extensions)[member].tolist()
         if begin == ABSENT:
-            present = self.extensions(member)
-            raise BadSample(f"has no '{next(name for name in extensions if name not in present)}'")
+            extensions_present = self.extensions(member)
+            raise BadSample(f"has no '{next(name for name in extensions if name not in extensions_present)}'")
         content = self._bytes.read(member, begin, end)
         return [content[first:last] for first, last in zip(within[::2], within[1::2], strict=True)]
 
@@ -238,10 +259,10 @@ def read_shard(shard: Shard) -> Iterator[dict[str, Any]]:
         UserError: The shard or its table is missing or damaged, or its store cannot be reached.
     """
     reading = RangedReader.in_order(shard)
-    reader, step = ShardReader(shard, reading), reading.tempo.samples
+    reader, step = ShardReader(shard, reading), reading.policy.samples
     for member in range(shard.count):
         if member % step == 0:
-            for ahead in range(member, min(member + (1 + reading.tempo.turns) * step, shard.count), step):
+            for ahead in range(member, min(member + (1 + reading.policy.turns) * step, shard.count), step):
                 reader.expect(ahead)
         members = {extension: reader.read(member, extension) for extension in reader.extensions(member)}
         yield {KEY: reader.key(member), **members}

@@ -13,7 +13,7 @@ from vqd_scale.core.atomic_io import Location, read_in_order
 from vqd_scale.core.s3 import S3Object
 
 PROBED = 8
-"""Number of members that are read before the read mode of the rest is chosen."""
+"""Number of members that are read before the read mode of the others is chosen."""
 
 LARGE_MEMBER = 2 << 20
 """Member size in bytes above which fetching it from S3 costs more than a request for the next header."""
@@ -27,13 +27,13 @@ class TarSample:
 
     Attributes:
         key: Common part of the member names.
-        places: (offset, size) of each member's content by extension.
+        members: (offset, size) of each member's content by extension.
         contents: Contents of the requested members by extension.
         fault: Reason why the sample is unusable, completing the sentence 'this sample …'; empty if usable.
     """
 
     key: str
-    places: dict[str, tuple[int, int]]
+    members: dict[str, tuple[int, int]]
     contents: dict[str, bytes]
     fault: str = ""
 
@@ -46,7 +46,7 @@ class TarScan:
 
     Args:
         path: Path of the tar.
-        wanted: Extensions of the members whose contents are read.
+        content_extensions: Extensions of the members whose contents are read.
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -58,16 +58,16 @@ class TarScan:
         sha256: After the pass, digest of all bytes; empty if bytes were skipped.
     """
 
-    def __init__(self, path: Location, wanted: Set[str] = frozenset()) -> None:
+    def __init__(self, path: Location, content_extensions: Set[str] = frozenset()) -> None:
         self.damage = ""
         self.sha256 = ""
         self._window = _Window(path)
         self.size = self._window.size
-        self._wanted = wanted
+        self._content_extensions = content_extensions
 
     def samples(self) -> Generator[TarSample]:
         """Yield the samples in order; of a damaged tar, only those that are certainly complete."""
-        seen = set[str]()
+        keys = set[str]()
         sample: TarSample | None = None
         for member in self._members():
             key, extension = base_plus_ext(member.name)
@@ -77,12 +77,12 @@ class TarScan:
             if sample is None or key != sample.key:
                 if sample is not None:
                     yield sample
-                sample = TarSample(key, {}, {}, _fault(key, seen))
-                seen.add(key)
-            if extension in sample.places:
+                sample = TarSample(key, {}, {}, _fault(key, keys))
+                keys.add(key)
+            if extension in sample.members:
                 sample.fault = f"has two members '{extension}'"
-            sample.places[extension] = (member.offset_data, member.size)
-            if extension in self._wanted:
+            sample.members[extension] = (member.offset_data, member.size)
+            if extension in self._content_extensions:
                 sample.contents[extension] = self._window.at(member.offset_data, member.size)
         # In a truncated tar, members of the last sample may be missing.
         if sample is not None and not self.damage:
@@ -111,8 +111,8 @@ class TarScan:
             self.damage = f"the tar is cut or damaged at byte {end}"
 
 
-def _fault(key: str, seen: Set[str]) -> str:
-    if key in seen:
+def _fault(key: str, keys: Set[str]) -> str:
+    if key in keys:
         return "has the key of an earlier sample"
     if key.startswith(("/", "\\")) or ".." in PurePosixPath(key.replace("\\", "/")).parts:
         return "has a name that leads out of its folder"
@@ -160,9 +160,9 @@ class _Window(io.RawIOBase):
 
     def read(self, size: int = -1, /) -> bytes:
         """Read for `tarfile`, which always passes a size."""
-        found = self.at(self._position, size)
-        self._position += len(found)
-        return found
+        content = self.at(self._position, size)
+        self._position += len(content)
+        return content
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         """Seek for `tarfile`, which always passes an absolute offset."""
@@ -175,7 +175,7 @@ class _Window(io.RawIOBase):
         return self._position
 
     def _advance(self, blocks: Iterator[bytes | bytearray], offset: int, end: int) -> None:
-        kept = [self._bytes]
+        blocks_read = [self._bytes]
         reached = self._start + len(self._bytes)
         while reached < end:
             block = next(blocks, None)
@@ -183,9 +183,9 @@ class _Window(io.RawIOBase):
                 break
             self._hash.update(block)
             if reached <= offset:
-                kept = [kept[-1][-tarfile.BLOCKSIZE :]]
-            kept.append(bytes(block))
+                blocks_read = [blocks_read[-1][-tarfile.BLOCKSIZE :]]
+            blocks_read.append(bytes(block))
             reached += len(block)
-        if len(kept) > 1:
-            self._bytes = b"".join(kept)
+        if len(blocks_read) > 1:
+            self._bytes = b"".join(blocks_read)
             self._start = reached - len(self._bytes)

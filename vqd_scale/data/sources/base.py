@@ -18,7 +18,7 @@ from vqd_scale.data.shards.decode import IMAGE_EXTENSIONS, BadSample, Pixels, de
 from vqd_scale.data.shards.near_duplicates import DuplicatesConfig, hash_excluded_images
 from vqd_scale.data.shards.perceptual_hash import ExcludedImages
 from vqd_scale.data.shards.shard_index import ShardSet, SkippedSample
-from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, shard_name, write_shard_set
+from vqd_scale.data.shards.shard_io import KEY, Sample, shard_recipes, write_shard_set
 from vqd_scale.data.transforms import fitted
 
 
@@ -99,38 +99,33 @@ class CaptionFile:
         return tuple(filter(None, map(str.strip, text.splitlines()))) if self.by_line else (text,)
 
 
-def write_pictures(
-    config: PackingConfig, name: str, pictures: Sequence[SourceImage], folder: Location, *, root: Path
+def pack_images(
+    config: PackingConfig, name: str, images: Sequence[SourceImage], folder: Location, *, root: Path
 ) -> ShardSet:
     """Pack images into shards.
 
     Args:
         config: Packing options.
         name: Name of the source.
-        pictures: Images in sample order.
+        images: Images in sample order.
         folder: Output folder.
         root: Root folder of the source, which contains all its files.
 
     Raises:
         UserError: Too many images are unusable, or ``folder`` contains another dataset or cannot be written.
     """
-    known = None
-    if config.near_duplicates is not None:
-        known = hash_excluded_images(config.near_duplicates, config.num_workers)
-    recipes = [
-        ShardRecipe(shard_name(shard), len(part), functools.partial(_samples, config, known, part))
-        for shard, first in enumerate(range(0, len(pictures), config.samples_per_shard))
-        for part in [pictures[first : first + config.samples_per_shard]]
-    ]
+    excluded_images = hash_excluded_images(config.near_duplicates, config.num_workers)
+    samples = functools.partial(_samples, config, excluded_images)
+    recipes = shard_recipes(images, config.samples_per_shard, samples)
     # The excluded settings do not change the contents of a shard; near_duplicates has its own fingerprint.
     settings = config.model_dump(mode="json", exclude={"max_bad_fraction", "num_workers", "near_duplicates"})
     meta = {
         "content": "images",
         "source": {
             "name": name,
-            "pictures": _fingerprint(pictures, root),
+            "images": _fingerprint(images, root),
             "config": settings,
-            "near_duplicates": None if known is None else known.fingerprint,
+            "near_duplicates": None if excluded_images is None else excluded_images.fingerprint,
         },
     }
     return write_shard_set(
@@ -143,21 +138,21 @@ def write_pictures(
     )
 
 
-def pictures_below(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     """List all image files below a folder, sorted by path.
 
     Raises:
         UserError: The folder does not exist or contains no image.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder; name the folder that holds the pictures.")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower()[1:] in IMAGE_EXTENSIONS)
-    if not found:
-        raise UserError(f"{folder}: holds no picture ({', '.join(IMAGE_EXTENSIONS)}).")
-    return found
+        raise UserError(f"{folder}: there is no such folder; name the folder that holds the images.")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower()[1:] in IMAGE_EXTENSIONS)
+    if not paths:
+        raise UserError(f"{folder}: holds no image ({', '.join(IMAGE_EXTENSIONS)}).")
+    return paths
 
 
-def existing(*candidates: Path, what: str) -> Path:
+def existing(*candidates: Path, name: str) -> Path:
     """Return the first candidate path that exists.
 
     Raises:
@@ -166,34 +161,39 @@ def existing(*candidates: Path, what: str) -> Path:
     for path in candidates:
         if path.exists():
             return path
-    looked = ", ".join(str(path) for path in candidates[1:])
-    also = f" (nor {looked})" if looked else ""
-    raise UserError(f"{candidates[0]}: {what} is not here{also}; name the folder that holds it.")
+    alternatives = ", ".join(str(path) for path in candidates[1:])
+    also = f" (nor {alternatives})" if alternatives else ""
+    raise UserError(f"{candidates[0]}: {name} is not here{also}; name the folder that holds it.")
 
 
 def _samples(
-    config: PackingConfig, known: ExcludedImages | None, pictures: Sequence[SourceImage]
+    config: PackingConfig, excluded_images: ExcludedImages | None, images: Sequence[SourceImage]
 ) -> Iterator[Sample | SkippedSample]:
-    for picture in pictures:
+    for source in images:
         try:
-            data = _read(picture.path)
+            data = _read(source.path)
             pixels = decode_image(data)
-            near = None if known is None else known.nearest(pixels)
-            if near is None:
-                yield {KEY: picture.key, **_image(config, picture.path, data, pixels), **_words(picture)}
+            duplicate = None if excluded_images is None else excluded_images.nearest(pixels)
+            if duplicate is None:
+                yield {
+                    KEY: source.key,
+                    **_image(config, source.path, data, pixels),
+                    **_text_members(source),
+                }
             else:
-                likeness = f"is nearly the picture '{near[0]}' ({near[1]} of 64 bits differ)"
-                yield SkippedSample(picture.source, likeness, is_bad=False)
+                reason = f"is nearly the image '{duplicate[0]}' ({duplicate[1]} of 64 bits differ)"
+                yield SkippedSample(source.source, reason, is_bad=False)
         except BadSample as error:
-            yield SkippedSample(picture.source, str(error))
+            yield SkippedSample(source.source, str(error))
 
 
-def _words(picture: SourceImage) -> dict[str, Any]:
+def _text_members(source: SourceImage) -> dict[str, Any]:
     """Return the members besides the image: ``json``, ``txt`` (first caption) and ``cls`` (class)."""
-    of = picture.captions
-    captions = of.read() if isinstance(of, CaptionFile) else of
-    facts: dict[str, Any] = {"source": picture.source, **picture.facts}
-    if captions and not (isinstance(of, CaptionFile) and not of.by_line):
+    captions, is_list = source.captions, True
+    if isinstance(captions, CaptionFile):
+        captions, is_list = captions.read(), captions.by_line
+    facts: dict[str, Any] = {"source": source.source, **source.facts}
+    if captions and is_list:
         facts["captions"] = list(captions)
     members: dict[str, Any] = {"json": facts}
     if captions:
@@ -222,19 +222,19 @@ def _read(path: Path) -> bytes:
         raise BadSample(f"cannot be read ({error.strerror})") from None
 
 
-def _fingerprint(pictures: Sequence[SourceImage], root: Path) -> str:
+def _fingerprint(images: Sequence[SourceImage], root: Path) -> str:
     """Return a digest of file names, sizes, times and captions; shards of other inputs are not reused."""
     digest = hashlib.sha256()
-    for picture in pictures:
-        files = [picture.path]
-        if isinstance(picture.captions, CaptionFile):
-            files.append(picture.captions.path)
+    for source in images:
+        files = [source.path]
+        if isinstance(source.captions, CaptionFile):
+            files.append(source.captions.path)
         else:
-            digest.update(repr((picture.key, picture.captions, sorted(picture.facts.items()))).encode())
+            digest.update(repr((source.key, source.captions, sorted(source.facts.items()))).encode())
         for file in files:
             state = file.stat()
-            place = file.relative_to(root)
+            relative_path = file.relative_to(root)
             digest.update(
-                f"{place}\0{state.st_size}\0{state.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
+                f"{relative_path}\0{state.st_size}\0{state.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
             )
     return digest.hexdigest()

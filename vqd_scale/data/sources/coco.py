@@ -7,7 +7,7 @@ from typing import Any, Literal
 from vqd_scale.core.atomic_io import Location, file_sizes, read_json
 from vqd_scale.core.errors import UserError
 from vqd_scale.data.shards.shard_index import ShardSet
-from vqd_scale.data.sources.base import PackingConfig, SourceImage, existing, write_pictures
+from vqd_scale.data.sources.base import PackingConfig, SourceImage, existing, pack_images
 
 
 class CocoConfig(PackingConfig):
@@ -39,16 +39,19 @@ def write_coco(config: CocoConfig, coco: Path, folder: Location) -> ShardSet:
     annotations = existing(
         coco / "annotations" / f"captions_{part}.json",
         coco / f"captions_{part}.json",
-        what=f"COCO's file of captions for {part}",
+        name=f"COCO's file of captions for {part}",
     )
-    pictures = existing(
-        coco / part / part, coco / part, coco / "images" / part, what=f"COCO's folder of pictures {part}"
+    image_folder = existing(
+        coco / part / part,
+        coco / part,
+        coco / "images" / part,
+        name=f"COCO's folder of images {part}",
     )
     images, captions = _annotated(annotations)
-    present = file_sizes(pictures)
-    listed = [
+    files = file_sizes(image_folder)
+    entries = [
         SourceImage(
-            pictures / _file_name(image, part, present, pictures),
+            image_folder / _file_name(image, part, files, image_folder),
             f"{image['id']:012d}",
             f"{part}/{image['file_name']}",
             captions[image["id"]],
@@ -56,7 +59,7 @@ def write_coco(config: CocoConfig, coco: Path, folder: Location) -> ShardSet:
         )
         for image in images
     ]
-    return write_pictures(config, "coco", listed, folder, root=coco)
+    return pack_images(config, "coco", entries, folder, root=coco)
 
 
 def _annotated(path: Path) -> tuple[list[dict[str, Any]], dict[int, tuple[str, ...]]]:
@@ -67,22 +70,24 @@ def _annotated(path: Path) -> tuple[list[dict[str, Any]], dict[int, tuple[str, .
         captions: dict[int, list[str]] = defaultdict(list)
         for entry in sorted(content["annotations"], key=lambda entry: entry["id"]):
             captions[entry["image_id"]].append(" ".join(entry["caption"].split()))
-        found = [(int(image["id"]), str(image["file_name"])) for image in images]
+        names = [(int(image["id"]), str(image["file_name"])) for image in images]
     except (KeyError, TypeError, AttributeError):
         raise UserError(
             f"{path}: not COCO's captions: 'images', and 'annotations' with 'image_id' and 'caption'."
         ) from None
-    silent = [name for number, name in found if not captions.get(number)]
-    if silent:
-        raise UserError(f"{path}: has no caption for {silent[0]}, as for {len(silent)} of {len(found)}.")
-    return images, {number: tuple(captions[number]) for number, _ in found}
+    captionless = [name for number, name in names if not captions.get(number)]
+    if captionless:
+        raise UserError(
+            f"{path}: has no caption for {captionless[0]}, as for {len(captionless)} of {len(names)}."
+        )
+    return images, {number: tuple(captions[number]) for number, _ in names}
 
 
-def _file_name(image: dict[str, Any], part: str, present: dict[str, int], folder: Path) -> str:
+def _file_name(image: dict[str, Any], part: str, files: dict[str, int], folder: Path) -> str:
     """Return an image's file name in this folder; 2017 names are 2014 names without the split prefix."""
     number = image["id"]
     names = (image["file_name"], f"{number:012d}.jpg", f"COCO_{part}_{number:012d}.jpg")
     for name in names:
-        if name in present:
+        if name in files:
             return name
-    raise UserError(f"{folder / image['file_name']}: this picture is missing; fetch COCO's {part} again.")
+    raise UserError(f"{folder / image['file_name']}: this image is missing; fetch COCO's {part} again.")

@@ -14,7 +14,7 @@ from pathlib import Path
 from vqd_scale.core.atomic_io import Location
 from vqd_scale.core.errors import UserError
 from vqd_scale.data.shards.shard_index import ShardSet
-from vqd_scale.data.sources.base import CaptionFile, PackingConfig, SourceImage, existing, write_pictures
+from vqd_scale.data.sources.base import CaptionFile, PackingConfig, SourceImage, existing, pack_images
 
 _LISTS = {"train": "trainvalclasses.txt", "test": "testclasses.txt"}
 
@@ -26,7 +26,7 @@ def captions_folder(*folders: Path) -> Path:
         UserError: There is none.
     """
     candidates = [folder / name for folder in folders for name in ("text/text", "text", "text_c10")]
-    return existing(*dict.fromkeys(candidates), what="the captions' folder")
+    return existing(*dict.fromkeys(candidates), name="the captions' folder")
 
 
 def listed_classes(split: str, *folders: Path) -> set[str]:
@@ -39,24 +39,24 @@ def listed_classes(split: str, *folders: Path) -> set[str]:
         raise UserError(f"split: given '{split}', allowed with protocol=classes: train, test.")
     name = _LISTS[split]
     candidates = [parent / name for folder in folders for parent in (folder, folder.parent)]
-    what = f"the list of the classes for split={split} (without it, set protocol=pictures)"
-    return set(existing(*dict.fromkeys(candidates), what=what).read_text(encoding="utf-8").split())
+    name_of_list = f"the list of the classes for split={split} (without it, set protocol=pictures)"
+    return set(existing(*dict.fromkeys(candidates), name=name_of_list).read_text(encoding="utf-8").split())
 
 
-def write_captioned(
-    config: PackingConfig, name: str, pictures: list[SourceImage], folder: Location, root: Path
+def pack_captioned(
+    config: PackingConfig, name: str, images: list[SourceImage], folder: Location, root: Path
 ) -> ShardSet:
     """Pack images, after a check that every image and caption file exists.
 
     Raises:
-        UserError: A file is missing, or there is no image; also as in `write_pictures`.
+        UserError: A file is missing, or there is no image; also as in `pack_images`.
     """
-    captions = [picture.captions for picture in pictures]
-    needed = [picture.path for picture in pictures]
+    captions = [image.captions for image in images]
+    needed = [image.path for image in images]
     needed += [caption.path for caption in captions if isinstance(caption, CaptionFile)]
     missing = [path for path in needed if not path.is_file()]
     if missing:
         raise UserError(f"{missing[0]}: missing, as {len(missing)} files are; fetch {name} again.")
-    if not pictures:
-        raise UserError(f"{root}: holds no picture of this part.")
-    return write_pictures(config, name, pictures, folder, root=root)
+    if not images:
+        raise UserError(f"{root}: holds no image of this part.")
+    return pack_images(config, name, images, folder, root=root)

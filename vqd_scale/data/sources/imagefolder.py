@@ -11,8 +11,8 @@ from vqd_scale.data.sources.base import (
     PackingConfig,
     Png,
     SourceImage,
-    pictures_below,
-    write_pictures,
+    image_files,
+    pack_images,
 )
 
 
@@ -22,27 +22,28 @@ class ImageFolderConfig(PackingConfig):
     encoding: Encoding = Png()
 
 
-def write_imagefolder(config: ImageFolderConfig, pictures: Path, folder: Location) -> ShardSet:
+def write_imagefolder(config: ImageFolderConfig, images: Path, folder: Location) -> ShardSet:
     """Pack the images below a folder into shards.
 
     Raises:
         UserError: There is no image, one has no caption, too many are unusable, or ``folder`` contains
             another dataset or cannot be written.
     """
-    found = pictures_below(pictures)
-    silent = [path for path in found if not path.with_suffix(".txt").is_file()]
-    if silent:
+    paths = image_files(images)
+    captionless = [path for path in paths if not path.with_suffix(".txt").is_file()]
+    if captionless:
         raise UserError(
-            f"{silent[0]}: this picture has no caption, as {len(silent)} of {len(found)} have none; write "
-            f"each one's caption to a file of its name, such as '{silent[0].with_suffix('.txt').name}'."
+            f"{captionless[0]}: this image has no caption, as {len(captionless)} of {len(paths)} have none; "
+            f"write each one's caption to a file of its name, such as "
+            f"'{captionless[0].with_suffix('.txt').name}'."
         )
-    listed = [
+    entries = [
         SourceImage(
             path,
             f"{number:09d}",
-            path.relative_to(pictures).as_posix(),
+            path.relative_to(images).as_posix(),
             CaptionFile(path.with_suffix(".txt"), by_line=False),
         )
-        for number, path in enumerate(found)
+        for number, path in enumerate(paths)
     ]
-    return write_pictures(config, "imagefolder", listed, folder, root=pictures)
+    return pack_images(config, "imagefolder", entries, folder, root=images)

@@ -6,7 +6,7 @@ from typing import Any, cast
 from vqd_scale.core.atomic_io import Location, read_json
 from vqd_scale.core.errors import UserError
 from vqd_scale.data.shards.shard_index import ShardSet
-from vqd_scale.data.sources.base import PackingConfig, SourceImage, pictures_below, write_pictures
+from vqd_scale.data.sources.base import PackingConfig, SourceImage, image_files, pack_images
 
 
 class ImageNetConfig(PackingConfig):
@@ -19,7 +19,7 @@ class ImageNetConfig(PackingConfig):
     classes: Path | None = None
 
 
-def write_imagenet(config: ImageNetConfig, pictures: Path, folder: Location) -> ShardSet:
+def write_imagenet(config: ImageNetConfig, images: Path, folder: Location) -> ShardSet:
     """Pack the images below a folder of class folders, such as ``train/n01440764/*.JPEG``.
 
     A sample's ``json`` has the class number, folder and name; ``cls`` is the number and ``txt`` the name.
@@ -28,25 +28,25 @@ def write_imagenet(config: ImageNetConfig, pictures: Path, folder: Location) -> 
         UserError: There is no image; an image is outside of the class folders; a class is not listed; too
             many images are unusable; ``folder`` contains another dataset or cannot be written.
     """
-    found = pictures_below(pictures)
-    places = [path.relative_to(pictures) for path in found]
-    stray = [path for path, place in zip(found, places, strict=True) if len(place.parts) < 2]
-    if stray:
-        raise UserError(f"{stray[0]}: lies in no class's folder; put each picture into its class's.")
-    folders = sorted({place.parts[0] for place in places})
-    names = class_names(config.classes, folders)
+    paths = image_files(images)
+    sources = [path.relative_to(images) for path in paths]
+    misplaced = [path for path, source in zip(paths, sources, strict=True) if len(source.parts) < 2]
+    if misplaced:
+        raise UserError(f"{misplaced[0]}: lies in no class's folder; put each image into its class's.")
+    folders = [source.parts[0] for source in sources]
+    names = class_names(config.classes, sorted(set(folders)))
     numbers = {name: number for number, name in enumerate(names)}
-    listed = [
+    entries = [
         SourceImage(
             path,
             f"{number:09d}",
-            place.as_posix(),
-            (names[place.parts[0]],),
-            {"class": numbers[place.parts[0]], "folder": place.parts[0], "name": names[place.parts[0]]},
+            source.as_posix(),
+            (names[folder],),
+            {"class": numbers[folder], "folder": folder, "name": names[folder]},
         )
-        for number, (path, place) in enumerate(zip(found, places, strict=True))
+        for number, (path, source, folder) in enumerate(zip(paths, sources, folders, strict=True))
     ]
-    return write_pictures(config, "imagenet", listed, folder, root=pictures)
+    return pack_images(config, "imagenet", entries, folder, root=images)
 
 
 def class_names(path: Path | None, folders: list[str]) -> dict[str, str]:
@@ -65,7 +65,7 @@ def class_names(path: Path | None, folders: list[str]) -> dict[str, str]:
     names = _from_json(path) if path.suffix == ".json" else _from_text(path)
     missing = [folder for folder in folders if folder not in names]
     if missing:
-        raise UserError(f"{path}: lists no class '{missing[0]}', whose folder holds pictures.")
+        raise UserError(f"{path}: lists no class '{missing[0]}', whose folder holds images.")
     return names
 
 

@@ -34,16 +34,16 @@ def index_img2dataset(config: Img2datasetConfig, tars: Location, folder: Locatio
         UserError: There is no tar; a filter names a column that the dataset lacks; too many samples or tars
             are unusable; ``folder`` contains another index or cannot be written.
     """
-    known = None
-    if config.near_duplicates is not None:
-        known = hash_excluded_images(config.near_duplicates, config.num_workers)
+    excluded_images = hash_excluded_images(config.near_duplicates, config.num_workers)
     meta = {
         "content": "images",
         "source": {
             "name": "img2dataset",
             "filters": config.filters.model_dump(mode="json"),
-            "near_duplicates": None if known is None else known.fingerprint,
+            "near_duplicates": None if excluded_images is None else excluded_images.fingerprint,
         },
     }
-    how = IndexConfig(SampleFilter(config.filters, known), config.max_bad_fraction, config.num_workers)
-    return build_index(tars, folder, how, meta)
+    options = IndexConfig(
+        SampleFilter(config.filters, excluded_images), config.max_bad_fraction, config.num_workers
+    )
+    return build_index(tars, folder, options, meta)

@@ -11,7 +11,7 @@ from vqd_scale.core.atomic_io import Location
 from vqd_scale.core.errors import UserError
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.sources.base import CaptionFile, PackingConfig, SourceImage, existing
-from vqd_scale.data.sources.fineclasses import captions_folder, listed_classes, write_captioned
+from vqd_scale.data.sources.fineclasses import captions_folder, listed_classes, pack_captioned
 
 
 class OxfordConfig(PackingConfig):
@@ -38,12 +38,12 @@ def write_oxford102(config: OxfordConfig, flowers: Path, folder: Location) -> Sh
     captions = captions_folder(flowers, flowers)
     numbers: Sequence[int] = range(1, len(labels) + 1)
     if config.split != "all" and config.protocol == "classes":
-        wanted = listed_classes(config.split, flowers, captions)
-        numbers = [number for number in numbers if f"class_{labels[number - 1]:05d}" in wanted]
+        split_classes = listed_classes(config.split, flowers, captions)
+        numbers = [number for number in numbers if f"class_{labels[number - 1]:05d}" in split_classes]
     elif config.split != "all":
         parts = {"train": "trnid", "val": "valid", "test": "tstid"}
         numbers = sorted(_matrix(flowers / "setid.mat", parts[config.split]))
-    listed = [
+    entries = [
         SourceImage(
             flowers / "jpg" / f"image_{number:05d}.jpg",
             f"{number:09d}",
@@ -55,11 +55,11 @@ def write_oxford102(config: OxfordConfig, flowers: Path, folder: Location) -> Sh
         )
         for number in numbers
     ]
-    return write_captioned(config, "oxford102", listed, folder, flowers)
+    return pack_captioned(config, "oxford102", entries, folder, flowers)
 
 
 def _matrix(path: Path, name: str) -> list[int]:
-    existing(path, what="a table of Oxford-102")
+    existing(path, name="a table of Oxford-102")
     try:
         content: Mapping[str, Any] = loadmat(str(path))
         return [int(value) for value in content[name].reshape(-1)]

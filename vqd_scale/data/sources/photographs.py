@@ -2,7 +2,7 @@
 
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, integers
 from vqd_scale.data.shards.decode import Pixels, decode_image
 from vqd_scale.data.shards.shard_index import ShardSet
-from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, shard_name, write_shard_set
+from vqd_scale.data.shards.shard_io import KEY, Sample, shard_recipes, write_shard_set
 
 _FOLDERS = {"sklearn": Path("datasets") / "images", "skimage": Path("data")}
 _NAMES = {
@@ -43,13 +43,13 @@ class PhotographsConfig(Config):
 
 def photographs() -> dict[str, Path]:
     """Return the photographs of the installed packages by name; at least scikit-learn's two."""
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for package, names in _NAMES.items():
         spec = importlib.util.find_spec(package)
         if spec is not None and spec.submodule_search_locations:
             folder = Path(spec.submodule_search_locations[0]) / _FOLDERS[package]
-            found |= {Path(name).stem: folder / name for name in names if (folder / name).is_file()}
-    return found
+            paths |= {Path(name).stem: folder / name for name in names if (folder / name).is_file()}
+    return paths
 
 
 def write_photographs(config: PhotographsConfig, folder: Path) -> dict[str, ShardSet]:
@@ -58,43 +58,41 @@ def write_photographs(config: PhotographsConfig, folder: Path) -> dict[str, Shar
     Raises:
         UserError: The photograph does not exist, or a folder contains another dataset or cannot be written.
     """
-    known = photographs()
-    if config.held_out not in known or len(known) < 2:
+    paths = photographs()
+    if config.held_out not in paths or len(paths) < 2:
         raise UserError(
-            f"held_out: there is no photograph '{config.held_out}' among {', '.join(sorted(known))}; choose "
+            f"held_out: there is no photograph '{config.held_out}' among {', '.join(sorted(paths))}; choose "
             f"one of these, or install scikit-image, which brings five."
         )
-    trained = [known[name] for name in sorted(known) if name != config.held_out]
+    train_photographs = [paths[name] for name in sorted(paths) if name != config.held_out]
     meta = {"content": "images", "source": {"name": "photographs", **config.model_dump(mode="json")}}
-    listed = {"photographs": [path.stem for path in trained]}
-    train = [
-        ShardRecipe(
-            shard_name(number),
-            min(config.samples_per_shard, config.train_samples - first),
-            functools.partial(_crops, config, trained, first),
-        )
-        for number, first in enumerate(range(0, config.train_samples, config.samples_per_shard))
-    ]
-    tiles = list(_tiles(config, known[config.held_out]))
-    held_out = [ShardRecipe(shard_name(0), len(tiles), lambda: tiles)]
+    names = {"photographs": [path.stem for path in train_photographs]}
+    train = shard_recipes(
+        range(config.train_samples),
+        config.samples_per_shard,
+        functools.partial(_crops, config, train_photographs),
+    )
+    tiles = list(_tiles(config, paths[config.held_out]))
+    held_out = shard_recipes(tiles, max(1, len(tiles)), iter)
     return {
-        "train": write_shard_set(folder / "train", {**meta, **listed}, train, "photographs"),
+        "train": write_shard_set(folder / "train", {**meta, **names}, train, "photographs"),
         "held_out": write_shard_set(folder / "held_out", meta, held_out, "held-out photograph"),
     }
 
 
-def _crops(config: PhotographsConfig, photographs: list[Path], first: int) -> Iterator[Sample]:
-    whole = [_read(path) for path in photographs]
-    areas = np.array([pixels.shape[0] * pixels.shape[1] for pixels in whole])
+def _crops(config: PhotographsConfig, photographs: list[Path], numbers: Sequence[int]) -> Iterator[Sample]:
+    images = [_read(path) for path in photographs]
+    areas = np.array([pixels.shape[0] * pixels.shape[1] for pixels in images])
     ends = areas.cumsum()
-    for number in range(first, min(first + config.samples_per_shard, config.train_samples)):
-        chosen, *place = (
+    for number in numbers:
+        area, *corner = (
             word * 2.0**-32 for word in integers(config.seed, Purpose.PHOTOGRAPH, number, 3).tolist()
         )
         # Photographs are sampled in proportion to their area, so all pixels are about equally likely.
-        pixels = whole[int(np.searchsorted(ends, chosen * ends[-1], side="right"))]
+        pixels = images[int(np.searchsorted(ends, area * ends[-1], side="right"))]
         top, left = (
-            int(share * (side - config.size + 1)) for share, side in zip(place, pixels.shape[:2], strict=True)
+            int(uniform * (side - config.size + 1))
+            for uniform, side in zip(corner, pixels.shape[:2], strict=True)
         )
         yield _sample(f"{number:08d}", pixels[top : top + config.size, left : left + config.size])
 

@@ -8,7 +8,7 @@ them correctly generalizes over the words and has not memorized images.
 import functools
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -23,13 +23,13 @@ from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.config import Config
 from vqd_scale.core.rng import Purpose, integers, permutation
 from vqd_scale.data.shards.shard_index import ShardSet
-from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, shard_name, write_shard_set
+from vqd_scale.data.shards.shard_io import KEY, Sample, shard_recipes, write_shard_set
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 Split = Literal["train", "held_out"]
 
 SHAPES = ("circle", "square", "triangle", "star")
-COLOURS: Mapping[str, Colour] = {
+COLORS: Mapping[str, Color] = {
     "red": (226, 45, 58),
     "orange": (255, 128, 0),
     "yellow": (255, 212, 0),
@@ -39,7 +39,7 @@ COLOURS: Mapping[str, Colour] = {
     "purple": (140, 56, 224),
     "pink": (255, 92, 172),
 }
-BACKGROUNDS: Mapping[str, Colour] = {
+BACKGROUNDS: Mapping[str, Color] = {
     "white": (250, 250, 247),
     "gray": (150, 156, 166),
     "black": (20, 20, 24),
@@ -74,7 +74,7 @@ class Figure:
     """Shape, color, size and position of a figure: keys of the tables above."""
 
     shape: str
-    colour: str
+    color: str
     size: str
     position: str
 
@@ -149,8 +149,8 @@ def write_shapes(config: ShapesConfig, folder: Path) -> dict[Split, ShardSet]:
 def make_sample(config: ShapesConfig, split: Split, index: int) -> Sample:
     """Generate sample ``index`` of a split, as a pure function of (seed, index)."""
     scene = scene_at(config, split, index)
-    block, place = divmod(index, _WORDS_BLOCK)
-    words = _words(config.seed, _own_slot(split, block))[place]
+    block, row = divmod(index, _WORDS_BLOCK)
+    words = _words(config.seed, _own_slot(split, block))[row]
     return {
         KEY: f"{index:09d}",
         "png": _png(scene, config.image_size),
@@ -162,19 +162,22 @@ def make_sample(config: ShapesConfig, split: Split, index: int) -> Sample:
 def scene_at(config: ShapesConfig, split: Split, index: int) -> Scene:
     """Return the scene of a sample; each pass over the scenes of the split is shuffled anew."""
     scenes = all_scenes(config.objects, split)
-    turn, place = divmod(index, len(scenes))
-    return scenes[_scene_order(config.seed, _own_slot(split, turn), len(scenes))[place]]
+    turn, position = divmod(index, len(scenes))
+    return scenes[_scene_order(config.seed, _own_slot(split, turn), len(scenes))[position]]
 
 
 @functools.cache
 def all_scenes(objects: int, split: Split) -> tuple[Scene, ...]:
     """List all scenes of a split; a scene is held out if one (figure, background) pair is."""
     placements = [(position,) for position in POSITIONS] if objects == 1 else list(RELATIONS.values())
-    looks = list(product(SHAPES, COLOURS, SIZES))
+    appearances = list(product(SHAPES, COLORS, SIZES))
     scenes = (
-        Scene(background, tuple(Figure(*look, place) for look, place in zip(drawn, places, strict=True)))
-        for background, places in product(BACKGROUNDS, placements)
-        for drawn in product(looks, repeat=objects)
+        Scene(
+            background,
+            tuple(Figure(*look, position) for look, position in zip(looks, positions, strict=True)),
+        )
+        for background, positions in product(BACKGROUNDS, placements)
+        for looks in product(appearances, repeat=objects)
     )
     return tuple(scene for scene in scenes if _is_held_out(scene) == (split == "held_out"))
 
@@ -185,7 +188,7 @@ def render(scene: Scene, pixels: int) -> UInt8[NDArray[np.uint8], "height width 
     canvas[:] = BACKGROUNDS[scene.background]
     for figure in scene.figures:
         cover = coverage(figure.shape, figure.size, figure.position, pixels)[..., None]
-        canvas += cover * (np.array(COLOURS[figure.colour], np.float32) - canvas)
+        canvas += cover * (np.array(COLORS[figure.color], np.float32) - canvas)
     return np.rint(canvas).astype(np.uint8)
 
 
@@ -212,20 +215,20 @@ def caption(scene: Scene, words: Sequence[int]) -> str:
 
 # Size precedes color, so the article before a figure is "a"; backgrounds all start with a consonant.
 _ONE_FIGURE = (
-    "a {size} {colour} {shape} {place} on a {background} background",
-    "a {size} {colour} {shape} {place}, {background} background",
-    "a {size} {colour} {shape} on a {background} background, {place}",
-    "a {background} background with a {size} {colour} {shape} {place}",
-    "{place}, a {size} {colour} {shape} on {background}",
-    "{place} of a {background} picture, a {size} {colour} {shape}",
-    "one {size} {colour} {shape} {place} of a {background} image",
-    "a picture of a {size} {colour} {shape} {place} on {background}",
-    "there is a {size} {colour} {shape} {place} on a {background} background",
-    "a {size} {shape} in {colour}, {place}, on a {background} background",
-    "on a {background} background, a {size} {colour} {shape} {place}",
-    "a {shape} {place}, {size} and {colour}, on {background}",
-    "a {colour} {shape}, {size}, {place}, on a {background} background",
-    "the {shape} {place} is {size} and {colour}, the background is {background}",
+    "a {size} {color} {shape} {position} on a {background} background",
+    "a {size} {color} {shape} {position}, {background} background",
+    "a {size} {color} {shape} on a {background} background, {position}",
+    "a {background} background with a {size} {color} {shape} {position}",
+    "{position}, a {size} {color} {shape} on {background}",
+    "{position} of a {background} picture, a {size} {color} {shape}",
+    "one {size} {color} {shape} {position} of a {background} image",
+    "a picture of a {size} {color} {shape} {position} on {background}",
+    "there is a {size} {color} {shape} {position} on a {background} background",
+    "a {size} {shape} in {color}, {position}, on a {background} background",
+    "on a {background} background, a {size} {color} {shape} {position}",
+    "a {shape} {position}, {size} and {color}, on {background}",
+    "a {color} {shape}, {size}, {position}, on a {background} background",
+    "the {shape} {position} is {size} and {color}, the background is {background}",
 )
 _TWO_FIGURES = (
     "{first} {relation} {second} on a {background} background",
@@ -246,31 +249,31 @@ _RELATION_WORDS = {
 
 def _caption_of_one(scene: Scene, words: Sequence[int]) -> str:
     figure = scene.figures[0]
-    template, rest = _choose(_ONE_FIGURE, words[0])
-    size, _ = _choose(_SIZE_WORDS[figure.size], rest)
-    place, _ = _choose(_place_words(figure.position), words[1])
+    template, word = _choose(_ONE_FIGURE, words[0])
+    size, _ = _choose(_SIZE_WORDS[figure.size], word)
+    position, _ = _choose(_position_phrases(figure.position), words[1])
     text = template.format(
-        size=size, colour=figure.colour, shape=figure.shape, place=place, background=scene.background
+        size=size, color=figure.color, shape=figure.shape, position=position, background=scene.background
     )
     return text.replace("a orange", "an orange")
 
 
 def _caption_of_two(scene: Scene, words: Sequence[int]) -> str:
-    template, rest = _choose(_TWO_FIGURES, words[0])
-    is_reversed, rest = _choose((False, True), rest)
+    template, word = _choose(_TWO_FIGURES, words[0])
+    is_reversed, word = _choose((False, True), word)
     forward, backward = _RELATION_WORDS[scene.relation]
-    relation, _ = _choose(backward if is_reversed else forward, rest)
+    relation, _ = _choose(backward if is_reversed else forward, word)
     described: list[str] = []
-    rest = words[1]
+    word = words[1]
     for figure in scene.figures[::-1] if is_reversed else scene.figures:
-        size, rest = _choose(_SIZE_WORDS[figure.size], rest)
-        described.append(f"a {size} {figure.colour} {figure.shape}")
+        size, word = _choose(_SIZE_WORDS[figure.size], word)
+        described.append(f"a {size} {figure.color} {figure.shape}")
     return template.format(
         first=described[0], second=described[1], relation=relation, background=scene.background
     )
 
 
-def _place_words(position: str) -> tuple[str, ...]:
+def _position_phrases(position: str) -> tuple[str, ...]:
     row, column = position.split()
     if position == "middle center":
         return "in the middle", "in the center"
@@ -283,8 +286,8 @@ def _place_words(position: str) -> tuple[str, ...]:
 
 def _choose(choices: Sequence[Any], word: int) -> tuple[Any, int]:
     """Return one of the choices, and the rest of the random integer for the next choice."""
-    rest, choice = divmod(word, len(choices))
-    return choices[choice], rest
+    remainder, choice = divmod(word, len(choices))
+    return choices[choice], remainder
 
 
 def _outline(shape: str, radius: float) -> list[tuple[float, float]]:
@@ -311,7 +314,7 @@ def _is_held_out(scene: Scene) -> bool:
     """Test for a Latin pattern: a seventh of the combinations; every pair of attributes stays in training."""
     background = list(BACKGROUNDS).index(scene.background)
     return any(
-        (2 * SHAPES.index(figure.shape) + 3 * list(COLOURS).index(figure.colour) + background) % 7 == 0
+        (2 * SHAPES.index(figure.shape) + 3 * list(COLORS).index(figure.color) + background) % 7 == 0
         for figure in scene.figures
     )
 
@@ -341,17 +344,11 @@ def _png(scene: Scene, pixels: int) -> bytes:
 
 
 def _write_split(config: ShapesConfig, split: Split, samples: int, folder: Path) -> ShardSet:
-    def made(numbers: range) -> Iterator[Sample]:
-        return (make_sample(config, split, number) for number in numbers)
-
-    recipes = [
-        ShardRecipe(shard_name(number), len(numbers), functools.partial(made, numbers))
-        for number, first in enumerate(range(0, samples, config.samples_per_shard))
-        for numbers in [range(first, min(first + config.samples_per_shard, samples))]
-    ]
+    generate = functools.partial(make_sample, config, split)
+    recipes = shard_recipes(range(samples), config.samples_per_shard, functools.partial(map, generate))
     meta = {
         "content": "images",
         "image_size": config.image_size,
         "source": {"name": "shapes", "split": split, "config": config.model_dump(mode="json")},
     }
-    return write_shard_set(folder, meta, recipes, title=f"drawing {split.replace('_', '-')} scenes")
+    return write_shard_set(folder, meta, recipes, title=f"rendering {split.replace('_', '-')} scenes")

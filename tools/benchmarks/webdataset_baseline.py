@@ -1,7 +1,7 @@
 """Baseline loader: webdataset's standard pipeline, without an index.
 
-For inspecting third-party tars, and as the baseline in benchmarks of our loader. This loader is not exact: a
-truncated tar ends early without an error, the order has no cursor, and the length of an epoch is unknown.
+This loader is not exact: a truncated tar ends early without an error, the order has no cursor, and the length
+of an epoch is unknown.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
