@@ -54,26 +54,26 @@ def load(tmp_path: Path, text: str, *overrides: str) -> Run:
     return load_config(Run, path, overrides)
 
 
-def complaint(*overrides: str) -> str:
+def error_message(*overrides: str) -> str:
     with pytest.raises(UserError) as caught:
         load_config(Run, None, overrides)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_defaults_then_file_then_overrides(tmp_path: Path) -> None:
+def test_overrides_take_precedence_over_file_and_defaults(tmp_path: Path) -> None:
     text = "optim: {lr: 0.5, warmup: 7}\nname: file\n"
     config = load(tmp_path, text, "optim.lr=0.1", "optim.lr=0.2", "name=last")
     assert config == Run(name="last", optim=Optimizer(lr=0.2, warmup=7))
 
 
-def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+def test_empty_file_gives_defaults(tmp_path: Path) -> None:
     assert load(tmp_path, "# nothing but a comment\n") == Run()
 
 
 @pytest.mark.parametrize("text", ["2e-4", "2.0e-4", "2E-4", "0.0002", ".0002"])
 def test_every_spelling_of_a_float(tmp_path: Path, text: str) -> None:
-    # YAML 1.1 takes `2e-4` for a string.
+    # YAML 1.1 reads `2e-4` as a string.
     assert load(tmp_path, f"optim: {{lr: {text}}}").optim.lr == 2e-4
     assert load_config(Run, None, [f"optim.lr={text}"]).optim.lr == 2e-4
 
@@ -88,14 +88,14 @@ def test_every_spelling_of_a_float(tmp_path: Path, text: str) -> None:
         ("optim.qqqqq=1", "optim.qqqqq", "allowed here: betas, lr, warmup."),
     ],
 )
-def test_unknown_key_names_its_path_and_the_nearest(override: str, path: str, allowed: str) -> None:
-    message = complaint(override)
+def test_unknown_key_names_path_and_nearest_key(override: str, path: str, allowed: str) -> None:
+    message = error_message(override)
     assert f" {path}: unknown key" in message
     assert allowed in message
 
 
-def test_suggestions_in_a_union_come_from_the_chosen_kind() -> None:
-    assert "allowed here: kind, offset;" in complaint("schedule={kind: cosine, ofset: 1}")
+def test_union_suggestions_come_from_chosen_kind() -> None:
+    assert "allowed here: kind, offset;" in error_message("schedule={kind: cosine, ofset: 1}")
 
 
 @pytest.mark.parametrize(
@@ -117,21 +117,21 @@ def test_suggestions_in_a_union_come_from_the_chosen_kind() -> None:
         ("name=''", "the overrides: name must not be empty."),
     ],
 )
-def test_wrong_value_says_where_what_and_what_is_allowed(override: str, message: str) -> None:
-    assert message in complaint(override)
+def test_wrong_value_names_path_value_and_allowed_values(override: str, message: str) -> None:
+    assert message in error_message(override)
 
 
-def test_further_mistakes_are_counted() -> None:
-    assert complaint("optim.lr=x", "shuffle=x").endswith("(and 1 more)")
+def test_further_errors_are_counted() -> None:
+    assert error_message("optim.lr=x", "shuffle=x").endswith("(and 1 more)")
 
 
-def test_a_config_cannot_be_changed() -> None:
+def test_config_is_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Run().name = "other"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize("text", ["name: a\nname: b\n", "optim:\n  lr: 1\n  warmup: 2\n  lr: 3\n"])
-def test_a_key_given_twice(tmp_path: Path, text: str) -> None:
+def test_duplicate_key_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError, match=r"run\.yaml: not valid YAML: the key '(name|lr)' is given twice"):
         load(tmp_path, text)
 
@@ -144,13 +144,13 @@ def test_a_key_given_twice(tmp_path: Path, text: str) -> None:
         ("!!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
 )
-def test_files_that_are_no_configuration(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_configuration_files(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load(tmp_path, text)
     assert "\n" not in str(caught.value)
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_configuration_files(tmp_path: Path) -> None:
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path / "absent.yaml", tmp_path, binary):
@@ -159,16 +159,16 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("override", ["name", "=3", "optim.=3", ".lr=3", "optim..lr=3", "--lr"])
-def test_overrides_that_are_none(override: str) -> None:
-    assert complaint(override) == f"override '{override}': expected key.subkey=value."
+def test_invalid_overrides(override: str) -> None:
+    assert error_message(override) == f"override '{override}': expected key.subkey=value."
 
 
-def test_overrides_that_cannot_be_applied() -> None:
-    assert "is not a YAML value; quote it" in complaint("name=[")
-    assert "name holds the value 'a', not further keys" in complaint("name=a", "name.b=c")
+def test_inapplicable_overrides() -> None:
+    assert "is not a YAML value; quote it" in error_message("name=[")
+    assert "name holds the value 'a', not further keys" in error_message("name=a", "name.b=c")
 
 
-def test_an_override_may_hold_an_equals_sign() -> None:
+def test_override_value_may_contain_equals_sign() -> None:
     assert load_config(Run, None, ["name=a=b"]).name == "a=b"
 
 
@@ -192,14 +192,14 @@ runs = st.builds(
 
 
 @given(runs)
-def test_what_is_written_is_read_back_equal(tmp_path_factory: pytest.TempPathFactory, run: Run) -> None:
+def test_yaml_round_trip(tmp_path_factory: pytest.TempPathFactory, run: Run) -> None:
     path = tmp_path_factory.getbasetemp() / "round_trip.yaml"
     path.write_text(to_yaml(run), encoding="utf-8")
     assert load_config(Run, path) == run
 
 
 @given(runs)
-def test_an_override_says_the_same_as_the_field(run: Run) -> None:
+def test_override_equals_field_assignment(run: Run) -> None:
     overrides = [
         f"optim.lr={run.optim.lr}",
         f"optim.warmup={run.optim.warmup}",
@@ -224,7 +224,7 @@ class Tagged(Config):
         (["schedule.kind=cosine", "schedule.offset=0.5"], Cosine(offset=0.5)),
     ],
 )
-def test_a_choice_may_have_one_that_need_not_be_named(overrides: list[str], expected: Config) -> None:
+def test_union_default_kind_may_be_omitted(overrides: list[str], expected: Config) -> None:
     config = load_config(Tagged, None, overrides)
     assert config.schedule == expected
     assert validated(Tagged, config.model_dump(mode="json"), "itself") == config
@@ -239,13 +239,94 @@ def test_a_choice_may_have_one_that_need_not_be_named(overrides: list[str], expe
         ("schedule=7", "schedule: given 7, allowed: a mapping with keys among kind, steps."),
     ],
 )
-def test_a_mistake_in_such_a_choice_is_told_like_any_other(override: str, sentence: str) -> None:
+def test_error_in_default_kind_names_key(override: str, sentence: str) -> None:
     with pytest.raises(UserError) as caught:
         load_config(Tagged, None, [override])
     assert sentence in str(caught.value)
 
 
-def test_a_whole_file_may_be_one_of_several_kinds() -> None:
+class Leaf(Config):
+    """Configuration with a key that is also its tag."""
+
+    kind: Literal["leaf"] = "leaf"
+    leaf: PositiveInt = 1
+    total_images: int = 1
+
+
+class Branch(Config):
+    kind: Literal["branch"] = "branch"
+    width: PositiveInt
+    leaf: Annotated[Leaf | Cosine, Field(discriminator="kind")] = Leaf()
+    leaves: tuple[Annotated[Leaf | Cosine, Field(discriminator="kind")], ...] = ()
+    named: dict[str, Leaf] = Field(default={})
+    optional: Leaf | None = None
+
+    @model_validator(mode="after")
+    def _width_is_odd(self) -> "Branch":
+        if self.width % 2 == 0:
+            raise ValueError("width must be odd")
+        return self
+
+
+class Tree(Config):
+    branch: Annotated[
+        Annotated[Branch, Tag("branch")] | Annotated[Linear, Tag("linear")], Discriminator(kind_or("branch"))
+    ] = Branch(width=1)
+    branches: tuple[Branch, ...] = ()
+
+
+LEAVES = {
+    "branch.leaf": "branch: {width: 1, leaf: {kind: leaf, %s}}",
+    "branch.leaves.1": "branch: {width: 1, leaves: [{kind: cosine}, {kind: leaf, %s}]}",
+    "branch.named.leaf": "branch: {width: 1, named: {leaf: {%s}}}",
+    "branch.optional": "branch: {width: 1, kind: branch, optional: {%s}}",
+    "branches.0.leaf": "branches: [{width: 1, leaf: {kind: leaf, %s}}]",
+    "branches.1.optional": "branches: [{width: 1}, {width: 3, optional: {%s}}]",
+}
+"""Dotted path of each leaf, and a file that sets one of the leaf's keys."""
+
+
+@pytest.mark.parametrize("path", LEAVES)
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("lief: 2", "lief: unknown key; allowed here: kind, leaf, total_images; did you mean 'leaf'?"),
+        ("leaf: 0", "leaf: given 0, allowed: greater than 0."),
+        ("leaf: {leaf: 2}", "leaf: given {'leaf': 2}, allowed: a valid integer."),
+        ("images: 2", "images: this key is called 'total_images' now."),
+    ],
+)
+def test_error_names_full_path_at_any_depth(tmp_path: Path, path: str, setting: str, sentence: str) -> None:
+    file = tmp_path / "tree.yaml"
+    file.write_text(LEAVES[path] % setting)
+    with pytest.raises(UserError) as caught:
+        load_config(Tree, file)
+    assert str(caught.value) == f"{file}: {path}.{sentence}"
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("branch.width=2", "branch: width must be odd."),
+        ("branch=null", "branch: given None, allowed: a mapping with keys among kind, width, leaf"),
+        ("branch={branch: {branch: 1}, width: 1}", "branch.branch: unknown key"),
+        (
+            "branch.witdh=1",
+            "branch.witdh: unknown key; allowed here: kind, leaf, leaves, named, optional, width",
+        ),
+        (
+            "branch={width: 1, leaf: {leaf: 2}}",
+            "branch.leaf.kind: required, but not given; allowed: 'leaf', ",
+        ),
+    ],
+)
+def test_error_at_union_itself_names_no_tag(override: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(Tree, None, [override])
+    assert f"the overrides: {sentence}" in str(caught.value)
+
+
+def test_file_may_be_a_union_of_kinds() -> None:
     assert load_config((Linear, Cosine), None, ["steps=3"]) == Linear(steps=3)
     assert load_config((Linear, Cosine), None, ["kind=cosine"]) == Cosine()
     with pytest.raises(UserError, match="kind: given 'square', allowed: 'linear', 'cosine'"):
@@ -271,22 +352,22 @@ class Renamed(Config):
         ("images=4", "the overrides: images: this key is called 'total_images' now."),
     ],
 )
-def test_a_former_name_is_refused_with_the_present_one(override: str, sentence: str) -> None:
+def test_former_key_is_refused_with_present_key(override: str, sentence: str) -> None:
     with pytest.raises(UserError) as caught:
         load_config(Renamed, None, [override])
     assert str(caught.value) == sentence
 
 
-def test_a_former_name_whose_successor_is_not_allowed_here_is_an_unknown_key() -> None:
+def test_former_key_without_valid_successor_is_unknown() -> None:
     with pytest.raises(UserError, match=r"data\.images: unknown key; allowed here: global_batch_size, path"):
         load_config(Renamed, None, ["data.images=4"])
 
 
 def configs_of(config: type[Config]) -> list[type[Config]]:
-    return [each for own in config.__subclasses__() for each in (own, *configs_of(own))]
+    return [each for subclass in config.__subclasses__() for each in (subclass, *configs_of(subclass))]
 
 
-def test_every_successor_is_a_key_of_the_package() -> None:
+def test_every_successor_key_exists() -> None:
     for module in pkgutil.walk_packages(vqd_scale.__path__, "vqd_scale."):
         importlib.import_module(module.name)
     keys = {

@@ -7,7 +7,8 @@ choice between components is a tagged union with the tag ``kind``. No other modu
 import difflib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -48,6 +49,13 @@ def kind_or(default: str) -> Callable[[Any], Any]:
         return getattr(value, "kind", default)
 
     return kind_of
+
+
+def kinds_of(union: Any) -> tuple[type[Any], ...]:  # noqa: ANN401 - a type form
+    """Return the configuration classes of a tagged union, for `load_config` and `validated`."""
+    members = get_args(get_args(union)[0])
+    # A member with a tag is `Annotated[member, Tag(...)]`.
+    return tuple(get_args(member)[0] if get_origin(member) is Annotated else member for member in members)
 
 
 def load_config(
@@ -91,9 +99,10 @@ def validated(
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        remaining = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise UserError(f"{source}: {_describe(kind, values, first)}{remaining}") from None
+        # A misspelled required key is an unknown key and a missing one; the sentence is about the former.
+        first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+        suffix = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise UserError(f"{source}: {_describe(kind, first)}{suffix}") from None
 
 
 def _named(kinds: tuple[type[ConfigType], ...], values: Mapping[str, Any], source: str) -> type[ConfigType]:
@@ -145,25 +154,29 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"override '{override}': {error}.") from None
 
 
-def _describe(kind: type[Config], values: Mapping[str, Any], error: ErrorDetails) -> str:
+def _describe(kind: type[Config], error: ErrorDetails) -> str:
     """Format one pydantic error as a sentence: dotted path, given value, allowed values."""
-    path = _dotted(values, error["loc"])
     if error["type"] == "extra_forbidden":
-        allowed = _fields_at(kind, error["loc"][:-1])
-        successors = [name for name in RENAMED.get(str(error["loc"][-1]), ()) if name in allowed]
+        key = str(error["loc"][-1])
+        parent, models = _trace(kind, error["loc"][:-1])
+        path = f"{parent}.{key}" if parent else key
+        allowed = [name for model in models for name in model.model_fields]
+        successors = [name for name in RENAMED.get(key, ()) if name in allowed]
         if successors:
             return f"{path}: this key is called '{successors[0]}' now."
-        suggestions = difflib.get_close_matches(str(error["loc"][-1]), allowed, n=1)
-        hint = f"; did you mean '{suggestions[0]}'?" if suggestions else "."
+        near = difflib.get_close_matches(key, allowed, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else "."
         return f"{path}: unknown key; allowed here: {', '.join(sorted(allowed))}{hint}"
+    path, models = _trace(kind, error["loc"])
     if error["type"] == "missing":
         return f"{path}: required, but not given."
-    if error["type"] == "union_tag_not_found":
-        return f"{path}.kind: required, but not given; allowed: {_tags_at(kind, error['loc'])}."
-    if error["type"] == "union_tag_invalid":
-        return f"{path}.kind: given {error['input'].get('kind')!r}, allowed: {_tags_at(kind, error['loc'])}."
+    if error["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        tags = ", ".join(repr(model.model_fields["kind"].default) for model in models)
+        tag = error["input"].get("kind")
+        problem = "required, but not given;" if error["type"] == "union_tag_not_found" else f"given {tag!r},"
+        return f"{path}.kind: {problem} allowed: {tags}."
     if error["type"] in ("model_type", "model_attributes_type"):
-        keys = ", ".join(dict.fromkeys(_fields_at(kind, error["loc"])))
+        keys = ", ".join(dict.fromkeys(name for model in models for name in model.model_fields))
         return f"{path}: given {error['input']!r}, allowed: a mapping with keys among {keys}."
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ").rstrip(".")
     if error["type"] in ("value_error", "assertion_error"):
@@ -171,52 +184,46 @@ def _describe(kind: type[Config], values: Mapping[str, Any], error: ErrorDetails
     return f"{path}: given {error['input']!r}, allowed: {message}."
 
 
-def _dotted(values: Mapping[str, Any], location: tuple[int | str, ...]) -> str:
-    """Return the dotted path of an error, without the union tags and types that pydantic adds."""
+def _trace(kind: type[Config], location: tuple[int | str, ...]) -> tuple[str, list[type[BaseModel]]]:
+    """Return the dotted path of a pydantic error location, and the configuration classes allowed there.
+
+    Inside a union pydantic adds the tag, or the name of a type. It is no part of the path, even if the
+    union's tag is omitted in the file or is also the name of a key.
+    """
     parts: list[str] = []
-    node: Any = values
-    for position, key in enumerate(location):
-        is_last = position == len(location) - 1
-        if isinstance(node, Mapping):
-            mapping = cast(Mapping[Any, Any], node)
-            if key in mapping:
-                node = mapping[key]
-            elif not is_last or mapping.get("kind") == key:
-                continue
-        elif isinstance(key, int) and isinstance(node, Sequence):
-            sequence = cast(Sequence[Any], node)
-            node = sequence[key] if key < len(sequence) else None
-        elif node is not None:
-            continue
-        parts.append(str(key))
-    return ".".join(parts)
-
-
-def _fields_at(kind: type[Config], location: tuple[int | str, ...]) -> list[str]:
-    return [name for model in _models_at(kind, location) for name in model.model_fields]
-
-
-def _tags_at(kind: type[Config], location: tuple[int | str, ...]) -> str:
-    return ", ".join(repr(model.model_fields["kind"].default) for model in _models_at(kind, location))
-
-
-def _models_at(kind: type[Config], location: tuple[int | str, ...]) -> list[type[BaseModel]]:
-    """Return the model classes allowed at a pydantic error location (which includes union tags)."""
-    candidates: list[type[BaseModel]] = [kind]
+    options: list[Any] = [kind]
     for key in location:
-        following: list[type[BaseModel]] = []
-        for model in candidates:
-            if key in model.model_fields:
-                following.extend(_models_in(model.model_fields[str(key)].annotation))
-            elif isinstance(key, int) or (
-                "kind" in model.model_fields and model.model_fields["kind"].default == key
-            ):
-                following.append(model)
-        candidates = following
-    return candidates
+        if len(options) > 1:
+            options = [model for model in _models(options) if _tag(model) == key]
+        elif options or isinstance(key, int):
+            parts.append(str(key))
+            options = [option for parent in options for option in _options_at(parent, key)]
+    return ".".join(parts), _models(options)
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:  # noqa: ANN401 - an annotation may be any object
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+def _tag(model: type[BaseModel]) -> object:
+    return model.model_fields["kind"].default if "kind" in model.model_fields else None
+
+
+def _models(options: list[Any]) -> list[type[BaseModel]]:
+    return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+
+
+def _options_at(parent: Any, key: int | str) -> list[Any]:  # noqa: ANN401 - an annotation may be any object
+    """Return the types that a value may have at a key of a configuration, tuple or dictionary."""
+    if models := _models([parent]):
+        fields = models[0].model_fields
+        return _options(fields[key].annotation) if isinstance(key, str) and key in fields else []
+    arguments = get_args(parent)
+    if get_origin(parent) is tuple and isinstance(key, int):
+        return _options(arguments[0 if arguments[-1] is Ellipsis else key])
+    return _options(arguments[1]) if get_origin(parent) is dict else []
+
+
+def _options(annotation: Any) -> list[Any]:  # noqa: ANN401
+    """Return the members of a union except None, without metadata; another annotation is its only option."""
+    if get_origin(annotation) is Annotated:
+        return _options(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [option for member in get_args(annotation) for option in _options(member)]
+    return [] if annotation is type(None) else [annotation]

@@ -47,6 +47,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
     "neighbours": ("neighbors",),
     "no_caption": ("null_condition",),
     "normalise": ("normalize",),
+    "null": ("null_condition",),
     "of": ("evaluation_set",),
     "out": ("output",),
     "patch": ("patch_size",),
