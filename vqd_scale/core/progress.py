@@ -13,21 +13,21 @@ Item = TypeVar("Item")
 
 
 def progress_bar(
-    description: str, total: int, *, done: int = 0, unit: str = "it", quiet: bool = False
+    description: str, total: int, *, initial: int = 0, unit: str = "it", quiet: bool = False
 ) -> "tqdm[Any]":
     """Return a progress bar on stderr; it updates every ten seconds if stderr is not a terminal.
 
     Args:
         description: Label of the bar.
         total: Total number of units.
-        done: Units finished before this process started; excluded from the speed.
+        initial: Units finished before this process started; excluded from the speed.
         unit: Name of one unit.
         quiet: Disable the bar (ranks other than 0).
     """
     # The stubs leave the item type of a bar without an iterable unknown.
     bar: tqdm[Any] = tqdm(
         total=total,
-        initial=done,
+        initial=initial,
         desc=description,
         unit=unit,
         unit_scale=total > 10_000,

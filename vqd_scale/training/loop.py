@@ -179,7 +179,7 @@ class _Trainer(Generic[BatchType]):
             pinned=self.world.device.type == "cuda",
         )
         bar = progress_bar(
-            title, self.config.total_images, done=self.images, unit="img", quiet=not self.world.is_first
+            title, self.config.total_images, initial=self.images, unit="img", quiet=not self.world.is_first
         )
         with closing(iter(stream)) as batches, bar, self.watchdog:
             return self._run(batches, bar)
