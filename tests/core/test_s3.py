@@ -9,7 +9,7 @@ from vqd_scale.core.atomic_io import Location, parse_location
 from vqd_scale.core.config import Config, load_config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.s3 import PartialDownload, S3Path
-from vqd_scale.core.s3_client import S3Endpoint
+from vqd_scale.core.s3_endpoint import S3Endpoint
 
 
 class Reads(Config):
@@ -26,7 +26,7 @@ endpoints = st.builds(
 
 
 @given(names, st.lists(names, max_size=3), endpoints)
-def test_a_path_is_written_and_read_back(bucket: str, keys: list[str], endpoint: S3Endpoint) -> None:
+def test_path_round_trip(bucket: str, keys: list[str], endpoint: S3Endpoint) -> None:
     path = S3Path(bucket, "/".join(keys), endpoint)
     assert S3Path.parse(str(path)) == path
     assert parse_location(str(path)) == path
@@ -34,7 +34,7 @@ def test_a_path_is_written_and_read_back(bucket: str, keys: list[str], endpoint:
 
 
 @given(st.lists(names, min_size=2, max_size=4))
-def test_parts_of_a_path(keys: list[str]) -> None:
+def test_path_components(keys: list[str]) -> None:
     folder = S3Path("bucket", "/".join(keys[:-1]), S3Endpoint(anonymous=True))
     path = folder / keys[-1]
     assert path.parent == folder
@@ -42,7 +42,7 @@ def test_parts_of_a_path(keys: list[str]) -> None:
     assert path.with_name("other") == folder / "other"
 
 
-def test_another_ending() -> None:
+def test_with_suffix() -> None:
     path = S3Path("bucket", "a.b/000001.tar")
     assert path.with_suffix(".npz") == S3Path("bucket", "a.b/000001.npz")
     assert S3Path("bucket", "a.b/shard").with_suffix(".npz") == S3Path("bucket", "a.b/shard.npz")
@@ -63,13 +63,13 @@ def test_another_ending() -> None:
         ("[1, 2]", "a path, or s3://bucket/key"),
     ],
 )
-def test_other_places_are_refused(text: str, allowed: str) -> None:
+def test_unsupported_locations_are_refused(text: str, allowed: str) -> None:
     with pytest.raises(UserError, match=rf"data: given .*{allowed.replace('?', '.')}"):
         load_config(Reads, overrides=[f"data={text}" if text else "data=''"])
 
 
 @given(st.lists(st.binary(min_size=1, max_size=9), max_size=6), st.data())
-def test_blocks_are_their_bytes_joined(parts: list[bytes], data: st.DataObject) -> None:
+def test_blocks_join_to_all_bytes(parts: list[bytes], data: st.DataObject) -> None:
     joined = b"".join(parts)
     blocks = PartialDownload(len(joined))
     ended: Future[None] = Future()
@@ -84,13 +84,13 @@ def test_blocks_are_their_bytes_joined(parts: list[bytes], data: st.DataObject) 
     assert blocks.read(begin, end) == joined[begin:end]
 
 
-def test_bytes_are_given_out_while_others_are_on_their_way() -> None:
+def test_partial_download_serves_arrived_bytes() -> None:
     arriving, end = PartialDownload(9, step=2), Future[None]()
     arriving.follow(end)
     arriving.append(b"abc")
     assert arriving.read(1, 3) == b"bc"
     with ThreadPoolExecutor() as pool:
-        later, whole, beyond = (
+        later, exact_read, beyond = (
             pool.submit(arriving.read, 2, 5),
             pool.submit(lambda: list(arriving)),
             pool.submit(arriving.read, 4, 9),
@@ -99,16 +99,16 @@ def test_bytes_are_given_out_while_others_are_on_their_way() -> None:
         assert later.result() == b"cde"
         arriving.append(b"g")
         end.set_exception(UserError("gone"))
-        for waiting in (whole, beyond):
+        for waiting in (exact_read, beyond):
             with pytest.raises(UserError, match="gone"):
                 waiting.result()
-    # What came is still there.
+    # The bytes that arrived are still available.
     assert arriving.read(0, 7) == b"abcdefg"
 
 
-def test_bytes_go_with_the_last_who_holds_them() -> None:
+def test_download_is_freed_with_last_reference() -> None:
     arriving, end = PartialDownload(9), Future[None]()
     arriving.follow(end)
-    held = weakref.ref(arriving)
+    arriving_reference = weakref.ref(arriving)
     del arriving
-    assert held() is None
+    assert arriving_reference() is None

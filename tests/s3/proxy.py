@@ -1,4 +1,4 @@
-"""An HTTP proxy on 127.0.0.1 that fails as networks and stores do, by a plan."""
+"""An HTTP proxy on 127.0.0.1 that injects faults of networks and stores by a plan."""
 
 import http.client
 import socket
@@ -14,7 +14,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from vqd_scale.core.s3 import S3Path
-from vqd_scale.core.s3_client import S3Endpoint
+from vqd_scale.core.s3_endpoint import S3Endpoint
 
 STALL_SECONDS = 60
 SLOW_DOWN = (
@@ -23,16 +23,17 @@ SLOW_DOWN = (
 )
 
 
-FaultKind = Literal["reset", "close", "truncate", "stall", "500", "503"]
+FaultKind = Literal["reset", "close", "truncate", "stall", "500", "503", "corrupt"]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to one request.
+    """Fault of one request.
 
     Attributes:
         kind: ``reset`` and ``close`` end the connection, with and without an error; ``stall`` sends no more;
-            ``truncate`` sends a part as if it were all; ``500`` and ``503`` answer so, with SlowDown.
+            ``truncate`` sends a part as if it were all; ``500`` and ``503`` respond with SlowDown;
+            ``corrupt`` changes the first byte of the request's body.
         after: How many bytes of the body are sent before; at 0, not even a status, but for ``truncate``.
     """
 
@@ -45,12 +46,12 @@ Plan = Callable[[str, str, int], Fault | None]
 
 
 def never(method: str, path: str, turn: int) -> Fault | None:
-    """Nothing goes wrong."""
+    """Return no fault."""
     del method, path, turn
 
 
 def in_turn(faults: Sequence[Fault | None], ending: str = "") -> Plan:
-    """Every object's first GETs end like this, one after the other, where its name ends so; no later one."""
+    """Return a plan for the first GETs of every object with this name ending, one fault each."""
 
     def plan(method: str, path: str, turn: int) -> Fault | None:
         return faults[turn] if method == "GET" and path.endswith(ending) and turn < len(faults) else None
@@ -63,16 +64,16 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 64
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that hang up are part of what is tried."""
+        """Ignore disconnected clients, which the tests provoke."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 class FaultProxy:
-    """The proxy, while the context lasts; `plan` may be changed at any time and starts to count anew.
+    """Fault-injecting proxy for the duration of a context; a new `plan` restarts the counts.
 
     Args:
-        upstream: The true server's URL.
+        upstream: URL of the real server.
     """
 
     def __init__(self, upstream: str) -> None:
@@ -87,7 +88,7 @@ class FaultProxy:
 
     @property
     def url(self) -> str:
-        """Where clients find it."""
+        """Address for clients."""
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> "FaultProxy":
@@ -102,18 +103,18 @@ class FaultProxy:
         self._server.server_close()
 
     def to(self, path: S3Path) -> S3Path:
-        """The same object, by way of the proxy."""
+        """Return the same object through the proxy."""
         return replace(path, endpoint=S3Endpoint(endpoint_url=self.url))
 
     def follow(self, plan: Plan) -> None:
-        """Fail by this plan from now on."""
+        """Use this plan from now on."""
         with self._lock:
             self._plan = plan
             self.requests.clear()
             self.faults.clear()
 
     def next_fault(self, method: str, path: str) -> Fault | None:
-        """What goes wrong with a request that has just come in."""
+        """Return the planned fault of a new request."""
         with self._lock:
             fault = self._plan(method, path, self.requests[method, path])
             self.requests[method, path] += 1
@@ -133,35 +134,37 @@ class FaultProxy:
                 if fault is not None and fault.kind in ("500", "503"):
                     self._answer(int(fault.kind), {"Content-Length": str(len(SLOW_DOWN))}, [SLOW_DOWN])
                     return
+                if fault is not None and fault.kind == "corrupt":
+                    fault, body = None, bytes([body[0] ^ 1]) + body[1:]
                 upstream = http.client.HTTPConnection(proxy.upstream)
                 headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
                 upstream.request(self.command, self.path, body or None, headers)
-                given = upstream.getresponse()
+                response = upstream.getresponse()
                 if fault is not None and fault.after == 0 and fault.kind != "truncate":
                     self._break_off(fault)
                 else:
-                    self._relay(given, fault)
+                    self._relay(response, fault)
                 upstream.close()
 
             do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward
 
-            def _relay(self, given: http.client.HTTPResponse, fault: Fault | None) -> None:
+            def _relay(self, response: http.client.HTTPResponse, fault: Fault | None) -> None:
                 headers = {
                     name: value
-                    for name, value in given.getheaders()
+                    for name, value in response.getheaders()
                     if name.lower() not in ("connection", "transfer-encoding")
                 }
-                if given.chunked:
-                    whole = given.read()
-                    headers["Content-Length"] = str(len(whole))
-                    blocks = [whole]
+                if response.chunked:
+                    body = response.read()
+                    headers["Content-Length"] = str(len(body))
+                    blocks = [body]
                 elif fault is None:
-                    blocks = iter(lambda: given.read(1 << 16), b"")
+                    blocks = iter(lambda: response.read(1 << 16), b"")
                 else:
-                    blocks = [given.read(fault.after)]
+                    blocks = [response.read(fault.after)]
                 if fault is not None and fault.kind == "truncate":
                     headers["Content-Length"] = str(min(fault.after, int(headers["Content-Length"])))
-                self._answer(given.status, headers, blocks)
+                self._answer(response.status, headers, blocks)
                 if fault is not None and fault.kind != "truncate":
                     self._break_off(fault)
 
@@ -180,7 +183,7 @@ class FaultProxy:
                 if fault.kind == "stall":
                     proxy.released.wait(STALL_SECONDS)
                 if fault.kind == "reset":
-                    # Closing with nothing to linger for sends a reset instead of an end.
+                    # A close with zero linger time sends a reset instead of an end.
                     linger = struct.pack("ii", 1, 0)
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                     self.connection.close()

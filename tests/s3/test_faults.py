@@ -1,4 +1,4 @@
-"""Reading outlives what passes: every byte once, in bounded attempts; what does not pass is a sentence."""
+"""Reads survive transient faults with bounded attempts; permanent faults raise UserError."""
 
 from collections.abc import Sequence
 
@@ -22,92 +22,92 @@ QUICK: Sequence[FaultKind] = ("reset", "close", "truncate", "500", "503")
 faults = st.builds(Fault, st.sampled_from(QUICK), st.integers(0, SIZE))
 
 
-def written(path: S3Path, data: bytes) -> None:
+def write_object(path: S3Path, data: bytes) -> None:
     with published(path) as partial:
         partial.write_bytes(data)
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plan=st.lists(faults, max_size=3), begin=st.integers(0, SIZE), length=st.integers(0, SIZE))
-def test_a_range_is_read_whole_whatever_happens(
-    folder: S3Path, proxy: FaultProxy, impatient: RetryPolicy, plan: list[Fault], begin: int, length: int
+def test_range_read_survives_faults(
+    folder: S3Path, proxy: FaultProxy, short_retries: RetryPolicy, plan: list[Fault], begin: int, length: int
 ) -> None:
     if not (folder / "object").exists():
-        written(folder / "object", CONTENT[:SIZE])
+        write_object(folder / "object", CONTENT[:SIZE])
     end = min(begin + length, SIZE)
     proxy.follow(in_turn(plan))
     assert S3Object(proxy.to(folder / "object"), SIZE).read(begin, end) == CONTENT[begin:end]
-    # Not one request more than there were faults: what was received is never asked for again.
+    # One request per fault and no more: received bytes are never requested again.
     assert sum(proxy.requests.values()) <= 1 + len(plan)
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plan=st.lists(st.none() | faults, max_size=3))
-def test_an_object_is_read_in_order_whatever_happens(
+def test_sequential_read_survives_faults(
     folder: S3Path,
     proxy: FaultProxy,
-    impatient: RetryPolicy,
+    short_retries: RetryPolicy,
     plan: list[Fault | None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(s3_module, "PIECE_BYTES", 70_001)
     if not (folder / "object").exists():
-        written(folder / "object", CONTENT[:SIZE])
+        write_object(folder / "object", CONTENT[:SIZE])
     proxy.follow(in_turn(plan))
     assert b"".join(read_in_order(proxy.to(folder / "object"))) == CONTENT[:SIZE]
 
 
 @pytest.mark.parametrize("after", [0, 1000])
-def test_a_stall_is_a_broken_connection(
-    folder: S3Path, proxy: FaultProxy, impatient: RetryPolicy, after: int
+def test_stalled_connection_is_retried(
+    folder: S3Path, proxy: FaultProxy, short_retries: RetryPolicy, after: int
 ) -> None:
-    written(folder / "object", CONTENT[:SIZE])
+    write_object(folder / "object", CONTENT[:SIZE])
     proxy.follow(in_turn([Fault("stall", after)]))
     assert S3Object(proxy.to(folder / "object"), SIZE).read(10, SIZE) == CONTENT[10:SIZE]
     assert proxy.faults["stall"] == 1
 
 
-def test_going_on_where_it_broke_off(folder: S3Path, proxy: FaultProxy, impatient: RetryPolicy) -> None:
-    """Far more failures than attempts: each of them brought the reader on."""
-    size = 14 * impatient.progress
-    written(folder / "object", CONTENT * (size // SIZE + 1))
-    whole = (folder / "object").read_bytes()
-    proxy.follow(in_turn([Fault("close", impatient.progress)] * 12))
-    assert S3Object(proxy.to(folder / "object"), len(whole)).read(0, len(whole)) == whole
+def test_read_resumes_where_it_broke_off(
+    folder: S3Path, proxy: FaultProxy, short_retries: RetryPolicy
+) -> None:
+    """Allow more failures than attempts if each request makes progress."""
+    size = 14 * short_retries.progress_bytes
+    write_object(folder / "object", CONTENT * (size // SIZE + 1))
+    content = (folder / "object").read_bytes()
+    proxy.follow(in_turn([Fault("close", short_retries.progress_bytes)] * 12))
+    assert S3Object(proxy.to(folder / "object"), len(content)).read(0, len(content)) == content
     assert proxy.faults["close"] == 12
 
 
 @pytest.mark.parametrize(
     "fault", [*(Fault(kind) for kind in QUICK), Fault("close", 99), Fault("truncate", 7)]
 )
-def test_a_store_that_never_answers_is_given_up(
-    folder: S3Path, proxy: FaultProxy, impatient: RetryPolicy, fault: Fault
+def test_unresponsive_store_raises_user_error(
+    folder: S3Path, proxy: FaultProxy, short_retries: RetryPolicy, fault: Fault
 ) -> None:
-    written(folder / "object", CONTENT[:SIZE])
+    write_object(folder / "object", CONTENT[:SIZE])
     proxy.follow(in_turn([fault] * 1000))
     with pytest.raises(UserError, match=r"folder/object\?.*: could not be read in 5 attempts, the last one"):
         S3Object(proxy.to(folder / "object"), SIZE).read(0, SIZE)
-    # The client by itself asks twice where a connection that had served before is closed without an answer.
-    assert impatient.attempts <= sum(proxy.faults.values()) <= 2 * impatient.attempts
+    # The client itself retries once when a reused connection is closed without a response.
+    assert short_retries.max_attempts <= sum(proxy.faults.values()) <= 2 * short_retries.max_attempts
 
 
-def test_where_nobody_listens(folder: S3Path, impatient: RetryPolicy) -> None:
+def test_refused_connection_raises_user_error(folder: S3Path, short_retries: RetryPolicy) -> None:
     nowhere = S3Path.parse(f"s3://{folder.bucket}/object?endpoint_url=http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"could not be found in 5 attempts.*Could not connect"):
         nowhere.exists()
 
 
-def test_what_is_not_there_is_not_tried_again(
-    folder: S3Path, proxy: FaultProxy, impatient: RetryPolicy
-) -> None:
+def test_missing_object_is_not_retried(folder: S3Path, proxy: FaultProxy, short_retries: RetryPolicy) -> None:
     with pytest.raises(FileNotFoundError, match="folder/nothing"):
         S3Object(proxy.to(folder / "nothing"), 10).read(0, 10)
     assert sum(proxy.requests.values()) == 1
 
 
-def test_waits_grow_are_random_and_have_a_bound() -> None:
-    patience = RetryPolicy()
-    waits = [[patience.wait(failures) for _ in range(100)] for failures in range(1, patience.attempts)]
+def test_backoff_is_random_growing_and_bounded() -> None:
+    policy = RetryPolicy()
+    waits = [[policy.wait(failures) for _ in range(100)] for failures in range(1, policy.max_attempts)]
     assert len({wait for each in waits for wait in each}) == 100 * len(waits)
     for failures, each in enumerate(waits, start=1):
         longest = min(0.1 * 2 ** (failures - 1), 30.0)

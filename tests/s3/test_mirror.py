@@ -1,4 +1,4 @@
-"""Copies of checkpoints in a bucket, as `checkpoint.mirror` makes them."""
+"""Copies of checkpoints in a bucket, written by `checkpoint.mirror`."""
 
 import shutil
 from pathlib import Path
@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from tests.s3.proxy import Fault, FaultProxy
-from tests.training.ranks import on_ranks, own_seed, partition_of
+from tests.training.rank_threads import on_ranks, own_seed, partition_of
 from vqd_scale.core.atomic_io import file_sizes
 from vqd_scale.core.s3 import S3Path
 from vqd_scale.core.s3_client import RetryPolicy
 from vqd_scale.core.world import World
-from vqd_scale.training.checkpoint.manager import CheckpointConfig, Checkpoints
-from vqd_scale.training.ema import EMA, EMAConfig
+from vqd_scale.training.checkpoint.manager import Checkpoints
+from vqd_scale.training.config import CheckpointConfig, EMAConfig
+from vqd_scale.training.ema import EMA
 
 pytestmark = pytest.mark.s3
 RANKS = 2
@@ -41,7 +42,7 @@ def save(folder: Path, mirror: S3Path, *images: int) -> None:
 
 
 def resume(folder: Path, mirror: S3Path) -> int:
-    """Images of what came back, weights and state looked at."""
+    """Resume and return the images seen, after checking weights and state."""
 
     def run(world: World) -> int:
         checkpoints = checkpoints_of(folder, world, mirror)
@@ -54,24 +55,24 @@ def resume(folder: Path, mirror: S3Path) -> int:
     return on_ranks(RANKS, run)[0]
 
 
-def test_a_run_whose_folder_is_lost_goes_on_from_the_bucket(folder: S3Path, tmp_path: Path) -> None:
-    here = tmp_path / "checkpoints"
-    save(here, folder, 8, 16)
-    local = {path.name: path.stat().st_size for path in (here / "000000000016").iterdir()}
+def test_lost_run_folder_resumes_from_bucket(folder: S3Path, tmp_path: Path) -> None:
+    run_checkpoints = tmp_path / "checkpoints"
+    save(run_checkpoints, folder, 8, 16)
+    local = {path.name: path.stat().st_size for path in (run_checkpoints / "000000000016").iterdir()}
     assert file_sizes(folder / "000000000016") == local
-    shutil.rmtree(here)
-    assert resume(here, folder) == 16
-    assert {path.name: path.stat().st_size for path in (here / "000000000016").iterdir()} == local
-    # A copy is whole once its manifest lies beside it: without that the one before is taken.
-    shutil.rmtree(here)
+    shutil.rmtree(run_checkpoints)
+    assert resume(run_checkpoints, folder) == 16
+    assert {path.name: path.stat().st_size for path in (run_checkpoints / "000000000016").iterdir()} == local
+    # A copy is complete once its manifest exists: without it the previous one is used.
+    shutil.rmtree(run_checkpoints)
     (folder / "000000000016.json").unlink()
-    assert resume(here, folder) == 8
+    assert resume(run_checkpoints, folder) == 8
 
 
-def test_a_bucket_that_fails_is_a_warning_and_the_run_goes_on(
+def test_failing_bucket_warns_and_training_continues(
     folder: S3Path,
     proxy: FaultProxy,
-    impatient: RetryPolicy,
+    short_retries: RetryPolicy,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:

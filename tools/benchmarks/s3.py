@@ -1,7 +1,7 @@
-"""Shards read from S3, as bytes and as samples, beside one plain GET after the other of the same shards.
+"""Shards read from S3, as bytes and as samples, beside plain GETs and s3fs's own readers of the same shards.
 
-Plain is a GET over HTTP whose bytes are let go at once: no client can be faster. Where the store is on the
-machine that reads, both share its processors, and the figures say as much about those as about reading.
+The plain side is one GET per shard over HTTP, which keeps no bytes: the lower bound for any client. If the
+store runs on the machine that reads, both share its processors, and the times include the store's.
 """
 
 import hashlib
@@ -29,11 +29,12 @@ from torch import Tensor
 from vqd_scale.core import atomic_io as store
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress
-from vqd_scale.core.s3 import S3Path
-from vqd_scale.core.s3_client import Answer
+from vqd_scale.core.s3 import PIECE_BYTES, PIECES_AHEAD, S3Path
+from vqd_scale.core.s3_client import Response, client_of
+from vqd_scale.data.config import StreamConfig
 from vqd_scale.data.loading.batch import Batch
 from vqd_scale.data.loading.sample_readers import Columns, SampleLocation, Slots
-from vqd_scale.data.loading.stream import Stream, StreamConfig
+from vqd_scale.data.loading.stream import Stream
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, read_shard, shard_name, write_shard_set
 
@@ -42,11 +43,11 @@ _READ_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class S3Problem:
-    """A set of shards; by default four of 66 MB, as full of pictures as those of public sets."""
+    """A set of shards; by default four of 66 MB, as full of images as those of public sets."""
 
     shards: int = 4
     samples: int = 640
-    picture_bytes: int = 100_000
+    image_bytes: int = 100_000
     lanes: int = 16
     shuffle_window: int = 64
 
@@ -70,7 +71,7 @@ def benchmark_s3(rounds: int, problem: S3Problem | None = None) -> dict[str, Any
     folder = S3Path(f"vqd-scale-benchmark-{uuid.uuid4()}", "set")
     _call(folder, "create_bucket", Bucket=folder.bucket)
     try:
-        return _measured(rounds, problem, _written(problem, folder))
+        return _measured(rounds, problem, write_problem(problem, folder))
     finally:
         _delete_bucket(folder)
 
@@ -82,14 +83,14 @@ def read_bytes(problem: S3Problem, shards: ShardSet) -> int:
 
 
 def read_in_order(problem: S3Problem, shards: ShardSet) -> int:
-    """Read every member of every sample, shard by shard; how many bytes they have."""
+    """Read every member of every sample, shard by shard, and return the number of bytes."""
     del problem
     samples = (sample for shard in shards.shards for sample in read_shard(shard))
     return sum(len(member) for sample in samples for member in _bytes(sample))
 
 
 def read_in_lanes(problem: S3Problem, shards: ShardSet) -> int:
-    """The same in the order of training: one epoch of global batches."""
+    """Read one epoch of global batches in training order, and return the number of bytes."""
     config = StreamConfig(
         path=shards.folder, global_batch_size=problem.lanes, shuffle_window=problem.shuffle_window
     )
@@ -102,7 +103,7 @@ def read_in_lanes(problem: S3Problem, shards: ShardSet) -> int:
 
 
 def read_plainly(problem: S3Problem, shards: ShardSet) -> int:
-    """GET every shard, one after the other, and let go of its bytes; how many there are."""
+    """GET every shard in turn without keeping its bytes, and return their number."""
     del problem
     total = 0
     for url in _urls(shards):
@@ -112,16 +113,30 @@ def read_plainly(problem: S3Problem, shards: ShardSet) -> int:
     return total
 
 
-def read_by_library(problem: S3Problem, shards: ShardSet) -> int:
-    """The same by the client that is under our reader: a GET of every shard, its bytes at once."""
+def read_by_open(cache: str, problem: S3Problem, shards: ShardSet) -> int:
+    """Read every shard through s3fs's file object with a cache of fsspec, and return the number of bytes."""
     del problem
+    total = 0
+    for path in _paths(shards):
+        client, name = client_of(path.endpoint), f"{path.bucket}/{path.key}"
+        with client.open(name, block_size=PIECE_BYTES, cache_type=cache) as file:
+            while block := file.read(_READ_AT_ONCE):
+                total += len(block)
+    return total
 
-    async def get(path: S3Path) -> int:
-        answer = await path.endpoint.call("get_object", Bucket=path.bucket, Key=path.key)
-        async with answer["Body"] as body:
-            return len(await body.read())
 
-    return sum(path.endpoint.waited(get(path)) for path in _paths(shards))
+def read_by_ranges(problem: S3Problem, shards: ShardSet) -> int:
+    """Read every shard by s3fs's concurrent ranged reads, and return the number of bytes."""
+    del problem
+    total = 0
+    for path, size in zip(_paths(shards), shards.sizes, strict=True):
+        begins = range(0, size, PIECE_BYTES)
+        for group in (begins[i : i + PIECES_AHEAD + 1] for i in range(0, len(begins), PIECES_AHEAD + 1)):
+            names = [f"{path.bucket}/{path.key}"] * len(group)
+            ends = [min(begin + PIECE_BYTES, size) for begin in group]
+            blocks = client_of(path.endpoint).cat_ranges(names, list(group), ends, on_error="raise")
+            total += sum(len(block) for block in blocks)
+    return total
 
 
 Side = Callable[[S3Problem, ShardSet], int]
@@ -130,7 +145,9 @@ SIDES: dict[str, Side] = {
     "samples_in_order": read_in_order,
     "samples_in_lanes": read_in_lanes,
     "alternative": read_plainly,
-    "library": read_by_library,
+    "s3fs_readahead": partial(read_by_open, "readahead"),
+    "s3fs_background": partial(read_by_open, "background"),
+    "s3fs_ranges": read_by_ranges,
 }
 
 
@@ -152,7 +169,9 @@ def _measured(rounds: int, problem: S3Problem, shards: ShardSet) -> dict[str, An
         "ratio": medians["alternative"] / medians["ours"],
         "ratio_of_samples_in_order": medians["alternative"] / medians["samples_in_order"],
         "ratio_of_samples_in_lanes": medians["alternative"] / medians["samples_in_lanes"],
-        "ratio_to_library": medians["library"] / medians["ours"],
+        "ratio_to_s3fs": {
+            name: seconds / medians["ours"] for name, seconds in medians.items() if name.startswith("s3fs")
+        },
         "memory_ratio": memory["ours"] / memory["alternative"],
         "extra_peak_megabytes": {name: round(value / 1e6, 1) for name, value in memory.items()},
         "megabytes": round(sum(shards.sizes) / 1e6, 1),
@@ -161,25 +180,26 @@ def _measured(rounds: int, problem: S3Problem, shards: ShardSet) -> dict[str, An
 
 
 def extra_peak_bytes(side: Side, problem: S3Problem, shards: ShardSet) -> int:
-    """How far resident memory rises while a side reads the set."""
+    """Return the increase of resident memory while a side reads the dataset."""
     return extra_peak(lambda: side(problem, shards))
 
 
 def _see_equal_bytes(problem: S3Problem, shards: ShardSet) -> int:
-    """See that all sides read the same bytes; how many those of the samples are."""
-    ours, plain = hashlib.sha256(), hashlib.sha256()
+    """Check that all sides read the same bytes; return the number of bytes in samples."""
+    package_digest, plain = hashlib.sha256(), hashlib.sha256()
     for shard, url in zip(shards.shards, _urls(shards), strict=True):
         for sample in read_shard(shard):
             for member in _bytes(sample):
-                ours.update(member)
+                package_digest.update(member)
         with urllib.request.urlopen(url) as answer:  # noqa: S310 - the store's own address
             content = answer.read()
         with tarfile.open(fileobj=BytesIO(content), mode="r:") as archive:
             for member in archive:
                 plain.update(content[member.offset_data : member.offset_data + member.size])
-    size, whole = read_in_order(problem, shards), read_bytes(problem, shards)
-    is_whole = whole == read_plainly(problem, shards) == sum(shards.sizes)
-    if ours.digest() != plain.digest() or read_in_lanes(problem, shards) != size or not is_whole:
+    size, total_bytes = read_in_order(problem, shards), sum(shards.sizes)
+    byte_sides = [side for name, side in SIDES.items() if not name.startswith("samples")]
+    is_whole = all(side(problem, shards) == total_bytes for side in byte_sides)
+    if package_digest.digest() != plain.digest() or read_in_lanes(problem, shards) != size or not is_whole:
         raise RuntimeError("the sides read different bytes")
     return size
 
@@ -193,7 +213,7 @@ class _SizeBatch(Batch):
 
 @dataclass(frozen=True)
 class _RawSamples:
-    """Samples whose members are read and nothing more; a batch has their numbers of bytes."""
+    """Samples whose members are read but not decoded; a batch has their numbers of bytes."""
 
     def read(
         self, locations: Sequence[SampleLocation], slots: Slots, seed: int
@@ -215,24 +235,24 @@ class _RawSamples:
 
 
 @dataclass(frozen=True)
-class _Pictures:
-    """Samples with what looks like a picture to everybody but a decoder; the same ones at each call."""
+class _RandomImages:
+    """Deterministic samples with random bytes in place of images."""
 
     numbers: range
-    picture_bytes: int
+    image_bytes: int
 
     def __call__(self) -> Iterator[Sample]:
         for number in self.numbers:
-            picture = np.random.default_rng(number).bytes(self.picture_bytes)
-            yield {KEY: f"{number:08d}", "jpg": picture, "txt": f"picture {number}"}
+            image = np.random.default_rng(number).bytes(self.image_bytes)
+            yield {KEY: f"{number:08d}", "jpg": image, "txt": f"picture {number}"}
 
 
-def _written(problem: S3Problem, folder: S3Path) -> ShardSet:
+def write_problem(problem: S3Problem, folder: S3Path) -> ShardSet:
     recipes = [
         ShardRecipe(
             shard_name(shard),
             problem.samples,
-            _Pictures(range(shard * problem.samples, (shard + 1) * problem.samples), problem.picture_bytes),
+            _RandomImages(range(shard * problem.samples, (shard + 1) * problem.samples), problem.image_bytes),
         )
         for shard in range(problem.shards)
     ]
@@ -248,16 +268,9 @@ def _paths(shards: ShardSet) -> list[S3Path]:
 
 
 def _urls(shards: ShardSet) -> list[str]:
-    """Addresses under which anyone may read the shards for some time."""
+    """Return presigned URLs of the shards."""
     return [
-        str(
-            _call(
-                path,
-                "generate_presigned_url",
-                ClientMethod="get_object",
-                Params={"Bucket": path.bucket, "Key": path.key},
-            )
-        )
+        str(client_of(path.endpoint).sign(f"{path.bucket}/{path.key}", expiration=3600))
         for path in _paths(shards)
     ]
 
@@ -269,5 +282,5 @@ def _delete_bucket(folder: S3Path) -> None:
     _call(folder, "delete_bucket", Bucket=folder.bucket)
 
 
-def _call(path: S3Path, operation: str, **arguments: object) -> Answer:
-    return path.endpoint.waited(path.endpoint.call(operation, **arguments))
+def _call(path: S3Path, operation: str, **arguments: object) -> Response:
+    return client_of(path.endpoint).call_s3(operation, **arguments)

@@ -1,13 +1,12 @@
 """S3 objects (and S3-compatible stores): atomic writes, and reads that resume after a broken connection.
 
-A read is a ranged GET that requires the object version of the first answer (``If-Match``). The length is
+A read is a ranged GET that requires the object version of the first response (``If-Match``). The length is
 checked. After a broken connection, the read resumes at the byte after the last one received. A short read is
-never returned.
+never returned. s3fs's own readers give none of these guarantees together (docs/data.md); its writer and
+its listing do, with the retries of `S3Client`.
 """
 
-import base64
 import functools
-import hashlib
 import itertools
 import threading
 from bisect import bisect_left, bisect_right
@@ -15,10 +14,13 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from urllib.parse import parse_qsl, urlencode
+from typing import TYPE_CHECKING, Any
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.s3_client import Answer, BrokenOffError, S3Endpoint, with_retries
+from vqd_scale.core.s3_endpoint import S3Endpoint
+
+if TYPE_CHECKING:
+    from vqd_scale.core.s3_client import S3Client
 
 SCHEME = "s3://"
 
@@ -26,11 +28,10 @@ PIECE_BYTES = 32 << 20
 """Size in bytes of one request of a sequential read; up to `PIECES_AHEAD` further requests are prefetched."""
 PIECES_AHEAD = 2
 
-_RECEIVED_AT_ONCE = 1 << 18
-_GIVEN_OUT_AT_ONCE = 1 << 22
-_PART_BYTES = 64 << 20
-_MOST_PARTS = 10_000
-_LISTED_AT_ONCE = 1000
+_CHUNK_BYTES = 1 << 18
+"""Size in bytes of one read from a connection."""
+_NOTIFICATION_BYTES = 1 << 22
+"""Number of new bytes after which waiting readers are notified."""
 
 
 @dataclass(frozen=True)
@@ -52,29 +53,14 @@ class S3Path:
         Raises:
             ValueError: The text is not an S3 path; the message names the allowed format.
         """
-        place, _, query = text.removeprefix(SCHEME).partition("?")
-        bucket, _, key = place.partition("/")
+        location, _, query = text.removeprefix(SCHEME).partition("?")
+        bucket, _, key = location.partition("/")
         if not text.startswith(SCHEME) or not bucket:
             raise ValueError(f"given {text!r}, allowed: s3://bucket/key")
-        options = dict(parse_qsl(query, keep_blank_values=True))
-        url, profile = options.pop("endpoint_url", None), options.pop("profile", None)
-        anonymous = options.pop("anonymous", "false")
-        is_url = url is None or url.startswith(("http://", "https://"))
-        if options or not is_url or anonymous not in ("true", "false"):
-            raise ValueError(
-                f"given {text!r}, allowed after the question mark: endpoint_url=http(s)://…, profile=NAME "
-                "and anonymous=true, joined by '&'"
-            )
-        return cls(bucket, key.strip("/"), S3Endpoint(url, profile, anonymous == "true"))
+        return cls(bucket, key.strip("/"), S3Endpoint.parse(query))
 
     def __str__(self) -> str:
-        options = {
-            "endpoint_url": self.endpoint.endpoint_url,
-            "profile": self.endpoint.profile,
-            "anonymous": "true" if self.endpoint.anonymous else None,
-        }
-        query = urlencode({name: value for name, value in options.items() if value}, safe=":/")
-        return f"{SCHEME}{self.bucket}/{self.key}" + (f"?{query}" if query else "")
+        return f"{SCHEME}{self.bucket}/{self.key}{self.endpoint}"
 
     def __truediv__(self, name: str) -> "S3Path":
         return replace(self, key=f"{self.key}/{name}" if self.key else name)
@@ -104,7 +90,7 @@ class S3Path:
         Raises:
             UserError: The store cannot be reached or refuses.
         """
-        return self.endpoint.waited(_size(self)) is not None
+        return _size(self) is not None
 
     def is_file(self) -> bool:
         """Return whether the object exists; every object is a file."""
@@ -117,8 +103,8 @@ class S3Path:
             FileNotFoundError: The object does not exist.
             UserError: The store cannot be reached or refuses.
         """
-        found = S3Object(self)
-        return bytes(found.read(0, found.size))
+        reader = S3Object(self)
+        return reader.read(0, reader.size)
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """Return the object's text.
@@ -135,11 +121,11 @@ class S3Path:
         Raises:
             UserError: The store cannot be reached or refuses.
         """
-        self.endpoint.waited(_called(self, "deleted", "delete_object", **_place(self)))
+        _client(self).rm_file(f"{self.bucket}/{self.key}")
 
 
 class S3Object:
-    """Reader of one object; all bytes come from the version of the first answer.
+    """Reader of one object; all bytes come from the version of the first response.
 
     Args:
         path: Path of the object.
@@ -152,12 +138,12 @@ class S3Object:
 
     def __init__(self, path: S3Path, size: int | None = None) -> None:
         if size is None:
-            size = path.endpoint.waited(_size(path))
+            size = _size(path)
         if size is None:
             raise FileNotFoundError(f"{path}: there is no such object")
         self.path = path
         self.size = size
-        self._version: str | None = None
+        self._etag: str | None = None
 
     def read(self, begin: int, end: int) -> bytes:
         """Read bytes ``begin`` to ``end - 1``; never a short read.
@@ -165,57 +151,56 @@ class S3Object:
         Raises:
             FileNotFoundError: The object does not exist.
             UserError: The store cannot be reached or refuses; the size of the object differs from the
-                expected one, or the object was replaced since the first answer.
+                expected one, or the object was replaced since the first response.
         """
         return self.fetch(begin, end).read(0, end - begin)
 
     def fetch(self, begin: int, end: int) -> "PartialDownload":
         """Start a `read` in the background; waiting for missing bytes raises the errors of `read`."""
-        received = PartialDownload(end - begin)
-        received.follow(self.path.endpoint.started(self._receive(begin, end, received)))
-        return received
+        client, download = _client(self.path), PartialDownload(end - begin)
+        download.follow(client.start(self._receive(client, begin, end, download)))
+        return download
 
     def blocks(self) -> Iterator[bytes]:
         """Yield all bytes in order, with prefetch; raises what `read` raises."""
-        ahead: list[PartialDownload] = []
+        downloads: list[PartialDownload] = []
         for begin in range(0, self.size, PIECE_BYTES):
-            ahead.append(self.fetch(begin, min(begin + PIECE_BYTES, self.size)))
-            if len(ahead) > PIECES_AHEAD:
-                yield from ahead.pop(0)
-        while ahead:
-            yield from ahead.pop(0)
+            downloads.append(self.fetch(begin, min(begin + PIECE_BYTES, self.size)))
+            if len(downloads) > PIECES_AHEAD:
+                yield from downloads.pop(0)
+        while downloads:
+            yield from downloads.pop(0)
 
-    async def _receive(self, begin: int, end: int, received: "PartialDownload") -> None:
-        async def receive() -> None:
-            first = begin + len(received)
-            answer = await self._asked(first, end)
-            async with answer["Body"] as body:
-                self._check(answer, f"bytes {first}-{end - 1}/{self.size}")
-                while block := await body.read(min(_RECEIVED_AT_ONCE, end - begin - len(received))):
-                    received.append(block)
-            if len(received) < end - begin:
-                raise BrokenOffError(f"the answer ended after {len(received)} of {end - begin} bytes")
+    async def _receive(self, client: "S3Client", begin: int, end: int, download: "PartialDownload") -> None:
+        from vqd_scale.core.s3_client import IncompleteReadError
+
+        async def attempt() -> None:
+            offset = begin + len(download)
+            condition = {} if self._etag is None else {"IfMatch": self._etag}
+            response = await client.request(
+                "get_object", **_arguments(self.path), Range=f"bytes={offset}-{end - 1}", **condition
+            )
+            async with response["Body"] as body:
+                self._check(response, f"bytes {offset}-{end - 1}/{self.size}")
+                while chunk := await body.read(min(_CHUNK_BYTES, end - begin - len(download))):
+                    download.append(chunk)
+            if len(download) < end - begin:
+                raise IncompleteReadError(actual_bytes=len(download), expected_bytes=end - begin)
 
         if end > begin:
-            await with_retries(self.path, "read", receive, received.__len__)
+            await client.with_retries(self.path, "read", attempt, download.__len__)
 
-    async def _asked(self, begin: int, end: int) -> Answer:
-        condition = {} if self._version is None else {"IfMatch": self._version}
-        return await self.path.endpoint.call(
-            "get_object", **_place(self.path), Range=f"bytes={begin}-{end - 1}", **condition
-        )
-
-    def _check(self, answer: Answer, content_range: str) -> None:
-        given = answer.get("ContentRange")
-        if given != content_range:
+    def _check(self, response: dict[str, Any], expected_range: str) -> None:
+        content_range, etag = response.get("ContentRange"), response["ETag"]
+        if content_range != expected_range:
             raise UserError(
                 f"{self.path}: not as large as expected, or its store does not answer ranged reads: asked "
-                f"for '{content_range}', given '{given}'."
+                f"for '{expected_range}', given '{content_range}'."
             )
-        if self._version is None:
-            self._version = answer["ETag"]
+        if self._etag is None:
+            self._etag = etag
         # Two concurrent first requests are sent without `If-Match`.
-        if self._version != answer["ETag"]:
+        if self._etag != etag:
             raise UserError(f"{self.path}: was replaced while it was read; start again.")
 
 
@@ -230,14 +215,14 @@ class PartialDownload:
             receiving thread.
     """
 
-    def __init__(self, size: int, step: int = _GIVEN_OUT_AT_ONCE) -> None:
+    def __init__(self, size: int, step: int = _NOTIFICATION_BYTES) -> None:
         self._size, self._step = size, step
         self._blocks: list[bytes] = []
         self._starts: list[int] = []
         self._length = 0
-        self._awaited = size
-        self._changed = threading.Condition()
-        self._end: Future[None] = Future()
+        self._notified_length = size
+        self._condition = threading.Condition()
+        self._future: Future[None] = Future()
 
     def __len__(self) -> int:
         """Return the number of bytes received so far."""
@@ -246,32 +231,32 @@ class PartialDownload:
     def __iter__(self) -> Iterator[bytes]:
         """Yield the blocks as they arrive; raises the error that ended the download early."""
         position = 0
-        for number in itertools.count():
-            self._await(position + 1)
-            if number == len(self._blocks):
+        for index in itertools.count():
+            self._wait(position + 1)
+            if index == len(self._blocks):
                 return
-            yield self._blocks[number]
-            position += len(self._blocks[number])
+            yield self._blocks[index]
+            position += len(self._blocks[index])
 
-    def follow(self, end: "Future[None]") -> None:
+    def follow(self, future: "Future[None]") -> None:
         """Set the future of the download; its error is raised to readers that wait for missing bytes."""
-        self._end = end
+        self._future = future
         # Not a bound method: a reference cycle would keep the bytes alive until garbage collection.
-        end.add_done_callback(functools.partial(_tell, self._changed))
+        future.add_done_callback(functools.partial(_notify, self._condition))
 
     def append(self, block: bytes) -> None:
         """Append the next received block."""
         self._starts.append(self._length)
         self._blocks.append(block)
-        with self._changed:
+        with self._condition:
             self._length += len(block)
-            if self._length >= self._awaited:
-                self._awaited = self._size
-                self._changed.notify_all()
+            if self._length >= self._notified_length:
+                self._notified_length = self._size
+                self._condition.notify_all()
 
     def read(self, begin: int, end: int) -> bytes:
         """Return bytes ``begin`` to ``end - 1``, waiting for them; raises the error of a failed download."""
-        self._await(end)
+        self._wait(end)
         first, last = max(0, bisect_right(self._starts, begin) - 1), bisect_left(self._starts, end)
         return b"".join(
             # A view, so that the bytes are copied only once.
@@ -279,23 +264,23 @@ class PartialDownload:
             for block, start in zip(self._blocks[first:last], self._starts[first:last], strict=True)
         )
 
-    def _await(self, length: int) -> None:
+    def _wait(self, length: int) -> None:
         """Wait until ``length`` bytes are received; raises the error if the download failed before."""
         if self._length >= length:
             return
-        enough = min(self._size, -(-length // self._step) * self._step)
-        with self._changed:
-            while self._length < enough and not self._end.done():
-                self._awaited = min(self._awaited, enough)
-                self._changed.wait()
+        rounded_length = min(self._size, -(-length // self._step) * self._step)
+        with self._condition:
+            while self._length < rounded_length and not self._future.done():
+                self._notified_length = min(self._notified_length, rounded_length)
+                self._condition.wait()
         if self._length < length:
-            self._end.result()
+            self._future.result()
 
 
-def _tell(changed: threading.Condition, end: object = None) -> None:
-    del end
-    with changed:
-        changed.notify_all()
+def _notify(condition: threading.Condition, future: object) -> None:
+    del future
+    with condition:
+        condition.notify_all()
 
 
 def write_object(path: S3Path, file: Path) -> None:
@@ -304,7 +289,13 @@ def write_object(path: S3Path, file: Path) -> None:
     Raises:
         UserError: The store cannot be reached or refuses.
     """
-    path.endpoint.waited(_write(path, file))
+    try:
+        # Parts that are sent after a failed one would outlive the upload.
+        _client(path).put_file(str(file), f"{path.bucket}/{path.key}", max_concurrency=1)
+    except FileNotFoundError:
+        # The upload is missing if an earlier attempt completed it and the response was lost.
+        if _size(path) != file.stat().st_size:
+            raise UserError(f"{path}: another client ended its upload; write it again.") from None
 
 
 def object_sizes(folder: S3Path) -> dict[str, int]:
@@ -313,86 +304,22 @@ def object_sizes(folder: S3Path) -> dict[str, int]:
     Raises:
         UserError: The store cannot be reached or refuses.
     """
-    return folder.endpoint.waited(_listed(folder))
+    return _client(folder).object_sizes(folder.bucket, f"{folder.key}/" if folder.key else "")
 
 
-async def _size(path: S3Path) -> int | None:
+def _client(path: S3Path) -> "S3Client":
+    # Imported here because the import takes half a second, which users without S3 should not pay.
+    from vqd_scale.core.s3_client import client_of
+
+    return client_of(path.endpoint)
+
+
+def _size(path: S3Path) -> int | None:
     try:
-        return int((await _called(path, "found", "head_object", **_place(path)))["ContentLength"])
+        return int(_client(path).call_s3("head_object", **_arguments(path))["ContentLength"])
     except FileNotFoundError:
         return None
 
 
-async def _listed(folder: S3Path) -> dict[str, int]:
-    prefix = f"{folder.key}/" if folder.key else ""
-    sizes: dict[str, int] = {}
-    following: dict[str, object] = {}
-    while True:
-        page = await _called(
-            folder,
-            "listed",
-            "list_objects_v2",
-            Bucket=folder.bucket,
-            Prefix=prefix,
-            Delimiter="/",
-            **following,
-        )
-        sizes |= {entry["Key"].removeprefix(prefix): entry["Size"] for entry in page.get("Contents", [])}
-        if not page["IsTruncated"]:
-            # Some tools create an empty object as a folder marker.
-            sizes.pop("", None)
-            return sizes
-        following = {"ContinuationToken": page["NextContinuationToken"]}
-
-
-async def _write(path: S3Path, file: Path) -> None:
-    size = file.stat().st_size
-    if size <= _PART_BYTES:
-        await _sent(path, "put_object", file.read_bytes())
-        return
-    created = await _called(path, "written", "create_multipart_upload", **_place(path))
-    upload = {"UploadId": created["UploadId"]}
-    parts: list[dict[str, object]] = []
-    try:
-        with file.open("rb") as content:
-            while part := content.read(max(_PART_BYTES, -(-size // _MOST_PARTS))):
-                number = {"PartNumber": len(parts) + 1}
-                sent = await _sent(path, "upload_part", part, **upload, **number)
-                parts.append({**number, "ETag": sent["ETag"]})
-        await _complete(path, upload, parts, size)
-    except BaseException:
-        # The store would keep the parts of an unfinished upload forever.
-        await _called(path, "written", "abort_multipart_upload", **_place(path), **upload)
-        raise
-
-
-async def _sent(path: S3Path, operation: str, content: bytes, **arguments: object) -> Answer:
-    """Send bytes with an MD5 digest that the store verifies."""
-    digest = base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
-    return await _called(
-        path, "written", operation, **_place(path), Body=content, ContentMD5=digest, **arguments
-    )
-
-
-async def _complete(path: S3Path, upload: dict[str, str], parts: list[dict[str, object]], size: int) -> None:
-    try:
-        await _called(
-            path,
-            "written",
-            "complete_multipart_upload",
-            **_place(path),
-            **upload,
-            MultipartUpload={"Parts": parts},
-        )
-    except FileNotFoundError:
-        # The upload is missing if an earlier attempt completed it and the answer was lost.
-        if await _size(path) != size:
-            raise UserError(f"{path}: its upload was ended by another; write it again.") from None
-
-
-async def _called(path: S3Path, deed: str, operation: str, **arguments: object) -> Answer:
-    return await with_retries(path, deed, lambda: path.endpoint.call(operation, **arguments))
-
-
-def _place(path: S3Path) -> dict[str, str]:
+def _arguments(path: S3Path) -> dict[str, str]:
     return {"Bucket": path.bucket, "Key": path.key}

@@ -1,8 +1,8 @@
-"""S3 client with retries.
+"""S3 client: s3fs with the timeouts, retries and error messages of this package.
 
-Every process creates its own client on first use. Transient errors (connection reset, stall, truncated
-answer, 500, 503 SlowDown) are retried with bounded, jittered exponential backoff. A permanent error becomes
-one sentence that names the object.
+Transient errors (connection reset, stall, truncated response, 500, 503 SlowDown) are retried with bounded,
+jittered exponential backoff. A permanent error becomes one sentence that names the object. The import takes
+half a second, so only code that uses S3 imports this module.
 """
 
 import asyncio
@@ -13,23 +13,38 @@ import random
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
+
+from aiohttp import ClientError as HTTPError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionError,
+    HTTPClientError,
+    IncompleteReadError,
+)
+from botocore.parsers import ResponseParserError
+from s3fs import S3FileSystem
 
 from vqd_scale.core.errors import UserError
-
-if TYPE_CHECKING:
-    from s3fs import S3FileSystem
+from vqd_scale.core.s3_endpoint import S3Endpoint
 
 Result = TypeVar("Result")
-Answer = dict[str, Any]
+Response = dict[str, Any]
 """Response of the store to a request, as parsed by botocore."""
 
 logger = logging.getLogger(__name__)
 
 _CONNECTIONS = 32
-_SLOWEST = 1 << 18
+_MIN_UPLOAD_SPEED = 1 << 18
 """Minimum upload speed in bytes per second; a slower request times out."""
-_PASSING_CODES = {"SlowDown", "RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
+_REQUEST_ERRORS = (BotoCoreError, ClientError, HTTPError, OSError, asyncio.TimeoutError)
+"""Exception types of failed requests; any other exception is a bug in this package."""
+_TRANSIENT_ERRORS = (ConnectionError, HTTPClientError, IncompleteReadError, ResponseParserError)
+"""Those of botocore's own exceptions that another attempt can avoid."""
+_TRANSIENT_CODES = {"SlowDown", "RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
+_PARTICIPLES = {"head_object": "found", "list_objects_v2": "listed", "delete_object": "deleted"}
+"""Verbs of error messages, as in "could not be listed"; "written" for any other operation."""
 _entropy = random.SystemRandom()
 
 
@@ -38,181 +53,182 @@ class RetryPolicy:
     """Retry policy of requests to a store; the defaults survive an outage of about a minute.
 
     Attributes:
-        attempts: Number of consecutive failures after which a request fails.
-        progress: Number of received bytes in one attempt that resets the failure count.
+        max_attempts: Number of consecutive failures after which a request fails.
+        progress_bytes: Number of received bytes in one attempt that resets the failure count.
         first_wait: Seconds of backoff before the second attempt, doubled before each further one; random
             jitter shortens each wait by up to half.
-        longest_wait: Maximum backoff in seconds.
-        silence: Seconds without a received byte after which a connection times out.
+        max_wait: Maximum backoff in seconds.
+        timeout: Seconds without a received byte after which a connection times out.
     """
 
-    attempts: int = 12
-    progress: int = 1 << 20
+    max_attempts: int = 12
+    progress_bytes: int = 1 << 20
     first_wait: float = 0.1
-    longest_wait: float = 30.0
-    silence: float = 30.0
+    max_wait: float = 30.0
+    timeout: float = 30.0
 
     def wait(self, failures: int) -> float:
         """Return the backoff in seconds after consecutive failures; jitter spreads the clients' retries."""
-        longest = min(self.longest_wait, self.first_wait * 2 ** (failures - 1))
+        longest = min(self.max_wait, self.first_wait * 2 ** (failures - 1))
         return longest * _entropy.uniform(0.5, 1.0)
 
 
-PATIENCE = RetryPolicy()
+RETRY_POLICY = RetryPolicy()
 
 
-@dataclass(frozen=True)
-class S3Endpoint:
-    """Endpoint and credentials of a store; defaults as for AWS's own tools (``AWS_ENDPOINT_URL``, …).
-
-    Attributes:
-        endpoint_url: URL of the server, if it is not AWS.
-        profile: Name of a profile in ``~/.aws/config``.
-        anonymous: Send unsigned requests, for public buckets.
-    """
-
-    endpoint_url: str | None = None
-    profile: str | None = None
-    anonymous: bool = False
-
-    async def call(self, operation: str, **arguments: object) -> Answer:
-        """Call one S3 operation, by its botocore name, without retries."""
-        client: Any = await self._filesystem().set_session()
-        body = arguments.get("Body", b"")
-        sent = len(body) if isinstance(body, bytes) else 0
-        # The client has timeouts for connecting and receiving, but none for sending.
-        longest = 2 * PATIENCE.silence + sent / _SLOWEST
-        return await asyncio.wait_for(getattr(client, operation)(**arguments), longest)
-
-    def started(self, coroutine: Coroutine[Any, Any, Result]) -> "Future[Result]":
-        """Start a coroutine on the client's event loop and return its future."""
-        loop = cast("asyncio.AbstractEventLoop", self._filesystem().loop)
-        return asyncio.run_coroutine_threadsafe(coroutine, loop)
-
-    def waited(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        """Run a coroutine on the client's event loop and return its result."""
-        return self.started(coroutine).result()
-
-    def _filesystem(self) -> "S3FileSystem":
-        # A client's connections and thread do not survive a fork: each child process needs its own client.
-        return filesystem_of(self, os.getpid())
-
-
-@functools.cache
-def filesystem_of(endpoint: S3Endpoint, process: int) -> "S3FileSystem":
-    """Return the cached client of a process for an endpoint; timeouts are `PATIENCE`'s at creation."""
-    # Imported here because the import takes half a second, which users without S3 should not pay.
-    from s3fs import S3FileSystem
-
-    del process
-    return S3FileSystem(
-        anon=endpoint.anonymous,
-        endpoint_url=endpoint.endpoint_url,
-        profile=endpoint.profile,
-        skip_instance_cache=True,
-        config_kwargs={
-            "connect_timeout": PATIENCE.silence,
-            "read_timeout": PATIENCE.silence,
-            "max_pool_connections": _CONNECTIONS,
-            # Only `with_retries` retries.
-            "retries": {"total_max_attempts": 1},
-            # Other stores than AWS support no digest newer than Content-MD5, which is sent.
-            "request_checksum_calculation": "when_required",
-            "response_checksum_validation": "when_required",
-        },
-    )
-
-
-class BrokenOffError(Exception):
-    """Truncated answer: the body ended early without a connection error."""
-
-
-async def with_retries(
-    place: object,
-    deed: str,
-    attempt: Callable[[], Awaitable[Result]],
-    received: Callable[[], int] = lambda: 0,
-) -> Result:
-    """Retry an attempt with backoff until it succeeds or `PATIENCE.attempts` consecutive failures occur.
+class S3Client(S3FileSystem):
+    """File system of s3fs whose requests are retried by `RETRY_POLICY`; see `client_of`.
 
     Args:
-        place: Path of the object, named in error messages.
-        deed: Past participle for error messages, as in "could not be read".
-        attempt: Coroutine function of one attempt; called again after a transient error.
-        received: Function that returns the number of bytes received by all attempts so far.
-
-    Raises:
-        FileNotFoundError: The object does not exist.
-        UserError: The store refuses, or failed `PATIENCE.attempts` times in a row.
+        endpoint: Endpoint and credentials; appended to the paths in error messages.
     """
-    failures, before = 0, received()
-    while True:
-        try:
-            return await attempt()
-        except _failures() as error:
-            lasting = _lasting(place, deed, error)
-            if lasting is not None:
-                raise lasting from None
-            failures = 1 if received() - before >= PATIENCE.progress else failures + 1
-            before = received()
-            reason = f"{type(error).__name__}: {_in_a_line(error)}"
-            if failures >= PATIENCE.attempts:
-                raise UserError(
-                    f"{place}: could not be {deed} in {failures} attempts, the last one ended with {reason}; "
-                    "run the same command again when the store answers."
-                ) from None
-        wait = PATIENCE.wait(failures)
-        logger.warning("%s: %s; attempt %d in %.1f s", place, reason, failures + 1, wait)
-        await asyncio.sleep(wait)
+
+    # `client_of` caches the clients, by process.
+    cachable = False
+
+    def __init__(self, endpoint: S3Endpoint) -> None:
+        super().__init__(
+            anon=endpoint.anonymous,
+            endpoint_url=endpoint.endpoint_url,
+            profile=endpoint.profile,
+            use_listings_cache=False,
+            config_kwargs={
+                "connect_timeout": RETRY_POLICY.timeout,
+                "read_timeout": RETRY_POLICY.timeout,
+                "max_pool_connections": _CONNECTIONS,
+                # Only `with_retries` retries.
+                "retries": {"total_max_attempts": 1},
+                # The signature contains the body's SHA-256, which every store verifies. Stores other than AWS
+                # do not support newer checksums.
+                "s3": {"payload_signing_enabled": True},
+                "request_checksum_calculation": "when_required",
+                "response_checksum_validation": "when_required",
+            },
+        )
+        self.endpoint = endpoint
+
+    async def request(self, operation: str, *defaults: dict[str, Any], **arguments: Any) -> Response:  # noqa: ANN401 - as the operation demands
+        """Call one S3 operation, by its botocore name, without retries."""
+        method = getattr(await self.set_session(), operation)
+        # The client has timeouts for connecting and receiving, but none for sending.
+        timeout = 2 * RETRY_POLICY.timeout + len(arguments.get("Body", b"")) / _MIN_UPLOAD_SPEED
+        accepted_arguments = self._get_s3_method_kwargs(method, *defaults, **arguments)
+        return await asyncio.wait_for(method(**accepted_arguments), timeout)
+
+    async def _call_s3(self, method: str, *akwarglist: dict[str, Any], **kwargs: Any) -> Response:  # noqa: ANN401 - as above
+        """Call one S3 operation with retries; all of s3fs's methods send their requests through this one."""
+        key = kwargs.get("Key", kwargs.get("Prefix", ""))
+        return await self.with_retries(
+            f"s3://{kwargs.get('Bucket', '')}/{key}{self.endpoint}",
+            _PARTICIPLES.get(method, "written"),
+            lambda: self.request(method, *akwarglist, **kwargs),
+        )
+
+    def call_s3(self, method: str, *akwarglist: dict[str, Any], **kwargs: Any) -> Response:  # noqa: ANN401 - as above
+        """Call one S3 operation, by its botocore name, with retries."""
+        return self.start(self._call_s3(method, *akwarglist, **kwargs)).result()
+
+    def object_sizes(self, bucket: str, prefix: str) -> dict[str, int]:
+        """Return the size in bytes of each object ``prefix + name`` by name, except those in subfolders."""
+
+        async def listing() -> dict[str, int]:
+            entries = self._iterdir(bucket, prefix=prefix)
+            return {
+                str(entry["name"]): int(entry["size"]) async for entry in entries if entry["type"] == "file"
+            }
+
+        start = f"{bucket}/{prefix}"
+        # Some tools create an empty object, named as the prefix, as a folder marker.
+        sizes = self.start(listing()).result()
+        return {name.removeprefix(start): size for name, size in sizes.items() if name != start}
+
+    def start(self, coroutine: Coroutine[Any, Any, Result]) -> "Future[Result]":
+        """Start a coroutine on the client's event loop and return its future."""
+        return asyncio.run_coroutine_threadsafe(coroutine, cast("asyncio.AbstractEventLoop", self.loop))
+
+    async def with_retries(
+        self,
+        location: object,
+        participle: str,
+        attempt: Callable[[], Awaitable[Result]],
+        received_bytes: Callable[[], int] = lambda: 0,
+    ) -> Result:
+        """Retry an attempt with backoff until it succeeds or fails `RetryPolicy.max_attempts` times in a row.
+
+        Args:
+            location: Path of the object, named in error messages.
+            participle: Verb of the error messages, as in "could not be read".
+            attempt: Coroutine function of one attempt; called again after a transient error.
+            received_bytes: Function that returns the number of bytes received by all attempts so far.
+
+        Raises:
+            FileNotFoundError: The object does not exist.
+            UserError: The store refuses, or failed `RetryPolicy.max_attempts` times in a row.
+        """
+        failures, before = 0, received_bytes()
+        while True:
+            try:
+                return await attempt()
+            except _REQUEST_ERRORS as error:
+                permanent_error = _permanent_error(location, participle, error)
+                if permanent_error is not None:
+                    raise permanent_error from None
+                failures = 1 if received_bytes() - before >= RETRY_POLICY.progress_bytes else failures + 1
+                before = received_bytes()
+                reason = f"{type(error).__name__}: {_in_one_line(error)}"
+                if failures >= RETRY_POLICY.max_attempts:
+                    raise UserError(
+                        f"{location}: could not be {participle} in {failures} attempts, the last one ended "
+                        f"with {reason}; run the same command again when the store answers."
+                    ) from None
+            wait = RETRY_POLICY.wait(failures)
+            logger.warning("%s: %s; attempt %d in %.1f s", location, reason, failures + 1, wait)
+            await asyncio.sleep(wait)
+
+
+def client_of(endpoint: S3Endpoint) -> S3Client:
+    """Return this process's client for an endpoint; timeouts are those of `RETRY_POLICY` at its creation."""
+    # A client's connections and thread do not survive a fork: each child process needs its own client.
+    return cached_client(endpoint, os.getpid())
 
 
 @functools.cache
-def _failures() -> tuple[type[Exception], ...]:
-    """Return the exception types of failed requests; any other exception is a bug in this package."""
-    from aiohttp import ClientError as HTTPError
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    return (BotoCoreError, ClientError, HTTPError, OSError, asyncio.TimeoutError, BrokenOffError)
+def cached_client(endpoint: S3Endpoint, process: int) -> S3Client:
+    """Return the client of an endpoint, created once per process."""
+    del process
+    return S3Client(endpoint)
 
 
-def _lasting(place: object, deed: str, error: Exception) -> Exception | None:
+def _permanent_error(location: object, participle: str, error: Exception) -> Exception | None:
     """Return the exception to raise for a permanent error; None for a transient one."""
-    from botocore.exceptions import (
-        BotoCoreError,
-        ClientError,
-        ConnectionError,
-        HTTPClientError,
-        IncompleteReadError,
-    )
-    from botocore.parsers import ResponseParserError
-
     if isinstance(error, ClientError):
-        return _refusal(place, deed, error, dict(error.response))
-    passing = (ConnectionError, HTTPClientError, IncompleteReadError, ResponseParserError)
-    if isinstance(error, BotoCoreError) and not isinstance(error, passing):
-        return UserError(f"{place}: cannot be {deed}: {_in_a_line(error).rstrip('.')}.")
+        return _refusal(location, participle, error, dict(error.response))
+    if isinstance(error, BotoCoreError) and not isinstance(error, _TRANSIENT_ERRORS):
+        return UserError(f"{location}: cannot be {participle}: {_in_one_line(error).rstrip('.')}.")
     return None
 
 
-def _refusal(place: object, deed: str, error: Exception, answer: Answer) -> Exception | None:
+def _refusal(location: object, participle: str, error: Exception, response: Response) -> Exception | None:
     """Return the exception to raise for a permanent error response of the store; None for a transient one."""
-    status, code = int(answer["ResponseMetadata"]["HTTPStatusCode"]), str(answer["Error"].get("Code", ""))
-    if status >= 500 or status == 429 or code in _PASSING_CODES:
+    status, code = int(response["ResponseMetadata"]["HTTPStatusCode"]), str(response["Error"].get("Code", ""))
+    if status >= 500 or status == 429 or code in _TRANSIENT_CODES:
         return None
     if code == "NoSuchBucket":
-        return UserError(f"{place}: there is no such bucket; create it or name another.")
+        return UserError(f"{location}: there is no such bucket; create it or name another.")
     if status == 404:
-        return FileNotFoundError(f"{place}: there is no such object")
+        return FileNotFoundError(f"{location}: there is no such object")
     if status == 412:
-        return UserError(f"{place}: was replaced while it was read; start again.")
+        return UserError(f"{location}: was replaced while it was read; start again.")
     if status in (401, 403):
         return UserError(
-            f"{place}: cannot be {deed}: access was denied ({code}); see that the bucket is right "
+            f"{location}: cannot be {participle}: access was denied ({code}); see that the bucket is right "
             "and that the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile) allow it; "
             "for a public bucket add ?anonymous=true."
         )
-    return UserError(f"{place}: cannot be {deed}: the store refuses: {_in_a_line(error).rstrip('.')}.")
+    return UserError(
+        f"{location}: cannot be {participle}: the store refuses: {_in_one_line(error).rstrip('.')}."
+    )
 
 
-def _in_a_line(error: Exception) -> str:
+def _in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())
