@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vqd_scale.text.clip import TextEncoder
     from vqd_scale.tokenizers.base import ImageTokenizer
     from vqd_scale.training.loop import train
-    from vqd_scale.training.tasks.denoising import TrainConfig
+    from vqd_scale.training.tasks.config import TrainConfig
 
 _HOMES = {
     "Denoiser": "vqd_scale.nn.denoiser",
@@ -21,7 +21,7 @@ _HOMES = {
     "MaskAndReplace": "vqd_scale.diffusion.transition",
     "TextEncoder": "vqd_scale.text.clip",
     "TextToImage": "vqd_scale.models.pipeline",
-    "TrainConfig": "vqd_scale.training.tasks.denoising",
+    "TrainConfig": "vqd_scale.training.tasks.config",
     "train": "vqd_scale.training.loop",
 }
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 import yaml
 
-from tests.training import forked
+from tests.training import rank_processes
 from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, write_shard_set
 from vqd_scale.models.bundle import save_tokenizer, tokenizer_fingerprint
 from vqd_scale.preparation.tokenize_shards import TokenSetMeta
 from vqd_scale.text.clip import CaptionTokenizer
-from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
+from vqd_scale.tokenizers.config import VQGANConfig
+from vqd_scale.tokenizers.vqgan import VQGAN
 
 ROOT = Path(__file__).parents[2]
 CODES, SIDE, SAMPLES = 12, 3, 40
@@ -26,7 +27,7 @@ RunTool = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture(scope="session")
 def token_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer, token shards and a configuration small enough for seconds."""
+    """Folder with a tokenizer, token shards and a configuration that trains in seconds."""
     folder = tmp_path_factory.mktemp("tokens")
     shape = VQGANConfig(
         codebook_size=CODES, code_dim=4, channels=8, channel_multipliers=(1, 2), num_res_blocks=1, norm="none"
@@ -56,7 +57,7 @@ def token_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _samples(shard: int, count: int) -> list[Sample]:
-    """Tokens that follow from the caption's word, with a few of them at random."""
+    """Return tokens determined by the caption's word, a few of them random."""
     generator = np.random.default_rng(shard)
     samples: list[Sample] = []
     for number in range(count):
@@ -76,7 +77,7 @@ def _samples(shard: int, count: int) -> list[Sample]:
 
 
 def _poisoned(number: int, sample: Sample) -> Sample:
-    """Every fifth sample with codes that the tokenizer does not have."""
+    """Replace every fifth sample's codes by invalid ones."""
     if number % 5:
         return sample
     return {**sample, "tokens.npy": np.full(SIDE * SIDE, CODES + 1, np.uint16)}
@@ -115,22 +116,22 @@ def _config(folder: Path) -> dict[str, object]:
 
 
 def command(tool: str, arguments: Sequence[str], ranks: int) -> list[str]:
-    """What starts a tool on so many ranks, as `vqd_scale.launchers.local` does for the demo."""
-    launch = "import sys; from pathlib import Path; from vqd_scale.launchers.local import run_on_this_machine"
-    call = f"sys.exit(run_on_this_machine(Path('tools/{tool}'), sys.argv[1:], {ranks}))"
+    """Return the command that starts a tool on local ranks, as `vqd_scale.launchers.local` does."""
+    launch = "import sys; from pathlib import Path; from vqd_scale.launchers.local import run_locally"
+    call = f"sys.exit(run_locally(Path('tools/{tool}'), sys.argv[1:], {ranks}))"
     return [sys.executable, "-c", f"{launch}; {call}", *arguments]
 
 
 @pytest.fixture(scope="session")
 def run_tool(tmp_path_factory: pytest.TempPathFactory) -> RunTool:
-    """Run one of the project's tools on so many ranks, forked from a process that has imported it."""
+    """Run one of the project's tools on local ranks, forked from a process that has imported it."""
 
     def run(tool: str, *arguments: str, ranks: int = 1) -> "subprocess.CompletedProcess[str]":
-        return forked.run(
+        return rank_processes.run(
             f"vqd_scale.cli.{Path(tool).stem}",
             *arguments,
             ranks=ranks,
-            said=tmp_path_factory.mktemp("said"),
+            output_folder=tmp_path_factory.mktemp("output"),
         )
 
     return run
@@ -138,7 +139,7 @@ def run_tool(tmp_path_factory: pytest.TempPathFactory) -> RunTool:
 
 @pytest.fixture(scope="session")
 def launch_tool() -> RunTool:
-    """Run one of the project's tools on so many ranks as its users do."""
+    """Run one of the project's tools on local ranks as its users do."""
 
     def run(tool: str, *arguments: str, ranks: int = 1) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
@@ -150,7 +151,7 @@ def launch_tool() -> RunTool:
 
 @pytest.fixture
 def start_tool() -> Callable[..., "subprocess.Popen[bytes]"]:
-    """Start a tool in a process group of its own, to be killed."""
+    """Start a tool in its own process group, to be killed."""
 
     def start(tool: str, *arguments: str, ranks: int = 1) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Short runs, one after the other in the same ranks: starting these costs more than training.
+"""Short runs in turn on the same ranks, because starting ranks takes longer than training.
 
 Started by `tests/training/test_scenarios.py` as a tool would be: with ``WORLD OUT`` it writes what each run
 did to ``OUT/results.json``.
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.training.plain_training import train_plainly
 from vqd_scale.core.config import load_config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.world import World, join_world, leave_world
@@ -23,14 +24,15 @@ from vqd_scale.training.engine import Engine
 from vqd_scale.training.logging.metrics import read_metrics
 from vqd_scale.training.loop import train
 from vqd_scale.training.tasks.base import Forward, Losses
-from vqd_scale.training.tasks.denoising import DenoisingTask, TrainConfig
+from vqd_scale.training.tasks.config import TrainConfig
+from vqd_scale.training.tasks.denoising import DenoisingTask
 
 Result = dict[str, Any]
 Prepare = Callable[[DenoisingTask], None]
 
 
 class Spiky(DenoisingTask):
-    """One whose batches at some numbers of images are a hundred times as bad."""
+    """Task whose losses at some image counts are a hundred times larger."""
 
     at: tuple[int, ...] = ()
 
@@ -63,17 +65,17 @@ class Runner:
         config = load_config(TrainConfig, self.folder / "train.yaml", [*common, *overrides])
         task = kind(config, self.world)
         prepare(task)
-        heard = _Listener()
-        logging.getLogger("vqd_scale").addHandler(heard)
+        listener = _Listener()
+        logging.getLogger("vqd_scale").addHandler(listener)
         error = ""
         try:
             train(task, config, self.world, name)
         except UserError as mistake:
             error = str(mistake)
         finally:
-            logging.getLogger("vqd_scale").removeHandler(heard)
+            logging.getLogger("vqd_scale").removeHandler(listener)
         rows = read_metrics(run / "metrics.jsonl")
-        return {"rows": rows, "error": error, "said": heard.said}
+        return {"rows": rows, "error": error, "warnings": listener.messages}
 
     def losses(self, name: str, *overrides: str, **named: Any) -> list[float]:
         result = self.run(name, *overrides, **named)
@@ -85,14 +87,14 @@ class Runner:
 class _Listener(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
+        self.messages.append(record.getMessage())
 
 
 def a_bad_gradient(world: World, *backwards: int) -> Prepare:
-    """Make the last rank's own gradient NaN in these backward passes."""
+    """Make the last rank's gradient NaN in these backward passes."""
 
     def prepare(task: DenoisingTask) -> None:
         calls = 0
@@ -113,7 +115,7 @@ def spikes(*images: int) -> type[DenoisingTask]:
 
 
 def invariance(runner: Runner) -> Result:
-    """The same losses however a batch is cut, bad samples among it."""
+    """Losses for different numbers of ranks and accumulation steps, with bad samples."""
     poisoned = [f"data.path={runner.folder / 'poisoned'}", "data.max_bad_fraction=1"]
     return {
         f"accumulation {parts}": runner.losses(
@@ -125,7 +127,7 @@ def invariance(runner: Runner) -> Result:
 
 
 def stages(runner: Runner) -> Result:
-    """The same losses however a model is held."""
+    """Losses in every ZeRO stage, with and without offload."""
     variants = {
         "stage 3": [],
         "stage 2": ["engine.zero.stage=2", "health.checksum_every_images=16"],
@@ -140,8 +142,27 @@ def stages(runner: Runner) -> Result:
     }
 
 
+def lion(runner: Runner) -> Result:
+    """Lion without the engine, in every stage, and resumed in the same and in another stage."""
+    common = ["optim.kind=lion", "optim.lr=1e-4", "optim.schedule.kind=constant"]
+    plain = [*common, f"run={runner.out / 'lion-plain'}", "total_images=64"]
+    variants: Result = {
+        "plain": train_plainly(load_config(TrainConfig, runner.folder / "train.yaml", plain)).losses,
+        "stage 3": runner.losses("lion-3", *common),
+        "stage 2, offloaded": runner.losses(
+            "lion-2", *common, "engine.zero.stage=2", "engine.zero.offload_optimizer=true"
+        ),
+        "stage 1": runner.losses("lion-1", *common, "engine.zero.stage=1"),
+    }
+    for stage in (3, 1):
+        name = f"lion-resumed-{stage}"
+        runner.losses(name, *common, images=40)
+        variants[f"resumed in stage {stage}"] = runner.losses(name, *common, f"engine.zero.stage={stage}")
+    return variants
+
+
 def compiled(runner: Runner) -> Result:
-    """Blocks through torch.compile, at both extremes of how they are held."""
+    """Losses with torch.compile, without sharding and with full sharding."""
     return {
         f"stage {stage}": runner.losses(
             f"compiled-{stage}", "engine.compile=true", f"engine.zero.stage={stage}", images=32
@@ -175,14 +196,14 @@ def health(runner: Runner) -> Result:
 
 
 def held_out(runner: Runner) -> Result:
-    """Figures of held-out samples, and that nothing remembers that they were looked at."""
-    asked = [
+    """Validation figures, and losses with and without validation."""
+    validation_overrides = [
         f"validation.path={runner.folder / 'shards'}",
         "validation.every_images=32",
         "validation.samples=19",
     ]
-    asked += ["validation.batch_size=4"]
-    with_it = runner.run("held-out", *asked)
+    validation_overrides += ["validation.batch_size=4"]
+    with_it = runner.run("held-out", *validation_overrides)
     without = runner.run("not-held-out")
     return {
         "figures": [
@@ -195,26 +216,26 @@ def held_out(runner: Runner) -> Result:
 
 
 def native(runner: Runner) -> Result:
-    """The same weights as DeepSpeed's own checkpoint and as ours."""
+    """Equal weights as DeepSpeed's own checkpoint and as the package's."""
     config = load_config(TrainConfig, runner.folder / "train.yaml", [f"run={runner.out / 'native'}"])
     task = DenoisingTask(config, runner.world)
     engine = Engine(task.module, config.engine, config.optim, 8, runner.world, task.units)
     engine._engine.save_checkpoint(str(runner.out / "native"))  # pyright: ignore[reportPrivateUsage]
-    ours = Checkpoints(
+    checkpoints = Checkpoints(
         runner.out / "ours",
         config.checkpoint,
         engine.partition,
         EMA(config.ema, engine.partition),
         runner.world,
     )
-    ours.save(0, {})
-    ours.wait()
+    checkpoints.save(0, {})
+    checkpoints.wait()
     return {"native": str(runner.out / "native"), "ours": str(runner.out / "ours" / f"{0:012d}")}
 
 
 SCENARIOS: dict[str, Callable[[Runner], Result]] = {
     scenario.__name__: scenario
-    for scenario in (invariance, stages, compiled, half_precision, health, held_out, native)
+    for scenario in (invariance, stages, lion, compiled, half_precision, health, held_out, native)
 }
 
 

@@ -9,7 +9,7 @@ from vqd_scale.data.sources.shapes import ShapesConfig, write_shapes
 
 
 @pytest.mark.long
-def test_an_ablation_trains_scores_and_does_nothing_twice(
+def test_ablation_trains_and_evaluates_once(
     token_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_shapes(ShapesConfig(image_size=16, train_samples=1, held_out_samples=20), tmp_path / "shards")
@@ -38,20 +38,20 @@ def test_an_ablation_trains_scores_and_does_nothing_twice(
     path = tmp_path / "ablation.yaml"
     path.write_text(yaml.safe_dump(config))
     eval_ablation.main([str(path)])
-    written = tmp_path / "out" / "sweep.json"
-    rows = json.loads(written.read_text())["rows"]
-    # A chain of three steps cannot be undone in five.
+    sweep_file = tmp_path / "out" / "sweep.json"
+    rows = json.loads(sweep_file.read_text())["rows"]
+    # A chain of three steps cannot be sampled in five.
     assert [row["settings"]["steps of inference"] for row in rows[:4]] == [2, 3, 2, 5]
     assert len(rows) == 2 * 2 * 2 * 2
     assert {row["seed"] for row in rows} == {0, 1}
     models = sorted((tmp_path / "out" / "models").iterdir())
     assert [model.name for model in models][:2] == ["mask=0.9,T=3,seed=0", "mask=0.9,T=3,seed=1"]
-    made = [(model / "export" / "model.safetensors").stat().st_mtime_ns for model in models]
+    export_times = [(model / "export" / "model.safetensors").stat().st_mtime_ns for model in models]
     (models[0] / "evaluation" / "steps=2" / "report.json").unlink()
     eval_ablation.main([str(path)])
-    assert json.loads(written.read_text())["rows"] == rows
-    assert made == [(model / "export" / "model.safetensors").stat().st_mtime_ns for model in models]
-    # Models of another training are not taken for these.
+    assert json.loads(sweep_file.read_text())["rows"] == rows
+    assert export_times == [(model / "export" / "model.safetensors").stat().st_mtime_ns for model in models]
+    # Models of another training run are refused.
     with pytest.raises(SystemExit) as end:
         eval_ablation.main([str(path), "overrides=[total_images=24,checkpoint.every_images=16]"])
     assert end.value.code == 2

@@ -1,4 +1,4 @@
-"""Saved on N ranks in one ZeRO stage, gone on with on M ranks in another, without a conversion."""
+"""Resume on M ranks in one ZeRO stage from N ranks in another, without a conversion."""
 
 import shutil
 import subprocess
@@ -23,17 +23,17 @@ QUICK = {((2, 1), (3, 1)), ((1, 2), (1, 3))}
 def train(token_world: Path, run_tool: RunTool) -> Callable[..., None]:
     def run(run: Path, ranks: int, stage: int, images: int) -> None:
         overrides = [f"run={run}", f"total_images={images}", f"engine.zero.stage={stage}"]
-        # Of constant height: a schedule that ends with the run would differ where the run ends earlier.
+        # A constant rate: a schedule that ends with the run would differ for a shorter run.
         overrides += ["optim.schedule.kind=constant", "checkpoint.every_images=80"]
-        done = run_tool("train.py", str(token_world / "train.yaml"), *overrides, ranks=ranks)
-        assert done.returncode == 0, done.stderr
+        completed = run_tool("train.py", str(token_world / "train.yaml"), *overrides, ranks=ranks)
+        assert completed.returncode == 0, completed.stderr
 
     return run
 
 
 @pytest.fixture(scope="module")
 def saved(train: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]:
-    """The first half of the run, by ranks and stage; each is trained once."""
+    """Return the first half of the run by ranks and stage; each is trained once."""
     folder = tmp_path_factory.mktemp("saved")
 
     def get(ranks: int, stage: int) -> Path:
@@ -64,7 +64,7 @@ def weights(run: Path) -> Path:
         for stages in STAGED
     ],
 )
-def test_resumed_on_other_ranks_in_another_stage(
+def test_resume_on_other_ranks_in_another_stage(
     ranks: tuple[int, int],
     stages: tuple[int, int],
     saved: Callable[[int, int], Path],
@@ -80,9 +80,9 @@ def test_resumed_on_other_ranks_in_another_stage(
     assert [row["images"] for row in rows] == list(range(8, IMAGES + 1, 8))
     expected = [row["loss"] for row in read_metrics(uninterrupted / "metrics.jsonl")]
     assert [row["loss"] for row in rows] == pytest.approx(expected, rel=1e-5)
-    # The export is the average of the weights, which went through the checkpoint as they did.
-    ours, theirs = load_file(weights(run)), load_file(weights(uninterrupted))
-    for name, tensor in ours.items():
-        # A key's bias has no gradient but for rounding, which AdamW scales up (see test_train).
+    # The export contains the EMA, which the checkpoint stores as well.
+    resumed_weights, uninterrupted_weights = load_file(weights(run)), load_file(weights(uninterrupted))
+    for name, tensor in resumed_weights.items():
+        # A key's bias has only rounding errors as gradient, which AdamW scales up (see test_train).
         if not name.endswith(("key.bias", "in_proj_bias")):
-            assert tensor.sub(theirs[name]).abs().max() < 1e-4, name
+            assert tensor.sub(uninterrupted_weights[name]).abs().max() < 1e-4, name

@@ -2,10 +2,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.training.ranks import on_ranks, own_seed, partition_of
+from tests.training.rank_threads import on_ranks, own_seed, partition_of
 from vqd_scale.core.world import World
-from vqd_scale.training.ema import EMA, EMAConfig
-from vqd_scale.training.logging.sample_images import whole_parameters
+from vqd_scale.training.config import EMAConfig
+from vqd_scale.training.ema import EMA
+from vqd_scale.training.partition import gather
 
 CONFIG = EMAConfig(half_life_images=64, warmup_ratio=0.5)
 STEPS, BATCH = 100, 8
@@ -17,40 +18,40 @@ def network() -> nn.Module:
 
 
 def moved(value: Tensor, step: int) -> Tensor:
-    """Some weights after a step; what they are does not matter."""
+    """Return different weights for each step."""
     return value + torch.sin(torch.arange(value.numel()) + step).view(value.shape)
 
 
 def averaged(world: World) -> dict[str, Tensor]:
     partition = partition_of(network(), world)
     ema = EMA(CONFIG, partition)
-    whole = dict(network().named_parameters())
+    parameters = dict(network().named_parameters())
     for step in range(STEPS):
         for piece in partition.pieces:
-            value = moved(whole[piece.name].detach(), step).flatten()
+            value = moved(parameters[piece.name].detach(), step).flatten()
             partition.view(partition.masters, piece).copy_(value[piece.start : piece.start + piece.length])
         ema.update((step + 1) * BATCH, BATCH)
-    return whole_parameters(partition, ema.flats, world)
+    return gather(partition, ema.flats, world)
 
 
-def test_trap_28_the_average_of_shards_is_that_of_whole_weights() -> None:
+def test_sharded_ema_equals_full_ema() -> None:
     expected = {name: parameter.detach().clone() for name, parameter in network().named_parameters()}
     start = {name: value.clone() for name, value in expected.items()}
     for step in range(STEPS):
         half_life = min(CONFIG.half_life_images, CONFIG.warmup_ratio * (step + 1) * BATCH)
-        kept = 0.5 ** (BATCH / half_life)
+        decay = 0.5 ** (BATCH / half_life)
         for name in expected:
-            expected[name] = kept * expected[name] + (1 - kept) * moved(start[name], step)
+            expected[name] = decay * expected[name] + (1 - decay) * moved(start[name], step)
     for ranks in (1, 2, 3):
-        for found in on_ranks(ranks, averaged):
-            # Weights only: statistics, schedules and whatever is frozen have no average.
-            assert found.keys() == expected.keys()
+        for averages in on_ranks(ranks, averaged):
+            # Only trained weights have an EMA; statistics, schedules and frozen weights have none.
+            assert averages.keys() == expected.keys()
             for name, value in expected.items():
-                assert found[name].numel() > 0
-                torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+                assert averages[name].numel() > 0
+                torch.testing.assert_close(averages[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_the_average_stands_in_for_the_weights_and_every_bit_comes_back() -> None:
+def test_ema_weights_swap_in_and_out_bit_equal() -> None:
     def run(world: World) -> None:
         partition = partition_of(network(), world)
         ema = EMA(CONFIG, partition)
@@ -67,7 +68,7 @@ def test_the_average_stands_in_for_the_weights_and_every_bit_comes_back() -> Non
     on_ranks(2, run)
 
 
-def test_the_released_decay_is_a_half_life() -> None:
-    """0.99 every 25 steps of 32 images, without a warm-up: what the published recipes say in images."""
+def test_released_decay_equals_half_life() -> None:
+    """The published decay, 0.99 every 25 steps of 32 images, as a half-life in images."""
     half_life = 25 * 32 * torch.log(torch.tensor(0.5)) / torch.log(torch.tensor(0.99))
     assert float(half_life) == pytest.approx(55_000, rel=0.01)

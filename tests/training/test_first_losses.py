@@ -9,7 +9,7 @@ import json
 from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import numpy as np
 import open_clip
@@ -20,29 +20,34 @@ from torch import Tensor, nn
 from torchvision.models import vgg
 
 from vqd_scale.cli.eval_ablation import AblationConfig
-from vqd_scale.cli.run import TOKEN_RUNS, TOKENIZER_RUNS, token_task, tokenizer_task
 from vqd_scale.core.config import Config, load_config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.world import join_world, leave_world
 from vqd_scale.data.loading.batch import ImageBatch, TokenBatch
 from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, write_shard_set
 from vqd_scale.data.sources.img2dataset import Img2datasetConfig
-from vqd_scale.evaluation.protocol import EvaluationConfig
-from vqd_scale.evaluation.sweep import SweepConfig
+from vqd_scale.evaluation.config import EvaluationConfig, SweepConfig
 from vqd_scale.models.bundle import save_tokenizer, tokenizer_fingerprint
-from vqd_scale.nn.denoiser import ClassCondition
-from vqd_scale.nn.unet import UNetConfig
-from vqd_scale.preparation.tokenize_shards import TokenizeConfig, TokenSetMeta
-from vqd_scale.text.clip import CaptionTokenizer, Pretrained, TextConfig, TextEncoder
+from vqd_scale.nn.config import ClassCondition, UNetConfig
+from vqd_scale.preparation.config import TokenizeConfig
+from vqd_scale.preparation.tokenize_shards import TokenSetMeta
+from vqd_scale.text.clip import CaptionTokenizer, TextEncoder
+from vqd_scale.text.config import Pretrained, TextConfig
 from vqd_scale.text.open_clip import published_shape
-from vqd_scale.tokenizers.perceptual import LPIPSConfig
-from vqd_scale.tokenizers.registry import build_tokenizer
-from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
+from vqd_scale.tokenizers.config import LPIPSConfig, VQGANConfig
+from vqd_scale.tokenizers.vqgan import VQGAN
 from vqd_scale.training.engine import Engine
-from vqd_scale.training.tasks.autoencoding import TokenizerTrainConfig
-from vqd_scale.training.tasks.autoregression import AutoregressionConfig, AutoregressionTask
-from vqd_scale.training.tasks.denoising import DenoisingTask, TrainConfig
-from vqd_scale.training.tasks.refitting import RefitConfig
+from vqd_scale.training.tasks.autoregression import AutoregressionTask
+from vqd_scale.training.tasks.config import (
+    TOKEN_RUNS,
+    TOKENIZER_RUNS,
+    AutoregressionConfig,
+    RefitConfig,
+    TokenizerRun,
+    TokenizerTrainConfig,
+    TokenRun,
+)
+from vqd_scale.training.tasks.denoising import DenoisingTask
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -59,9 +64,6 @@ KINDS: dict[str, type[Config] | tuple[type[Config], ...]] = {
 
 LAYERS, BATCH, CODES, GRID, IMAGE_SIZE = 2, 2, 64, (4, 4), 32
 CAPTIONS = ("a small bird with a red head", "")
-
-TokenRun: TypeAlias = TrainConfig | AutoregressionConfig
-TokenizerRun: TypeAlias = TokenizerTrainConfig | RefitConfig
 
 
 def kinds_of(path: Path) -> list[str]:
@@ -200,7 +202,7 @@ class Inputs:
         shape = run.vqgan.model_copy(update={"num_res_blocks": 1})
         torch.manual_seed(0)
         folder = self.folder / config.tokenizer
-        save_tokenizer(folder, shape, build_tokenizer(shape).state_dict())
+        save_tokenizer(folder, shape, shape.build().state_dict())
         return folder
 
 
@@ -257,14 +259,14 @@ def world() -> Generator[None]:
 
 def token_batch(task: DenoisingTask | AutoregressionTask) -> TokenBatch:
     """Two samples as the stream would hand them over."""
-    samples, source = task.samples(), task.source
+    samples = task.samples()
     generator = torch.Generator().manual_seed(0)
     text = torch.zeros(BATCH, 0, dtype=torch.int64)
     if samples.text_length:
-        text = torch.from_numpy(task.module.model.text.tokenizer(CAPTIONS))
-    condition = task.module.model.condition
+        text = torch.from_numpy(task.model.text.tokenizer(CAPTIONS))
+    condition = task.model.condition
     labels = torch.tensor([0, 1]) if isinstance(condition, ClassCondition) else None
-    tokens = torch.randint(source.meta.codes, (BATCH, samples.length), generator=generator)
+    tokens = torch.randint(task.meta.codes, (BATCH, samples.length), generator=generator)
     valid = torch.ones(BATCH, dtype=torch.bool)
     return TokenBatch(tokens, text, labels, slots=torch.arange(BATCH), valid=valid, keys=["0", "1"])
 
@@ -277,12 +279,12 @@ def image_batch(size: int) -> ImageBatch:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
-def test_every_configuration_is_of_one_kind(path: Path) -> None:
+def test_every_configuration_has_one_kind(path: Path) -> None:
     assert len(KIND_OF[path]) == 1, KIND_OF[path]
 
 
 @pytest.mark.parametrize("path", configs_of("token run"), ids=name_of)
-def test_the_first_step_of_a_token_run_is_finite(
+def test_first_step_of_a_token_run_is_finite(
     path: Path, inputs: Inputs, results: dict[Path, Result], tmp_path: Path
 ) -> None:
     shipped = load_config(TOKEN_RUNS, path)
@@ -301,13 +303,13 @@ def test_the_first_step_of_a_token_run_is_finite(
     overrides += [f"data.path={inputs.token_shards(shipped.text)}"]
     config = load_config(TOKEN_RUNS, path, [*overrides, *layers, *inputs.text_overrides(shipped.text)])
 
-    task = token_task(config, join_world())
+    task = config.build(join_world())
     step = FirstStep(task, config)
     results[path] = step.result(config.kind, step.loss(token_batch(task)))
 
 
 @pytest.mark.parametrize("path", configs_of("tokenizer run"), ids=name_of)
-def test_the_first_step_of_a_tokenizer_run_is_finite(
+def test_first_step_of_a_tokenizer_run_is_finite(
     path: Path, inputs: Inputs, results: dict[Path, Result], tmp_path: Path
 ) -> None:
     """At the run's start, and at its end, when the codebook and the discriminator have joined."""
@@ -321,7 +323,7 @@ def test_the_first_step_of_a_tokenizer_run_is_finite(
         overrides.append("vqgan.num_res_blocks=1")
     config = load_config(TOKENIZER_RUNS, path, overrides)
 
-    step = FirstStep(tokenizer_task(config, join_world()), config)
+    step = FirstStep(config.build(join_world()), config)
     first = step.loss(image_batch(size))
     assert step.engine.step(1e-6)
     results[path] = step.result(config.kind, first, step.loss(image_batch(size), config.total_images - 1))

@@ -1,4 +1,4 @@
-"""Networks that real ranks cut while they are built: the same weights, and never the whole of them."""
+"""Networks sharded during construction on real ranks: equal weights, never in memory at once."""
 
 import os
 from pathlib import Path
@@ -10,15 +10,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
-from tests.daemons import free_ports
+from tests.background_programs import free_ports
 from vqd_scale.core.world import World, join_world, leave_world
 from vqd_scale.launchers.local import rank_environment
-from vqd_scale.nn.denoiser import Block, Denoiser, DenoiserConfig, TextCondition
-from vqd_scale.nn.layers import Convolutional, start_from_codebook
-from vqd_scale.nn.param_sharding import HERE, ParamSharding, Part
-from vqd_scale.training.checkpoint.init_from import start_from
-from vqd_scale.training.engine import Engine, EngineConfig, ZeroConfig, placement
-from vqd_scale.training.optim import OptimConfig
+from vqd_scale.nn.config import Convolutional, DenoiserConfig, TextCondition
+from vqd_scale.nn.denoiser import Block, Denoiser
+from vqd_scale.nn.layers import init_from_codebook
+from vqd_scale.nn.param_sharding import NO_SHARDING, ParamSharding, Part
+from vqd_scale.training.checkpoint.init_from import load_initial_weights
+from vqd_scale.training.config import AdamWConfig, EngineConfig, ZeroConfig
+from vqd_scale.training.engine import Engine, build_param_sharding
 
 RANKS = 2
 CONFIG = DenoiserConfig(
@@ -32,7 +33,7 @@ CONFIG = DenoiserConfig(
 
 
 class Step(nn.Module):
-    """From tokens to each sample's loss, as the engine wants it."""
+    """Module from tokens to per-sample losses, as the engine requires."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
@@ -44,51 +45,53 @@ class Step(nn.Module):
         )
 
 
-def build(where: ParamSharding, seed: int = 3, **changes: Any) -> Denoiser:
+def build(sharding: ParamSharding, seed: int = 3, **changes: Any) -> Denoiser:
     torch.manual_seed(seed)
-    denoiser = Denoiser(CONFIG.model_copy(update=changes), 7, (3, 5), 9, where)
+    denoiser = Denoiser(CONFIG.model_copy(update=changes), 7, (3, 5), 9, sharding)
     vectors = torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
-    start_from_codebook(denoiser.code_tables, vectors, 0.5, where)
+    init_from_codebook(denoiser.code_embeddings, vectors, 0.5, sharding)
     return denoiser
 
 
 class Watched(ParamSharding):
-    """Another placement, of which it is seen how much is whole at a time."""
+    """Sharding that checks that at most one part is unsharded at a time."""
 
     def __init__(self, inner: ParamSharding) -> None:
         self.inner = inner
         self.cut: list[nn.Module] = []
 
-    def placed(self, part: Part) -> Part:
+    def shard(self, part: Part) -> Part:
         assert all(parameter.numel() == 0 for earlier in self.cut for parameter in earlier.parameters())
         assert all(parameter.numel() > 0 for parameter in part.parameters())
         self.cut.append(part)
-        return self.inner.placed(part)
+        return self.inner.shard(part)
 
-    def whole(self, weights: Any) -> Any:
+    def gather(self, weights: Any) -> Any:
         listed = list(weights)
         # A layer's, or the two tables of the codes.
         assert len(listed) <= 2
-        return self.inner.whole(listed)
+        return self.inner.gather(listed)
 
 
 def check_weights(world: World, config: EngineConfig, dtype: torch.dtype, **changes: Any) -> None:
-    where = Watched(placement(config, world))
+    sharding = Watched(build_param_sharding(config, world))
     torchs = nn.functional.linear
-    cut, plain = build(where, **changes), build(HERE, **changes)
+    cut, plain = build(sharding, **changes), build(NO_SHARDING, **changes)
     assert nn.functional.linear is torchs
-    for (name, ours), (_, theirs) in zip(cut.named_parameters(), plain.named_parameters(), strict=True):
-        assert ours.numel() == 0, name
-        piece: Tensor = ours.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]
-        assert piece.numel() == -(-theirs.numel() // RANKS)
-    with where.inner.whole(cut.parameters()):
-        for (name, ours), (_, theirs) in zip(cut.named_parameters(), plain.named_parameters(), strict=True):
-            assert ours.dtype == dtype, name
-            assert torch.equal(ours, theirs.to(dtype)), name
+    for (name, sharded), (_, expected) in zip(cut.named_parameters(), plain.named_parameters(), strict=True):
+        assert sharded.numel() == 0, name
+        piece: Tensor = sharded.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]
+        assert piece.numel() == -(-expected.numel() // RANKS)
+    with sharding.inner.gather(cut.parameters()):
+        for (name, sharded), (_, expected) in zip(
+            cut.named_parameters(), plain.named_parameters(), strict=True
+        ):
+            assert sharded.dtype == dtype, name
+            assert torch.equal(sharded, expected.to(dtype)), name
 
 
 def losses(world: World, config: EngineConfig, denoiser: Denoiser, start: Path | None = None) -> Tensor:
-    """All ranks' losses over a few steps."""
+    """Return all ranks' losses over a few steps."""
     units = (Block,)
     module = Step(denoiser)
     torchs, inside = nn.functional.linear, set[Any]()
@@ -97,21 +100,21 @@ def losses(world: World, config: EngineConfig, denoiser: Denoiser, start: Path |
         inside.add(nn.functional.linear)
 
     module.register_forward_pre_hook(look)
-    engine = Engine(module, config, OptimConfig(lr=1e-2), batch=2 * RANKS, world=world, units=units)
+    engine = Engine(module, config, AdamWConfig(lr=1e-2), batch=2 * RANKS, world=world, units=units)
     if start is not None:
-        start_from(start, engine.partition, "denoiser.")
+        load_initial_weights(start, engine.partition, "denoiser.")
     generator = torch.Generator().manual_seed(world.rank)
-    found: list[Tensor] = []
+    batch_losses: list[Tensor] = []
     for _ in range(3):
         tokens = torch.randint(0, 8, (2, 15), generator=generator)
         loss = engine(tokens, torch.tensor([1, 8]), torch.randn(2, 5, 10, generator=generator))
-        found.append(world.concatenated(loss.detach()))
+        batch_losses.append(world.concatenated(loss.detach()))
         engine.backward(loss.mean())
         engine.step(1e-2)
-    # DeepSpeed's own, which it would leave there for whatever else the process computes.
+    # DeepSpeed's hooks, which would otherwise stay active for later tests.
     assert nn.functional.linear is torchs
     assert torchs not in inside
-    return torch.cat(found)
+    return torch.cat(batch_losses)
 
 
 def on_rank(rank: int, port: int, folder: Path) -> None:
@@ -122,27 +125,27 @@ def on_rank(rank: int, port: int, folder: Path) -> None:
     check_weights(world, exact, torch.float32, zero_modulation=True)
     check_weights(world, exact.model_copy(update={"precision": "bf16"}), torch.bfloat16)
 
-    where = placement(exact, world)
-    expected = losses(world, exact, build(where))
+    sharding = build_param_sharding(exact, world)
+    expected = losses(world, exact, build(sharding))
     assert (expected[:4] - expected[-4:]).abs().min() > 1e-3
     stored = folder / f"{rank}.safetensors"
-    save_file(build(HERE).state_dict(), stored)
-    other = build(where, seed=4, checkpoint_blocks=True)
+    save_file(build(NO_SHARDING).state_dict(), stored)
+    checkpointed = build(sharding, seed=4, checkpoint_blocks=True)
     some_whole = exact.model_copy(update={"param_persistence_threshold": 200})
-    assert torch.equal(losses(world, some_whole, other, start=stored), expected)
-    # Last: DeepSpeed makes the groups of ranks that hold second copies once in a process.
+    assert torch.equal(losses(world, some_whole, checkpointed, start=stored), expected)
+    # Last, because DeepSpeed creates the hpZ groups once per process.
     second = exact.model_copy(update={"zero": ZeroConfig(hpz_partition_size=RANKS)})
-    assert torch.equal(losses(world, second, build(placement(second, world))), expected)
+    assert torch.equal(losses(world, second, build(build_param_sharding(second, world))), expected)
     leave_world()
 
 
 @pytest.mark.ranks
-def test_a_network_cut_while_it_is_built_starts_and_trains_as_a_whole_one(tmp_path: Path) -> None:
+def test_sharded_construction_trains_as_full_network(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     spawn(on_rank, (port, tmp_path), nprocs=RANKS)
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(3, 1), (2, 2), (1, 2)])
-def test_what_is_not_cut_is_built_here(stage: Any, ranks: int) -> None:
+def test_without_zero_3_construction_is_not_sharded(stage: Any, ranks: int) -> None:
     config = EngineConfig.model_validate({"zero": {"stage": stage}})
-    assert placement(config, World(0, ranks, torch.device("cpu"))) is HERE
+    assert build_param_sharding(config, World(0, ranks, torch.device("cpu"))) is NO_SHARDING

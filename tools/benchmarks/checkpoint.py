@@ -1,4 +1,4 @@
-"""What a checkpoint costs training: written by a thread beside it, and written while it waits."""
+"""Training time per checkpoint: written by a thread, and written while training waits."""
 
 import tempfile
 import time
@@ -11,11 +11,12 @@ from benchmarks.step import FusedStep, StepProblem
 
 from vqd_scale.core.progress import progress
 from vqd_scale.core.world import World, join_world
-from vqd_scale.nn.denoiser import Denoiser, DenoiserConfig
-from vqd_scale.training.checkpoint.manager import CheckpointConfig, Checkpoints, consolidated, newest_whole
-from vqd_scale.training.ema import EMA, EMAConfig
-from vqd_scale.training.engine import Engine, EngineConfig
-from vqd_scale.training.optim import OptimConfig
+from vqd_scale.nn.config import DenoiserConfig
+from vqd_scale.nn.denoiser import Denoiser
+from vqd_scale.training.checkpoint.manager import Checkpoints, consolidated, newest_valid
+from vqd_scale.training.config import AdamWConfig, CheckpointConfig, EMAConfig, EngineConfig
+from vqd_scale.training.ema import EMA
+from vqd_scale.training.engine import Engine
 
 _STEPS = 20
 _RATE = 1e-4
@@ -35,7 +36,7 @@ class _Run:
         denoiser = Denoiser(config, problem.codes, (problem.side, problem.side), problem.transition.steps)
         module = FusedStep(denoiser, problem)
         self.engine = Engine(
-            module, EngineConfig(precision="fp32"), OptimConfig(), problem.batch, world, Denoiser.units
+            module, EngineConfig(precision="fp32"), AdamWConfig(), problem.batch, world, Denoiser.units
         )
         self.batch = problem.batch_of(world.device)
         ema = EMA(EMAConfig(), self.engine.partition)
@@ -93,7 +94,7 @@ def benchmark_checkpoint(rounds: int, problem: StepProblem = PROBLEM) -> dict[st
                 during, after = run.steps(kind)
                 seconds[kind].append(during)
                 afterwards[kind].append(after)
-        size = sum(path.stat().st_size for path in newest_whole(folder / "ours").iterdir())
+        size = sum(path.stat().st_size for path in newest_valid(folder / "ours").iterdir())
         for checkpoints in run.checkpoints.values():
             checkpoints.close()
     extra = {
@@ -119,6 +120,8 @@ def _compare(run: _Run, folder: Path) -> None:
     for checkpoints in run.checkpoints.values():
         checkpoints.save(0, {})
         checkpoints.wait()
-    ours, theirs = (consolidated(folder / kind / f"{0:012d}", "master") for kind in run.checkpoints)
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=0, msg=name)
+    package_weights, alternative_weights = (
+        consolidated(folder / kind / f"{0:012d}", "master") for kind in run.checkpoints
+    )
+    for name, tensor in package_weights.items():
+        torch.testing.assert_close(tensor, alternative_weights[name], rtol=0, atol=0, msg=name)

@@ -18,56 +18,59 @@ from torch import Tensor, nn
 
 from vqd_scale.core.progress import progress
 from vqd_scale.core.world import World
-from vqd_scale.nn.denoiser import Block, Denoiser, DenoiserConfig
-from vqd_scale.nn.param_sharding import HERE, ParamSharding
+from vqd_scale.nn.config import DenoiserConfig
+from vqd_scale.nn.denoiser import Block, Denoiser
+from vqd_scale.nn.param_sharding import NO_SHARDING, ParamSharding
 from vqd_scale.nn.sizes import SIZES, SizeName
-from vqd_scale.training.ema import EMA, EMAConfig
-from vqd_scale.training.engine import Engine, EngineConfig, placement
-from vqd_scale.training.optim import OptimConfig
+from vqd_scale.training.config import AdamWConfig, EMAConfig, EngineConfig
+from vqd_scale.training.ema import EMA
+from vqd_scale.training.engine import Engine, build_param_sharding
 
 _RANKS = 16
 _STEPS = 100
 
 
 def benchmark_construction(
-    rounds: int, compared: SizeName = "B", held: SizeName = "3B", precision: str = "bf16"
+    rounds: int, compared: SizeName = "B", measured: SizeName = "3B", precision: str = "bf16"
 ) -> dict[str, Any]:
-    """Seconds and memory of building a network cut among 16 ranks, beside building it whole.
+    """Measure seconds and memory of building a network sharded over 16 ranks, and unsharded.
 
     Args:
-        rounds: How often each is built, in turn, in fresh processes; medians count.
-        compared: The size that is built both ways.
-        held: The size that is only built cut, and taken on to where it would train.
-        precision: What the network computes in.
+        rounds: Number of builds per side, in turn, in fresh processes; medians are reported.
+        compared: Size that is built sharded and unsharded.
+        measured: Size that is only built sharded, with its engine and EMA.
+        precision: Compute precision of the network.
 
     Raises:
-        AssertionError: The cut network's weights are not the whole one's.
+        AssertionError: The weights of the sharded and the unsharded network differ.
     """
-    # Without it glibc keeps the room of each part that was whole, because a share lies in its middle; that
-    # cannot happen where the shares lie in a GPU's memory.
+    # Without it glibc keeps the memory of each full weight, because its partition lies inside. This cannot
+    # happen with partitions in GPU memory.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     in_fresh_process(partial(_compare, precision))
     cut: list[dict[str, float]] = []
-    whole: list[dict[str, float]] = []
+    unsharded: list[dict[str, float]] = []
     for _ in progress(range(rounds), "construction", rounds):
         cut.append(in_fresh_process(partial(_built, compared, precision, is_cut=True)))
-        whole.append(in_fresh_process(partial(_built, compared, precision, is_cut=False)))
-    ours, alternative = ({key: median(row[key] for row in rows) for key in rows[0]} for rows in (cut, whole))
+        unsharded.append(in_fresh_process(partial(_built, compared, precision, is_cut=False)))
+    package, alternative = (
+        {key: median(row[key] for row in rows) for key in rows[0]} for rows in (cut, unsharded)
+    )
     return {
-        "ours": ours["seconds"],
+        "ours": package["seconds"],
         "alternative": alternative["seconds"],
-        "ratio": alternative["seconds"] / ours["seconds"],
-        "memory_ratio": ours["peak_megabytes"] / alternative["peak_megabytes"],
+        "ratio": alternative["seconds"] / package["seconds"],
+        "memory_ratio": package["peak_megabytes"] / alternative["peak_megabytes"],
         "ranks": _RANKS,
         "precision": precision,
-        f"{compared}_cut": ours,
+        f"{compared}_cut": package,
         f"{compared}_whole": alternative,
-        f"{held}_cut": in_fresh_process(partial(_built, held, precision, is_cut=True, trains=True)),
+        f"{measured}_cut": in_fresh_process(partial(_built, measured, precision, is_cut=True, trains=True)),
     }
 
 
 def _join(precision: str) -> tuple[World, EngineConfig]:
-    # Not public, and so only asked for where it is used; it comes with torch.
+    # Not public, so it is imported only where it is used; it comes with torch.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(_RANKS))
@@ -77,39 +80,41 @@ def _join(precision: str) -> tuple[World, EngineConfig]:
     return World(0, _RANKS, torch.device("cpu")), config
 
 
-def _denoiser(size: SizeName, where: ParamSharding) -> Denoiser:
+def _denoiser(size: SizeName, sharding: ParamSharding) -> Denoiser:
     torch.manual_seed(0)
-    return Denoiser(DenoiserConfig(size=size), SIZES[size].codes, SIZES[size].grid, _STEPS, where)
+    return Denoiser(DenoiserConfig(size=size), SIZES[size].codes, SIZES[size].grid, _STEPS, sharding)
 
 
 def _built(size: SizeName, precision: str, *, is_cut: bool, trains: bool = False) -> dict[str, float]:
-    """Megabytes above what the process held before it built anything, and seconds."""
+    """Return megabytes above the process's memory before the build, and seconds."""
     world, config = _join(precision)
-    where = placement(config, world) if is_cut else HERE
-    # What is loaded at the first cut, and at the first weights drawn, is no part of the network.
-    kept: list[Any] = [where.placed(nn.Linear(2, 2))]
+    sharding = build_param_sharding(config, world) if is_cut else NO_SHARDING
+    # Libraries that the first partition and the first initial weights load are no part of the network.
+    references: list[Any] = [sharding.shard(nn.Linear(2, 2))]
     before, began = resident(), time.perf_counter()
-    peak = extra_peak(lambda: kept.append(_denoiser(size, where)))
+    peak = extra_peak(lambda: references.append(_denoiser(size, sharding)))
     row = {
         "seconds": time.perf_counter() - began,
         "peak_megabytes": peak / 1e6,
         "held_megabytes": (resident() - before) / 1e6,
     }
     if trains:
-        kept.append(Engine(kept[1], config, OptimConfig(), _RANKS, world, (Block,)))
-        moments = [kept[2].partition.moments(name) for name in ("exp_avg", "exp_avg_sq")]
-        for flat in [flat for flats in moments for flat in flats]:
-            # Zeros are not in memory until somebody writes.
+        references.append(Engine(references[1], config, AdamWConfig(), _RANKS, world, (Block,)))
+        tensors = references[2].partition.tensors()
+        for flat in [flat for kind in AdamWConfig.moments for flat in tensors[kind]]:
+            # Zeros take no memory before the first write.
             flat.fill_(1.0)
-        kept.append(EMA(EMAConfig(), kept[2].partition))
+        references.append(EMA(EMAConfig(), references[2].partition))
         row["ready_to_train_megabytes"] = (resident() - before) / 1e6
     return row
 
 
 def _compare(precision: str) -> None:
     world, config = _join(precision)
-    cut, whole = _denoiser("S", placement(config, world)), _denoiser("S", HERE)
-    for (name, ours), (_, theirs) in zip(cut.named_parameters(), whole.named_parameters(), strict=True):
-        share: Tensor = ours.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]
-        expected = theirs.detach().flatten()[: share.numel()].to(share.dtype)
+    cut, unsharded = _denoiser("S", build_param_sharding(config, world)), _denoiser("S", NO_SHARDING)
+    for (name, sharded_weight), (_, full_weight) in zip(
+        cut.named_parameters(), unsharded.named_parameters(), strict=True
+    ):
+        share: Tensor = sharded_weight.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]
+        expected = full_weight.detach().flatten()[: share.numel()].to(share.dtype)
         torch.testing.assert_close(share[: len(expected)], expected, rtol=0, atol=0, msg=name)

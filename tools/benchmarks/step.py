@@ -1,4 +1,4 @@
-"""A whole training step beside a plain eager implementation, from the same weights on the same batch."""
+"""A full training step against a plain eager implementation, from the same weights on the same batch."""
 
 import gc
 import time
@@ -17,15 +17,16 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress
 from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.core.world import join_world
-from vqd_scale.diffusion.objective import Objective, ObjectiveConfig
-from vqd_scale.diffusion.schedule import Released
+from vqd_scale.diffusion.config import ObjectiveConfig, Released
+from vqd_scale.diffusion.objective import Objective
 from vqd_scale.diffusion.transition import MaskAndReplace
-from vqd_scale.nn.denoiser import Denoiser, DenoiserConfig
+from vqd_scale.nn.config import DenoiserConfig
+from vqd_scale.nn.denoiser import Denoiser
 from vqd_scale.nn.flops import forward_flops, peak_flops
 from vqd_scale.nn.layers import GELU2
 from vqd_scale.nn.sizes import SIZES, SizeName
-from vqd_scale.training.engine import Engine, EngineConfig
-from vqd_scale.training.optim import OptimConfig
+from vqd_scale.training.config import AdamWConfig, EngineConfig
+from vqd_scale.training.engine import Engine
 
 _TEXT = (77, 512)
 _RATE = 1e-4
@@ -36,7 +37,7 @@ Take = Callable[[], float]
 
 @dataclass(frozen=True)
 class StepProblem:
-    """A network and a batch; the defaults are the published size S with the fully connected feed-forward."""
+    """Sizes of a network and a batch; defaults: published size S with the fully connected feed-forward."""
 
     width: int = 192
     layers: int = 18
@@ -47,11 +48,11 @@ class StepProblem:
 
     @property
     def transition(self) -> MaskAndReplace:
-        """The released schedule."""
+        """Return the released schedule."""
         return MaskAndReplace(Released(), self.codes)
 
     def batch_of(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens, noisy tokens, times and text features of a fixed batch."""
+        """Return tokens, noisy tokens, timesteps and text features of a fixed batch."""
         slots, length = torch.arange(self.batch), self.side**2
         tokens = (uniforms(0, Purpose.EVALUATION, slots, length) * self.codes).long()
         t = torch.linspace(1, 98, self.batch).long()
@@ -64,11 +65,11 @@ class StepProblem:
 
 
 LAYER_OF_B = StepProblem(width=1024, layers=1, batch=1)
-"""As much of size B as a CPU steps through in seconds."""
+"""One layer of size B, small enough for a CPU."""
 
 
 class FusedStep(nn.Module):
-    """The network with the objective in its head's place, as training has it."""
+    """The network with the objective in place of its head, as in training."""
 
     def __init__(self, denoiser: Denoiser, problem: StepProblem) -> None:
         super().__init__()
@@ -79,14 +80,14 @@ class FusedStep(nn.Module):
         """The loss to be differentiated."""
         text = text.to(self.denoiser.head.weight.dtype)
 
-        def consume(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        def head_function(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             return self.objective(hidden, weight, bias, tokens, noisy, t).loss_per_image
 
-        return self.denoiser(noisy, t, text, consume).mean()
+        return self.denoiser(noisy, t, text, head_function).mean()
 
 
 class NaiveGELU2(nn.Module):
-    """The activation as its formula is written, each operation keeping what its backward wants."""
+    """The activation by its formula, with the saved tensors of each operation."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply it elementwise."""
@@ -94,7 +95,7 @@ class NaiveGELU2(nn.Module):
 
 
 class NaiveStep(nn.Module):
-    """Logits of the whole batch, attention weights that are kept, the log-one-hot objective."""
+    """Logits of the full batch, stored attention weights, and the log-one-hot objective."""
 
     def __init__(self, denoiser: Denoiser, problem: StepProblem) -> None:
         super().__init__()
@@ -111,7 +112,7 @@ class NaiveStep(nn.Module):
 
 
 def step_of(side: Side, problem: StepProblem) -> Take:
-    """A function that takes one training step (forward, backward, clipping, AdamW) and returns its loss."""
+    """Return a function that takes one training step (forward, backward, clipping, AdamW)."""
     torch.manual_seed(0)
     backend = "reference" if side == "alternative" else "auto"
     config = DenoiserConfig(
@@ -141,7 +142,7 @@ def _plain_step(module: nn.Module, problem: StepProblem) -> Take:
 def _engine_step(module: FusedStep, problem: StepProblem, precision: Literal["fp32", "bf16"]) -> Take:
     world = join_world()
     engine = Engine(
-        module, EngineConfig(precision=precision), OptimConfig(), problem.batch, world, Denoiser.units
+        module, EngineConfig(precision=precision), AdamWConfig(), problem.batch, world, Denoiser.units
     )
     batch = problem.batch_of(world.device)
 
@@ -155,14 +156,14 @@ def _engine_step(module: FusedStep, problem: StepProblem, precision: Literal["fp
 
 
 def benchmark_step(rounds: int, problem: StepProblem | None = None) -> dict[str, Any]:
-    """A training step in float32 and bfloat16 through the engine beside the naive one in float32, on a CPU.
+    """Measure a training step in float32 and bfloat16 against the naive one in float32, on a CPU.
 
     Args:
-        rounds: How often each side is timed, in turn; medians count. The first step of each is not timed.
-        problem: The sizes.
+        rounds: Number of timings per side, in turn; medians are reported. The first step is not timed.
+        problem: Sizes of the benchmark.
 
     Raises:
-        AssertionError: The sides do not compute the same loss.
+        AssertionError: The sides compute different losses.
     """
     problem = StepProblem() if problem is None else problem
     if torch.cuda.is_available():
@@ -205,14 +206,14 @@ def benchmark_layer(rounds: int) -> dict[str, Any]:
 
 
 def extra_peak_bytes(side: Side, problem: StepProblem) -> int:
-    """How far resident memory rises in a step above what model, optimizer state and batch take."""
+    """Return the increase of resident memory in a step over model, optimizer state and batch."""
     step = step_of(side, problem)
     step()
     return extra_peak(step)
 
 
 def gpu_step(size: SizeName, rounds: int) -> dict[str, float]:
-    """Images a second, model FLOPs utilisation and peak memory of a published size on one GPU (bfloat16)."""
+    """Measure images per second, model FLOPs utilization and peak memory on one GPU in bfloat16."""
     published = SIZES[size]
     config = DenoiserConfig.model_validate(dict(published.shape) | {"feed_forward": {"kind": "fc"}})
     problem = StepProblem(config.width, config.layers, config.heads, published.grid[0], published.codes, 16)
@@ -236,10 +237,10 @@ def gpu_step(size: SizeName, rounds: int) -> dict[str, float]:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     per_second = problem.batch / median(seconds)
-    found = {
+    figures = {
         "images_per_second": per_second,
         "peak_memory_gigabytes": torch.cuda.max_memory_allocated() / 1e9,
     }
     peak = peak_flops(torch.device("cuda"))
-    # Backward is twice forward; what is computed again to save memory is no use and does not count.
-    return found | ({"model_flops_utilisation": 3 * forward * per_second / peak} if peak else {})
+    # Backward costs twice forward; recomputation for gradient checkpointing does not count.
+    return figures | ({"model_flops_utilization": 3 * forward * per_second / peak} if peak else {})

@@ -78,6 +78,16 @@ def check_names(state: Mapping[str, Tensor], expected: Iterable[str], whose: str
         )
 
 
+def with_prefix(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add a prefix to every name."""
+    return {prefix + name: value for name, value in state.items()}
+
+
+def without_prefix(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the entries under a prefix, with the prefix removed."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
 def _is_program(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False

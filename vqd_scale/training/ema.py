@@ -4,20 +4,9 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
 
-from vqd_scale.core.config import Config
+from vqd_scale.training.config import EMAConfig
 from vqd_scale.training.partition import Partition
-
-
-class EMAConfig(Config):
-    """Decay of the EMA."""
-
-    half_life_images: PositiveInt = 500_000
-    """Half-life of the average in images."""
-    warmup_ratio: PositiveFloat = 0.05
-    """Upper bound of the half-life as a fraction of images seen. It discounts the initial weights early in a
-    run."""
 
 
 class EMA:

@@ -8,17 +8,17 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from vqd_scale.core.config import Config
+from vqd_scale.core.environment import computes_bfloat16
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.world import World, computes_bfloat16
-from vqd_scale.nn.param_sharding import HERE, ParamSharding, Part
-from vqd_scale.training.optim import OptimConfig, build_optimizer
+from vqd_scale.core.world import World
+from vqd_scale.nn.param_sharding import NO_SHARDING, ParamSharding, Part
+from vqd_scale.training.config import OptimConfig
+from vqd_scale.training.optim import build_optimizer
 from vqd_scale.training.partition import Partition
 
 if not torch.cuda.is_available():
@@ -30,6 +30,8 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import set_z3_leaf_modules, zero_to_fp32
 
+from vqd_scale.training.config import EngineConfig
+
 # Used by tensor-parallel inference only. Otherwise every start on a CPU compiles it or waits for the lock of
 # another run's process that compiles it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -39,49 +41,11 @@ logger = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class ZeroConfig(Config):
-    """ZeRO sharding. Results are the same for all settings up to the order of summation."""
-
-    stage: Literal[1, 2, 3] = 3
-    """ZeRO stage: 1 shards the optimizer state, 2 also the gradients, 3 also the weights."""
-    offload_optimizer: bool = False
-    """Keep the optimizer state and run the optimizer step on the host (CPU offload)."""
-    hpz_partition_size: PositiveInt = 1
-    """Stage 3: number of ranks, usually the ranks of a node, that share a secondary partition of the weights.
-    The backward pass then gathers within the node (hpZ of ZeRO++, arXiv 2306.10209); 1 disables it."""
-
-    @model_validator(mode="after")
-    def _second_copies_are_of_spread_weights(self) -> "ZeroConfig":
-        if self.hpz_partition_size > 1 and self.stage < 3:
-            raise ValueError(f"hpz_partition_size {self.hpz_partition_size} needs stage 3, not {self.stage}")
-        return self
-
-
-class EngineConfig(Config):
-    """Sharding, precision and execution of the model."""
-
-    zero: ZeroConfig = ZeroConfig()
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Compute dtype of the network. Master weights and optimizer moments are always float32. On a CPU with
-    only AVX2, a bf16 step takes nine times as long; a warning reports it."""
-    gradient_accumulation_steps: PositiveInt = 1
-    """Micro-batches per rank and step; a larger number needs less memory."""
-    param_persistence_threshold: NonNegativeInt = 100_000
-    """Stage 3: parameters with fewer elements stay unsharded; their optimizer state is still sharded."""
-    bucket_size: PositiveInt = 50_000_000
-    """Number of elements per gather or reduce message."""
-    compile: bool = False
-    """Compile each block with torch.compile: minutes at the start, then faster steps."""
-    deterministic: bool = False
-    """On GPUs, use deterministic algorithms, so runs are reproducible on the same number of the same GPUs;
-    slower. A warning names operations without a deterministic version. CPU runs are always reproducible."""
-
-
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
     """Silence DeepSpeed's logs and warnings, and keep its output off the standard output."""
-    for chatty in (deepspeed_logger, logging.getLogger("torch.utils.cpp_extension")):
-        chatty.setLevel(logging.ERROR)
+    for verbose_logger in (deepspeed_logger, logging.getLogger("torch.utils.cpp_extension")):
+        verbose_logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="deepspeed")
     with contextlib.redirect_stdout(io.StringIO()):
         yield
@@ -103,11 +67,11 @@ def _linear_is(function: Callable[..., Tensor]) -> Generator[None]:
         nn.functional.linear = before
 
 
-def _say_where_half_precision_is_slow(config: EngineConfig, world: World) -> None:
+def _warn_if_half_precision_is_slow(config: EngineConfig, world: World) -> None:
     on_cpu = world.device.type == "cpu"
     if config.precision == "bf16" and on_cpu and world.is_first and not computes_bfloat16():
         logger.warning(
-            "this processor has no instructions for bfloat16 and is slower in it; set engine.precision=fp32"
+            "this processor has no bfloat16 instructions, so bf16 is slow; set engine.precision=fp32"
         )
 
 
@@ -128,7 +92,7 @@ def deepspeed_json(config: EngineConfig, optim: OptimConfig, batch: int, ranks: 
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
         "gradient_allreduce_op": "mean",
-        # torch's AdamW: needs no compiler at startup and is the tests' reference optimizer.
+        # DeepSpeed's own optimizers need a compiler at startup.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": _zero_json(config),
@@ -164,7 +128,7 @@ def _zero_json(config: EngineConfig) -> dict[str, Any]:
     return values
 
 
-def _add_in_one_order() -> None:
+def _set_deterministic() -> None:
     # Read at the first matrix product of the process.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
@@ -186,18 +150,18 @@ def imported_weights(folder: Path) -> dict[str, Tensor]:
     top, tag = (folder.parent, folder.name) if is_tag else (folder, None)
     try:
         with _quiet():
-            found = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(top), tag)
+            weights = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(top), tag)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"{folder}: holds no checkpoint of DeepSpeed's ({error}).") from None
-    return cast(dict[str, Tensor], found)
+    return cast(dict[str, Tensor], weights)
 
 
-def placement(config: EngineConfig, world: World) -> ParamSharding:
+def build_param_sharding(config: EngineConfig, world: World) -> ParamSharding:
     """Return the parameter sharding for building a network: over the ranks under ZeRO-3, else none."""
-    return _AmongRanks(config) if config.zero.stage == 3 and world.size > 1 else HERE
+    return _Zero3Sharding(config) if config.zero.stage == 3 and world.size > 1 else NO_SHARDING
 
 
-class _AmongRanks(ParamSharding):
+class _Zero3Sharding(ParamSharding):
     """Sharding of each submodule directly after construction, so no rank ever holds the full network."""
 
     def __init__(self, config: EngineConfig) -> None:
@@ -207,21 +171,21 @@ class _AmongRanks(ParamSharding):
             "bf16": {"enabled": config.precision == "bf16"},
             "zero_optimization": _zero_json(config),
         }
-        self._cut: Callable[[list[nn.Parameter]], None] | None = None
+        self._shard: Callable[[list[nn.Parameter]], None] | None = None
 
-    def placed(self, part: Part) -> Part:
+    def shard(self, part: Part) -> Part:
         weights: list[Any] = list(part.to(self._dtype).parameters())
         with _quiet(), _linear_is(nn.functional.linear):
-            if self._cut is None:
+            if self._shard is None:
                 deepspeed.zero.Init(module=part, config_dict_or_path=self._json, dtype=self._dtype)
                 # A second `zero.Init` would create new process groups; a partitioned weight can partition
                 # others.
-                self._cut = weights[0].convert_to_zero_parameters
+                self._shard = weights[0].convert_to_zero_parameters
             else:
-                self._cut(weights)
+                self._shard(weights)
         return part
 
-    def whole(self, weights: Iterable[Tensor]) -> AbstractContextManager[object]:
+    def gather(self, weights: Iterable[Tensor]) -> AbstractContextManager[object]:
         # Rank 0's modification is kept; all ranks generate the same values.
         return deepspeed.zero.GatheredParameters(list(weights), modifier_rank=0)
 
@@ -248,9 +212,9 @@ class Engine:
         world: World,
         units: Sequence[type[nn.Module]],
     ) -> None:
-        _say_where_half_precision_is_slow(config, world)
+        _warn_if_half_precision_is_slow(config, world)
         if config.deterministic:
-            _add_in_one_order()
+            _set_deterministic()
         if config.zero.stage == 3 and units:
             set_z3_leaf_modules(module, list(units))
         if config.compile:
@@ -272,24 +236,24 @@ class Engine:
         self._linear = zero3_linear_wrap if config.zero.stage == 3 else nn.functional.linear
         self._engine: Any = engine
         self.module = module
-        self.partition = Partition(engine.optimizer, module, world.rank)
+        self.partition = Partition(engine.optimizer, module, world.rank, optim.moments)
 
     def __call__(self, *inputs: Tensor) -> Any:  # noqa: ANN401 - what the module's forward returns
         """Run the module's forward, gathering parameters on demand."""
         with _linear_is(self._linear):
             return self._engine(*inputs)
 
-    def backward(self, loss: Tensor, *, spoiled: bool = False) -> None:
+    def backward(self, loss: Tensor, *, discard: bool = False) -> None:
         """Accumulate the gradient of a loss; the step uses its mean over ranks and micro-batches.
 
         Args:
             loss: Scalar loss.
-            spoiled: Make the gradient NaN, so the next step discards the whole batch on all ranks.
+            discard: Make the gradient NaN, so the next step discards the whole batch on all ranks.
         """
         # DeepSpeed discards nonfinite gradients; it has no other way to abandon a started batch.
         # Gradient checkpointing recomputes activations here, with the same `linear`.
         with _linear_is(self._linear):
-            self._engine.backward(loss * float("nan") if spoiled else loss)
+            self._engine.backward(loss * float("nan") if discard else loss)
 
     def step(self, learning_rate: float) -> bool:
         """Clip and apply the gradient after the last micro-batch; before that, only count the micro-batch.

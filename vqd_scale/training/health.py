@@ -1,102 +1,29 @@
 """Health checks of long runs: nonfinite losses and gradients, loss spikes, diverging weights, hangs."""
 
 import faulthandler
+import logging
 import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.signals import HUNG_EXIT_CODE
 from vqd_scale.core.world import World
+from vqd_scale.training.config import HealthConfig, SpikeConfig
 
-_NAMED = 4
+logger = logging.getLogger(__name__)
+
+_MAX_LISTED = 4
 """Maximum number of samples listed in a report."""
-
-
-class SpikeConfig(Config):
-    """Skipping of batches with a loss spike."""
-
-    factor: float = Field(default=3.0, gt=1)
-    """Skip threshold for a batch's loss, as a multiple of the moving average of the loss."""
-    half_life_images: PositiveInt = 50_000
-    """Half-life of the moving average in images. No batch is skipped before this many images."""
-    max_consecutive: NonNegativeInt = 5
-    """Maximum number of consecutive skipped batches; one more stops or rewinds the run."""
-    rewind: bool = False
-    """Rewind to the weights of the last checkpoint instead of stopping, and continue with the next data. At
-    most one rewind per checkpoint."""
-
-
-class HealthConfig(Config):
-    """Health checks of a run."""
-
-    nonfinite_gradient: Literal["stop", "skip"] = "stop"
-    """Reaction to a nonfinite gradient. The weights are unchanged in either case."""
-    max_consecutive_nonfinite: NonNegativeInt = 5
-    """Maximum number of consecutive steps skipped for a nonfinite gradient."""
-    spike: SpikeConfig | None = None
-    """Skipping of loss spikes; disabled by default."""
-    checksum_every_images: PositiveInt = 1_000_000
-    """Images between two comparisons of the weights across ranks (ZeRO stages 1 and 2 only)."""
-    hang_seconds: PositiveFloat | None = 1800.0
-    """Seconds without a step before every rank writes its stack traces and exits, to be restarted."""
-
-
-def check_losses(
-    run: Path,
-    images: int,
-    losses: Float[Tensor, " batch"],
-    valid: Tensor,
-    slots: Int[Tensor, " batch"],
-    facts: Mapping[str, Tensor],
-    world: World,
-) -> None:
-    """Raise on a nonfinite loss before the optimizer step, listing the samples; collective.
-
-    After the gradient all-reduce, the rank of a nonfinite value is unknown.
-
-    Args:
-        run: Run folder.
-        images: Images seen.
-        losses: Loss of each sample.
-        valid: Mask of the samples that count.
-        slots: Global index of each sample in the data order.
-        facts: Further values to report for each sample, such as its timestep.
-        world: This process's rank and device.
-
-    Raises:
-        UserError: A loss of some rank is not finite.
-    """
-    bad = ~losses.detach().isfinite().cpu() & valid.cpu()
-    named = {
-        "slot": slots.cpu()[bad][:_NAMED].tolist(),
-        **{name: values.detach().cpu()[bad][:_NAMED].tolist() for name, values in facts.items()},
-    }
-    found = world.gathered({"count": int(bad.sum()), "named": named})
-    whose = [
-        f"{finding['count']} samples of rank {rank} ("
-        + ", ".join(f"{name} {_listed(values)}" for name, values in finding["named"].items())
-        + ")"
-        for rank, finding in enumerate(found)
-        if finding["count"]
-    ]
-    if whose:
-        raise UserError(
-            f"{run}: after {images} images the loss of {' and '.join(whose)} is not finite; lower optim.lr "
-            f"or lengthen optim.warmup_images and start again, it goes on from the last checkpoint."
-        )
 
 
 class GradientProbe:
@@ -110,21 +37,15 @@ class GradientProbe:
         self._norms: list[Tensor] = []
         for parameter in module.parameters():
             if parameter.requires_grad:
-                parameter.register_hook(self._look)
+                parameter.register_hook(self._add_norm)
 
-    def _look(self, gradient: Tensor) -> None:
+    def _add_norm(self, gradient: Tensor) -> None:
         self._norms.append(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32))
 
     def squared_norm(self) -> Tensor:
         """Return the sum of the squared norms of all gradients since the last call."""
         norms, self._norms = self._norms, []
         return torch.stack(norms).square().sum() if norms else torch.zeros(())
-
-
-def ranks_of_bad_gradient(squared_norm: Tensor, world: World) -> list[int]:
-    """Return the ranks whose own gradient is not finite; collective."""
-    found = world.gathered({"finite": bool(squared_norm.isfinite())})
-    return [rank for rank, finding in enumerate(found) if not finding["finite"]]
 
 
 def noise_scale(small: float, big: float, small_batch: float, big_batch: float) -> float:
@@ -147,46 +68,214 @@ def noise_scale(small: float, big: float, small_batch: float, big_batch: float) 
     return noise / signal if signal > 0 else math.nan
 
 
-class SpikeGuard:
+class SpikeDetector:
     """Loss-spike detector, identical on all ranks because its input is the global batch's loss.
 
     Args:
         config: Detection thresholds.
         batch: Global batch size.
+
+    Attributes:
+        consecutive: Number of spikes since the last other batch.
     """
 
     def __init__(self, config: SpikeConfig, batch: int) -> None:
         self.config = config
         self.batch = batch
+        self.consecutive = 0
         self._average = math.nan
-        self._seen = 0
-        self.skipped_in_a_row = 0
+        self._images = 0
 
-    def stands_out(self, loss: float) -> bool:
+    def is_spike(self, loss: float) -> bool:
         """Return ``True`` if a batch with this loss is a spike; otherwise add the loss to the average."""
-        if self._seen >= self.config.half_life_images and loss > self.config.factor * self._average:
-            self.skipped_in_a_row += 1
+        if self._images >= self.config.half_life_images and loss > self.config.factor * self._average:
+            self.consecutive += 1
             return True
-        kept = 0.5 ** (self.batch / self.config.half_life_images)
-        self._average = kept * self._average + (1 - kept) * loss if self._seen else loss
-        self._seen += self.batch
-        self.skipped_in_a_row = 0
+        weight = 0.5 ** (self.batch / self.config.half_life_images)
+        self._average = weight * self._average + (1 - weight) * loss if self._images else loss
+        self._images += self.batch
+        self.consecutive = 0
         return False
-
-    @property
-    def has_had_enough(self) -> bool:
-        """``True`` if more than ``max_consecutive`` batches in a row were spikes."""
-        return self.skipped_in_a_row > self.config.max_consecutive
 
     def state(self) -> dict[str, Tensor]:
         """Return the detector's state as tensors, equal on all ranks."""
-        values = [self._average, self._seen, self.skipped_in_a_row]
-        return {"guard": torch.tensor(values, dtype=torch.float64)}
+        values = [self._average, self._images, self.consecutive]
+        return {"spike": torch.tensor(values, dtype=torch.float64)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore the result of `state`."""
-        self._average, seen, skipped = state["guard"].tolist()
-        self._seen, self.skipped_in_a_row = int(seen), int(skipped)
+        self._average, images, consecutive = state["spike"].tolist()
+        self._images, self.consecutive = int(images), int(consecutive)
+
+
+class HealthMonitor:
+    """Decisions about nonfinite losses and gradients, loss spikes and differing replicas; equal on all ranks.
+
+    Args:
+        config: Health checks.
+        run: Run folder, named in messages.
+        batch: Global batch size.
+        module: Module whose parameter gradients are measured.
+        world: This process's rank and device.
+
+    Attributes:
+        skipped_batches: Number of batches skipped since the start.
+    """
+
+    def __init__(self, config: HealthConfig, run: Path, batch: int, module: nn.Module, world: World) -> None:
+        self.config = config
+        self.run = run
+        self.batch = batch
+        self.world = world
+        self.skipped_batches = 0
+        self.probe = GradientProbe(module)
+        self._spikes = SpikeDetector(config.spike, batch) if config.spike is not None else None
+        self._consecutive_nonfinite = 0
+        self._last_rewind: int | None = None
+
+    def check_losses(
+        self,
+        images: int,
+        losses: Float[Tensor, " batch"],
+        valid: Bool[Tensor, " batch"],
+        slots: Int[Tensor, " batch"],
+        facts: Mapping[str, Tensor],
+    ) -> None:
+        """Raise on a nonfinite loss before the optimizer step, listing the samples; collective.
+
+        After the gradient all-reduce, the rank of a nonfinite value is unknown.
+
+        Args:
+            images: Images seen before the batch.
+            losses: Loss of each sample.
+            valid: Mask of the samples that count.
+            slots: Global index of each sample in the data order.
+            facts: Further values to report for each sample, such as its timestep.
+
+        Raises:
+            UserError: A loss of some rank is not finite.
+        """
+        nonfinite = ~losses.detach().isfinite().cpu() & valid.cpu()
+        samples = {
+            name: values.detach().cpu()[nonfinite][:_MAX_LISTED].tolist()
+            for name, values in {"slot": slots, **facts}.items()
+        }
+        reports = self.world.gathered({"count": int(nonfinite.sum()), "samples": samples})
+        sources = [
+            f"{report['count']} samples of rank {rank} ("
+            + ", ".join(f"{name} {_listed(values)}" for name, values in report["samples"].items())
+            + ")"
+            for rank, report in enumerate(reports)
+            if report["count"]
+        ]
+        if sources:
+            raise UserError(
+                f"{self.run}: after {images} images the loss of {' and '.join(sources)} is not finite; lower "
+                "optim.lr or lengthen optim.warmup_images, and restart from the last checkpoint."
+            )
+
+    def check_replicas(self, images: int, module: nn.Module) -> None:
+        """Compare replicated weights across ranks, bit for bit; collective.
+
+        Raises:
+            UserError: Weights differ, as after an otherwise silent memory or processor fault.
+        """
+        digests = self.world.concatenated(weights_digest(module)[None])
+        differing = (digests != digests.mode(dim=0).values).cpu()
+        if differing.any():
+            names = [name for name, _ in module.named_parameters()]
+            ranks = differing.any(dim=1).nonzero().flatten().tolist()
+            first = names[int(differing.any(dim=0).nonzero()[0])]
+            raise UserError(
+                f"{self.run}: after {images} images the weights of rank {_listed(ranks)} differ from the "
+                f"others', '{first}' first; check that machine's memory and restart from the last checkpoint."
+            )
+
+    def is_spike(self, loss: float) -> bool:
+        """Return ``True`` if a batch with this mean loss must be skipped."""
+        return self._spikes is not None and self._spikes.is_spike(loss)
+
+    def skip_spike(self, images: int, loss: float, rewind: Callable[[int], int | None]) -> None:
+        """Count a batch skipped for its loss; after too many in a row, rewind or stop.
+
+        Args:
+            images: Images seen before the batch.
+            loss: Mean loss of the batch.
+            rewind: Function that loads the newest checkpoint with fewer images than its argument, and returns
+                the checkpoint's images, or ``None`` without a checkpoint.
+
+        Raises:
+            UserError: Too many batches in a row were skipped.
+        """
+        config, spikes = self.config.spike, self._spikes
+        if config is None or spikes is None:
+            raise RuntimeError("no batch is skipped for its loss unless health.spike is configured")
+        self.skipped_batches += 1
+        event = f"after {images} images a batch's loss of {loss:.4g} is a spike"
+        if spikes.consecutive <= config.max_consecutive:
+            self._warn("%s; the batch is skipped.", event)
+            return
+        event = f"{event}, number {spikes.consecutive} in a row"
+        if not config.rewind:
+            raise UserError(
+                f"{self.run}: {event}; lower optim.lr, or set health.spike.rewind=true, and restart from the "
+                "last checkpoint."
+            )
+        # Skipped batches do not change the weights: rewind to before the first skipped batch.
+        checkpoint = rewind(images - (spikes.consecutive - 1) * self.batch)
+        if checkpoint is None or checkpoint == self._last_rewind:
+            raise UserError(
+                f"{self.run}: {event}, and rewinding to the last checkpoint did not help; lower optim.lr."
+            )
+        self._last_rewind = checkpoint
+        self._warn("%s; the run is rewound to the weights at %d images.", event, checkpoint)
+
+    def skip_nonfinite_gradient(self, images: int, slots: Tensor, squared_norm: Tensor) -> None:
+        """Count a batch skipped for a nonfinite gradient of finite losses, or stop; collective.
+
+        Args:
+            images: Images seen before the batch.
+            slots: Global index of each sample of this rank in the data order.
+            squared_norm: Squared norm of this rank's own gradient.
+
+        Raises:
+            UserError: The configuration does not allow it, or not as often in a row.
+        """
+        report = {"finite": bool(squared_norm.isfinite()), "slots": f"{int(slots[0])} to {int(slots[-1])}"}
+        sources = [
+            f"rank {rank} (slots {report['slots']})"
+            for rank, report in enumerate(self.world.gathered(report))
+            if not report["finite"]
+        ]
+        event = (
+            f"after {images} images the gradient of {' and '.join(sources) or 'no single rank'} is not finite"
+        )
+        self.skipped_batches += 1
+        self._consecutive_nonfinite += 1
+        is_excessive = self._consecutive_nonfinite > self.config.max_consecutive_nonfinite
+        if self.config.nonfinite_gradient == "stop" or is_excessive:
+            raise UserError(
+                f"{self.run}: {event}; the weights are unchanged: lower optim.lr, or set "
+                "health.nonfinite_gradient=skip, and restart from the last checkpoint."
+            )
+        self._warn("%s; the batch is skipped.", f"{self.run}: {event}")
+
+    def on_applied_step(self) -> None:
+        """End a series of nonfinite gradients."""
+        self._consecutive_nonfinite = 0
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the spike detector's state, equal on all ranks."""
+        return {} if self._spikes is None else self._spikes.state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the result of `state`; a detector that was disabled before starts anew."""
+        if self._spikes is not None and state:
+            self._spikes.load_state(state)
+
+    def _warn(self, message: str, *values: object) -> None:
+        if self.world.is_first:
+            logger.warning(message, *values)
 
 
 def weights_digest(module: nn.Module) -> Int[Tensor, " parameters"]:
@@ -198,25 +287,6 @@ def weights_digest(module: nn.Module) -> Int[Tensor, " parameters"]:
             for parameter in module.parameters()
         ]
     )
-
-
-def check_weights(run: Path, images: int, module: nn.Module, world: World) -> None:
-    """Compare replicated weights across ranks, bit for bit; collective.
-
-    Raises:
-        UserError: Weights differ, as after an otherwise silent memory or processor fault.
-    """
-    digests = world.concatenated(weights_digest(module)[None])
-    usual = digests.mode(dim=0).values
-    differing = (digests != usual).cpu()
-    if differing.any():
-        names = [name for name, _ in module.named_parameters()]
-        ranks = differing.any(dim=1).nonzero().flatten().tolist()
-        first = names[int(differing.any(dim=0).nonzero()[0])]
-        raise UserError(
-            f"{run}: after {images} images the weights of rank {_listed(ranks)} differ from the others', "
-            f"'{first}' first; look at its machine, and start again from the last checkpoint."
-        )
 
 
 class Watchdog:
@@ -232,7 +302,7 @@ class Watchdog:
     def __init__(self, seconds: float | None, report: Path) -> None:
         self.seconds = seconds
         self.report = report
-        self._ended = threading.Event()
+        self._stop = threading.Event()
         self._last = time.monotonic()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -251,24 +321,24 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop the watchdog thread."""
-        self._ended.set()
+        self._stop.set()
 
     def _watch(self) -> None:
         if self.seconds is None:
             return
-        while not self._ended.wait(min(1.0, self.seconds / 10)):
+        while not self._stop.wait(min(1.0, self.seconds / 10)):
             idle = time.monotonic() - self._last
             if idle > self.seconds:
-                self._bark(idle)
+                self._exit(idle)
 
-    def _bark(self, idle: float) -> None:
-        said = f"nothing has happened for {idle:.0f} s; all threads' stacks are in {self.report}\n"
-        sys.stderr.write(said)
+    def _exit(self, idle: float) -> None:
+        message = f"no step has finished for {idle:.0f} s; all threads' stacks are in {self.report}\n"
+        sys.stderr.write(message)
         sys.stderr.flush()
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         try:
             with self.report.open("a", encoding="utf-8") as file:
-                file.write(said)
+                file.write(message)
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         finally:

@@ -2,11 +2,10 @@
 
 import json
 import logging
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NoReturn, cast
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
@@ -15,30 +14,26 @@ from tqdm import tqdm
 from vqd_scale.core.atomic_io import publish_json, publish_text
 from vqd_scale.core.config import read_yaml, to_yaml
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.nested import leaves
+from vqd_scale.core.nested import differences
 from vqd_scale.core.progress import progress_bar
 from vqd_scale.core.provenance import modified_files, provenance
 from vqd_scale.core.signals import StopFlag
+from vqd_scale.core.tensors import with_prefix, without_prefix
 from vqd_scale.core.world import World
 from vqd_scale.data.loading.batch import BatchType
 from vqd_scale.data.loading.stream import Stream
 from vqd_scale.nn.flops import peak_flops
-from vqd_scale.training.checkpoint.manager import Checkpoints, Restored, consolidated
+from vqd_scale.training.checkpoint.manager import Checkpoints, consolidated
 from vqd_scale.training.config import RunConfig
 from vqd_scale.training.ema import EMA
 from vqd_scale.training.engine import Engine
-from vqd_scale.training.health import (
-    GradientProbe,
-    SpikeGuard,
-    Watchdog,
-    check_losses,
-    check_weights,
-    ranks_of_bad_gradient,
-)
+from vqd_scale.training.health import HealthMonitor, Watchdog
 from vqd_scale.training.logging.aggregator import MetricAggregator
-from vqd_scale.training.logging.sample_images import draw_pictures, whole_parameters
+from vqd_scale.training.logging.sample_images import write_sample_images
 from vqd_scale.training.optim import LearningRate
-from vqd_scale.training.tasks.base import Losses, Task
+from vqd_scale.training.partition import gather
+from vqd_scale.training.periods import is_due
+from vqd_scale.training.tasks.base import Task
 from vqd_scale.training.validation import ValidationSet
 
 logger = logging.getLogger(__name__)
@@ -103,26 +98,24 @@ def train(task: Task[BatchType], config: RunConfig, world: World, title: str) ->
     world.on_first_rank(lambda: _lock_run_folder(config.run, config))
     trainer = _Trainer(task, config, world)
     try:
-        outcome = trainer.run(title)
+        result = trainer.run(title)
     finally:
         trainer.close()
-    if not outcome.stopped:
-        newest = config.run / "checkpoints" / f"{outcome.images:012d}"
+    if not result.stopped:
+        newest = config.run / "checkpoints" / f"{result.images:012d}"
         world.on_first_rank(lambda: task.export(consolidated(newest, "ema"), config.run / "export"))
-    return outcome
+    return result
 
 
 def _lock_run_folder(folder: Path, config: RunConfig) -> None:
     """Check that the run folder contains no other run, then write the resolved configuration to it."""
     path = folder / "config.yaml"
     if path.exists():
-        theirs = dict(leaves(read_yaml(path)))
-        ours = dict(leaves(config.model_dump(mode="json")))
-        for key in sorted(theirs.keys() | ours.keys()):
-            if theirs.get(key) != ours.get(key) and not f"{key}.".startswith(_CHANGEABLE):
+        for key, stored, new_value in differences(read_yaml(path), config.model_dump(mode="json")):
+            if not f"{key}.".startswith(_CHANGEABLE):
                 raise UserError(
-                    f"{folder}: holds a run with another '{key}' ({json.dumps(theirs.get(key))[:200]} there, "
-                    f"{json.dumps(ours.get(key))[:200]} here); choose another run folder, or delete it."
+                    f"{folder}: contains a run with another '{key}' ({json.dumps(stored)[:200]}, and "
+                    f"{json.dumps(new_value)[:200]} is given); choose another run folder, or delete it."
                 )
     publish_text(path, to_yaml(config))
     publish_json(folder / "environment.json", {**provenance(), "modified_files": modified_files()})
@@ -137,27 +130,34 @@ class _Trainer(Generic[BatchType]):
         self.world = world
         self.batch = config.data.global_batch_size
         self.images = 0
-        self.probe = GradientProbe(task.module)
+        self.health = HealthMonitor(config.health, config.run, self.batch, task.module, world)
         self.engine = Engine(task.module, config.engine, config.optim, self.batch, world, task.units)
         self.ema = EMA(config.ema, self.engine.partition)
         self.rate = LearningRate(config.optim, self.batch, config.total_images)
-        spike = config.health.spike
-        self.guard = SpikeGuard(spike, self.batch) if spike is not None else None
-        self.bad_gradients = 0
-        self.rewound_to = -1
-        folder = config.run / "checkpoints"
-        self.checkpoints = Checkpoints(folder, config.checkpoint, self.engine.partition, self.ema, world)
-        self.held_out = (
-            ValidationSet(
-                config.validation, task, world, config.run / f"quarantine-held-out-{world.rank:05d}.jsonl"
-            )
-            if config.validation is not None
-            else None
+        self.checkpoints = Checkpoints(
+            config.run / "checkpoints", config.checkpoint, self.engine.partition, self.ema, world
         )
+        self.validation = None
+        if config.validation is not None:
+            quarantine = config.run / f"quarantine-validation-{world.rank:05d}.jsonl"
+            self.validation = ValidationSet(config.validation, task, world, quarantine)
         self.stop = StopFlag()
         self.watchdog = Watchdog(config.health.hang_seconds, config.run / f"stacks-{world.rank:05d}.txt")
         self._resume()
-        self.report = MetricAggregator(config, world, self.images, self._ideal_seconds())
+        self.metrics = MetricAggregator(config, world, self.images, self._ideal_seconds())
+
+    def _resume(self) -> None:
+        """Load the newest valid checkpoint, or initialize the weights of a new run."""
+        images = self._load_checkpoint()
+        if images is not None:
+            self.images = images
+            if self.world.is_first:
+                logger.info("resumed from the checkpoint at %d images", images)
+            return
+        self.task.init_weights(self.engine.partition)
+        self.ema.restart()
+        # Fail now instead of after hours if a checkpoint cannot be written.
+        self.checkpoints.save(0, self._state(), must=True)
 
     def _ideal_seconds(self) -> float | None:
         """Return the seconds per image at peak FLOPS of all devices; ``None`` except for bf16 on GPUs."""
@@ -166,7 +166,8 @@ class _Trainer(Generic[BatchType]):
         return 3 * self.task.forward_flops / (peak * self.world.size) if peak is not None else None
 
     def run(self, title: str) -> RunResult:
-        if self.images >= self.config.total_images:
+        """Train until the end of the run or a stop signal."""
+        if self._is_finished:
             return RunResult(self.images, stopped=False)
         stream = Stream(
             self.config.data,
@@ -182,184 +183,135 @@ class _Trainer(Generic[BatchType]):
             title, self.config.total_images, initial=self.images, unit="img", quiet=not self.world.is_first
         )
         with closing(iter(stream)) as batches, bar, self.watchdog:
-            return self._run(batches, bar)
-
-    def close(self) -> None:
-        self.checkpoints.close()
-        self.report.close()
-
-    def _run(self, batches: Iterator[BatchType], bar: "tqdm[Any]") -> RunResult:
-        self.report.start()
-        while self.images < self.config.total_images:
-            batch = self.report.waited_for(batches)
-            stopping = self._step(batch)
-            self.images += self.batch
-            self.ema.update(self.images, self.batch)
-            self.task.on_step_end(self.images)
-            self.watchdog.beat()
-            bar.update(self.batch)
-            judged = self._judged()
-            if judged or self._is_due(self.config.log.every_images):
-                loss = self.report.write(self.images, judged)
-                shown = {"loss": f"{loss:.4f}", "wait": f"{self.report.wait_share:.0%}"}
-                if self.report.utilisation is not None:
-                    shown["mfu"] = f"{self.report.utilisation:.0%}"
-                bar.set_postfix(shown, refresh=False)
-            self._draw()
-            if self.config.engine.zero.stage < 3 and self._is_due(self.config.health.checksum_every_images):
-                check_weights(self.config.run, self.images, self.engine.module, self.world)
-            ends = self.images >= self.config.total_images
-            if stopping or ends or self._is_due(self.config.checkpoint.every_images):
-                self.checkpoints.save(self.images, self._state(), must=stopping or ends)
-            if stopping:
-                return RunResult(self.images, stopped=True)
+            self.metrics.reset()
+            while not self._is_finished:
+                is_stopping = self._step(self.metrics.next_batch(batches))
+                self.images += self.batch
+                self.ema.update(self.images, self.batch)
+                self.task.on_step_end(self.images)
+                self.watchdog.beat()
+                bar.update(self.batch)
+                self._log(self._validate(), bar)
+                self._sample_images()
+                if self.config.engine.zero.stage < 3 and self._is_due(
+                    self.config.health.checksum_every_images
+                ):
+                    self.health.check_replicas(self.images, self.engine.module)
+                is_last = is_stopping or self._is_finished
+                if is_last or self._is_due(self.config.checkpoint.every_images):
+                    self.checkpoints.save(self.images, self._state(), must=is_last)
+                if is_stopping:
+                    return RunResult(self.images, stopped=True)
         return RunResult(self.images, stopped=False)
 
+    def close(self) -> None:
+        """Abandon a save in progress and close the metric writers."""
+        self.checkpoints.close()
+        self.metrics.close()
+
+    @property
+    def _is_finished(self) -> bool:
+        return self.images >= self.config.total_images
+
     def _is_due(self, period: int) -> bool:
-        """Return ``True`` if the last batch reached a multiple of the period."""
-        return self.images // period > (self.images - self.batch) // period
+        """Return True if the last batch reached a multiple of a period in images."""
+        return is_due(period, self.images, self.batch)
 
     def _step(self, batch: BatchType) -> bool:
         """Run one optimizer step and return ``True`` if any rank received a stop signal."""
         parts = batch.split(self.config.engine.gradient_accumulation_steps)
-        rate = self.rate.at(self.images)
-        valid, summed = torch.ones(()), 0.0
-        stopping = stands_out = was_applied = False
+        learning_rate = self.rate.at(self.images)
+        valid, loss_sum, mean_loss = torch.ones(()), 0.0, 0.0
+        is_stopping = is_spike = is_applied = False
         for number, part in enumerate(parts, start=1):
             on_device = part.to(self.world.device, non_blocking=True)
             losses = self.task.losses(self.engine, on_device, self.images)
-            total = torch.where(on_device.valid, losses.per_sample, 0.0).sum()
-            bad = ~losses.per_sample.detach().isfinite().cpu() & part.valid
+            loss = torch.where(on_device.valid, losses.per_sample, 0.0).sum()
+            nonfinite = ~losses.per_sample.detach().isfinite().cpu() & part.valid
             # One all-reduce for all values: each all-reduce waits for the slowest rank.
-            said = [batch.valid.sum(), bad.sum(), torch.tensor(self.stop.requested), total.detach().cpu()]
-            agreed = self.world.sum(torch.stack([value.double() for value in said]).to(self.world.device))
-            valid, bad_anywhere, stops, part_total = agreed.cpu()
-            stopping = stopping or bool(stops)
-            if bad_anywhere:
-                self._refuse(losses, part)
-            summed += float(part_total)
-            if number == len(parts) and self.guard is not None:
-                stands_out = self.guard.stands_out(summed / max(1.0, float(valid)))
+            valid, nonfinite_count, stop_count, part_loss = self._sum_over_ranks(
+                batch.valid.sum(), nonfinite.sum(), torch.tensor(self.stop.requested), loss.detach()
+            )
+            if nonfinite_count:
+                facts = losses.facts or {}
+                self.health.check_losses(self.images, losses.per_sample, part.valid, part.slots, facts)
+            is_stopping = is_stopping or bool(stop_count)
+            loss_sum += float(part_loss)
+            mean_loss = loss_sum / max(1.0, float(valid))
+            is_spike = number == len(parts) and self.health.is_spike(mean_loss)
             # The engine averages over ranks and micro-batches; rescale to the mean over valid samples.
             scale = self.world.size * len(parts) / valid.clamp(min=1)
-            self.engine.backward(total * scale.to(total), spoiled=stands_out)
-            was_applied = self.engine.step(rate)
-            self.report.add(total.detach(), losses.statistics)
-        own = self.probe.squared_norm()
-        if stands_out:
-            self._skip_spike(summed / float(valid))
-        elif not was_applied:
-            self._handle_nonfinite_gradient(batch, own)
+            self.engine.backward(loss * scale.to(loss), discard=is_spike)
+            is_applied = self.engine.step(learning_rate)
+            self.metrics.add_losses(loss.detach(), losses.statistics)
+        squared_norm = self.health.probe.squared_norm()
+        if is_spike:
+            self.health.skip_spike(self.images, mean_loss, self._rewind)
+        elif not is_applied:
+            self.health.skip_nonfinite_gradient(self.images, batch.slots, squared_norm)
         else:
-            self.bad_gradients = 0
-            self.rate.observe(self.images + self.batch, summed / max(1.0, float(valid)))
-            self.report.add_gradient(own, self.engine.gradient_norm)
-        self.report.add_step(valid, rate)
-        return stopping
+            self.health.on_applied_step()
+            self.rate.observe(self.images + self.batch, mean_loss)
+            self.metrics.add_gradient(squared_norm, self.engine.gradient_norm)
+        self.metrics.add_step(valid, learning_rate)
+        return is_stopping
 
-    def _refuse(self, losses: Losses, part: BatchType) -> NoReturn:
-        """Raise on a nonfinite loss before the optimizer step; DeepSpeed reports nothing."""
-        run, facts = self.config.run, losses.facts or {}
-        check_losses(run, self.images, losses.per_sample, part.valid, part.slots, facts, self.world)
-        raise RuntimeError("a rank said that a loss is not finite, and now none is")
+    def _sum_over_ranks(self, *values: Tensor) -> Tensor:
+        local_values = torch.stack([value.double().cpu() for value in values])
+        return self.world.sum(local_values.to(self.world.device)).cpu()
 
-    def _handle_nonfinite_gradient(self, batch: BatchType, own: Tensor) -> None:
-        """Skip or stop after the engine discarded a nonfinite gradient of finite losses."""
-        ranks = ranks_of_bad_gradient(own, self.world)
-        slots = batch.slots.tolist()
-        found = self.world.gathered({"slots": f"{slots[0]} to {slots[-1]}"})
-        whose = " and ".join(f"rank {rank} (slots {found[rank]['slots']})" for rank in ranks)
-        whose = whose or "no single rank"
-        what = f"{self.config.run}: after {self.images} images the gradient of {whose} is not finite"
-        self.bad_gradients += 1
-        self.report.add_skipped()
-        health = self.config.health
-        if health.nonfinite_gradient == "stop" or self.bad_gradients > health.max_consecutive_nonfinite:
-            raise UserError(
-                f"{what}; nothing was learned from it: lower optim.lr, or set "
-                "health.nonfinite_gradient=skip, and start again, it goes on from the last checkpoint."
-            )
-        if self.world.is_first:
-            logger.warning("%s; the batch is skipped.", what)
-
-    def _skip_spike(self, loss: float) -> None:
-        """Report a batch skipped for its loss; after too many in a row, rewind or stop."""
-        guard = cast(SpikeGuard, self.guard)
-        self.report.add_skipped()
-        what = f"after {self.images} images a batch's loss of {loss:.4g} stands out"
-        if not guard.has_had_enough:
-            if self.world.is_first:
-                logger.warning("%s; the batch is skipped.", what)
-            return
-        enough = f"{what}, the {guard.skipped_in_a_row}. in a row"
-        if not guard.config.rewind:
-            raise UserError(
-                f"{self.config.run}: {enough}; lower optim.lr, or set health.spike.rewind=true, and start "
-                "again, it goes on from the last checkpoint."
-            )
-        self.checkpoints.wait()
-        # Skipped batches do not change the weights: rewind to before the first skipped batch.
-        restored = self.checkpoints.resume(self.images - (guard.skipped_in_a_row - 1) * self.batch)
-        if restored is None or restored.images == self.rewound_to:
-            raise UserError(
-                f"{self.config.run}: {enough}, and going back to the last checkpoint did not help; lower "
-                "optim.lr."
-            )
-        self._take(restored)
-        self.rewound_to = restored.images
-        if self.world.is_first:
-            logger.warning("%s; the weights are those of %d images again.", enough, restored.images)
-
-    def _judged(self) -> dict[str, float]:
+    def _validate(self) -> dict[str, float]:
         """Return the validation metrics of the EMA weights if due, else an empty mapping."""
         config = self.config.validation
-        if self.held_out is None or config is None:
+        if self.validation is None or config is None:
             return {}
-        if not self._is_due(config.every_images) and self.images < self.config.total_images:
+        if not self._is_finished and not self._is_due(config.every_images):
             return {}
         with self.ema.in_place_of_weights():
-            figures = self.held_out.measured(self.engine)
-        return {f"validation_{name}": value for name, value in figures.items()}
+            metrics = self.validation.metrics(self.engine)
+        return {f"validation_{name}": value for name, value in metrics.items()}
 
-    def _draw(self) -> None:
-        """Generate the sample images if due."""
-        config = self.config.sample_images
-        if config is None or not (
-            self._is_due(config.every_images) or self.images >= self.config.total_images
-        ):
+    def _log(self, validation: dict[str, float], bar: "tqdm[Any]") -> None:
+        """Write a row of metrics if due, or if there are validation metrics."""
+        if not validation and not self._is_due(self.config.log.every_images):
             return
-        parameters = whole_parameters(self.engine.partition, self.ema.flats, self.world)
-        path = self.config.run / "pictures" / f"{self.images:012d}.png"
-        self.world.on_first_rank(lambda: draw_pictures(self.task, parameters, config, path, self.world))
+        loss = self.metrics.write(self.images, {**validation, "skipped_batches": self.health.skipped_batches})
+        postfix = {"loss": f"{loss:.4f}", "wait": f"{self.metrics.wait_fraction:.0%}"}
+        if self.metrics.utilization is not None:
+            postfix["mfu"] = f"{self.metrics.utilization:.0%}"
+        bar.set_postfix(postfix, refresh=False)
+
+    def _sample_images(self) -> None:
+        """Write sample images of the EMA weights if due."""
+        config = self.config.sample_images
+        if config is None or not (self._is_finished or self._is_due(config.every_images)):
+            return
+        parameters = gather(self.engine.partition, self.ema.flats, self.world)
+        path = self.config.run / "sample_images" / f"{self.images:012d}.png"
+        self.world.on_first_rank(lambda: write_sample_images(self.task, parameters, config, path, self.world))
         self.watchdog.beat()
 
+    @property
+    def _stateful(self) -> dict[str, Task[BatchType] | LearningRate | HealthMonitor]:
+        """Components with a state apart from weights, moments, EMA and data cursor."""
+        return {"task.": self.task, "learning_rate.": self.rate, "health.": self.health}
+
     def _state(self) -> dict[str, Tensor]:
-        """Return the run's state apart from weights, moments, EMA and data cursor."""
-        guard = self.guard.state() if self.guard is not None else {}
-        task = {f"task.{name}": value for name, value in self.task.state().items()}
-        return {**task, **self.rate.state(), **guard}
+        state: dict[str, Tensor] = {}
+        for prefix, component in self._stateful.items():
+            state |= with_prefix(prefix, component.state())
+        return state
 
-    def _take(self, restored: Restored) -> None:
-        self.task.load_state(
-            {
-                name.removeprefix("task."): value
-                for name, value in restored.state.items()
-                if name.startswith("task.")
-            }
-        )
-        self.rate.load_state(restored.state)
-        if self.guard is not None and "guard" in restored.state:
-            self.guard.load_state(restored.state)
-
-    def _resume(self) -> None:
-        restored = self.checkpoints.resume()
+    def _load_checkpoint(self, before: int | None = None) -> int | None:
+        """Load the newest valid checkpoint, with fewer than ``before`` images; return its images, if any."""
+        restored = self.checkpoints.resume(before)
         if restored is None:
-            self.task.init_weights(self.engine.partition)
-            self.ema.restart()
-            # Fail now instead of after hours if a checkpoint cannot be written.
-            self.checkpoints.save(0, self._state(), must=True)
-            return
-        self._take(restored)
-        self.images = restored.images
-        if self.world.is_first:
-            logger.info("going on from the checkpoint at %d images, the newest whole one", restored.images)
+            return None
+        for prefix, component in self._stateful.items():
+            component.load_state(without_prefix(prefix, restored.state))
+        return restored.images
+
+    def _rewind(self, before: int) -> int | None:
+        """Load the newest checkpoint with fewer images; the data cursor continues."""
+        self.checkpoints.wait()
+        return self._load_checkpoint(before)

@@ -9,10 +9,12 @@ independent of the stage.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from vqd_scale.core.world import World
 
 
 @dataclass(frozen=True)
@@ -41,23 +43,6 @@ def shape_of(parameter: Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-class _Layout(Protocol):
-    """Interface to the memory layout of a ZeRO stage."""
-
-    @property
-    def masters(self) -> Sequence[Tensor]:
-        """Flat float32 master weights, one tensor per group."""
-        ...
-
-    def piece(self, name: str, parameter: Any) -> Piece:  # noqa: ANN401 - DeepSpeed's attributes
-        """Return this rank's piece of a parameter."""
-        ...
-
-    def refresh(self) -> None:
-        """Copy the master weights into the compute weights."""
-        ...
-
-
 class Partition:
     """The pieces of this rank and the flat tensors that contain them.
 
@@ -65,15 +50,20 @@ class Partition:
         optimizer: DeepSpeed's ZeRO optimizer of any stage.
         module: Module for which the optimizer was built.
         rank: Rank of this process.
+        moments: Names of the optimizer's moments, each a tensor of the weights' shape.
     """
 
-    def __init__(self, optimizer: Any, module: nn.Module, rank: int) -> None:  # noqa: ANN401 - untyped upstream
+    def __init__(
+        self,
+        optimizer: Any,  # noqa: ANN401 - untyped upstream
+        module: nn.Module,
+        rank: int,
+        moments: Sequence[str],
+    ) -> None:
         self._optimizer = optimizer
-        self._layout: _Layout
-        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-            self._layout = _CutParameters(optimizer, rank)
-        else:
-            self._layout = _CutRow(optimizer)
+        self._moments = moments
+        is_stage_3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
+        self._layout = _ParameterSlices(optimizer, rank) if is_stage_3 else _GroupSlices(optimizer)
         self.pieces = [
             self._layout.piece(name, parameter)
             for name, parameter in module.named_parameters()
@@ -85,9 +75,10 @@ class Partition:
         """Flat float32 master weights, one tensor per group."""
         return list(self._layout.masters)
 
-    def moments(self, name: str) -> list[Tensor]:
-        """Return the flat tensors of one optimizer moment; zeros before the first step."""
-        return [self._state_of(master)[name] for master in self.masters]
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """Return the flat tensors of master weights and of each optimizer moment; moments start at zero."""
+        states = [self._state_of(master) for master in self.masters]
+        return {"master": self.masters, **{name: [state[name] for state in states] for name in self._moments}}
 
     @property
     def steps(self) -> int:
@@ -109,31 +100,48 @@ class Partition:
         self._layout.refresh()
 
     def _state_of(self, master: Tensor) -> dict[str, Tensor]:
-        # torch's AdamW creates its state at the first step; creating it here allows loading before that.
+        # An optimizer creates its state at the first step; creating it here allows loading before that.
         state: dict[str, Tensor] = self._optimizer.optimizer.state[master]
         if not state:
             state["step"] = torch.zeros((), device=master.device)
-            state["exp_avg"] = torch.zeros_like(master)
-            state["exp_avg_sq"] = torch.zeros_like(master)
+            state |= {name: torch.zeros_like(master) for name in self._moments}
         return state
 
 
 @torch.no_grad()
-def fill(partition: Partition, flats: list[Tensor], whole: Mapping[str, Tensor]) -> None:
+def gather(partition: Partition, flats: list[Tensor], world: World) -> dict[str, Tensor]:
+    """Gather full parameters from all ranks' pieces, on the CPU in float32; collective.
+
+    Args:
+        partition: Pieces of this rank.
+        flats: Flat tensors to gather, such as the master weights or the EMA.
+        world: This process's rank and device.
+    """
+    parameters: dict[str, Tensor] = {}
+    for piece in partition.pieces:
+        flat = torch.zeros(torch.Size(piece.shape).numel(), device=world.device)
+        if piece.length:
+            flat[piece.start : piece.start + piece.length] = partition.view(flats, piece)
+        parameters[piece.name] = world.sum(flat).view(piece.shape).cpu()
+    return parameters
+
+
+@torch.no_grad()
+def fill(partition: Partition, flats: list[Tensor], parameters: Mapping[str, Tensor]) -> None:
     """Copy full tensors into a rank's pieces; the caller calls `Partition.masters_changed`.
 
     Args:
         partition: Pieces of this rank.
         flats: Flat tensors to fill.
-        whole: Full tensors by parameter name; other parameters are unchanged.
+        parameters: Full tensors by parameter name; missing parameters are unchanged.
     """
     for piece in partition.pieces:
-        if piece.length and piece.name in whole:
-            elements = whole[piece.name].flatten()[piece.start : piece.start + piece.length]
+        if piece.length and piece.name in parameters:
+            elements = parameters[piece.name].flatten()[piece.start : piece.start + piece.length]
             partition.view(flats, piece).copy_(elements)
 
 
-class _CutParameters:
+class _ParameterSlices:
     """Layout of stage 3: every parameter is split into equal pieces, and rank r holds piece r."""
 
     def __init__(self, optimizer: Any, rank: int) -> None:  # noqa: ANN401 - untyped upstream
@@ -147,8 +155,8 @@ class _CutParameters:
     def piece(self, name: str, parameter: Any) -> Piece:  # noqa: ANN401 - DeepSpeed's attributes
         group, offset, length = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
         start = self._rank * length
-        real = max(0, min(length, parameter.ds_numel - start))
-        return Piece(name, shape_of(parameter), start, real, group, offset)
+        unpadded_length = max(0, min(length, parameter.ds_numel - start))
+        return Piece(name, shape_of(parameter), start, unpadded_length, group, offset)
 
     def refresh(self) -> None:
         self._optimizer._partition_all_parameters()
@@ -160,7 +168,7 @@ class _CutParameters:
         self._optimizer.invalidate_secondary_tensor()
 
 
-class _CutRow:
+class _GroupSlices:
     """Layout of stages 1 and 2: a group's concatenated parameters are split, and rank r holds piece r.
 
     In bfloat16, stage 1 has a separate optimizer class with the same mapping under another name.
@@ -179,8 +187,8 @@ class _CutRow:
         shape, mapping = tuple(parameter.shape), parameter._hp_mapping
         if mapping is None:
             return Piece(name, shape, 0, 0, 0, 0)
-        here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-        return Piece(name, shape, here.start, here.numel, mapping.param_group_index, there.start)
+        source, target = mapping.lp_fragment_address, mapping.hp_fragment_address
+        return Piece(name, shape, source.start, source.numel, mapping.param_group_index, target.start)
 
     def refresh(self) -> None:
         self._optimizer.update_lp_params()

@@ -6,30 +6,17 @@ from pathlib import Path
 from typing import Generic
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
-from vqd_scale.core.config import Config
 from vqd_scale.core.world import World
+from vqd_scale.data.config import StreamConfig
 from vqd_scale.data.loading.batch import Batch, BatchType
-from vqd_scale.data.loading.stream import Stream, StreamConfig
+from vqd_scale.data.loading.stream import Stream
+from vqd_scale.training.config import ValidationConfig
 from vqd_scale.training.tasks.base import Forward, Task
 
 _SEED = 0
 """Seed of the sample order, independent of the run's seed: all seeds use the same validation samples."""
-
-
-class ValidationConfig(Config):
-    """Validation set and evaluation period."""
-
-    path: Path
-    """Validation shards, of the same kind as the training shards but with other samples."""
-    every_images: PositiveInt = 1_000_000
-    """Images between two evaluations; the last evaluation is at the end of the run."""
-    samples: PositiveInt = 2048
-    """Maximum number of validation samples, taken in a fixed order."""
-    batch_size: PositiveInt = 64
-    """Batch size per rank."""
 
 
 class ValidationSet(Generic[BatchType]):
@@ -62,23 +49,24 @@ class ValidationSet(Generic[BatchType]):
             quarantine=quarantine,
         )
         count = min(config.samples, stream.items)
-        share = -(-count // world.size)
-        mine = torch.arange(share) * world.size + world.rank
+        count_per_rank = -(-count // world.size)
+        numbers = torch.arange(count_per_rank) * world.size + world.rank
         with closing(iter(stream)) as batches:
             samples = Batch.cat([next(batches) for _ in range(-(-count // lanes))])
         # If the samples do not divide evenly over the ranks, a rank pads with its first sample, masked out.
-        counted = mine < count
-        rows = torch.where(counted, mine, mine[0].clamp(max=count - 1))
-        samples = samples.select(rows)
-        samples = replace(samples, valid=samples.valid & counted)
-        self._parts = [samples.select(part) for part in torch.arange(share).split(config.batch_size)]
+        exists = numbers < count
+        samples = samples.select(torch.where(exists, numbers, numbers[0].clamp(max=count - 1)))
+        samples = replace(samples, valid=samples.valid & exists)
+        self._batches = [
+            samples.select(rows) for rows in torch.arange(count_per_rank).split(config.batch_size)
+        ]
 
     @torch.no_grad()
-    def measured(self, forward: Forward) -> dict[str, float]:
+    def metrics(self, forward: Forward) -> dict[str, float]:
         """Return the task's metrics as means over all validation samples; collective."""
         sums: dict[str, Tensor] = {}
-        for part in self._parts:
-            batch = part.to(self._world.device, non_blocking=True)
+        for samples in self._batches:
+            batch = samples.to(self._world.device, non_blocking=True)
             for name, value in self._task.validate(forward, batch).items():
                 sums[name] = sums.get(name, torch.zeros(2, dtype=torch.float64)) + value.double().cpu()
         names = sorted(sums)

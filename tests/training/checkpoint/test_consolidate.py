@@ -1,4 +1,4 @@
-"""Checkpoints of runs that go on, and folders of DeepSpeed's own, as bundles from the command line."""
+"""Bundles from checkpoints of running jobs and from DeepSpeed's own folders, by the command line."""
 
 from pathlib import Path
 
@@ -6,18 +6,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.ranks import on_ranks, partition_of
+from tests.training.rank_threads import on_ranks, partition_of
 from vqd_scale.cli.convert_checkpoint import main
 from vqd_scale.core.config import load_config, to_yaml
 from vqd_scale.core.world import World
-from vqd_scale.training.checkpoint.manager import CheckpointConfig, Checkpoints
-from vqd_scale.training.ema import EMA, EMAConfig
-from vqd_scale.training.tasks.denoising import DenoisingTask, TrainConfig
+from vqd_scale.training.checkpoint.manager import Checkpoints
+from vqd_scale.training.config import CheckpointConfig, EMAConfig
+from vqd_scale.training.ema import EMA
+from vqd_scale.training.tasks.config import TrainConfig
+from vqd_scale.training.tasks.denoising import DenoisingTask
 
 
 @pytest.fixture
 def run(token_world: Path, tmp_path: Path) -> Path:
-    """A run's folder with two checkpoints, of weights that are 8 or 16 and averages a hundred higher."""
+    """Run folder with two checkpoints, whose weights are 8 or 16 and whose EMA is 100 higher."""
     folder = tmp_path / "run"
     config = load_config(TrainConfig, token_world / "train.yaml", [f"run={folder}"])
     folder.mkdir()
@@ -43,7 +45,7 @@ def run(token_world: Path, tmp_path: Path) -> Path:
     ("arguments", "value"),
     [([], 116.0), (["--weights", "raw"], 16.0), (["--images", "8", "--weights", "raw"], 8.0)],
 )
-def test_a_checkpoint_becomes_a_bundle(
+def test_checkpoint_becomes_a_bundle(
     run: Path, tmp_path: Path, arguments: list[str], value: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["consolidate", str(run), str(tmp_path / "out"), *arguments])
@@ -53,28 +55,30 @@ def test_a_checkpoint_becomes_a_bundle(
     assert f"{tmp_path / 'out'}: the" in capsys.readouterr().out
 
 
-def test_a_damaged_checkpoint_is_passed_over_or_refused(
+def test_damaged_checkpoint_is_skipped_or_refused(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run / "checkpoints" / "000000000016" / "slices-00001-of-00002.safetensors").unlink()
     main(["consolidate", str(run), str(tmp_path / "out")])
-    assert "average weights at 8 images" in capsys.readouterr().out
+    assert "ema weights at 8 images" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:
         main(["consolidate", str(run), str(tmp_path / "out"), "--images", "16"])
     assert stopped.value.code == 2
-    assert "there is no whole checkpoint at 16 images here; there are 16, 8." in capsys.readouterr().err
+    assert (
+        "contains no valid checkpoint at 16 images; the existing ones are: 16, 8." in capsys.readouterr().err
+    )
 
 
-def test_pickles_are_read_only_by_who_says_so(
+def test_pickles_require_trust_option(
     token_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = str(token_world / "train.yaml")
-    for more, sentence in (
+    for options, sentence in (
         ([], "give --trust-pickle"),
         (["--trust-pickle"], "holds no checkpoint of DeepSpeed"),
     ):
         with pytest.raises(SystemExit) as stopped:
-            main(["deepspeed", str(tmp_path), config, str(tmp_path / "out"), *more])
+            main(["deepspeed", str(tmp_path), config, str(tmp_path / "out"), *options])
         assert stopped.value.code == 2
         assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

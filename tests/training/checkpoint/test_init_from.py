@@ -1,4 +1,4 @@
-"""A bundle's weights into the pieces of several ranks, which are threads here."""
+"""Loading a bundle's weights into the partitions of several ranks, which are threads."""
 
 import subprocess
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tests.training.ranks import on_ranks, partition_of
+from tests.training.rank_threads import on_ranks, partition_of
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.world import World
 from vqd_scale.training.checkpoint import init_from as start
-from vqd_scale.training.checkpoint.init_from import start_from
+from vqd_scale.training.checkpoint.init_from import load_initial_weights
 from vqd_scale.training.checkpoint.manager import consolidated
 
 
@@ -24,7 +24,7 @@ def network() -> nn.Module:
 
 
 def stored(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """Weights as a bundle has them."""
+    """Write weights as in a bundle."""
     torch.manual_seed(1)
     weights = {
         name.removeprefix("model."): torch.randn_like(value) for name, value in network().named_parameters()
@@ -34,12 +34,12 @@ def stored(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-def test_every_rank_gets_its_own_elements(tmp_path: Path, ranks: int) -> None:
+def test_every_rank_loads_its_own_elements(tmp_path: Path, ranks: int) -> None:
     path, weights = stored(tmp_path)
 
     def load(world: World) -> list[tuple[str, int, Tensor]]:
         partition = partition_of(network(), world)
-        start_from(path, partition, prefix="model.")
+        load_initial_weights(path, partition, prefix="model.")
         return [
             (piece.name, piece.start, partition.view(partition.masters, piece).clone())
             for piece in partition.pieces
@@ -49,18 +49,16 @@ def test_every_rank_gets_its_own_elements(tmp_path: Path, ranks: int) -> None:
     loaded = [piece for rank in on_ranks(ranks, load) for piece in rank]
     assert sum(len(values) for *_, values in loaded) == sum(value.numel() for value in weights.values())
     for name, first, values in loaded:
-        whole = weights[name.removeprefix("model.")].flatten()
-        assert torch.equal(values, whole[first : first + len(values)])
+        flat_weight = weights[name.removeprefix("model.")].flatten()
+        assert torch.equal(values, flat_weight[first : first + len(values)])
 
 
-def test_no_rank_reads_a_whole_tensor_of_which_it_holds_a_piece(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_read_only_the_rows_of_their_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({"weight": torch.arange(64.0).view(16, 4)}, tmp_path / "model.safetensors")
-    read: list[tuple[int, int]] = []
+    read_ranges: list[tuple[int, int]] = []
 
     class Recorded:
-        """A stored tensor that remembers which of its rows were asked for."""
+        """Stored tensor that records the requested rows."""
 
         def __init__(self, inner: Any) -> None:
             self.inner = inner
@@ -69,7 +67,7 @@ def test_no_rank_reads_a_whole_tensor_of_which_it_holds_a_piece(
             return self.inner.get_shape()
 
         def __getitem__(self, rows: slice) -> Tensor:
-            read.append((rows.start, rows.stop))
+            read_ranges.append((rows.start, rows.stop))
             return self.inner[rows]
 
     class File:
@@ -92,36 +90,38 @@ def test_no_rank_reads_a_whole_tensor_of_which_it_holds_a_piece(
     monkeypatch.setattr(start, "safe_open", File)
 
     def load(world: World) -> None:
-        start_from(tmp_path / "model.safetensors", partition_of(nn.Linear(4, 16, bias=False), world))
+        load_initial_weights(
+            tmp_path / "model.safetensors", partition_of(nn.Linear(4, 16, bias=False), world)
+        )
 
     on_ranks(3, load)
     # 64 elements in pieces of 22, 22 and 20, in rows of 4.
-    assert sorted(read) == [(0, 6), (5, 11), (11, 16)]
+    assert sorted(read_ranges) == [(0, 6), (5, 11), (11, 16)]
 
 
 def fails(path: Path, *fresh: str) -> str:
     with pytest.raises(UserError) as caught:
-        on_ranks(1, lambda world: start_from(path, partition_of(network(), world), "model.", fresh))
+        on_ranks(1, lambda world: load_initial_weights(path, partition_of(network(), world), "model.", fresh))
     return str(caught.value)
 
 
-def test_tensors_that_do_not_fit_are_listed(tmp_path: Path) -> None:
+def test_mismatched_tensors_are_listed(tmp_path: Path) -> None:
     path, weights = stored(tmp_path)
     del weights["0.bias"]
     weights["1.weight"] = torch.zeros(3, 8)
     weights["tower"] = torch.zeros(1)
     save_file(weights, path)
     message = fails(path)
-    assert "3 of its tensors are not those that this run trains" in message
+    assert "3 of its tensors differ from those that this run trains" in message
     for part in (
-        "model.0.bias (absent there, (5,) here)",
-        "model.1.weight ((3, 8) there, (3, 7) here)",
-        "model.tower ((1,) there, absent here)",
+        "model.0.bias (None in the file, (5,) in the run)",
+        "model.1.weight ((3, 8) in the file, (3, 7) in the run)",
+        "model.tower ((1,) in the file, None in the run)",
     ):
         assert part in message
 
 
-def test_what_a_run_adds_is_named_and_starts_anew(tmp_path: Path) -> None:
+def test_missing_tensors_must_be_named_and_are_initialized(tmp_path: Path) -> None:
     path, weights = stored(tmp_path)
     bias = weights.pop("0.bias")
     save_file(weights, path)
@@ -129,20 +129,20 @@ def test_what_a_run_adds_is_named_and_starts_anew(tmp_path: Path) -> None:
     def load(world: World) -> dict[str, Tensor]:
         module = network()
         partition = partition_of(module, world)
-        start_from(path, partition, "model.", fresh=["0.bias"])
-        found = {piece.name: partition.view(partition.masters, piece) for piece in partition.pieces}
-        assert torch.equal(found["model.0.bias"], dict(module.named_parameters())["model.0.bias"])
-        return found
+        load_initial_weights(path, partition, "model.", init_missing=["0.bias"])
+        loaded_values = {piece.name: partition.view(partition.masters, piece) for piece in partition.pieces}
+        assert torch.equal(loaded_values["model.0.bias"], dict(module.named_parameters())["model.0.bias"])
+        return loaded_values
 
-    (found,) = on_ranks(1, load)
-    assert not torch.equal(found["model.0.bias"], bias)
-    assert torch.equal(found["model.2.bias"], weights["2.bias"])
+    (loaded_values,) = on_ranks(1, load)
+    assert not torch.equal(loaded_values["model.0.bias"], bias)
+    assert torch.equal(loaded_values["model.2.bias"], weights["2.bias"])
     save_file({**weights, "0.bias": bias}, path)
-    assert "model.0.bias ((5,) there, absent here)" in fails(path, "0.bias")
+    assert "model.0.bias ((5,) in the file, None in the run)" in fails(path, "0.bias")
 
 
 @pytest.mark.parametrize("damage", ["absent", "truncated"])
-def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, damage: str) -> None:
+def test_unreadable_file_raises_user_error(tmp_path: Path, damage: str) -> None:
     path, _ = stored(tmp_path)
     content = path.read_bytes()
     path.unlink()
@@ -152,17 +152,17 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, damage: str)
 
 
 @pytest.mark.ranks
-def test_a_run_starts_from_what_another_exported(
+def test_run_starts_from_an_exported_bundle(
     token_world: Path, tmp_path: Path, run_tool: Callable[..., "subprocess.CompletedProcess[str]"]
 ) -> None:
     config = str(token_world / "train.yaml")
-    done = run_tool("train.py", config, f"run={tmp_path / 'first'}", "total_images=16")
-    assert done.returncode == 0, done.stderr
+    completed = run_tool("train.py", config, f"run={tmp_path / 'first'}", "total_images=16")
+    assert completed.returncode == 0, completed.stderr
     (tmp_path / "first" / "checkpoints").rename(tmp_path / "gone")
     second = tmp_path / "second"
-    wanted = (f"run={second}", "total_images=8", "seed=9", f"init_from.bundle={tmp_path / 'first'}")
-    done = run_tool("train.py", config, *wanted, ranks=2)
-    assert done.returncode == 0, done.stderr
+    run_overrides = (f"run={second}", "total_images=8", "seed=9", f"init_from.bundle={tmp_path / 'first'}")
+    completed = run_tool("train.py", config, *run_overrides, ranks=2)
+    assert completed.returncode == 0, completed.stderr
     exported = load_file(tmp_path / "first" / "export" / "model.safetensors")
     for kind in ("master", "ema"):
         began = consolidated(second / "checkpoints" / "000000000000", kind)
@@ -170,12 +170,14 @@ def test_a_run_starts_from_what_another_exported(
         for name, value in began.items():
             assert torch.equal(value, exported[name.removeprefix("model.")])
 
-    done = run_tool("train.py", config, *wanted, f"run={tmp_path / 'other-times'}", "diffusion.steps=5")
-    assert done.returncode == 2
-    assert "this model knows 10 timesteps, and diffusion.steps is 5" in done.stderr
+    completed = run_tool(
+        "train.py", config, *run_overrides, f"run={tmp_path / 'other-times'}", "diffusion.steps=5"
+    )
+    assert completed.returncode == 2
+    assert "this model was trained with 10 timesteps, and diffusion.steps is 5" in completed.stderr
 
     weights = tmp_path / "first" / "export" / "tokenizer" / "model.safetensors"
     save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
-    done = run_tool("train.py", config, *wanted, f"run={tmp_path / 'third'}")
-    assert done.returncode == 2
-    assert "knows the codes of another tokenizer" in done.stderr
+    completed = run_tool("train.py", config, *run_overrides, f"run={tmp_path / 'third'}")
+    assert completed.returncode == 2
+    assert "was trained on the codes of another tokenizer" in completed.stderr

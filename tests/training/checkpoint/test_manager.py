@@ -1,4 +1,4 @@
-"""Checkpoints and what can happen to them, with ranks that are threads."""
+"""Checkpoints and their failures, with ranks as threads."""
 
 import errno
 import logging
@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests.training.ranks import on_ranks, own_seed, partition_of
+from tests.training.rank_threads import on_ranks, own_seed, partition_of
 from vqd_scale.core.atomic_io import PARTIAL
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.world import World
-from vqd_scale.training.checkpoint.manager import CheckpointConfig, Checkpoints, consolidated, prune
+from vqd_scale.training.checkpoint.manager import Checkpoints, consolidated, prune
 from vqd_scale.training.checkpoint.shards import HostSlices
-from vqd_scale.training.ema import EMA, EMAConfig
+from vqd_scale.training.config import CheckpointConfig, EMAConfig
+from vqd_scale.training.ema import EMA
 
 RANKS = 2
 
@@ -36,9 +37,9 @@ def checkpoints_of(folder: Path, world: World, config: CheckpointConfig | None =
 
 
 def move(checkpoints: Checkpoints, value: float) -> None:
-    """Give all that is saved a value of this step."""
+    """Set all saved values to those of this step."""
     for number, flats in enumerate(
-        (checkpoints.partition.masters, checkpoints.partition.moments("exp_avg"), checkpoints.ema.flats)
+        (checkpoints.partition.masters, checkpoints.partition.tensors()["exp_avg"], checkpoints.ema.flats)
     ):
         for flat in flats:
             flat.detach().fill_(value + 100 * number)
@@ -46,14 +47,14 @@ def move(checkpoints: Checkpoints, value: float) -> None:
 
 
 def saved(folder: Path, *images: int, config: CheckpointConfig | None = None, ranks: int = RANKS) -> None:
-    """A run's checkpoints, one after the other."""
+    """Save a run's checkpoints in turn."""
 
     def run(world: World) -> None:
         checkpoints = checkpoints_of(folder, world, config)
         for value in images:
             move(checkpoints, value)
             checkpoints.save(value, {"history": torch.tensor([float(value)])})
-            # What comes after a save must not get into it.
+            # Later changes must not affect a save in progress.
             move(checkpoints, -1.0)
         checkpoints.wait()
         checkpoints.close()
@@ -62,7 +63,7 @@ def saved(folder: Path, *images: int, config: CheckpointConfig | None = None, ra
 
 
 def resumed(folder: Path, ranks: int = RANKS) -> int:
-    """Images of the checkpoint that was resumed, all of its tensors checked."""
+    """Resume, check all tensors, and return the checkpoint's images."""
 
     def run(world: World) -> int:
         checkpoints = checkpoints_of(folder, world)
@@ -71,7 +72,7 @@ def resumed(folder: Path, ranks: int = RANKS) -> int:
         assert restored.state["history"].tolist() == [float(restored.images)]
         assert checkpoints.partition.steps == restored.images
         for number, flats in enumerate(
-            (checkpoints.partition.masters, checkpoints.partition.moments("exp_avg"), checkpoints.ema.flats)
+            (checkpoints.partition.masters, checkpoints.partition.tensors()["exp_avg"], checkpoints.ema.flats)
         ):
             assert all((flat == restored.images + 100 * number).all() for flat in flats)
         return restored.images
@@ -81,13 +82,13 @@ def resumed(folder: Path, ranks: int = RANKS) -> int:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_what_is_saved_on_two_ranks_comes_back_on_any(tmp_path: Path, ranks: int, asynchronous: bool) -> None:
+def test_checkpoint_of_two_ranks_loads_on_any_number(tmp_path: Path, ranks: int, asynchronous: bool) -> None:
     saved(tmp_path, 8, 16, config=CheckpointConfig(asynchronous=asynchronous))
     assert resumed(tmp_path, ranks) == 16
     assert not list(tmp_path.glob(f"*{PARTIAL}"))
 
 
-def test_the_slices_are_what_safetensors_reads(tmp_path: Path) -> None:
+def test_slices_are_readable_by_safetensors(tmp_path: Path) -> None:
     saved(tmp_path, 8)
     slices = [load_file(path) for path in sorted((tmp_path / "000000000008").glob("slices-*"))]
     assert len(slices) == RANKS
@@ -95,11 +96,11 @@ def test_the_slices_are_what_safetensors_reads(tmp_path: Path) -> None:
     for kind in ("master", "exp_avg", "exp_avg_sq", "ema"):
         stored = [part for file in slices for key, part in file.items() if key.startswith(f"{kind}/")]
         assert sum(len(part) for part in stored) == total
-    whole = consolidated(tmp_path / "000000000008", "ema")
-    assert {name: tensor.shape for name, tensor in whole.items()} == {
+    ema_weights = consolidated(tmp_path / "000000000008", "ema")
+    assert {name: tensor.shape for name, tensor in ema_weights.items()} == {
         name: parameter.shape for name, parameter in network().named_parameters()
     }
-    assert all((tensor == 208).all() for tensor in whole.values())
+    assert all((tensor == 208).all() for tensor in ema_weights.values())
 
 
 def truncate(path: Path) -> None:
@@ -113,7 +114,7 @@ def flip_a_bit(path: Path) -> None:
 
 
 def flip_a_digit(path: Path) -> None:
-    """The smallest damage that still is JSON, or a number."""
+    """Apply the smallest damage that is still JSON, or a number."""
     content = bytearray(path.read_bytes())
     place = next(place for place, byte in enumerate(content) if chr(byte).isdigit())
     content[place] ^= 1
@@ -131,7 +132,7 @@ FILES = [
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, flip_a_digit, Path.unlink])
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_any_damage_is_found_and_the_one_before_resumes(
+def test_damage_is_detected_and_previous_checkpoint_resumes(
     tmp_path: Path,
     file: str,
     damage: Callable[[Path], None],
@@ -145,29 +146,32 @@ def test_any_damage_is_found_and_the_one_before_resumes(
         assert resumed(tmp_path, ranks) == 8
     (sentence,) = [record.getMessage() for record in caplog.records]
     assert "000000000016: not used, " in sentence
-    assert "trying the one before" in sentence
+    assert "trying the previous checkpoint" in sentence
 
 
-def test_nothing_whole_is_one_sentence(tmp_path: Path) -> None:
+def test_no_valid_checkpoint_raises_user_error(tmp_path: Path) -> None:
     saved(tmp_path, 8)
     truncate(tmp_path / "000000000008" / FILES[0])
-    with pytest.raises(UserError, match="no checkpoint in it is whole"):
+    with pytest.raises(UserError, match="contains no valid checkpoint"):
         resumed(tmp_path)
 
 
-def test_another_model_is_one_sentence(tmp_path: Path) -> None:
+def test_checkpoint_of_another_model_raises_user_error(tmp_path: Path) -> None:
     saved(tmp_path, 8)
 
     def run(world: World) -> None:
         partition = partition_of(nn.Linear(3, 4), world)
         Checkpoints(tmp_path, CheckpointConfig(), partition, EMA(EMAConfig(), partition), world).resume()
 
-    with pytest.raises(UserError, match=r"of another model \(first difference: 0.bias is \[5\] there"):
+    with pytest.raises(
+        UserError,
+        match=r"of another model \(first difference: the shape of 0.bias is \[5\] in the checkpoint",
+    ):
         on_ranks(RANKS, run)
 
 
 class Disk:
-    """A disk that can be full: then nothing more can be written into an unfinished checkpoint."""
+    """Simulated disk; if full, writes into an unfinished checkpoint fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.is_full = False
@@ -187,7 +191,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 
 
 def failing(folder: Path, disk: Disk, failures: int, tolerated: int, then: int | None = None) -> None:
-    """One good save, then so many that fail; a good one in between if asked."""
+    """Save once, then fail ``failures`` times; save once more at ``then`` if given."""
     config = CheckpointConfig(max_consecutive_failures=tolerated, asynchronous=False, keep_last=100)
 
     def run(world: World) -> None:
@@ -212,30 +216,30 @@ def failing(folder: Path, disk: Disk, failures: int, tolerated: int, then: int |
     on_ranks(RANKS, run)
 
 
-def test_a_full_disk_leaves_training_going_with_a_loud_warning(
+def test_full_disk_warns_and_training_continues(
     tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
         failing(tmp_path, disk, failures=2, tolerated=2)
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == 2
-    for left, warning in zip((2, 1), warnings, strict=True):
+    for remaining_failures, warning in zip((2, 1), warnings, strict=True):
         assert warning.startswith("NO CHECKPOINT WAS WRITTEN: ")
         assert "cannot be written" in warning
-        assert "newest whole checkpoint is still '000000000008'" in warning
-        assert f"after {left} more failures" in warning
+        assert "newest checkpoint is still '000000000008'" in warning
+        assert f"after {remaining_failures} more failures" in warning
     assert resumed(tmp_path) == 8
 
 
-def test_after_so_many_failures_in_a_row_the_run_stops(tmp_path: Path, disk: Disk) -> None:
+def test_max_consecutive_failures_stop_the_run(tmp_path: Path, disk: Disk) -> None:
     with pytest.raises(UserError, match="cannot be written"):
         failing(tmp_path, disk, failures=3, tolerated=2)
     assert resumed(tmp_path) == 8
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_save_that_must_not_fail_is_seen_to_its_end(tmp_path: Path, disk: Disk, asynchronous: bool) -> None:
-    """The first one and the last one of a run."""
+def test_mandatory_save_raises_on_failure(tmp_path: Path, disk: Disk, asynchronous: bool) -> None:
+    """The first and the last save of a run are mandatory."""
 
     def run(world: World) -> None:
         checkpoints = checkpoints_of(tmp_path, world, CheckpointConfig(asynchronous=asynchronous))
@@ -249,12 +253,12 @@ def test_a_save_that_must_not_fail_is_seen_to_its_end(tmp_path: Path, disk: Disk
     assert (tmp_path / "000000000008" / "manifest.json").exists()
 
 
-def test_a_good_save_in_between_starts_the_count_anew(tmp_path: Path, disk: Disk) -> None:
+def test_successful_save_resets_the_failure_count(tmp_path: Path, disk: Disk) -> None:
     failing(tmp_path, disk, failures=3, tolerated=2, then=1)
     assert resumed(tmp_path) == 12
 
 
-def test_one_rank_that_cannot_write_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_failure_of_one_rank_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Path.open
 
     def read_only(path: Path, *arguments: str, **named: str) -> object:
@@ -273,7 +277,7 @@ def test_one_rank_that_cannot_write_is_enough(tmp_path: Path, monkeypatch: pytes
     assert resumed(tmp_path) == 24
 
 
-def test_pruning_keeps_the_newest_and_those_at_multiples(tmp_path: Path) -> None:
+def test_pruning_keeps_the_newest_and_periodic_checkpoints(tmp_path: Path) -> None:
     saved(
         tmp_path,
         *range(10, 101, 10),
@@ -282,28 +286,28 @@ def test_pruning_keeps_the_newest_and_those_at_multiples(tmp_path: Path) -> None
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == [40, 70, 90, 100]
 
 
-def test_pruning_never_removes_the_only_good_one(tmp_path: Path) -> None:
+def test_pruning_keeps_the_only_valid_checkpoint(tmp_path: Path) -> None:
     saved(tmp_path, 8, 16)
     truncate(tmp_path / "000000000016" / FILES[1])
     prune(tmp_path, CheckpointConfig(keep_last=1))
     assert resumed(tmp_path) == 8
 
 
-def test_a_kill_before_the_name_leaves_the_one_before(tmp_path: Path) -> None:
+def test_kill_before_rename_leaves_previous_checkpoint(tmp_path: Path) -> None:
     saved(tmp_path, 8, 16)
     killed = tmp_path / "000000000016"
     killed.rename(killed.with_name(killed.name + PARTIAL))
     assert resumed(tmp_path) == 8
 
 
-def test_the_same_images_are_saved_once(tmp_path: Path) -> None:
+def test_equal_image_count_is_saved_once(tmp_path: Path) -> None:
     saved(tmp_path, 8)
     before = (tmp_path / "000000000008" / "manifest.json").stat().st_mtime_ns
     saved(tmp_path, 8)
     assert (tmp_path / "000000000008" / "manifest.json").stat().st_mtime_ns == before
 
 
-def test_state_tensors_keep_their_types(tmp_path: Path) -> None:
+def test_state_tensors_keep_their_dtypes(tmp_path: Path) -> None:
     state = {"count": torch.arange(3), "history": torch.rand(4, dtype=torch.float64)}
 
     def save(world: World) -> None:
@@ -317,31 +321,31 @@ def test_state_tensors_keep_their_types(tmp_path: Path) -> None:
         return restored.state
 
     on_ranks(RANKS, save)
-    found = on_ranks(RANKS, load)[1]
-    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    loaded_state = on_ranks(RANKS, load)[1]
+    assert all(torch.equal(loaded_state[name], tensor) for name, tensor in state.items())
 
 
-def test_a_copy_elsewhere_brings_a_lost_run_back(tmp_path: Path) -> None:
-    here, there = tmp_path / "here", tmp_path / "there"
-    config = CheckpointConfig(mirror=there)
-    saved(here, 8, 16, config=config)
-    assert sorted(path.name for path in (there / "000000000016").iterdir()) == sorted(FILES)
-    shutil.rmtree(here)
+def test_mirror_restores_a_lost_run(tmp_path: Path) -> None:
+    run_folder, mirror_folder = tmp_path / "here", tmp_path / "there"
+    config = CheckpointConfig(mirror=mirror_folder)
+    saved(run_folder, 8, 16, config=config)
+    assert sorted(path.name for path in (mirror_folder / "000000000016").iterdir()) == sorted(FILES)
+    shutil.rmtree(run_folder)
 
     def resume(world: World) -> int:
-        restored = checkpoints_of(here, world, config).resume()
+        restored = checkpoints_of(run_folder, world, config).resume()
         assert restored is not None
         return restored.images
 
     assert on_ranks(RANKS, resume) == [16, 16]
-    assert resumed(here) == 16
-    # A copy that did not arrive whole is none.
-    shutil.rmtree(here)
-    (there / "000000000016.json").unlink()
+    assert resumed(run_folder) == 16
+    # An incomplete copy is not used.
+    shutil.rmtree(run_folder)
+    (mirror_folder / "000000000016.json").unlink()
     assert on_ranks(RANKS, resume) == [8, 8]
 
 
-def test_a_copy_that_cannot_be_made_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_failing_mirror_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
     saved(tmp_path / "here", 8, config=CheckpointConfig(mirror=tmp_path / "file"))
     assert "the checkpoint at 8 images was not copied" in caplog.text
@@ -349,7 +353,7 @@ def test_a_copy_that_cannot_be_made_is_a_warning(tmp_path: Path, caplog: pytest.
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
-def test_what_writes_gives_way_to_what_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writer_thread_has_lower_priority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writers: list[int] = []
     write = HostSlices.write
 

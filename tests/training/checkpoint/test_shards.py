@@ -1,4 +1,4 @@
-"""How a rank's slices get to the disk."""
+"""Writing a rank's slices to the disk."""
 
 import hashlib
 import os
@@ -10,13 +10,13 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from vqd_scale.training.checkpoint.shards import write_described
+from vqd_scale.training.checkpoint.shards import write_file
 
 PAGE = 4096
 
 
 def memory_at(begin: int, size: int) -> memoryview:
-    """So many bytes that lie ``init_weights`` bytes after the beginning of a page."""
+    """Return ``size`` random bytes that start ``begin`` bytes after the beginning of a page."""
     room = torch.randint(256, (size + 2 * PAGE,), generator=torch.Generator().manual_seed(size))
     room = room.to(torch.uint8)
     first = -room.data_ptr() % PAGE + begin
@@ -26,23 +26,23 @@ def memory_at(begin: int, size: int) -> memoryview:
 @given(size=st.integers(0, 5 * PAGE), begin=st.integers(0, PAGE - 1), claim=st.booleans())
 @example(size=3 * PAGE, begin=0, claim=True)
 @example(size=3 * PAGE + 1, begin=0, claim=True)
-# Not where it is said to be: the system refuses, and it is written as if nothing had been said.
+# Memory that is not page aligned: the system refuses direct I/O, and the write falls back.
 @example(size=3 * PAGE + 1, begin=1, claim=True)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_what_is_written_is_what_was_given_wherever_it_lies(
+def test_written_bytes_equal_memory_at_any_alignment(
     tmp_path: Path, size: int, begin: int, claim: bool
 ) -> None:
     content = memory_at(begin, size)
-    described = write_described(tmp_path / "file", content, at_a_page=claim)
+    described = write_file(tmp_path / "file", content, page_aligned=claim)
     assert (tmp_path / "file").read_bytes() == content
     assert described == {"name": "file", "bytes": size, "sha256": hashlib.sha256(content).hexdigest()}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no other system says what is in its cache")
-def test_pages_of_memory_go_past_the_systems_cache(tmp_path: Path) -> None:
+def test_page_aligned_write_bypasses_page_cache(tmp_path: Path) -> None:
     content = memory_at(0, 64 * PAGE)
-    write_described(tmp_path / "beside", content)
-    write_described(tmp_path / "past", content, at_a_page=True)
+    write_file(tmp_path / "beside", content)
+    write_file(tmp_path / "past", content, page_aligned=True)
 
     def is_cached(name: str) -> bool:
         descriptor = os.open(tmp_path / name, os.O_RDONLY)

@@ -38,7 +38,7 @@ def test_tensorboard_reads_each_row_once_it_is_written(tmp_path: Path) -> None:
     }
 
 
-def test_tensorboard_shows_no_point_of_an_earlier_start_after_the_checkpoint(tmp_path: Path) -> None:
+def test_tensorboard_drops_points_after_the_resumed_checkpoint(tmp_path: Path) -> None:
     for start, losses in ((0, {8: 4.0, 16: 3.0, 24: 2.0, 32: 1.0}), (16, {24: 2.5})):
         metric_logger = MetricLogger(LogConfig(tensorboard=True), tmp_path, start, {})
         for images, loss in losses.items():
@@ -53,7 +53,7 @@ def test_tensorboard_is_imported_only_by_its_writer() -> None:
 
 
 class Recorder:
-    """Stands for the wandb package."""
+    """Stub of the wandb package."""
 
     def __init__(self) -> None:
         self.started: list[dict[str, Any]] = []
@@ -74,7 +74,7 @@ class Recorder:
         return SimpleNamespace(**named)
 
 
-def test_wandb_goes_on_under_the_identity_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_resumes_under_the_run_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
     monkeypatch.setitem(sys.modules, "wandb", recorder)
     for row in ROWS:
@@ -97,7 +97,7 @@ def test_disabled_wandb_is_never_imported(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("place", ["import", "init", "log", "finish"])
-def test_a_writer_that_fails_is_one_warning(
+def test_failing_logger_warns_once(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder = Recorder()
@@ -118,7 +118,7 @@ def test_a_writer_that_fails_is_one_warning(
     assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2.5, 0.25]
 
 
-def test_a_writer_that_never_returns_stalls_nothing(
+def test_blocked_logger_does_not_stall_training(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     forever = threading.Event()
@@ -141,7 +141,7 @@ def test_a_writer_that_never_returns_stalls_nothing(
     forever.set()
 
 
-def test_real_wandb_offline_writes_into_the_runs_folder(
+def test_real_wandb_offline_writes_into_the_run_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_CONSOLE", "off")

@@ -6,7 +6,7 @@ import pytest
 from vqd_scale.training.logging.metrics import MetricsFile, read_metrics
 
 
-def test_resuming_takes_out_what_will_be_written_again(tmp_path: Path) -> None:
+def test_resume_removes_rows_to_be_rewritten(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     first = MetricsFile(path, images=0)
     for images in (8, 16, 24):
@@ -16,7 +16,7 @@ def test_resuming_takes_out_what_will_be_written_again(tmp_path: Path) -> None:
     assert read_metrics(path)[-1]["loss"] == 7.0
 
 
-def test_a_row_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
+def test_partial_row_after_kill_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"images": 8}\n{"images": 16}\n{"ima')
     assert [row["images"] for row in read_metrics(path)] == [8, 16]
@@ -24,7 +24,7 @@ def test_a_row_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
     assert [row["images"] for row in read_metrics(path)] == [8, 16, 24]
 
 
-def test_on_a_full_disk_rows_wait_and_no_torn_line_is_left(
+def test_full_disk_buffers_rows_without_partial_lines(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""Training a tokenizer: what the critics' gradients are, four kinds of codebook, ReFiT, exact resume."""
+"""Tokenizer training: gradients of the GAN losses, four kinds of codebook, ReFiT, exact resume."""
 
 import json
 import os
@@ -14,10 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.training import forked
-from tests.training.tokenizing import COMPARED, KINDS, SIDE, VQGAN, config_of, write_pictures
+from tests.training import rank_processes
+from tests.training.tokenizer_scenarios import COMPARED, KINDS, SIDE, VQGAN, config_of, write_images
 from vqd_scale.cli.evaluate_tokenizer import main as evaluate_tokenizer
-from vqd_scale.cli.run import TOKENIZER_RUNS, tokenizer_task
 from vqd_scale.core.atomic_io import read_json, sha256_of
 from vqd_scale.core.config import load_config, to_yaml
 from vqd_scale.core.errors import UserError
@@ -25,21 +24,28 @@ from vqd_scale.core.world import World
 from vqd_scale.data.loading.batch import ImageBatch
 from vqd_scale.models.bundle import load_tokenizer, save_tokenizer
 from vqd_scale.tokenizers.base import to_signal
-from vqd_scale.tokenizers.discriminator import Discriminator, DiscriminatorConfig, adaptive_weight, hinge
-from vqd_scale.tokenizers.fsq import FSQ, FSQConfig
+from vqd_scale.tokenizers.config import DiscriminatorConfig, FSQConfig, TamingVQConfig
+from vqd_scale.tokenizers.discriminator import Discriminator, adaptive_weight, hinge
+from vqd_scale.tokenizers.fsq import FSQ
 from vqd_scale.tokenizers.perceptual import Pyramid
-from vqd_scale.tokenizers.taming import TamingVQ, TamingVQConfig
+from vqd_scale.tokenizers.taming import TamingVQ
 from vqd_scale.training.logging.metrics import read_metrics
-from vqd_scale.training.tasks.autoencoding import AutoencodingTask, ReconstructionConfig, TemperatureConfig
-from vqd_scale.training.tasks.gan_losses import GANLosses, GANLossesConfig
+from vqd_scale.training.tasks.autoencoding import AutoencodingTask
+from vqd_scale.training.tasks.config import (
+    TOKENIZER_RUNS,
+    GANLossesConfig,
+    ReconstructionConfig,
+    TemperatureConfig,
+)
+from vqd_scale.training.tasks.gan_losses import GANLosses
 from vqd_scale.training.tasks.refitting import RefitTask
 
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "configs" / "tokenizer").glob("*.yaml"))
 
 
-class Alone(World):
-    """One rank that needs no other, and no process group."""
+class SingleRankWorld(World):
+    """World of one rank without a process group."""
 
     def __init__(self) -> None:
         super().__init__(0, 1, torch.device("cpu"))
@@ -51,13 +57,13 @@ class Alone(World):
         return tensor
 
 
-ALONE = Alone()
+ALONE = SingleRankWorld()
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures") / "shards"
-    write_pictures(folder)
+    write_images(folder)
     return folder
 
 
@@ -69,7 +75,7 @@ def batch(height: int = SIDE, width: int = SIDE, count: int = 3) -> ImageBatch:
     return ImageBatch(images, ["a"] * count, slots=torch.arange(count), valid=valid, keys=["k"] * count)
 
 
-class StandIn:
+class StubDiscriminator:
     """A discriminator without an engine."""
 
     def __init__(self, weight: float) -> None:
@@ -79,71 +85,71 @@ class StandIn:
             {"discriminator": {"start_images": 0, "weight": weight}}
         ).discriminator
 
-    def gradient(self, images: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        seen = images.detach().requires_grad_()
-        value = -self.network(seen).mean(dim=1)
-        (gradient,) = torch.autograd.grad(torch.where(valid, value, 0.0).sum(), seen)
+    def generator_loss(self, images: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        input_images = images.detach().requires_grad_()
+        value = -self.network(input_images).mean(dim=1)
+        (gradient,) = torch.autograd.grad(torch.where(valid, value, 0.0).sum(), input_images)
         return value.detach(), gradient
 
-    def learn(self, real: Tensor, made: Tensor, valid: Tensor, images: int) -> Tensor:
-        return hinge(self.network(real), self.network(made)).detach()
+    def step(self, real: Tensor, generated: Tensor, valid: Tensor, images: int) -> Tensor:
+        return hinge(self.network(real), self.network(generated)).detach()
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.8])
 @pytest.mark.parametrize("perceptual", [False, True])
-def test_the_critics_gradients_are_those_of_their_losses(
-    pictures: Path, weight: float, perceptual: bool
-) -> None:
-    """The slow twin: all losses in one graph, the adaptive weight by the gradients at the picture."""
-    run = config_of(pictures, Path("unused"), 48, losses={})
-    critics = GANLosses(GANLossesConfig(), run, ALONE)
-    critics.perceptual = Pyramid(2) if perceptual else None
-    adversary = StandIn(weight)
-    critics.adversary = adversary if weight else None  # pyright: ignore[reportAttributeAccessIssue]
+def test_loss_gradients_equal_autograd(image_shards: Path, weight: float, perceptual: bool) -> None:
+    """Compare with autograd: all losses in one graph, the adaptive weight by gradients at the image."""
+    terms = {"l1": 0.3, "l2": 2.0}
+    run = config_of(image_shards, Path("unused"), 48, losses={}, reconstruction=terms, **KINDS["averaged"])
+    gan_losses = GANLosses(run, ALONE)
+    gan_losses.perceptual = Pyramid(2) if perceptual else None
+    discriminator = StubDiscriminator(weight)
+    gan_losses.discriminator = discriminator if weight else None  # pyright: ignore[reportAttributeAccessIssue]
     generator = torch.Generator().manual_seed(0)
     signal, base = (torch.rand(3, 3, 16, 16, generator=generator) * 2 - 1 for _ in range(2))
     scale = torch.tensor(0.7, requires_grad=True)
     valid = torch.tensor([True, True, False])
-    losses = ReconstructionConfig(l1=0.3, l2=2.0)
+    losses = ReconstructionConfig.model_validate(terms)
 
-    made = base * scale
-    shown = made.detach().requires_grad_()
-    pixels, _ = losses.pixels(made, signal)
-    added, statistics = critics.validate(made, signal, losses.pixels(shown, signal)[0], shown, valid, 0)
+    reconstruction = base * scale
+    pixels, _ = losses.pixels(reconstruction, signal)
+    added, statistics = gan_losses(reconstruction, signal, valid, 0)
     total = pixels if added is None else pixels + added
-    (found,) = torch.autograd.grad(total[valid].sum(), scale)
+    (gradient,) = torch.autograd.grad(total[valid].sum(), scale)
 
-    made = base * scale
-    rest = losses.pixels(made, signal)[0] + (Pyramid(2)(made, signal) if perceptual else 0.0)
-    expected = rest
+    reconstruction = base * scale
+    other_terms = losses.pixels(reconstruction, signal)[0] + (
+        Pyramid(2)(reconstruction, signal) if perceptual else 0.0
+    )
+    expected = other_terms
     if weight:
-        value = -adversary.network(made).mean(dim=1)
+        value = -discriminator.network(reconstruction).mean(dim=1)
         norms = [
-            torch.autograd.grad(term[valid].sum(), made, retain_graph=True)[0].norm()
-            for term in (rest, value)
+            torch.autograd.grad(term[valid].sum(), reconstruction, retain_graph=True)[0].norm()
+            for term in (other_terms, value)
         ]
-        expected = rest + weight * adaptive_weight(*norms) * value
+        expected = other_terms + weight * adaptive_weight(*norms) * value
         assert float(statistics["adversarial_weight"][0]) == pytest.approx(
             float(weight * norms[0] / norms[1]), rel=1e-4
         )
     torch.testing.assert_close(total[valid], expected[valid])
-    torch.testing.assert_close(found, torch.autograd.grad(expected[valid].sum(), scale)[0])
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected[valid].sum(), scale)[0])
     assert (added is None) == (not weight and not perceptual)
-    assert all(parameter.grad is None for parameter in adversary.network.parameters())
+    assert all(parameter.grad is None for parameter in discriminator.network.parameters())
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize(("height", "width"), [(SIDE, SIDE), (16, 48)])
 def test_every_codebook_trains_at_any_multiple_of_the_factor(
-    pictures: Path, kind: str, height: int, width: int
+    image_shards: Path, kind: str, height: int, width: int
 ) -> None:
-    config = config_of(pictures, Path("unused"), 48, losses={}, **KINDS[kind])
-    task = tokenizer_task(config, ALONE)
+    config = config_of(image_shards, Path("unused"), 48, losses={}, **KINDS[kind])
+    task = config.build(ALONE)
     assert isinstance(task, AutoencodingTask)
-    if task.averaged is not None:
-        task.averaged.embedding.normal_()
-        task.averaged.cluster_size.fill_(1.0)
-        task.averaged.embedding_avg.copy_(task.averaged.embedding)
+    if task.codebook is not None:
+        task.codebook.embedding.normal_()
+        task.codebook.cluster_size.fill_(1.0)
+        task.codebook.embedding_avg.copy_(task.codebook.embedding)
     losses = task.losses(task.module, batch(height, width), 24)
     assert losses.per_sample.isfinite().all()
     losses.per_sample.sum().backward()
@@ -152,31 +158,30 @@ def test_every_codebook_trains_at_any_multiple_of_the_factor(
     assert task.forward_flops > 0
 
 
-def test_a_run_that_ends_before_its_codebook_joins_is_refused(pictures: Path) -> None:
-    config = config_of(pictures, Path("unused"), 12, losses={}, vqgan=VQGAN, codebook_warmup_images=12)
-    with pytest.raises(UserError, match="the run ends at 12, before its codebook joins at 12"):
-        tokenizer_task(config, ALONE)
+def test_run_shorter_than_codebook_warmup_is_refused(image_shards: Path) -> None:
+    with pytest.raises(UserError, match="the run ends at 12, before the codebook's warmup ends at 12"):
+        config_of(image_shards, Path("unused"), 12, losses={}, vqgan=VQGAN, codebook_warmup_images=12)
 
 
-def test_temperature_goes_down_half_a_cosine() -> None:
+def test_temperature_follows_half_a_cosine() -> None:
     temperature = TemperatureConfig(first=1.0, last=0.0625, anneal_images=100)
     assert temperature.at(0) == 1.0
     assert temperature.at(50) == pytest.approx((1 + 0.0625) / 2)
     assert temperature.at(100) == temperature.at(500) == pytest.approx(0.0625)
 
 
-class _Nowhere:
+class _StubPartition:
     """A partition without DeepSpeed."""
 
     def __init__(self) -> None:
         self.masters: list[Tensor] = []
 
     def masters_changed(self) -> None:
-        """There is no network to tell."""
+        """Ignore the network, which is absent."""
 
 
 def collapsed(folder: Path, codes: int = 16) -> TamingVQ:
-    """A tokenizer whose codes lie so far off that hardly one is ever the nearest."""
+    """Write a tokenizer whose codes are too far away to be the nearest."""
     torch.manual_seed(0)
     config = TamingVQConfig(
         codebook_size=codes,
@@ -193,10 +198,10 @@ def collapsed(folder: Path, codes: int = 16) -> TamingVQ:
     return tokenizer
 
 
-def refit(pictures: Path, folder: Path, **changed: Any) -> RefitTask:
+def refit(image_shards: Path, folder: Path, **changed: Any) -> RefitTask:
     pool = {"size": 2000, "images": 24, "chain_length": 40}
     config = config_of(
-        pictures,
+        image_shards,
         folder / "run",
         48,
         **{
@@ -208,43 +213,43 @@ def refit(pictures: Path, folder: Path, **changed: Any) -> RefitTask:
             **changed,
         },
     )
-    task = tokenizer_task(config, ALONE)
+    task = config.build(ALONE)
     assert isinstance(task, RefitTask)
     return task
 
 
-def test_trap_40_refit_fills_the_codebook_and_leaves_the_encoder_as_it_is(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_refit_fills_the_codebook_and_keeps_the_encoder(
+    image_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = collapsed(tmp_path)
     (tmp_path / "run").mkdir()
-    task = refit(pictures, tmp_path)
+    task = refit(image_shards, tmp_path)
     placed: dict[str, Tensor] = {}
 
-    def place(partition: object, flats: object, whole: dict[str, Tensor]) -> None:
+    def place(partition: object, flats: object, placed_weights: dict[str, Tensor]) -> None:
         del partition, flats
-        placed.update(whole)
+        placed.update(placed_weights)
 
     monkeypatch.setattr("vqd_scale.training.tasks.refitting.fill", place)
-    partition: Any = _Nowhere()
+    partition: Any = _StubPartition()
     task.init_weights(partition)
-    (centres,) = placed.values()
+    (centers,) = placed.values()
     assert list(placed) == ["quantize.embedding.weight"]
-    assert centres.shape == (16, 4)
-    assert centres.isfinite().all()
+    assert centers.shape == (16, 4)
+    assert centers.isfinite().all()
     names = [name for name, _ in task.module.named_parameters()]
     assert names
     assert not any(name.startswith(("encoder", "quant_conv")) for name in names)
     parameters = {name: value.detach() for name, value in task.module.named_parameters()} | placed
     task.export(parameters, tmp_path / "new")
     new = load_tokenizer(tmp_path / "new", torch.device("cpu"))
-    ours, theirs = new.state_dict(), old.state_dict()
-    for name in theirs:
+    new_state, old_state = new.state_dict(), old.state_dict()
+    for name in old_state:
         if name.startswith(("encoder.", "quant_conv.")):
-            assert torch.equal(ours[name], theirs[name]), name
+            assert torch.equal(new_state[name], old_state[name]), name
     images = to_signal(batch().images)
     assert len(old.encode(images).unique()) <= 2
-    evaluate = ["--data", str(pictures), "--size", str(SIDE), "--out", str(tmp_path / "report")]
+    evaluate = ["--data", str(image_shards), "--image-size", str(SIDE), "--output", str(tmp_path / "report")]
     evaluate_tokenizer([str(tmp_path), str(tmp_path / "new"), *evaluate])
     report = read_json(tmp_path / "report" / "report.json", "report")
     assert report[str(tmp_path)]["used"] <= 0.3
@@ -255,35 +260,35 @@ def test_trap_40_refit_fills_the_codebook_and_leaves_the_encoder_as_it_is(
     assert (tmp_path / "report" / "reconstructions-1.png").exists()
 
 
-def test_trap_40_learned_codes_get_the_decoders_gradient(pictures: Path, tmp_path: Path) -> None:
+def test_learned_codes_receive_decoder_gradient(image_shards: Path, tmp_path: Path) -> None:
     collapsed(tmp_path)
-    task = refit(pictures, tmp_path, reconstruction={"codebook": 0.0})
+    task = refit(image_shards, tmp_path, reconstruction={"codebook": 0.0})
     losses = task.losses(task.module, batch(), 0)
     losses.per_sample.sum().backward()
-    gradient = task.module.quantize.get_parameter("embedding.weight").grad
+    gradient = task.module.get_parameter("quantize.embedding.weight").grad
     assert gradient is not None
     assert gradient.abs().sum() > 0
     assert all(parameter.grad is None for parameter in task.frozen.parameters())
 
 
-def test_trap_40_what_cannot_be_refit_is_refused(pictures: Path, tmp_path: Path) -> None:
+def test_unsupported_refit_is_refused(image_shards: Path, tmp_path: Path) -> None:
     collapsed(tmp_path)
     with pytest.raises(UserError, match="codebook_size 30 cannot be placed at a pool of 20 vectors"):
-        refit(pictures, tmp_path, codebook_size=30, pool={"size": 20})
+        refit(image_shards, tmp_path, codebook_size=30, pool={"size": 20})
     grid = FSQConfig(levels=(3, 3), channels=32, channel_multipliers=(1, 2), num_res_blocks=1)
     save_tokenizer(tmp_path / "grid", grid, FSQ(grid).state_dict())
     with pytest.raises(UserError, match="a FSQ has no codebook of vectors"):
-        refit(pictures, tmp_path / "grid")
+        refit(image_shards, tmp_path / "grid")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_is_a_run(path: Path) -> None:
+def test_recipe_loads_as_a_run(path: Path) -> None:
     config = load_config(TOKENIZER_RUNS, path)
     assert config.total_images > config.optim.warmup_images
     assert config.validation is not None
 
 
-def test_recipes_span_what_is_asked_for() -> None:
+def test_required_tokenizer_recipes_exist() -> None:
     names = " ".join(path.stem for path in RECIPES)
     assert all(name in names for name in ("f8-4096", "f8-8192-gumbel", "f16-512", "f16-16384", "refit-1024"))
 
@@ -292,32 +297,40 @@ Starter = Callable[..., "subprocess.Popen[bytes]"]
 
 
 @pytest.mark.ranks
-def test_killed_at_any_moment_it_goes_on_exactly(pictures: Path, tmp_path: Path) -> None:
-    """By SIGKILL, before and after the codebook and the discriminator join: the same rows and files."""
+def test_killed_run_resumes_exactly(image_shards: Path, tmp_path: Path) -> None:
+    """Kill before and after codebook and discriminator join; rows and files are equal."""
     images, calm, run = 48, tmp_path / "calm", tmp_path / "run"
     for each in (calm, run):
-        config = config_of(pictures, each, images, **KINDS["averaged"])
+        config = config_of(image_shards, each, images, **KINDS["averaged"])
         (tmp_path / f"{each.name}.yaml").write_text(to_yaml(config))
-    done = forked.run(
-        forked.TRAIN_TOKENIZER, str(tmp_path / "calm.yaml"), ranks=1, said=tmp_path / "calm-says"
+    completed = rank_processes.run(
+        rank_processes.TRAIN_TOKENIZER,
+        str(tmp_path / "calm.yaml"),
+        ranks=1,
+        output_folder=tmp_path / "calm-says",
     )
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
     for kill, rows in enumerate((2, 5, 9)):
-        started = forked.Ranks(
-            forked.TRAIN_TOKENIZER, [str(tmp_path / "run.yaml")], 1, tmp_path / f"said-{kill}"
+        started = rank_processes.Ranks(
+            rank_processes.TRAIN_TOKENIZER, [str(tmp_path / "run.yaml")], 1, tmp_path / f"said-{kill}"
         )
         while len(read_metrics(run / "metrics.jsonl")) < rows and started.poll() is None:
             time.sleep(0.002)
         os.kill(started.pids[0], signal.SIGKILL)
-        assert started.wait() == -signal.SIGKILL, started.said()
-    done = forked.run(forked.TRAIN_TOKENIZER, str(tmp_path / "run.yaml"), ranks=1, said=tmp_path / "run-says")
-    assert done.returncode == 0, done.stderr
-    assert "going on from the checkpoint" in done.stderr
+        assert started.wait() == -signal.SIGKILL, started.output()
+    completed = rank_processes.run(
+        rank_processes.TRAIN_TOKENIZER,
+        str(tmp_path / "run.yaml"),
+        ranks=1,
+        output_folder=tmp_path / "run-says",
+    )
+    assert completed.returncode == 0, completed.stderr
+    assert "resumed from the checkpoint" in completed.stderr
     assert remains(run) == remains(calm)
 
 
 def remains(run: Path) -> dict[str, Any]:
-    """Rows of metrics, and digests of all that a run leaves behind."""
+    """Return rows of metrics, and digests of all files of a run."""
     rows = [{key: row[key] for key in COMPARED if key in row} for row in read_metrics(run / "metrics.jsonl")]
     newest = max(path for path in (run / "checkpoints").iterdir() if path.name.isdigit())
     return {
@@ -328,13 +341,13 @@ def remains(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.long
-def test_runs_that_are_ended_go_on_exactly_the_discriminator_too(pictures: Path, tmp_path: Path) -> None:
-    """One rank: every kind of codebook and their ReFiT, in one go and in three; bit for bit."""
+def test_interrupted_runs_resume_exactly_with_discriminator(image_shards: Path, tmp_path: Path) -> None:
+    """Compare every kind of codebook and its ReFiT in one run and in three parts, bit for bit."""
     names = ["averaged:resumed", "refit:averaged", "learned:resumed", "refit:learned", "gumbel", "grid"]
-    results = _results(pictures, tmp_path, names, ranks=1)
-    for name, found in results.items():
-        if "whole" in found:
-            assert found["whole"] == found["parts"], name
+    results = _results(image_shards, tmp_path, names, ranks=1)
+    for name, run_digests in results.items():
+        if "whole" in run_digests:
+            assert run_digests["whole"] == run_digests["parts"], name
     for name in names:
         rows = (results[name].get("whole") or results[name])["rows"]
         assert rows[-1]["squared_error"] < rows[0]["squared_error"] * 1.3
@@ -344,32 +357,32 @@ def test_runs_that_are_ended_go_on_exactly_the_discriminator_too(pictures: Path,
 
 @pytest.mark.long
 @pytest.mark.ranks
-def test_two_ranks_train_as_one_in_any_stage(pictures: Path, tmp_path: Path) -> None:
+def test_two_ranks_train_as_one_in_any_stage(image_shards: Path, tmp_path: Path) -> None:
     names = [f'learned:{{"zero": {{"stage": {stage}}}}}' for stage in (3, 1)] + [
         'gumbel, slowly:{"zero": {"stage": 3}}'
     ]
-    both = [_results(pictures, tmp_path / str(ranks), names, ranks) for ranks in (1, 2)]
+    results_by_ranks = [_results(image_shards, tmp_path / str(ranks), names, ranks) for ranks in (1, 2)]
     for name in names:
-        alone, together = (found[name]["rows"] for found in both)
-        # Up to the first steps of the discriminator; from there on Adam makes much of the order of sums.
-        for number, (row, other) in enumerate(zip(alone[:5], together[:5], strict=True)):
+        alone, together = (results[name]["rows"] for results in results_by_ranks)
+        # Up to the discriminator's first steps; later Adam amplifies the order of sums.
+        for number, (row, two_rank_row) in enumerate(zip(alone[:5], together[:5], strict=True)):
             for figure in row.keys() - {"codes_used"}:
                 close = 1e-6 if number < 2 or "slowly" in name else 1e-4
-                expected = pytest.approx(other[figure], rel=close)
+                expected = pytest.approx(two_rank_row[figure], rel=close)
                 assert row[figure] == expected, (name, number, figure)
 
 
-def _results(pictures: Path, out: Path, names: list[str], ranks: int) -> dict[str, Any]:
+def _results(image_shards: Path, out: Path, names: list[str], ranks: int) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
-    launch = "import sys; from pathlib import Path; from vqd_scale.launchers.local import run_on_this_machine"
-    script = ROOT / "tests" / "training" / "tokenizing.py"
-    call = f"sys.exit(run_on_this_machine(Path({str(script)!r}), sys.argv[1:], {ranks}))"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{launch}; {call}", str(pictures), str(out), *names],
+    launch = "import sys; from pathlib import Path; from vqd_scale.launchers.local import run_locally"
+    script = ROOT / "tests" / "training" / "tokenizer_scenarios.py"
+    call = f"sys.exit(run_locally(Path({str(script)!r}), sys.argv[1:], {ranks}))"
+    completed = subprocess.run(
+        [sys.executable, "-c", f"{launch}; {call}", str(image_shards), str(out), *names],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert completed.returncode == 0, completed.stderr[-3000:]
     return json.loads((out / "results.json").read_text())

@@ -16,15 +16,16 @@ from vqd_scale.models.autoregressive_sampling import AutoregressiveTextToImage
 from vqd_scale.text.clip import CaptionTokenizer
 from vqd_scale.training.logging.metrics import read_metrics
 from vqd_scale.training.tasks import autoregression
-from vqd_scale.training.tasks.autoregression import AutoregressionConfig, AutoregressionTask, token_losses
-from vqd_scale.training.tasks.denoising import DenoisingTask, TrainConfig
+from vqd_scale.training.tasks.autoregression import AutoregressionTask, token_losses
+from vqd_scale.training.tasks.config import AutoregressionConfig, TrainConfig
+from vqd_scale.training.tasks.denoising import DenoisingTask
 
 ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("elements", [7, 90, 10**6])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_losses_in_chunks_are_the_cross_entropy(
+def test_chunked_losses_equal_cross_entropy(
     elements: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(autoregression, "_CHUNK_ELEMENTS", elements)
@@ -41,30 +42,32 @@ def test_losses_in_chunks_are_the_cross_entropy(
     expected = functional.cross_entropy(logits, targets, reduction="none")
     torch.testing.assert_close(losses, expected)
     assert torch.equal(correct, logits.argmax(-1) == targets)
-    ours, theirs = (torch.autograd.grad((each * weights).sum(), inputs) for each in (losses, expected))
+    gradients, expected_gradients = (
+        torch.autograd.grad((each * weights).sum(), inputs) for each in (losses, expected)
+    )
     tolerance = 1e-6 if dtype is torch.float64 else 5e-2
-    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(gradients, expected_gradients, atol=tolerance, rtol=tolerance)
 
 
-def test_logits_do_not_live_until_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_not_saved_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autoregression, "_CHUNK_ELEMENTS", 70)
     hidden, weight, bias = torch.randn(500, 8, requires_grad=True), torch.randn(7, 8), torch.randn(7)
     targets = torch.zeros(500, dtype=torch.int64)
-    kept: list[torch.Size] = []
+    saved_shapes: list[torch.Size] = []
 
     def remember(tensor: Tensor) -> Tensor:
-        kept.append(tensor.shape)
+        saved_shapes.append(tensor.shape)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
         token_losses(hidden, weight, bias, targets)
-        assert torch.Size([10, 7]) not in kept
+        assert torch.Size([10, 7]) not in saved_shapes
         functional.cross_entropy(functional.linear(hidden[:10], weight, bias), targets[:10])
-        assert torch.Size([10, 7]) in kept
+        assert torch.Size([10, 7]) in saved_shapes
 
 
 def config_of(token_world: Path, run: Path, **changes: object) -> dict[str, object]:
-    """The denoiser's configuration of `conftest`, for the autoregressive peer of its network."""
+    """Return the configuration of `conftest` for the autoregressive network."""
     values = yaml.safe_load((token_world / "train.yaml").read_text())
     network = values.pop("denoiser")
     for key in ("diffusion", "objective", "timestep_sampler"):
@@ -82,7 +85,7 @@ def batch(number: int, tokens: Tensor, captions: list[str]) -> TokenBatch:
     )
 
 
-def test_one_batch_can_be_learned_by_heart(token_world: Path, tmp_path: Path) -> None:
+def test_one_batch_can_be_overfitted(token_world: Path, tmp_path: Path) -> None:
     values = config_of(token_world, tmp_path, condition_dropout=0.0)
     task = AutoregressionTask(validated(AutoregressionConfig, values, "a test"), ALONE)
     captions = [f"a {word} picture" for word in ("red", "green", "blue", "white")]
@@ -99,28 +102,26 @@ def test_one_batch_can_be_learned_by_heart(token_world: Path, tmp_path: Path) ->
     assert accuracy / count > 0.95
 
 
-def test_the_caption_of_a_dropped_sample_is_not_seen_and_a_bad_sample_is_not_counted(
-    token_world: Path, tmp_path: Path
-) -> None:
+def test_dropped_captions_are_hidden_and_bad_samples_not_counted(token_world: Path, tmp_path: Path) -> None:
     values = config_of(token_world, tmp_path, condition_dropout=0.5)
     task = AutoregressionTask(validated(AutoregressionConfig, values, "a test"), ALONE)
     tokens = torch.randint(0, 12, (4, 9), generator=torch.Generator().manual_seed(0))
-    seen = [set[float](), set[float]()]
+    drop_flags = [set[float](), set[float]()]
     for number in range(8):
         first, second = (
             task.losses(task.module, batch(number, tokens, [caption] * 4), 0).per_sample
             for caption in ("a red picture", "a blue picture")
         )
-        _, dropped = task.source.condition_inputs(batch(number, tokens, [""] * 4))
+        _, dropped = task.condition_inputs(batch(number, tokens, [""] * 4))
         assert torch.equal(first != second, ~dropped)
-        seen[0].update(dropped.tolist())
-    assert seen[0] == {True, False}
-    bad = batch(0, tokens, ["a red picture"] * 4)
-    bad.valid[1] = False
-    assert task.losses(task.module, bad, 0).statistics["accuracy"][1] == 27
+        drop_flags[0].update(dropped.tolist())
+    assert drop_flags[0] == {True, False}
+    invalid_batch = batch(0, tokens, ["a red picture"] * 4)
+    invalid_batch.valid[1] = False
+    assert task.losses(task.module, invalid_batch, 0).statistics["accuracy"][1] == 27
 
 
-def test_a_denoiser_of_no_caption_learns_from_the_same_shards(token_world: Path, tmp_path: Path) -> None:
+def test_unconditional_denoiser_trains_on_the_same_shards(token_world: Path, tmp_path: Path) -> None:
     overrides = [
         f"run={tmp_path}",
         "text=null",
@@ -138,15 +139,15 @@ def test_a_denoiser_of_no_caption_learns_from_the_same_shards(token_world: Path,
     assert all(parameter.grad is not None for parameter in task.module.parameters())
 
 
-def test_a_denoiser_of_classes_sees_none_where_they_are_dropped(token_world: Path, tmp_path: Path) -> None:
+def test_class_denoiser_uses_null_class_for_dropped_samples(token_world: Path, tmp_path: Path) -> None:
     network = "denoiser={width: 16, layers: 1, heads: 2, condition: {kind: class, classes: 5}}"
     overrides = [f"run={tmp_path}", "text=null", network, "condition_dropout=0.5"]
     task = DenoisingTask(load_config(TrainConfig, token_world / "train.yaml", overrides), ALONE)
     assert task.samples().classes == 5
-    given, dropped = torch.arange(4), torch.tensor([True, False, True, False])
-    told = task.module.model.condition_inputs(given, dropped)
-    assert told is not None
-    assert told.tolist() == [5, 1, 5, 3]
+    labels, dropped = torch.arange(4), torch.tensor([True, False, True, False])
+    condition_ids = task.model.condition_inputs(labels, dropped)
+    assert condition_ids is not None
+    assert condition_ids.tolist() == [5, 1, 5, 3]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_a_denoiser_of_classes_sees_none_where_they_are_dropped(token_world: Pat
         (["denoiser.condition={kind: none}"], "denoiser.condition: must be kind 'text' of width 16"),
     ],
 )
-def test_text_encoder_and_condition_go_together(
+def test_text_encoder_and_condition_must_agree(
     token_world: Path, tmp_path: Path, overrides: list[str], sentence: str
 ) -> None:
     config = load_config(TrainConfig, token_world / "train.yaml", [f"run={tmp_path}", *overrides])
@@ -173,13 +174,13 @@ def losses_of(run: Path) -> list[float]:
 
 
 @pytest.mark.ranks
-def test_the_trainer_makes_a_model_that_draws(token_world: Path, tmp_path: Path, run_tool: RunTool) -> None:
+def test_trained_model_generates_images(token_world: Path, tmp_path: Path, run_tool: RunTool) -> None:
     path = tmp_path / "train.yaml"
-    shown = {"prompts": ["a red picture", "a blue picture"], "every_images": 80}
-    path.write_text(yaml.safe_dump(config_of(token_world, tmp_path / "run", sample_images=shown)))
-    done = run_tool("train.py", str(path))
-    assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "run" / "pictures").glob("*.png"))) == 2
+    sample_settings = {"prompts": ["a red picture", "a blue picture"], "every_images": 80}
+    path.write_text(yaml.safe_dump(config_of(token_world, tmp_path / "run", sample_images=sample_settings)))
+    completed = run_tool("train.py", str(path))
+    assert completed.returncode == 0, completed.stderr
+    assert len(list((tmp_path / "run" / "sample_images").glob("*.png"))) == 2
     losses = losses_of(tmp_path / "run")
     assert len(losses) == 20
     assert losses[-1] < losses[0]
@@ -200,8 +201,8 @@ def test_two_ranks_have_the_losses_of_one(
     path = tmp_path / "train.yaml"
     path.write_text(yaml.safe_dump(values))
     for ranks in (1, 2):
-        done = run_tool("train.py", str(path), f"run={tmp_path / str(ranks)}", ranks=ranks)
-        assert done.returncode == 0, done.stderr
+        completed = run_tool("train.py", str(path), f"run={tmp_path / str(ranks)}", ranks=ranks)
+        assert completed.returncode == 0, completed.stderr
     one, two = losses_of(tmp_path / "1"), losses_of(tmp_path / "2")
     assert len(one) == 20
     assert two == pytest.approx(one, rel=1e-5)

@@ -9,29 +9,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.nested import differences
 from vqd_scale.training.partition import Partition, Piece
 
 
-class StartConfig(Config):
-    """Trained model that initializes the weights, for fine-tuning."""
-
-    bundle: Path
-    """Bundle of the model, or folder of the finished run that exported it."""
-    init_missing: tuple[str, ...] = ()
-    """Names of weights missing in the bundle, such as ``text.null``, which get the default initialization."""
-
-
 @torch.no_grad()
-def start_from(path: Path, partition: Partition, prefix: str = "", fresh: Sequence[str] = ()) -> None:
+def load_initial_weights(
+    path: Path, partition: Partition, prefix: str = "", init_missing: Sequence[str] = ()
+) -> None:
     """Load a bundle's weights; each rank reads only the rows that overlap its pieces.
 
     Args:
         path: Safetensors file of full tensors.
         partition: Pieces of this rank, overwritten.
         prefix: Prefix of the module's parameter names, relative to the names in the file.
-        fresh: Names, without prefix, of weights that are not in the file; they are unchanged.
+        init_missing: Names, without prefix, of weights that are not in the file; they are unchanged.
 
     Raises:
         UserError: The file cannot be read, or its tensors differ from the module's trainable parameters.
@@ -39,29 +32,29 @@ def start_from(path: Path, partition: Partition, prefix: str = "", fresh: Sequen
     try:
         with safe_open(path, framework="pt") as file:
             stored = {f"{prefix}{key}": file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            untouched = {f"{prefix}{name}" for name in fresh}
+            untouched = {f"{prefix}{name}" for name in init_missing}
             _check(path, stored, partition, untouched)
             for piece in partition.pieces:
                 if piece.length and piece.name not in untouched:
                     target = partition.view(partition.masters, piece)
                     target.copy_(_elements(stored[piece.name], piece))
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: the weights to start from cannot be read ({error}).") from None
+        raise UserError(f"{path}: the initial weights cannot be read ({error}).") from None
     partition.masters_changed()
 
 
 def _check(path: Path, stored: dict[str, Any], partition: Partition, untouched: Set[str]) -> None:
-    theirs = {name: tuple(tensor.get_shape()) for name, tensor in stored.items()}
-    ours = {piece.name: piece.shape for piece in partition.pieces if piece.name not in untouched}
-    differing = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+    stored_shapes = {name: tuple(tensor.get_shape()) for name, tensor in stored.items()}
+    shapes = {piece.name: piece.shape for piece in partition.pieces if piece.name not in untouched}
+    differing = sorted(differences(stored_shapes, shapes))
     if differing:
         listed = ", ".join(
-            f"{name} ({theirs.get(name, 'absent')} there, {ours.get(name, 'absent')} here)"
-            for name in differing[:5]
+            f"{name} ({stored_shape} in the file, {shape} in the run)"
+            for name, stored_shape, shape in differing[:5]
         )
         raise UserError(
-            f"{path}: {len(differing)} of its tensors are not those that this run trains: {listed}; give the "
-            f"run the shape that its config.json says, and name in init_from.init_missing what it adds."
+            f"{path}: {len(differing)} of its tensors differ from those that this run trains: {listed}; "
+            "give the run the architecture of its config.json, and name additions in init_from.init_missing."
         )
 
 

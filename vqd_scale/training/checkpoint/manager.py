@@ -12,34 +12,34 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
 from safetensors.torch import load_file
-from safetensors.torch import save as serialised
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from vqd_scale.core.atomic_io import (
     PARTIAL,
-    Location,
     publish_json,
     read_json,
     sha256_of,
     sync_to_disk,
     writing,
 )
-from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.nested import differences
 from vqd_scale.core.world import World
 from vqd_scale.training.checkpoint.mirror import fetch_newest, send
-from vqd_scale.training.checkpoint.shards import HostSlices, StoredSlices, give_way, write_described
+from vqd_scale.training.checkpoint.shards import HostSlices, StoredSlices, lower_priority, write_file
+from vqd_scale.training.config import CheckpointConfig
 from vqd_scale.training.ema import EMA
 from vqd_scale.training.partition import Partition, Piece
+from vqd_scale.training.periods import is_due
 
 logger = logging.getLogger(__name__)
 
@@ -47,26 +47,7 @@ _MANIFEST = "manifest.json"
 _STATE = "state.safetensors"
 _DESCRIPTION = ".json"
 _FORMAT = 2
-_KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 _POLL_SECONDS = 0.05
-
-
-class CheckpointConfig(Config):
-    """Checkpoint period, retention and mirror."""
-
-    every_images: PositiveInt = 500_000
-    """Images between two checkpoints."""
-    keep_last: PositiveInt = 2
-    """Number of newest checkpoints to keep."""
-    keep_every_images: PositiveInt | None = None
-    """Period in images of permanent checkpoints: the first one after each multiple is never deleted."""
-    asynchronous: bool = True
-    """Write in a thread while training continues; needs host memory for a copy of this rank's partition."""
-    max_consecutive_failures: NonNegativeInt = 3
-    """Maximum number of consecutive failed saves (disk full, no permission) before the run stops."""
-    mirror: Location | None = None
-    """Mirror, such as S3. Every checkpoint is copied to it, and the newest is fetched if the run folder has
-    none."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +69,14 @@ class _Save:
 
     Attributes:
         folder: Final path of the checkpoint.
-        written: Future that completes when this rank's files are on disk.
-        published: Future that completes when the folder is renamed; first rank only.
+        write: Future that completes when this rank's files are on disk.
+        publication: Future that completes when the folder is renamed; first rank only.
         abandoned: Event that is set when a rank fails to write.
     """
 
     folder: Path
-    written: "Future[None]"
-    published: "Future[None] | None"
+    write: "Future[None]"
+    publication: "Future[None] | None"
     abandoned: threading.Event
 
 
@@ -119,7 +100,7 @@ class Checkpoints:
         self.ema = ema
         self.world = world
         self._host: HostSlices | None = None
-        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=give_way)
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=lower_priority)
         self._save: _Save | None = None
         self._failures = 0
 
@@ -135,7 +116,7 @@ class Checkpoints:
             UserError: More than ``max_consecutive_failures`` saves failed in a row, or a save with ``must``
                 failed.
         """
-        self._wait_and_tolerate()
+        self._wait_with_tolerance()
         final = self.folder / f"{images:012d}"
         partial = final.with_name(final.name + PARTIAL)
         if self.world.is_first:
@@ -145,26 +126,28 @@ class Checkpoints:
         if self.world.any(final.exists()):
             return
         if self._host is None:
-            self._host = HostSlices(self.partition, _KINDS)
-        self._host.fill(self._flats())
+            self._host = HostSlices(self.partition, self._tensors())
+        self._host.fill(self._tensors())
         abandoned = threading.Event()
-        written = self._thread.submit(self._write_slices, self._host, partial)
-        published = None
+        write = self._thread.submit(self._write_slices, self._host, partial)
+        publication = None
         if self.world.is_first:
-            rest = serialised({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+            state_file = serialize(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+            )
             manifest = {
                 "format": _FORMAT,
                 "images": images,
                 "optimizer_steps": self.partition.steps,
                 "ranks": self.world.size,
-                "parameters": {piece.name: list(piece.shape) for piece in self.partition.pieces},
+                "parameters": self._shapes(),
             }
-            published = self._thread.submit(self._publish, partial, final, manifest, rest, abandoned)
-        self._save = _Save(final, written, published, abandoned)
+            publication = self._thread.submit(self._publish, partial, final, manifest, state_file, abandoned)
+        self._save = _Save(final, write, publication, abandoned)
         if must:
             self.wait()
         elif not self.config.asynchronous:
-            self._wait_and_tolerate()
+            self._wait_with_tolerance()
 
     def wait(self) -> None:
         """Wait for the save in progress, if any; collective.
@@ -175,15 +158,15 @@ class Checkpoints:
         save, self._save = self._save, None
         if save is None:
             return
-        mistake = _mistake(save.written)
-        if self.world.any(mistake is not None):
+        error = _error_of(save.write)
+        if self.world.any(error is not None):
             save.abandoned.set()
-        if save.published is not None:
+        if save.publication is not None:
             # Always wait: after a failure it deletes the partial folder, which must end before the next save.
-            unpublished = _mistake(save.published)
-            mistake = mistake or unpublished
-        if self.world.any(mistake is not None):
-            raise mistake or UserError(
+            publish_error = _error_of(save.publication)
+            error = error or publish_error
+        if self.world.any(error is not None):
+            raise error or UserError(
                 f"{save.folder}: another rank could not write its part of the checkpoint."
             )
         self._failures = 0
@@ -216,38 +199,34 @@ class Checkpoints:
         if before is not None:
             candidates = [path for path in candidates if int(path.name) < before]
         for candidate in candidates:
-            findings = self.world.gathered({"damage": _damage(candidate, self.world.rank, self.world.size)})
-            damages = [finding["damage"] for finding in findings if finding["damage"] is not None]
-            if not damages:
+            reports = self.world.gathered({"damage": _damage(candidate, self.world.rank, self.world.size)})
+            damage = next((report["damage"] for report in reports if report["damage"] is not None), None)
+            if damage is None:
                 return self._load(candidate)
             if self.world.is_first:
-                logger.warning("%s: not used, %s; trying the one before.", candidate, damages[0])
+                logger.warning("%s: not used, %s; trying the previous checkpoint.", candidate, damage)
         if candidates:
             raise UserError(
-                f"{self.folder}: no checkpoint in it is whole; restore one, or start in a new folder."
+                f"{self.folder}: contains no valid checkpoint; restore one, or start in a new folder."
             )
         return None
 
-    def _wait_and_tolerate(self) -> None:
+    def _wait_with_tolerance(self) -> None:
         try:
             self.wait()
         except UserError as error:
-            self._tolerate(error)
-
-    def _tolerate(self, mistake: UserError) -> None:
-        self._failures += 1
-        left = self.config.max_consecutive_failures - self._failures
-        if left < 0:
-            raise mistake
-        if self.world.is_first:
-            whole = max((path.name for path in _named(self.folder)), default="none")
-            logger.warning(
-                "NO CHECKPOINT WAS WRITTEN: %s Training goes on; the newest whole checkpoint is still '%s', "
-                "and after %d more failures in a row the run stops.",
-                mistake,
-                whole,
-                left + 1,
-            )
+            self._failures += 1
+            remaining_failures = self.config.max_consecutive_failures - self._failures
+            if remaining_failures < 0:
+                raise
+            if self.world.is_first:
+                logger.warning(
+                    "NO CHECKPOINT WAS WRITTEN: %s Training continues; the newest checkpoint is still '%s', "
+                    "and after %d more failures in a row the run stops.",
+                    error,
+                    max((path.name for path in _named(self.folder)), default="none"),
+                    remaining_failures + 1,
+                )
 
     def _slices_name(self) -> str:
         return f"slices-{self.world.rank:05d}-of-{self.world.size:05d}.safetensors"
@@ -263,11 +242,11 @@ class Checkpoints:
         partial: Path,
         final: Path,
         manifest: Mapping[str, Any],
-        rest: bytes,
+        state_file: bytes,
         abandoned: threading.Event,
     ) -> None:
         """Wait for all ranks' files, write the manifest and rename the folder; first rank only."""
-        state = write_described(partial / _STATE, rest)
+        state = write_file(partial / _STATE, state_file)
         descriptions = [
             partial / f"slices-{rank:05d}-of-{self.world.size:05d}{_DESCRIPTION}"
             for rank in range(self.world.size)
@@ -294,28 +273,27 @@ class Checkpoints:
 
     def _load(self, folder: Path) -> Restored:
         manifest = _manifest(folder)
-        ours = {piece.name: list(piece.shape) for piece in self.partition.pieces}
-        if manifest["parameters"] != ours:
-            differing = _differing(manifest["parameters"], ours)
+        differing = sorted(differences(manifest["parameters"], self._shapes()))
+        if differing:
+            name, stored_shape, shape = differing[0]
             raise UserError(
-                f"{folder}: this checkpoint is of another model (first difference: {differing[0]}); "
-                f"use the configuration it was written with, or another run folder."
+                f"{folder}: this checkpoint is of another model (first difference: the shape of {name} is "
+                f"{stored_shape} in the checkpoint and {shape} in the run); use the configuration it was "
+                "written with, or another run folder."
             )
         stored = _stored(folder, manifest)
-        for kind, flats in self._flats().items():
+        for kind, flats in self._tensors().items():
             for piece in self.partition.pieces:
                 stored.copy(kind, piece, self.partition.view(flats, piece))
         self.partition.steps = int(manifest["optimizer_steps"])
         self.partition.masters_changed()
         return Restored(int(manifest["images"]), load_file(folder / _STATE))
 
-    def _flats(self) -> dict[str, list[Tensor]]:
-        return {
-            "master": self.partition.masters,
-            "exp_avg": self.partition.moments("exp_avg"),
-            "exp_avg_sq": self.partition.moments("exp_avg_sq"),
-            "ema": self.ema.flats,
-        }
+    def _shapes(self) -> dict[str, list[int]]:
+        return {piece.name: list(piece.shape) for piece in self.partition.pieces}
+
+    def _tensors(self) -> dict[str, list[Tensor]]:
+        return {**self.partition.tensors(), "ema": self.ema.flats}
 
 
 def consolidated(folder: Path, kind: str) -> dict[str, Tensor]:
@@ -341,7 +319,7 @@ def consolidated(folder: Path, kind: str) -> dict[str, Tensor]:
     return parameters
 
 
-def newest_whole(folder: Path, images: int | None = None) -> Path:
+def newest_valid(folder: Path, images: int | None = None) -> Path:
     """Return the newest valid checkpoint of a run, or the one at a given number of images.
 
     Args:
@@ -359,9 +337,9 @@ def newest_whole(folder: Path, images: int | None = None) -> Path:
         if damage is None:
             return candidate
         logger.warning("%s: not used, %s.", candidate, damage)
-    which = "checkpoint" if images is None else f"checkpoint at {images} images"
-    there = ", ".join(str(int(path.name)) for path in candidates) or "none at all"
-    raise UserError(f"{folder}: there is no whole {which} here; there are {there}.")
+    description = "checkpoint" if images is None else f"checkpoint at {images} images"
+    existing = ", ".join(str(int(path.name)) for path in candidates) or "none"
+    raise UserError(f"{folder}: contains no valid {description}; the existing ones are: {existing}.")
 
 
 def prune(folder: Path, config: CheckpointConfig) -> None:
@@ -369,16 +347,17 @@ def prune(folder: Path, config: CheckpointConfig) -> None:
     checkpoints = sorted(_named(folder))
     if not checkpoints or not _is_complete(checkpoints[-1]):
         return
-    for old in checkpoints[: -config.keep_last]:
-        images, every = int(old.name), config.keep_every_images
-        if every is not None and images // every > (images - config.every_images) // every:
+    permanent = config.keep_every_images
+    for checkpoint in checkpoints[: -config.keep_last]:
+        if permanent is not None and is_due(permanent, int(checkpoint.name), config.every_images):
             continue
         # Rename before deleting, so a partly deleted folder is not taken for a checkpoint.
-        shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)), ignore_errors=True)
+        partial = checkpoint.rename(checkpoint.with_name(checkpoint.name + PARTIAL))
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _damage(folder: Path, rank: int, ranks: int) -> str | None:
-    """Verify this rank's share of a checkpoint's files; return a description of the damage, if any."""
+    """Verify this rank's part of a checkpoint's files; return a description of the damage, if any."""
     try:
         files = _manifest(folder)["files"]
     except UserError as error:
@@ -404,7 +383,7 @@ def _is_complete(checkpoint: Path) -> bool:
         return False
 
 
-def _mistake(future: "Future[None]") -> UserError | None:
+def _error_of(future: "Future[None]") -> UserError | None:
     try:
         future.result()
     except UserError as error:
@@ -424,8 +403,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
         UserError: The manifest is missing or damaged, or has another format version.
     """
     path = folder / _MANIFEST
-    read = read_json(path, "checkpoint manifest")
-    manifest = cast(dict[str, Any], read) if isinstance(read, dict) else {}
+    content = read_json(path, "checkpoint manifest")
+    manifest = cast(dict[str, Any], content) if isinstance(content, dict) else {}
     if manifest.get("format") != _FORMAT:
         raise UserError(f"{path}: {path.name} is damaged, or of another version of this program.")
     if _sealed({key: value for key, value in manifest.items() if key != "sha256"}) != manifest:
@@ -435,11 +414,3 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def _stored(folder: Path, manifest: Mapping[str, Any]) -> StoredSlices:
     return StoredSlices(folder / file["name"] for file in manifest["files"] if file["name"] != _STATE)
-
-
-def _differing(theirs: Mapping[str, Sequence[int]], ours: Mapping[str, Sequence[int]]) -> list[str]:
-    return sorted(
-        f"{name} is {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here"
-        for name in theirs.keys() | ours.keys()
-        if theirs.get(name) != ours.get(name)
-    )

@@ -18,45 +18,47 @@ from vqd_scale.core.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_WHOLE = ".json"
+_COMPLETE = ".json"
 """Suffix of the marker object of a complete copy."""
 
 
-def send(checkpoint: Path, place: Location, manifest: str) -> None:
+def send(checkpoint: Path, mirror: Location, manifest: str) -> None:
     """Copy a complete checkpoint to the mirror; a failure is only logged as a warning.
 
     Args:
         checkpoint: Folder of the checkpoint.
-        place: Mirror. It receives a folder of the same name and, last, a second copy of the manifest next to
+        mirror: Mirror. It receives a folder of the same name and, last, a second copy of the manifest next to
             the folder, which marks the copy as complete.
         manifest: File name of the manifest.
     """
     try:
         for file in sorted(checkpoint.iterdir()):
-            _copy(file, place / checkpoint.name / file.name)
-        _copy(checkpoint / manifest, place / f"{checkpoint.name}{_WHOLE}")
+            _copy(file, mirror / checkpoint.name / file.name)
+        _copy(checkpoint / manifest, mirror / f"{checkpoint.name}{_COMPLETE}")
     except UserError as error:
-        logger.warning("the checkpoint at %s images was not copied: %s", int(checkpoint.name), error)
+        logger.warning(
+            "the checkpoint at %s images was not copied to the mirror: %s", int(checkpoint.name), error
+        )
 
 
-def fetch_newest(place: Location, folder: Path, manifest: str) -> None:
+def fetch_newest(mirror: Location, folder: Path, manifest: str) -> None:
     """Fetch the newest complete copy into a folder without checkpoints.
 
     Sizes and digests are verified when the checkpoint is loaded.
 
     Args:
-        place: Mirror to which `send` copied.
+        mirror: Mirror to which `send` copied.
         folder: Checkpoint folder of the run.
         manifest: File name of the manifest.
 
     Raises:
         UserError: A copy cannot be read, or cannot be written locally.
     """
-    names = [name.removesuffix(_WHOLE) for name in file_sizes(place) if name.endswith(_WHOLE)]
-    whole = sorted(name for name in names if name.isdigit())
-    if not whole:
+    names = [name.removesuffix(_COMPLETE) for name in file_sizes(mirror) if name.endswith(_COMPLETE)]
+    newest = max((name for name in names if name.isdigit()), default=None)
+    if newest is None:
         return
-    copy, final = place / whole[-1], folder / whole[-1]
+    copy, final = mirror / newest, folder / newest
     partial = final.with_name(final.name + PARTIAL)
     files = [file["name"] for file in read_json(copy / manifest, "checkpoint manifest")["files"]]
     with writing(partial):
@@ -69,7 +71,7 @@ def fetch_newest(place: Location, folder: Path, manifest: str) -> None:
             sync_to_disk(partial / name)
         partial.rename(final)
         sync_to_disk(folder)
-    logger.info("the checkpoint at %d images was fetched from %s", int(final.name), place)
+    logger.info("the checkpoint at %d images was fetched from %s", int(final.name), mirror)
 
 
 def _copy(file: Path, target: Location) -> None:

@@ -40,12 +40,12 @@ _BLOCK = 1 << 24
 _LENGTH = 8
 """Bytes of the length field at the start of a safetensors file."""
 _ALIGNMENT = 8
-_LAST_IN_LINE = 19
+_LOWEST_PRIORITY = 19
 _ELEMENT = 4
 
 
 class HostSlices:
-    """Host-memory image of a rank's shard file, header and slices.
+    """Contents of a rank's shard file in host memory, header and slices.
 
     The buffer is allocated once and reused. In an asynchronous save, training waits only for the copy into
     this buffer.
@@ -57,10 +57,10 @@ class HostSlices:
 
     def __init__(self, partition: Partition, kinds: Iterable[str]) -> None:
         self._partition = partition
-        self._places = [(kind, piece) for kind in kinds for piece in partition.pieces if piece.length]
+        self._slices = [(kind, piece) for kind in kinds for piece in partition.pieces if piece.length]
         header: dict[str, Any] = {}
         begin = 0
-        for kind, piece in self._places:
+        for kind, piece in self._slices:
             end = begin + piece.length
             offsets = [begin * _ELEMENT, end * _ELEMENT]
             header[f"{kind}/{piece.name}/{piece.start}"] = {
@@ -72,9 +72,9 @@ class HostSlices:
         text = json.dumps(header).encode()
         text += b" " * (-(_LENGTH + len(text)) % _ALIGNMENT)
         text = len(text).to_bytes(_LENGTH, "little") + text
-        self._image = _at_a_page(len(text) + begin * _ELEMENT)
-        self._image[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        self._numbers = self._image[len(text) :].view(torch.float32)
+        self._buffer = _page_aligned(len(text) + begin * _ELEMENT)
+        self._buffer[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        self._values = self._buffer[len(text) :].view(torch.float32)
 
     @torch.no_grad()
     def fill(self, flats: Mapping[str, list[Tensor]]) -> None:
@@ -84,9 +84,9 @@ class HostSlices:
             flats: Flat float32 tensors of each kind, one per group.
         """
         begin = 0
-        for kind, piece in self._places:
+        for kind, piece in self._slices:
             source = self._partition.view(flats[kind], piece)
-            self._numbers[begin : begin + piece.length].copy_(source, non_blocking=True)
+            self._values[begin : begin + piece.length].copy_(source, non_blocking=True)
             begin += piece.length
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -100,25 +100,25 @@ class HostSlices:
         Raises:
             UserError: The file cannot be written; the partial file is deleted.
         """
-        return write_described(path, self._image.numpy().data, at_a_page=True)
+        return write_file(path, self._buffer.numpy().data, page_aligned=True)
 
 
-def _at_a_page(size: int) -> Tensor:
+def _page_aligned(size: int) -> Tensor:
     """Allocate ``size`` bytes of page-aligned host memory, pinned if there is a GPU."""
-    room = torch.empty(size + _PAGE, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-    begin = -room.data_ptr() % _PAGE
-    return room[begin : begin + size]
+    buffer = torch.empty(size + _PAGE, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    begin = -buffer.data_ptr() % _PAGE
+    return buffer[begin : begin + size]
 
 
-def write_described(path: Path, content: bytes | memoryview, *, at_a_page: bool = False) -> dict[str, Any]:
+def write_file(path: Path, content: bytes | memoryview, *, page_aligned: bool = False) -> dict[str, Any]:
     """Write a file and sync it to disk.
 
     Args:
         path: Output file.
         content: Content of the file.
-        at_a_page: ``True`` if ``content`` is page-aligned in memory. The write then bypasses the page cache
-            if the file system supports it. A copy into the page cache costs CPU time that training needs, and
-            evicts data that will be read again.
+        page_aligned: ``True`` if ``content`` is page-aligned in memory. The write then bypasses the page
+            cache if the file system supports it. A copy into the page cache costs CPU time that training
+            needs, and evicts data that will be read again.
 
     Returns:
         Name, size and SHA-256 of the file, for the manifest.
@@ -128,15 +128,15 @@ def write_described(path: Path, content: bytes | memoryview, *, at_a_page: bool 
     """
     content = memoryview(content)
     digest = hashlib.sha256()
-    whole_pages = len(content) // _PAGE * _PAGE if at_a_page else 0
+    whole_pages = len(content) // _PAGE * _PAGE if page_aligned else 0
     with writing(path):
         try:
             with path.open("wb", buffering=0) as file:
-                _past_the_cache(file, at_a_page)
-                for piece in _written(file, content[:whole_pages]):
+                _set_direct_io(file, page_aligned)
+                for piece in _write_blocks(file, content[:whole_pages]):
                     digest.update(piece)
-                _past_the_cache(file, False)
-                for piece in _written(file, content[whole_pages:]):
+                _set_direct_io(file, False)
+                for piece in _write_blocks(file, content[whole_pages:]):
                     digest.update(piece)
             sync_to_disk(path)
         except OSError:
@@ -145,21 +145,21 @@ def write_described(path: Path, content: bytes | memoryview, *, at_a_page: bool 
     return {"name": path.name, "bytes": len(content), "sha256": digest.hexdigest()}
 
 
-def _written(file: FileIO, content: memoryview) -> Iterator[memoryview]:
+def _write_blocks(file: FileIO, content: memoryview) -> Iterator[memoryview]:
     """Write the content in blocks and yield each block after it is written."""
     while content:
         try:
             # Short write: a nearly full disk accepts fewer bytes.
             count = file.write(content[:_BLOCK])
-        except OSError as refused:
-            if refused.errno == errno.EINVAL and _past_the_cache(file, False):
+        except OSError as error:
+            if error.errno == errno.EINVAL and _set_direct_io(file, False):
                 continue
             raise
         yield content[:count]
         content = content[count:]
 
 
-def _past_the_cache(file: FileIO, whether: bool) -> bool:
+def _set_direct_io(file: FileIO, enabled: bool) -> bool:
     """Enable or disable ``O_DIRECT`` for the next writes; return ``True`` if the flag changed.
 
     If the operating system or file system does not support it, writes go through the page cache.
@@ -167,23 +167,23 @@ def _past_the_cache(file: FileIO, whether: bool) -> bool:
     if sys.platform != "linux":
         return False
     flags = fcntl.fcntl(file, fcntl.F_GETFL)
-    wanted = flags | os.O_DIRECT if whether else flags & ~os.O_DIRECT
+    new_flags = flags | os.O_DIRECT if enabled else flags & ~os.O_DIRECT
     try:
-        fcntl.fcntl(file, fcntl.F_SETFL, wanted)
-    except OSError as refused:
-        if refused.errno != errno.EINVAL:
+        fcntl.fcntl(file, fcntl.F_SETFL, new_flags)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
             raise
         return False
-    return wanted != flags
+    return new_flags != flags
 
 
-def give_way() -> None:
+def lower_priority() -> None:
     """Set this thread to the lowest CPU priority, so checkpoint writes do not slow down training.
 
     Linux only, where each thread has its own priority; a no-op elsewhere.
     """
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LAST_IN_LINE)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
 
 
 class StoredSlices:
@@ -194,12 +194,12 @@ class StoredSlices:
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self._places: dict[str, list[tuple[int, Path, str]]] = {}
+        self._slices: dict[str, list[tuple[int, Path, str]]] = {}
         for path in paths:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 - not a dictionary
                     name, _, start = key.rpartition("/")
-                    self._places.setdefault(name, []).append((int(start), path, key))
+                    self._slices.setdefault(name, []).append((int(start), path, key))
 
     def copy(self, kind: str, piece: Piece, target: Tensor) -> None:
         """Fill a piece from all slices that overlap it.
@@ -218,7 +218,7 @@ class StoredSlices:
             )
 
     def _overlapping(self, name: str, begin: int, end: int) -> Iterator[tuple[int, Tensor]]:
-        for start, path, key in self._places.get(name, []):
+        for start, path, key in self._slices.get(name, []):
             with safe_open(path, framework="pt") as file:
                 stored = file.get_slice(key)
                 length = stored.get_shape()[0]

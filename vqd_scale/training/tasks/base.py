@@ -1,13 +1,15 @@
 """Interface between the training loop and a training task."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vqd_scale.core.world import World
 from vqd_scale.data.loading.batch import BatchType
 from vqd_scale.data.loading.sample_readers import SampleKind
 from vqd_scale.training.partition import Partition
@@ -36,36 +38,31 @@ def mean_of(values: Float[Tensor, " batch"], weight: Float[Tensor, " batch"]) ->
     return torch.stack([torch.where(weight > 0, values.detach().double(), 0.0).sum(), weight.sum()])
 
 
-class Task(Protocol[BatchType]):
-    """Training task: a module for the engine and the computation of losses from a batch."""
+class Task(ABC, Generic[BatchType]):
+    """Training task: a module for the engine and the computation of losses from a batch.
+
+    Attributes:
+        world: This process's rank and device.
+        module: Module with all trainable parameters and no frozen ones; the engine wraps its forward.
+        units: Submodule types, such as blocks, whose parameters are gathered in one message. The inputs of a
+            unit must require gradients: the engine treats a unit's gradients as complete when the gradients
+            of its inputs are complete.
+    """
+
+    world: World
+    module: nn.Module
+    units: Sequence[type[nn.Module]] = ()
 
     @property
-    def module(self) -> nn.Module:
-        """Module with all trainable parameters and no frozen ones; the engine wraps its forward."""
-        ...
-
-    @property
-    def units(self) -> Sequence[type[nn.Module]]:
-        """Submodule types, such as blocks, whose parameters are gathered in one message.
-
-        The inputs of a unit must require gradients: the engine treats a unit's gradients as complete when the
-        gradients of its inputs are complete.
-        """
-        ...
-
-    @property
+    @abstractmethod
     def forward_flops(self) -> int:
         """FLOPs of the trained network's forward pass for one sample."""
-        ...
 
-    def init_weights(self, partition: Partition) -> None:
-        """Replace initial weights, if needed; called on all ranks before the first step of a new run."""
-        ...
-
+    @abstractmethod
     def samples(self) -> SampleKind[BatchType]:
         """Return the kind of samples that the stream reads."""
-        ...
 
+    @abstractmethod
     def losses(self, forward: Forward, batch: BatchType, images: int) -> Losses:
         """Compute the losses of a micro-batch of this rank.
 
@@ -74,8 +71,8 @@ class Task(Protocol[BatchType]):
             batch: Samples, on the rank's device.
             images: Images seen before this batch.
         """
-        ...
 
+    @abstractmethod
     def validate(self, forward: Forward, batch: BatchType) -> dict[str, Tensor]:
         """Compute validation metrics, independently of the run's random state.
 
@@ -86,20 +83,20 @@ class Task(Protocol[BatchType]):
         Returns:
             (sum, count) pairs, float [2]; the same names for every batch.
         """
-        ...
+
+    @abstractmethod
+    def export(self, parameters: Mapping[str, Tensor], folder: Path) -> None:
+        """Write the trained model as a bundle; called on the first rank only."""
+
+    def init_weights(self, partition: Partition) -> None:
+        """Replace initial weights, if needed; called on all ranks before the first step of a new run."""
 
     def on_step_end(self, images: int) -> None:
         """Update the task after an optimizer step, at ``images`` images seen; called on all ranks."""
-        ...
 
     def state(self) -> dict[str, Tensor]:
         """Return the task's state apart from the module's parameters, equal on all ranks."""
-        ...
+        return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore the result of `state`."""
-        ...
-
-    def export(self, parameters: Mapping[str, Tensor], folder: Path) -> None:
-        """Write the trained model as a bundle; called on the first rank only."""
-        ...

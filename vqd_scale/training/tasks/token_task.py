@@ -1,57 +1,45 @@
-"""Common part of all tasks on token shards: data, conditioning and weight initialization."""
+"""Base of the tasks on token shards: data, conditioning, initial weights and export."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from jaxtyping import Bool
-from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
+from vqd_scale.core.tensors import without_prefix
 from vqd_scale.core.world import World
 from vqd_scale.data.loading.batch import TokenBatch
 from vqd_scale.data.loading.sample_readers import TokenSamples
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.models.bundle import (
-    ConditionalModel,
+    AnyModel,
+    AutoregressiveModel,
+    Model,
     load_tokenizer,
+    save_bundle,
     tokenizer_fingerprint,
     tokenizer_folder,
     weights_file,
 )
-from vqd_scale.nn.denoiser import ClassCondition, TextCondition
-from vqd_scale.nn.layers import start_from_codebook
-from vqd_scale.nn.param_sharding import ParamSharding
+from vqd_scale.models.config import AutoregressiveBundleConfig, BundleConfig
+from vqd_scale.nn.config import ClassCondition, TextCondition
+from vqd_scale.nn.layers import init_from_codebook
 from vqd_scale.preparation.tokenize_shards import TokenSetMeta
-from vqd_scale.text.clip import TextConfig, Tower
-from vqd_scale.training.checkpoint.init_from import StartConfig, start_from
-from vqd_scale.training.config import RunConfig
+from vqd_scale.training.checkpoint.init_from import load_initial_weights
+from vqd_scale.training.engine import build_param_sharding
 from vqd_scale.training.partition import Partition
+from vqd_scale.training.tasks.base import Task
+from vqd_scale.training.tasks.config import TokenRunConfig
 
 _PREFIX = "model."
 """Prefix of the model's parameters in a task's module; a bundle contains the model only."""
 
 
-class TokenRunConfig(RunConfig):
-    """Configuration of a run on token shards."""
-
-    tokenizer: Path
-    """Bundle of the tokenizer that produced the token shards; copied into the trained model's bundle."""
-    text: TextConfig | None = Tower()
-    """Caption encoder; ``null`` for a network without text condition."""
-    init_from: StartConfig | None = None
-    """Trained model that initializes the weights."""
-    embedding_init_std: NonNegativeFloat = 0.0
-    """If not zero, token embeddings and head are initialized from the tokenizer's codebook, scaled to this
-    standard deviation."""
-    condition_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Fraction of samples trained with the null condition, for classifier-free guidance."""
-
-
-class TokenSource:
-    """Token shards of a run.
+class TokenTask(Task[TokenBatch]):
+    """Base of the tasks on token shards; a subclass calls `use` with its model.
 
     Args:
         config: Run configuration.
@@ -59,58 +47,43 @@ class TokenSource:
 
     Attributes:
         meta: Metadata of the first dataset.
+        sharding: Parameter sharding for building the model.
+        bundle: Configuration of the model's bundle.
+        model: Network with its conditioning.
 
     Raises:
         UserError: The shards contain no tokens.
     """
 
+    bundle: BundleConfig | AutoregressiveBundleConfig
+    model: Model | AutoregressiveModel
+
     def __init__(self, config: TokenRunConfig, world: World) -> None:
         self.config = config
         self.world = world
         # Missing tars are detected when they are opened for reading.
-        sets = [ShardSet.open(source.path, look=False) for source in config.data.mixed]
-        self._metas = [(shards.folder, TokenSetMeta.of(shards)) for shards in sets]
+        datasets = [ShardSet.open(source.path, look=False) for source in config.data.mixed]
+        self._metas = [(shards.folder, TokenSetMeta.of(shards)) for shards in datasets]
         self.meta = self._metas[0][1]
+        self.sharding = build_param_sharding(config.engine, world)
+        torch.manual_seed(config.seed)
 
-    def samples(self, model: ConditionalModel) -> TokenSamples:
-        """Return the kind of samples for a model: tokens with captions or classes.
+    def use(self, model: AnyModel) -> AnyModel:
+        """Take a new model as the trained one: check the shards, initialize its code tables, return it.
 
         Raises:
             UserError: The shards were produced by another tokenizer or for another caption vocabulary, or
-                mixed datasets differ in their grids.
+                mixed datasets differ in their grids; or see ``embedding_init_std``.
         """
-        config, condition = self.config, model.condition
-        captions = model.text.tokenizer if isinstance(condition, TextCondition) else None
-        for folder, meta in self._metas:
-            meta.check(config.tokenizer, captions, folder)
-            if meta.grid != self.meta.grid:
-                raise UserError(
-                    f"{folder}: holds grids of {meta.grid}, and {self._metas[0][0]} of {self.meta.grid}; "
-                    "only sets with equal grids can be mixed."
-                )
-        rows, columns = self.meta.grid
-        return TokenSamples(
-            length=rows * columns,
-            codes=self.meta.codes,
-            text_length=captions.context_length if captions is not None else 0,
-            classes=condition.classes if isinstance(condition, ClassCondition) else 0,
-        )
+        self.model = model
+        self.units = model.network.units
+        self._samples = self._sample_kind(model)
+        self._init_code_embeddings(model)
+        return model
 
-    def start(self, code_tables: Sequence[Tensor], where: ParamSharding) -> None:
-        """Initialize a network's code tables from the codebook if ``embedding_init_std`` is not zero.
-
-        Raises:
-            UserError: All codes are equal in some dimension, as in a tokenizer that never used its codebook.
-        """
-        deviation = self.config.embedding_init_std
-        if deviation:
-            vectors = load_tokenizer(self.config.tokenizer, torch.device("cpu")).code_vectors()
-            if not bool((vectors.std(dim=0) > 0).all()):
-                raise UserError(
-                    f"embedding_init_std: the codes of {self.config.tokenizer} do not differ, so nothing can "
-                    f"start from them; train that tokenizer until its codebook joins, or set this to 0."
-                )
-            start_from_codebook(code_tables, vectors, deviation, where)
+    def samples(self) -> TokenSamples:
+        """Return tokens with captions or classes as the kind of samples."""
+        return self._samples
 
     def init_weights(self, partition: Partition) -> None:
         """Load a trained model's weights if ``init_from`` is set.
@@ -123,10 +96,10 @@ class TokenSource:
             return
         if tokenizer_fingerprint(tokenizer_folder(start.bundle)) != self.meta.tokenizer:
             raise UserError(
-                f"{start.bundle}: this model knows the codes of another tokenizer than the shards in "
-                f"{self._metas[0][0]}; make the shards with the tokenizer in its bundle."
+                f"{start.bundle}: this model was trained on the codes of another tokenizer than that of the "
+                f"shards in {self._metas[0][0]}; make the shards with the tokenizer in its bundle."
             )
-        start_from(weights_file(start.bundle), partition, _PREFIX, start.init_missing)
+        load_initial_weights(weights_file(start.bundle), partition, _PREFIX, start.init_missing)
 
     def condition_inputs(self, batch: TokenBatch) -> tuple[Tensor, Bool[Tensor, " batch"]]:
         """Return captions or classes, and a mask of the samples with condition dropout."""
@@ -134,7 +107,37 @@ class TokenSource:
         condition = batch.text if batch.labels is None else batch.labels
         return condition, uniform < self.config.condition_dropout
 
+    def export(self, parameters: Mapping[str, Tensor], folder: Path) -> None:
+        """Write a bundle for the pipelines of `vqd_scale.models`."""
+        save_bundle(folder, self.bundle, without_prefix(_PREFIX, parameters), self.config.tokenizer)
 
-def weights_of_model(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a task's parameters by their names in the model's bundle."""
-    return {name.removeprefix(_PREFIX): value for name, value in parameters.items()}
+    def _sample_kind(self, model: Model | AutoregressiveModel) -> TokenSamples:
+        condition = model.condition
+        captions = model.text.tokenizer if isinstance(condition, TextCondition) else None
+        for folder, meta in self._metas:
+            meta.check(self.config.tokenizer, captions, folder)
+            if meta.grid != self.meta.grid:
+                raise UserError(
+                    f"{folder}: contains grids of {meta.grid}, and {self._metas[0][0]} of {self.meta.grid}; "
+                    "only datasets with equal grids can be mixed."
+                )
+        rows, columns = self.meta.grid
+        return TokenSamples(
+            length=rows * columns,
+            codes=self.meta.codes,
+            text_length=captions.context_length if captions is not None else 0,
+            classes=condition.classes if isinstance(condition, ClassCondition) else 0,
+        )
+
+    def _init_code_embeddings(self, model: Model | AutoregressiveModel) -> None:
+        deviation = self.config.embedding_init_std
+        if not deviation:
+            return
+        vectors = load_tokenizer(self.config.tokenizer, torch.device("cpu")).code_vectors()
+        if not bool((vectors.std(dim=0) > 0).all()):
+            raise UserError(
+                f"embedding_init_std: all codes of {self.config.tokenizer} are equal in some dimension, so "
+                "embeddings cannot be initialized from them; train that tokenizer until it uses its "
+                "codebook, or set this to 0."
+            )
+        init_from_codebook(model.network.code_embeddings, vectors, deviation, self.sharding)

@@ -1,4 +1,4 @@
-"""Ranks that are threads of the test: what several ranks agree on, without starting processes."""
+"""Ranks as threads of the test: collective operations without processes."""
 
 import threading
 from collections.abc import Callable, Generator
@@ -19,7 +19,7 @@ _GENERATOR = threading.Lock()
 
 @contextmanager
 def own_seed(seed: int) -> Generator[None]:
-    """Draw from torch's generator, which all threads share, as if this one were alone."""
+    """Seed torch's generator, which all threads share, and hold it during the block."""
     with _GENERATOR:
         torch.manual_seed(seed)
         yield
@@ -39,7 +39,7 @@ class _Meeting:
 
 
 class ThreadWorld(World):
-    """One of several ranks that are threads of one process."""
+    """A rank that is a thread of this process."""
 
     def __init__(self, rank: int, size: int, meeting: _Meeting) -> None:
         super().__init__(rank, size, torch.device("cpu"))
@@ -66,7 +66,7 @@ class ThreadWorld(World):
 
 
 def on_ranks(size: int, action: Callable[[World], Result]) -> list[Result]:
-    """Run something on so many ranks at once; returns what each returned, raises what one raised."""
+    """Run an action on ``size`` ranks at once; return all results, or raise the first error."""
     meeting = _Meeting(size)
 
     def run(rank: int) -> Result:
@@ -98,7 +98,7 @@ class _Mapping:
 
 
 class _RowOptimizer:
-    """What the partition reads of DeepSpeed's optimizer in stages 1 and 2."""
+    """The attributes of DeepSpeed's optimizer that the partition reads in stages 1 and 2."""
 
     def __init__(self, module: nn.Module, rank: int, ranks: int) -> None:
         row = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
@@ -115,9 +115,11 @@ class _RowOptimizer:
             start = end
 
     def update_lp_params(self) -> None:
-        """The network's own weights play no part in these tests."""
+        """Ignore the network's own weights, which these tests do not use."""
 
 
 def partition_of(module: nn.Module, world: World) -> Partition:
-    """This rank's share of a module in the layout of stages 1 and 2, without DeepSpeed."""
-    return Partition(_RowOptimizer(module, world.rank, world.size), module, world.rank)
+    """Return this rank's partition of a module in the layout of stages 1 and 2, without DeepSpeed."""
+    return Partition(
+        _RowOptimizer(module, world.rank, world.size), module, world.rank, ("exp_avg", "exp_avg_sq")
+    )

@@ -1,4 +1,4 @@
-"""A training tool on several ranks, without the seconds that PyTorch and DeepSpeed take to be imported.
+"""A training tool on several ranks, without the import time of PyTorch and DeepSpeed.
 
 Each rank is forked from a process that has imported them. In all else it is what `vqd_scale.launchers.local`
 starts: a process of its own, that is told its rank by its environment and may be killed.
@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.daemons import free_ports
+from tests.background_programs import free_ports
 from vqd_scale.launchers import base
 from vqd_scale.launchers.local import rank_environment
 
@@ -32,33 +32,33 @@ _SERVER.set_forkserver_preload(
 
 
 class Ranks:
-    """A tool that has been started.
+    """The processes of a started tool.
 
     Args:
-        tool: A module with a `main` that takes what was typed.
-        arguments: What would be typed.
-        ranks: How many processes.
-        said: A folder for what they say.
+        tool: Module with a `main` that takes command-line arguments.
+        arguments: Command-line arguments.
+        ranks: Number of processes.
+        output_folder: Folder for one output file per rank.
     """
 
-    def __init__(self, tool: str, arguments: Sequence[str], ranks: int, said: Path) -> None:
+    def __init__(self, tool: str, arguments: Sequence[str], ranks: int, output_folder: Path) -> None:
         (port,) = free_ports(1)
-        said.mkdir(parents=True, exist_ok=True)
-        self._said = [said / f"rank-{rank}.txt" for rank in range(ranks)]
+        output_folder.mkdir(parents=True, exist_ok=True)
+        self._output_files = [output_folder / f"rank-{rank}.txt" for rank in range(ranks)]
         self.processes = [
             _SERVER.Process(target=_run, args=(tool, arguments, rank_environment(rank, ranks, port), path))
-            for rank, path in enumerate(self._said)
+            for rank, path in enumerate(self._output_files)
         ]
         for process in self.processes:
             process.start()
 
     @property
     def pids(self) -> list[int]:
-        """The processes, by rank."""
+        """Return the process ids by rank."""
         return [process.pid for process in self.processes if process.pid is not None]
 
     def poll(self) -> int | None:
-        """The exit code of the first rank that failed, 0 once all are done, `None` before."""
+        """Return the exit code of the first failed rank, 0 once all have ended, `None` before."""
         codes = [process.exitcode for process in self.processes]
         failed = [code for code in codes if code]
         if failed:
@@ -66,7 +66,7 @@ class Ranks:
         return 0 if all(code == 0 for code in codes) else None
 
     def wait(self) -> int:
-        """The same, once it is known; if a rank failed the others are ended, for they would wait for it."""
+        """Wait for the exit code; if a rank failed, end the other ranks, which would wait for it."""
         while (code := self.poll()) is None:
             time.sleep(_POLL_SECONDS)
         for process in self.processes:
@@ -78,29 +78,29 @@ class Ranks:
             process.join()
         return code
 
-    def said(self) -> str:
-        """What all of them wrote."""
-        return "".join(path.read_text() for path in self._said if path.exists())
+    def output(self) -> str:
+        """Return the output of all ranks, joined."""
+        return "".join(path.read_text() for path in self._output_files if path.exists())
 
 
-def run(tool: str, *arguments: str, ranks: int, said: Path) -> "subprocess.CompletedProcess[str]":
+def run(tool: str, *arguments: str, ranks: int, output_folder: Path) -> "subprocess.CompletedProcess[str]":
     """Run a tool to its end."""
-    started = Ranks(tool, arguments, ranks, said)
+    started = Ranks(tool, arguments, ranks, output_folder)
     code = started.wait()
-    return subprocess.CompletedProcess([tool, *arguments], code, stderr=started.said())
+    return subprocess.CompletedProcess([tool, *arguments], code, stderr=started.output())
 
 
-def _run(tool: str, arguments: Sequence[str], environment: Mapping[str, str], said: Path) -> None:
+def _run(tool: str, arguments: Sequence[str], environment: Mapping[str, str], output_file: Path) -> None:
     import torch
 
-    # Which ends with the tests, however they end.
+    # The server process ends with the tests.
     base._die_with_parent()  # pyright: ignore[reportPrivateUsage]
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
-    # The library that reads this from the environment has been loaded long ago.
+    # The library that reads this from the environment is already loaded.
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    with said.open("w", buffering=1) as file:
+    with output_file.open("w", buffering=1) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
         importlib.import_module(tool).main(list(arguments))

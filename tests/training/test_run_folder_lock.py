@@ -1,4 +1,4 @@
-"""A run's folder holds one run, which may be gone on with in other ways but not as another run."""
+"""A run folder belongs to one run: some settings may change on resume, others are refused."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from vqd_scale.core.config import load_config
 from vqd_scale.core.errors import UserError
 from vqd_scale.training.loop import _lock_run_folder  # pyright: ignore[reportPrivateUsage]
-from vqd_scale.training.tasks.denoising import TrainConfig
+from vqd_scale.training.tasks.config import TrainConfig
 
 BASE = ["tokenizer=t", "data.path=d", "total_images=1000", "diffusion.kind=paper"]
 
@@ -36,7 +36,7 @@ def claim(run: Path, *overrides: str) -> None:
         "validation.path=h",
     ],
 )
-def test_a_run_may_be_gone_on_with_otherwise(tmp_path: Path, change: str) -> None:
+def test_resume_accepts_changed_operational_settings(tmp_path: Path, change: str) -> None:
     claim(tmp_path)
     claim(tmp_path, change)
     claim(tmp_path)
@@ -47,7 +47,7 @@ def test_a_run_may_be_gone_on_with_otherwise(tmp_path: Path, change: str) -> Non
     [
         ("denoiser.width=512", "denoiser.width"),
         ("diffusion.steps=50", "diffusion.steps"),
-        ("diffusion.kind=released", "diffusion.keep_first"),
+        ("diffusion.kind=released", "diffusion.kind"),
         ("tokenizer=u", "tokenizer"),
         ("data.global_batch_size=64", "data.global_batch_size"),
         ("engine.precision=fp32", "engine.precision"),
@@ -55,16 +55,16 @@ def test_a_run_may_be_gone_on_with_otherwise(tmp_path: Path, change: str) -> Non
         ("seed=1", "seed"),
     ],
 )
-def test_another_run_is_refused_in_one_sentence(tmp_path: Path, change: str, key: str) -> None:
+def test_folder_of_another_run_is_refused(tmp_path: Path, change: str, key: str) -> None:
     claim(tmp_path)
     before = (tmp_path / "config.yaml").read_text()
-    with pytest.raises(UserError, match=f"holds a run with another '{key}'"):
+    with pytest.raises(UserError, match=f"contains a run with another '{key}'"):
         claim(tmp_path, change)
     assert (tmp_path / "config.yaml").read_text() == before
 
 
-def test_the_folder_says_where_it_was_made(tmp_path: Path) -> None:
+def test_environment_is_recorded(tmp_path: Path) -> None:
     claim(tmp_path)
-    found = json.loads((tmp_path / "environment.json").read_text())
-    assert {"machine", "versions", "commit", "modified_files"} <= found.keys()
-    assert {"torch", "deepspeed", "python"} <= found["versions"].keys()
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert {"machine", "versions", "commit", "modified_files"} <= environment.keys()
+    assert {"torch", "deepspeed", "python"} <= environment["versions"].keys()

@@ -1,6 +1,6 @@
-"""Runs of tokenizers on small pictures, on one rank or several: ``tokenizing.py FOLDER OUT RUN...``.
+"""Tokenizer runs on small images on one or several ranks: ``tokenizer_scenarios.py FOLDER OUT RUN...``.
 
-Each gives its rows of metrics and a digest of all that it left behind.
+Each returns its rows of metrics and a digest of its files.
 """
 
 import hashlib
@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vqd_scale.cli.run import TOKENIZER_RUNS, tokenizer_task
 from vqd_scale.core.config import validated
 from vqd_scale.core.world import World, join_world, leave_world
 from vqd_scale.data.shards.shard_io import KEY, ShardRecipe, write_shard_set
 from vqd_scale.training.logging.metrics import read_metrics
 from vqd_scale.training.loop import train
+from vqd_scale.training.tasks.config import TOKENIZER_RUNS
 
-SIDE, LANES, PICTURES = 32, 4, 24
+SIDE, LANES, IMAGES = 32, 4, 24
 COMPARED = ("loss", "squared_error", "codes_used", "perceptual", "discriminator", "adversarial_weight")
 
 VQGAN: dict[str, Any] = {
@@ -51,24 +51,24 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 OPTIM = {"lr": 1e-3, "betas": [0.5, 0.9], "schedule": {"kind": "constant"}}
-# From its second step on Adam makes much of the order in which a Gumbel codebook's gradients are added: at
+# From its second step on Adam amplifies the order in which a Gumbel codebook's gradients are added: at
 # the rate of the others, one rank that adds a batch in two parts is 2e-3 from itself after five steps.
 KINDS["gumbel, slowly"] = {**KINDS["gumbel"], "optim": {**OPTIM, "lr": 1e-5}}
 
 
-def write_pictures(folder: Path) -> None:
-    """Smooth patterns, the same for everybody."""
+def write_images(folder: Path) -> None:
+    """Write deterministic smooth patterns."""
 
     def samples() -> list[dict[str, object]]:
         generator = np.random.default_rng(0)
-        found: list[dict[str, object]] = []
-        for number in range(PICTURES):
+        sample_rows: list[dict[str, object]] = []
+        for number in range(IMAGES):
             coarse = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-            picture = Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-            found.append({KEY: f"{number:04d}", "png": np.asarray(picture), "txt": "a pattern"})
-        return found
+            image = Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+            sample_rows.append({KEY: f"{number:04d}", "png": np.asarray(image), "txt": "a pattern"})
+        return sample_rows
 
-    write_shard_set(folder, {"kind": "images"}, [ShardRecipe("000000.tar", PICTURES, samples)], "pictures")
+    write_shard_set(folder, {"kind": "images"}, [ShardRecipe("000000.tar", IMAGES, samples)], "pictures")
 
 
 def config_of(folder: Path, run: Path, images: int, **changed: Any) -> Any:
@@ -92,14 +92,14 @@ def config_of(folder: Path, run: Path, images: int, **changed: Any) -> Any:
 
 
 class Runner:
-    """Runs one after the other, in folders of their own."""
+    """Runs in turn, each in its own folder."""
 
     def __init__(self, world: World, folder: Path, out: Path) -> None:
         self.world, self.folder, self.out = world, folder, out
 
     def run(self, name: str, images: int = 48, **changed: Any) -> dict[str, Any]:
         config = config_of(self.folder, self.out / name, images, **changed)
-        train(tokenizer_task(config, self.world), config, self.world, name)
+        train(config.build(self.world), config, self.world, name)
         rows = read_metrics(config.run / "metrics.jsonl") if self.world.is_first else []
         newest = max((config.run / "checkpoints").iterdir())
         files = [newest / "state.safetensors", *sorted(newest.glob("slices-*.safetensors"))]
@@ -111,15 +111,15 @@ class Runner:
 
 
 def resumed(runner: Runner, name: str, **kind: Any) -> dict[str, Any]:
-    """The same run in one go, and in three that were ended: before a codebook joined, and in the middle."""
-    whole = runner.run(f"{name}-whole", **kind)
+    """Return the run in one part, and in three: interrupted before the codebook joins, and in the middle."""
+    whole_run = runner.run(f"{name}-whole", **kind)
     runner.run(f"{name}-parts", 16, **kind)
-    # As a kill would leave it that comes just before the newest checkpoint is published.
+    # The state after a kill just before the newest checkpoint is published.
     if runner.world.is_first:
         shutil.rmtree(runner.out / f"{name}-parts" / "checkpoints" / f"{16:012d}")
     for images in (28, 48):
         parts = runner.run(f"{name}-parts", images, **kind)
-    return {"whole": whole, "parts": parts}
+    return {"whole": whole_run, "parts": parts}
 
 
 def main() -> None:
@@ -127,20 +127,24 @@ def main() -> None:
     runner = Runner(world, Path(sys.argv[1]), Path(sys.argv[2]))
     results: dict[str, Any] = {}
     for name in sys.argv[3:]:
-        kind, _, how = name.partition(":")
+        kind, _, run_variant = name.partition(":")
         options = dict(KINDS.get(kind, {}))
         if kind == "refit":
             options = {
                 "kind": "refit",
-                "tokenizer": str(runner.out / f"{how}-whole" / "export"),
+                "tokenizer": str(runner.out / f"{run_variant}-whole" / "export"),
                 "codebook_size": 6,
                 "pool": {"size": 300, "images": 16, "chain_length": 20},
             }
-            results[name] = resumed(runner, f"refit-{how}", **options)
-        elif how == "resumed":
+            results[name] = resumed(runner, f"refit-{run_variant}", **options)
+        elif run_variant == "resumed":
             results[name] = resumed(runner, kind, **options)
-        elif how:
-            options["engine"] = {"precision": "fp32", "param_persistence_threshold": 0, **json.loads(how)}
+        elif run_variant:
+            options["engine"] = {
+                "precision": "fp32",
+                "param_persistence_threshold": 0,
+                **json.loads(run_variant),
+            }
             results[name] = runner.run(f"{kind}-{len(results)}", **options)
         else:
             results[name] = runner.run(f"{kind}-{len(results)}", **options)
