@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from vqd_scale.launchers.base import copy_of_the_code, mistaken_rank, note_end, noted_ends
+from vqd_scale.launchers.base import copy_source, rank_with_user_error, read_exit_codes, write_exit_code
 
 
 def test_ends_are_noted_by_rank(tmp_path: Path) -> None:
     ends = tmp_path / "ends"
-    assert noted_ends(ends) == {}
-    note_end(ends, 10, 1)
-    note_end(ends, 2, 75)
+    assert read_exit_codes(ends) == {}
+    write_exit_code(ends, 10, 1)
+    write_exit_code(ends, 2, 75)
     (ends / "3").touch()
-    assert noted_ends(ends) == {2: 75, 10: 1}
+    assert read_exit_codes(ends) == {2: 75, 10: 1}
 
 
 @pytest.mark.parametrize(
@@ -23,11 +23,11 @@ def test_ends_are_noted_by_rank(tmp_path: Path) -> None:
 def test_a_mistake_is_found_among_those_who_were_ended_for_it(
     ends: dict[int, int], mistaken: int | None
 ) -> None:
-    assert mistaken_rank(ends) == mistaken
+    assert rank_with_user_error(ends) == mistaken
 
 
 def test_the_copy_is_what_its_tools_import(tmp_path: Path) -> None:
-    code = copy_of_the_code(tmp_path / "code")
+    code = copy_source(tmp_path / "code")
     (code / "vqd_scale" / "core" / "errors.py").write_text("raise SystemExit(9)\n")
     done = subprocess.run(
         [sys.executable, str(code / "tools" / "train.py"), "--help"],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vqd_scale.launchers.local import rank_environment, run_on_this_machine
+from vqd_scale.launchers.local import rank_environment, run_locally
 
 TOOL = """
 import os, pathlib, signal, sys, time
@@ -47,20 +47,20 @@ def wait_until_gone(pids: list[int]) -> None:
 
 
 def test_every_rank_knows_itself_and_one_meeting_place(tool: Path, tmp_path: Path) -> None:
-    assert run_on_this_machine(tool, [str(tmp_path), "none"], ranks=2) == 0
+    assert run_locally(tool, [str(tmp_path), "none"], ranks=2) == 0
     first, second = ((tmp_path / f"world-{rank}").read_text() for rank in (0, 1))
     assert first == second
     assert first.startswith("2 ")
 
 
 def test_one_failing_rank_ends_the_others(tool: Path, tmp_path: Path) -> None:
-    assert run_on_this_machine(tool, [str(tmp_path), "1"], ranks=2) == 7
+    assert run_locally(tool, [str(tmp_path), "1"], ranks=2) == 7
     wait_until_gone([int((tmp_path / "pid-0").read_text())])
     assert (tmp_path / "asked-0").exists()
 
 
 def launcher(tool: Path, folder: Path) -> "subprocess.Popen[bytes]":
-    call = f"run_on_this_machine(Path({str(tool)!r}), [{str(folder)!r}, 'nobody'], 2)"
+    call = f"run_locally(Path({str(tool)!r}), [{str(folder)!r}, 'nobody'], 2)"
     code = f"import sys; from pathlib import Path; from vqd_scale.launchers.local import *; sys.exit({call})"
     process = subprocess.Popen([sys.executable, "-c", code])
     while not all((folder / f"pid-{rank}").exists() for rank in (0, 1)):

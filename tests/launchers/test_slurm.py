@@ -78,7 +78,7 @@ sys.exit(1)
 )
 def test_what_follows_on_how_ranks_end(tmp_path: Path, body: str, starts: int, said: str, code: int) -> None:
     state = outcome(launched(tmp_path, body))
-    assert state.said.startswith(said)
+    assert state.summary.startswith(said)
     assert state.code == code
     assert len(list(tmp_path.glob("start-*-rank-0"))) == starts
 
@@ -92,7 +92,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(tmp_path: Path) -> None:
     while not all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)):
         time.sleep(0.05)
     launch.cancel()
-    assert outcome(launch).said.startswith("cancelled")
+    assert outcome(launch).summary.startswith("canceled")
     assert (tmp_path / "saved-0").exists()
     assert not list(tmp_path.glob("start-1-*"))
 
@@ -104,7 +104,7 @@ def test_one_process_can_be_the_cluster(tmp_path: Path) -> None:
 
 def test_without_slurm_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", os.fspath(tmp_path))
-    with pytest.raises(UserError, match="knows no Slurm: launch with --cluster local"):
+    with pytest.raises(UserError, match="has no Slurm: launch with --cluster local"):
         launched(tmp_path, "", Resources())
-    with pytest.raises(UserError, match="nothing was launched there"):
+    with pytest.raises(UserError, match="contains no launch"):
         newest_launch(tmp_path)

@@ -103,7 +103,7 @@ def test_remapped_shards_decode_to_the_same_pictures(world: Path, unused: str, c
 
 def test_rare_codes_fall_into_the_bucket(world: Path) -> None:
     counts = torch.tensor([0, 9, 0, 0, 2, 9, 0, 0, 9, 0])
-    reduced = reduce_tokenizer(world / "full", world / "fewer", counts, least=3)
+    reduced = reduce_tokenizer(world / "full", world / "fewer", counts, min_count=3)
     remap_shards(world / "tokens", world / "out", world / "full", world / "fewer")
     before, after = tokens_of(world / "tokens"), tokens_of(world / "out")
     assert torch.equal(after, reduced.map[before])
@@ -134,9 +134,9 @@ def reduce(world: Path, full: str, counted: int) -> None:
 @pytest.mark.parametrize(
     ("refused", "arguments", "message"),
     [
-        (remap, ("other", "fewer"), "made by another tokenizer"),
-        (remap, ("full", "strange"), "is no reduction of the tokenizer"),
-        (remap, ("full", "full"), "is no reduction of the tokenizer"),
+        (remap, ("other", "fewer"), "from another tokenizer"),
+        (remap, ("full", "strange"), "is not a reduction of the tokenizer"),
+        (remap, ("full", "full"), "is not a reduction of the tokenizer"),
         (reduce, ("fewer", 5), "reduced already"),
         (reduce, ("full", 9), "has 10 codes, but those of 9 were counted"),
         (reduce, ("full", 10), "nothing to reduce"),

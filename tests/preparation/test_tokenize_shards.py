@@ -123,10 +123,10 @@ def test_the_set_knows_its_tokenizer_and_vocabulary(config: TokenizeConfig, tmp_
     meta = TokenSetMeta.of(tokenized(config))
     assert (meta.codes, meta.grid) == (9, (4, 4))
     meta.check(config.tokenizer, CaptionTokenizer(8, 300), config.output)
-    with pytest.raises(UserError, match="tokenized otherwise"):
+    with pytest.raises(UserError, match="not tokenized with"):
         meta.check(config.tokenizer, CaptionTokenizer(9, 300), config.output)
     save_tokenizer(tmp_path / "other", SHAPE, VQGAN(SHAPE).state_dict())
-    with pytest.raises(UserError, match="made by another tokenizer"):
+    with pytest.raises(UserError, match="from another tokenizer"):
         meta.check(tmp_path / "other", CaptionTokenizer(8, 300), config.output)
 
 
@@ -185,7 +185,7 @@ def rows(shard: Shard) -> list[dict[str, Any]]:
 def test_wrong_sizes_and_wrong_shards_are_one_sentence(config: TokenizeConfig) -> None:
     with pytest.raises(UserError, match="not a multiple"):
         tokenize_shards(config.model_copy(update={"size": 18}), CPU)
-    with pytest.raises(UserError, match="hold no tokens"):
+    with pytest.raises(UserError, match="contain no tokens"):
         TokenSetMeta.of(ShardSet.open(config.images))
     assert next(iter(read_shard(ShardSet.open(config.images).shards[0])))[KEY] == "00000"
 
@@ -339,7 +339,7 @@ def test_sets_without_captions(config: TokenizeConfig, tmp_path: Path) -> None:
     assert (first["cls"], second["cls"], second["txt"]) == (4, 0, "b")
     meta = TokenSetMeta.of(shards)
     meta.check(config.tokenizer, None, config.output)
-    with pytest.raises(UserError, match="have no captions' ids"):
+    with pytest.raises(UserError, match="have no caption ids"):
         meta.check(config.tokenizer, CaptionTokenizer(8, 300), config.output)
 
 
@@ -373,7 +373,7 @@ def test_tokens_of_another_codebook_map_are_refused(config: TokenizeConfig, tmp_
     mapped = remap_shards(config.output, tmp_path / "mapped", config.tokenizer, one)
     TokenSetMeta.of(mapped).check(one, None, mapped.folder)
     for wrong in (other, config.tokenizer):
-        with pytest.raises(UserError, match="made by another tokenizer"):
+        with pytest.raises(UserError, match="from another tokenizer"):
             TokenSetMeta.of(mapped).check(wrong, None, mapped.folder)
     assert meta.device == "cpu"
 

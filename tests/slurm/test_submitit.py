@@ -41,7 +41,7 @@ def test_what_follows_on_how_ranks_end(
     ended = cluster.finished(job)
     assert (ended.state, ended.exit_code, ended.restarts) == (state, code, starts - 1)
     found = launch.states()[job]
-    assert found.said.startswith(said)
+    assert found.summary.startswith(said)
     assert found.code == code
     assert len(list(tmp_path.glob("start-*-rank-1"))) == starts
     assert (tmp_path / "start-0-rank-1").read_text().split()[:3] == ["2", "0", "vqd1"]
@@ -57,7 +57,7 @@ def test_a_cancelled_job_does_not_come_back(cluster: Cluster, tmp_path: Path) ->
     assert (ended.state, ended.restarts) == ("CANCELLED", 0)
     time.sleep(3)
     assert cluster.job(job).state == "CANCELLED"
-    assert launch.states()[job].said.startswith("cancelled")
+    assert launch.states()[job].summary.startswith("canceled")
 
 
 def test_a_preempted_job_comes_back(cluster: Cluster, tmp_path: Path) -> None:

@@ -8,9 +8,7 @@ from pathlib import Path
 
 from vqd_scale.core.atomic_io import Location, parse_location
 from vqd_scale.core.config import ConfigType, load_config, to_yaml
-from vqd_scale.core.errors import FirstRankError, UserError
-
-USER_MISTAKE = 2
+from vqd_scale.core.errors import USER_ERROR_EXIT_CODE, FirstRankError, UserError
 
 
 def tool_parser(description: str, example: str) -> argparse.ArgumentParser:
@@ -89,7 +87,7 @@ def run_tool(
     except UserError as error:
         if not (isinstance(error, FirstRankError) or _is_an_echo()):
             print(f"{parser.prog}: {error}", file=sys.stderr)
-        raise SystemExit(USER_MISTAKE) from None
+        raise SystemExit(USER_ERROR_EXIT_CODE) from None
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; the same command goes on from here.", file=sys.stderr)
         raise SystemExit(130) from None

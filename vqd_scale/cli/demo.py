@@ -12,7 +12,7 @@ from vqd_scale.cli.base import run_tool, tool_parser
 from vqd_scale.core.atomic_io import publish_json, read_json
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.world import computes_bfloat16
-from vqd_scale.launchers.local import run_on_this_machine
+from vqd_scale.launchers.local import run_locally
 from vqd_scale.reports.html import FiguresSection, ImageSection, TextSection, html_report
 from vqd_scale.reports.plots import Series, plot_curves
 from vqd_scale.training.logging.metrics import read_metrics
@@ -174,7 +174,7 @@ def _run(stages: list[Stage], tools: Path, out: Path) -> dict[str, float]:
             continue
         print(f": {stage.tool} {' '.join(stage.arguments)}", flush=True)
         began = time.monotonic()
-        status = run_on_this_machine(tools / stage.tool, stage.arguments, stage.ranks)
+        status = run_locally(tools / stage.tool, stage.arguments, stage.ranks)
         if status != 0:
             raise UserError(f"{stage.name} ended with exit code {status}; mend what it says and start again.")
         seconds[stage.name] = round(time.monotonic() - began, 1)

@@ -18,7 +18,7 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.provenance import modified_files, provenance
 from vqd_scale.data.loading.stream import StreamConfig
 from vqd_scale.data.shards.shard_index import ShardSet
-from vqd_scale.launchers.base import copy_of_the_code
+from vqd_scale.launchers.base import copy_source
 from vqd_scale.launchers.job_record import Cluster, Launch, newest_launch
 from vqd_scale.launchers.slurm import Resources, submit
 from vqd_scale.preparation.tokenize_shards import TokenizeConfig
@@ -156,7 +156,7 @@ def _status() -> Tool:
     def run(arguments: argparse.Namespace) -> None:
         launch = newest_launch(arguments.folder)
         for job, state in launch.states().items():
-            print(f"{launch.what} {job}: {state.said}{_progress(launch)}")
+            print(f"{launch.name} {job}: {state.summary}{_progress(launch)}")
             print(f"  {launch.logs(job)[1]}")
 
     return parser, run
@@ -171,7 +171,7 @@ def _cancel() -> Tool:
     def run(arguments: argparse.Namespace) -> None:
         launch = newest_launch(arguments.folder)
         launch.cancel()
-        print(f"cancelled: {', '.join(launch.jobs)}")
+        print(f"canceled: {', '.join(launch.jobs)}")
 
     return parser, run
 
@@ -227,7 +227,7 @@ def _launch(work: _Work, arguments: argparse.Namespace) -> None:
 
 
 def _submitted(work: _Work, folder: Path, arguments: argparse.Namespace) -> Launch:
-    code = copy_of_the_code(folder / "code").absolute()
+    code = copy_source(folder / "code").absolute()
     configuration: list[str] = []
     if work.config is not None:
         publish_text(folder / "config.yaml", to_yaml(work.config))
@@ -271,7 +271,7 @@ def _follow(launch: Launch) -> None:
             break
         time.sleep(_POLL_SECONDS)
     for job, state in states.items():
-        print(f"{launch.what} {job}: {state.said}")
+        print(f"{launch.name} {job}: {state.summary}")
     worst = max(state.code or 0 for state in states.values())
     if worst:
         raise SystemExit(worst)
@@ -290,7 +290,7 @@ def _show(log: Path, start: int) -> int:
 
 
 def _progress(launch: Launch) -> str:
-    rows = read_metrics(Path(launch.run) / "metrics.jsonl") if launch.what in ("train", "tokenizer") else []
+    rows = read_metrics(Path(launch.run) / "metrics.jsonl") if launch.name in ("train", "tokenizer") else []
     return f", {rows[-1]['images']:,} images seen" if rows else ""
 
 

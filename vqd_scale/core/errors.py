@@ -1,3 +1,7 @@
+USER_ERROR_EXIT_CODE = 2
+"""Exit code of a tool after a `UserError`; a restart would fail in the same way."""
+
+
 class UserError(Exception):
     """Error that the user can fix.
 

@@ -9,16 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from vqd_scale.core.errors import UserError
+from vqd_scale.core.errors import USER_ERROR_EXIT_CODE, UserError
 from vqd_scale.core.signals import STOP_SIGNALS
-
-MISTAKE = 2
-"""Exit code of a tool after a `UserError`; a restart would fail in the same way."""
 
 _DIE_WITH_PARENT = 1
 
 
-def started(
+def start_process(
     command: Sequence[str], environment: Mapping[str, str], folder: Path
 ) -> "subprocess.Popen[bytes]":
     """Start a command as a child process that the kernel kills when this process dies for any reason.
@@ -34,42 +31,42 @@ def started(
 
 
 @contextmanager
-def forwarding_signals(processes: Sequence["subprocess.Popen[bytes]"]) -> Generator[None]:
+def forward_signals(processes: Sequence["subprocess.Popen[bytes]"]) -> Generator[None]:
     """Forward stop signals to the ranks, which save a checkpoint and exit by themselves."""
 
     def forward(number: int, frame: FrameType | None) -> None:
         for process in processes:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    handlers = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def note_end(ends: Path, rank: int, code: int) -> None:
+def write_exit_code(folder: Path, rank: int, code: int) -> None:
     """Write the exit code of a rank to a file that the launchers of the other ranks can read."""
-    ends.mkdir(parents=True, exist_ok=True)
-    (ends / str(rank)).write_text(f"{code}\n", encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / str(rank)).write_text(f"{code}\n", encoding="utf-8")
 
 
-def noted_ends(ends: Path) -> dict[int, int]:
+def read_exit_codes(folder: Path) -> dict[int, int]:
     """Return the exit codes of finished ranks, by rank; a lost rank has no entry."""
-    if not ends.exists():
+    if not folder.exists():
         return {}
-    texts = {int(path.name): path.read_text(encoding="utf-8").strip() for path in ends.iterdir()}
+    texts = {int(path.name): path.read_text(encoding="utf-8").strip() for path in folder.iterdir()}
     # A file is briefly empty while its rank writes it.
     return {rank: int(text) for rank, text in sorted(texts.items()) if text}
 
 
-def mistaken_rank(ends: Mapping[int, int]) -> int | None:
-    """Return the first rank that exited with `MISTAKE`, if any; ranks that waited for it are ignored."""
-    return next((rank for rank, code in ends.items() if code == MISTAKE), None)
+def rank_with_user_error(exit_codes: Mapping[int, int]) -> int | None:
+    """Return the first rank with `USER_ERROR_EXIT_CODE`, if any; ranks that waited for it are ignored."""
+    return next((rank for rank, code in exit_codes.items() if code == USER_ERROR_EXIT_CODE), None)
 
 
-def copy_of_the_code(folder: Path) -> Path:
+def copy_source(folder: Path) -> Path:
     """Copy this package and its tools, so that a restarted job runs the submitted code.
 
     Returns:

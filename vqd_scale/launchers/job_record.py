@@ -14,7 +14,7 @@ from vqd_scale.core.errors import UserError
 
 Cluster = Literal["slurm", "local", "debug"]
 
-CANCELLED = "cancelled"
+CANCELED = "canceled"
 """Name of the marker file in a launch folder that prevents restarts of its jobs."""
 
 _LAUNCH = "launch.json"
@@ -36,7 +36,7 @@ class Launch:
 
     Attributes:
         folder: Folder of the jobs' files.
-        what: Name of the launched work, such as ``train``.
+        name: Name of the launched work, such as ``train``.
         cluster: Cluster on which the jobs run: ``slurm``, ``local`` or ``debug``.
         jobs: Job IDs; more than one for a job array.
         run: Folder of the run or of its results.
@@ -44,7 +44,7 @@ class Launch:
     """
 
     folder: Path
-    what: str
+    name: str
     cluster: Cluster
     jobs: tuple[str, ...]
     run: str
@@ -81,24 +81,24 @@ class Launch:
         Raises:
             UserError: Slurm refuses.
         """
-        (self.folder / CANCELLED).touch()
-        going_on = [job for job, state in self.states().items() if not state.has_ended]
-        if self.cluster == "slurm" and going_on:
-            _slurm("scancel", *going_on)
-        for job in going_on if self.cluster == "local" else []:
+        (self.folder / CANCELED).touch()
+        running = [job for job, state in self.states().items() if not state.has_ended]
+        if self.cluster == "slurm" and running:
+            _slurm("scancel", *running)
+        for job in running if self.cluster == "local" else []:
             os.kill(int(job), signal.SIGTERM)
 
-    def _state(self, job: str, of_slurm: str | None) -> "State":
-        if of_slurm is not None:
-            return State(of_slurm, None)
+    def _state(self, job: str, slurm_state: str | None) -> "State":
+        if slurm_state is not None:
+            return State(slurm_state, None)
         if self.cluster == "local" and _is_running(int(job)):
             return State("running", None)
         outcome = outcome_file(self.folder, job)
         if outcome.exists():
             values = read_json(outcome, "outcome")
-            return State(values["said"], values["code"])
-        why = "cancelled" if (self.folder / CANCELLED).exists() else "ended without a word: see its logs"
-        return State(why, 1)
+            return State(values["summary"], values["code"])
+        summary = "canceled" if (self.folder / CANCELED).exists() else "ended without outcome: see its logs"
+        return State(summary, 1)
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ class State:
     """State of a job.
 
     Attributes:
-        said: Description of the state for the user.
+        summary: Description of the state for the user.
         code: Exit code of the job; None while it is queued or running.
     """
 
-    said: str
+    summary: str
     code: int | None
 
     @property
@@ -125,12 +125,12 @@ def newest_launch(folder: Path) -> Launch:
     Raises:
         UserError: The folder contains no launch record.
     """
-    found = sorted(
+    folders = sorted(
         path.parent for pattern in ("", "*/", "jobs/*/") for path in folder.glob(f"{pattern}{_LAUNCH}")
     )
-    if not found:
-        raise UserError(f"{folder}: nothing was launched there; name a run's folder, or a launch's own.")
-    return Launch.read(max(found, key=lambda path: path.name))
+    if not folders:
+        raise UserError(f"{folder}: contains no launch; name the folder of a run or of a launch.")
+    return Launch.read(max(folders, key=lambda path: path.name))
 
 
 def outcome_file(folder: Path, job: str) -> Path:
@@ -138,7 +138,7 @@ def outcome_file(folder: Path, job: str) -> Path:
     return folder / "outcomes" / f"{job}.json"
 
 
-def goes_on(job: str) -> bool:
+def is_running_in_slurm(job: str) -> bool:
     """Return whether Slurm lists a job as running; a requeue would revive a canceled or timed-out job."""
     return _slurm("squeue", "--noheader", "--format=%T", f"--jobs={job}").strip() == "RUNNING"
 
@@ -148,27 +148,27 @@ def _states_of_slurm(jobs: Sequence[str]) -> dict[str, str]:
     numbers = ",".join(sorted({job.partition("_")[0] for job in jobs}))
     command = ["squeue", "--noheader", "--array", "--format=%i|%T|%r|%N", f"--jobs={numbers}"]
     try:
-        listed = _slurm(*command)
+        output = _slurm(*command)
     except UserError as error:
         if "Invalid job id" in str(error):
             return {}
         raise
-    found: dict[str, str] = {}
-    for line in listed.splitlines():
+    states: dict[str, str] = {}
+    for line in output.splitlines():
         job, state, reason, nodes = line.split("|")
         if state not in _ENDED:
-            found[job] = f"{state.lower()} on {nodes}" if nodes else f"{state.lower()} ({reason})"
-    return found
+            states[job] = f"{state.lower()} on {nodes}" if nodes else f"{state.lower()} ({reason})"
+    return states
 
 
 def _slurm(*command: str) -> str:
     program = shutil.which(command[0])
     if program is None:
-        raise UserError(f"{command[0]}: not found; this machine knows no Slurm.")
-    done = subprocess.run([program, *command[1:]], capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode != 0:
-        raise UserError(f"{command[0]}: {last_line_of(done.stderr) or 'failed'}")
-    return done.stdout
+        raise UserError(f"{command[0]}: not found; this machine has no Slurm.")
+    result = subprocess.run([program, *command[1:]], capture_output=True, text=True, check=False)  # noqa: S603
+    if result.returncode != 0:
+        raise UserError(f"{command[0]}: {last_line_of(result.stderr) or 'failed'}")
+    return result.stdout
 
 
 def _is_running(process: int) -> bool:

@@ -11,13 +11,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from vqd_scale.launchers.base import forwarding_signals, started
+from vqd_scale.launchers.base import forward_signals, start_process
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 10.0
 
 
-def run_on_this_machine(tool: Path, arguments: Sequence[str], ranks: int) -> int:
+def run_locally(tool: Path, arguments: Sequence[str], ranks: int) -> int:
     """Run a tool on ``ranks`` processes that share the CPU cores, and wait for them.
 
     If one rank fails, the others are terminated, because they would wait for it forever. If this process dies
@@ -30,8 +30,10 @@ def run_on_this_machine(tool: Path, arguments: Sequence[str], ranks: int) -> int
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     command = [sys.executable, str(tool), *arguments]
-    processes = [started(command, rank_environment(rank, ranks, port), Path.cwd()) for rank in range(ranks)]
-    with forwarding_signals(processes):
+    processes = [
+        start_process(command, rank_environment(rank, ranks, port), Path.cwd()) for rank in range(ranks)
+    ]
+    with forward_signals(processes):
         try:
             return _wait(processes)
         finally:

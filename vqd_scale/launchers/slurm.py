@@ -23,16 +23,22 @@ from submitit.core.logger import get_logger
 from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, JobPaths
 
 from vqd_scale.core.atomic_io import publish_json
-from vqd_scale.core.errors import UserError
+from vqd_scale.core.errors import USER_ERROR_EXIT_CODE, UserError
 from vqd_scale.launchers.base import (
-    MISTAKE,
-    forwarding_signals,
-    mistaken_rank,
-    note_end,
-    noted_ends,
-    started,
+    forward_signals,
+    rank_with_user_error,
+    read_exit_codes,
+    start_process,
+    write_exit_code,
 )
-from vqd_scale.launchers.job_record import CANCELLED, Cluster, Launch, goes_on, last_line_of, outcome_file
+from vqd_scale.launchers.job_record import (
+    CANCELED,
+    Cluster,
+    Launch,
+    is_running_in_slurm,
+    last_line_of,
+    outcome_file,
+)
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 60.0
@@ -102,14 +108,14 @@ class Rank:
         start = int(os.environ.get("SLURM_RESTART_COUNT", self.starts))
         ends = self.folder / "ends" / f"{job.job_id}-{start}"
         requeue = signal.getsignal(job._usr_sig())  # pyright: ignore[reportPrivateUsage]
-        process = started(self.command, self._environment(job), self.workplace)
-        with forwarding_signals([process]):
+        process = start_process(self.command, self._environment(job), self.workplace)
+        with forward_signals([process]):
             code = _watched(process, ends) if job.global_rank == 0 else process.wait()
         # A negative exit code is a signal number.
         code = code if code >= 0 else 128 - code
-        note_end(ends, job.global_rank, code)
+        write_exit_code(ends, job.global_rank, code)
         if job.global_rank == 0:
-            self._conclude(job, noted_ends(ends), code, start, requeue)
+            self._conclude(job, read_exit_codes(ends), code, start, requeue)
 
     def checkpoint(self) -> DelayedSubmission:
         """Return the submission for Submitit's restart; the tool resumes from its own checkpoint."""
@@ -132,35 +138,36 @@ class Rank:
     def _conclude(
         self,
         job: JobEnvironment,
-        ends: Mapping[int, int],
+        exit_codes: Mapping[int, int],
         code: int,
         start: int,
         requeue: Any,  # noqa: ANN401 - a handler of signals
     ) -> None:
+        failed = rank_with_user_error(exit_codes)
         if code == 0:
-            self._say(job, 0, "done")
+            self._record(job, 0, "done")
             return
-        mistaken = mistaken_rank(ends)
-        if mistaken is not None:
-            log = JobPaths(job.paths.folder, job.job_id, mistaken).stderr
-            self._say(job, MISTAKE, _last_line(log))
-            raise SystemExit(MISTAKE)
-        if (self.folder / CANCELLED).exists() or (job.cluster == "slurm" and not goes_on(job.job_id)):
-            self._say(job, code, "cancelled, or past its time limit")
-            raise SystemExit(code)
-        if start >= self.requeues or not callable(requeue):
-            self._say(
-                job,
-                code,
-                f"ended with exit code {code} after all {start} restarts that --requeues allows; look at the "
-                "logs, then launch it again: it goes on from its newest checkpoint.",
+        if failed is not None:
+            code = USER_ERROR_EXIT_CODE
+            summary = _last_line(JobPaths(job.paths.folder, job.job_id, failed).stderr)
+        elif (self.folder / CANCELED).exists() or (
+            job.cluster == "slurm" and not is_running_in_slurm(job.job_id)
+        ):
+            summary = "canceled, or past its time limit"
+        elif start >= self.requeues or not callable(requeue):
+            summary = (
+                f"ended with exit code {code} after all {start} restarts that --max-requeues allows; look at "
+                "the logs, then launch it again: it resumes from its newest checkpoint."
             )
-            raise SystemExit(code)
-        get_logger().warning("ended with exit code %d; the job is queued again", code)
-        requeue(job._usr_sig(), None)  # pyright: ignore[reportPrivateUsage]
+        else:
+            get_logger().warning("ended with exit code %d; the job is queued again", code)
+            requeue(job._usr_sig(), None)  # pyright: ignore[reportPrivateUsage]
+            return
+        self._record(job, code, summary)
+        raise SystemExit(code)
 
-    def _say(self, job: JobEnvironment, code: int, said: str) -> None:
-        publish_json(outcome_file(self.folder, job.job_id), {"code": code, "said": said})
+    def _record(self, job: JobEnvironment, code: int, summary: str) -> None:
+        publish_json(outcome_file(self.folder, job.job_id), {"code": code, "summary": summary})
 
 
 def _watched(process: "subprocess.Popen[bytes]", ends: Path) -> int:
@@ -170,14 +177,14 @@ def _watched(process: "subprocess.Popen[bytes]", ends: Path) -> int:
         try:
             return process.wait(timeout=_POLL_SECONDS)
         except subprocess.TimeoutExpired:
-            if deadline == float("inf") and any(noted_ends(ends).values()):
+            if deadline == float("inf") and any(read_exit_codes(ends).values()):
                 deadline = time.monotonic() + _GRACE_SECONDS
             if time.monotonic() > deadline:
                 process.kill()
 
 
 def submit(
-    what: str,
+    name: str,
     commands: Sequence[Sequence[str]],
     resources: Resources,
     folder: Path,
@@ -188,7 +195,7 @@ def submit(
     """Submit one command as a job, or several commands as a job array.
 
     Args:
-        what: Name of the work, used in the job name.
+        name: Name of the work, used in the job name.
         commands: Program and arguments of each job; all ranks of a job run the same command.
         resources: Resources of each job.
         folder: Folder of the jobs' files, on a file system shared by all nodes.
@@ -202,7 +209,7 @@ def submit(
     folder, code = folder.absolute(), code.absolute()
     try:
         executor = submitit.AutoExecutor(folder / "logs", cluster=resources.cluster, **_bounds(resources))
-        executor.update_parameters(**_parameters(what, resources))
+        executor.update_parameters(**_parameters(name, resources))
         ranks = [Rank(tuple(command), code, Path.cwd(), folder, resources.requeues) for command in commands]
         # The nodes import the launcher from the submission's working directory, thus from the code copy.
         # Submitit copies sbatch's message to stderr; it is suppressed because the UserError repeats it.
@@ -210,7 +217,7 @@ def submit(
             jobs = [executor.submit(rank) for rank in ranks]
     except (RuntimeError, ValueError, FailedJobError, FailedSubmissionError) as error:
         raise UserError(f"{_reason(error)}; nothing was submitted.") from None
-    launch = Launch(folder, what, resources.cluster, tuple(job.job_id for job in jobs), run, dict(details))
+    launch = Launch(folder, name, resources.cluster, tuple(job.job_id for job in jobs), run, dict(details))
     launch.write()
     if resources.cluster == "debug":
         for job in jobs:
@@ -234,11 +241,11 @@ def _bounds(resources: Resources) -> dict[str, Any]:
     )
 
 
-def _parameters(what: str, resources: Resources) -> dict[str, Any]:
-    least, _, most = resources.nodes.partition("-")
+def _parameters(name: str, resources: Resources) -> dict[str, Any]:
+    fewest, _, nodes = resources.nodes.partition("-")
     values: dict[str, Any] = {
-        "name": f"vqd-{what}",
-        "nodes": int(most or least),
+        "name": f"vqd-{name}",
+        "nodes": int(nodes or fewest),
         "tasks_per_node": resources.ranks_per_node,
         "gpus_per_node": resources.gpus_per_node,
         "cpus_per_task": resources.cpus_per_task,
@@ -260,23 +267,23 @@ def _parameters(what: str, resources: Resources) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _inside(folder: Path) -> Generator[None]:
-    before = Path.cwd()
+    previous = Path.cwd()
     os.chdir(folder)
     try:
         yield
     finally:
-        os.chdir(before)
+        os.chdir(previous)
 
 
 def _reason(error: Exception) -> str:
     """Return the first error line of Slurm's or Submitit's message, or its last line if none is marked."""
     lines = [line.partition("error: ")[2] for line in str(error).splitlines() if "error: " in line]
     text = next(iter(lines), last_line_of(str(error))).rstrip(".")
-    return "this machine knows no Slurm: launch with --cluster local" if '"srun"' in text else text
+    return "this machine has no Slurm: launch with --cluster local" if '"srun"' in text else text
 
 
 def _last_line(log: Path) -> str:
     try:
         return last_line_of(log.read_text(encoding="utf-8", errors="replace"))
     except OSError:
-        return "a rank found a mistake, and its log cannot be read"
+        return "a rank ended with a user error, and its log cannot be read"

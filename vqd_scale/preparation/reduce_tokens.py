@@ -56,7 +56,7 @@ def count_codes(tokens: Location) -> Int[Tensor, " codes"]:
 
 
 def reduce_tokenizer(
-    full: Path, out: Path, counts: Int[Tensor, " codes"], least: int = 1, unused: Unused = "bucket"
+    full: Path, out: Path, counts: Int[Tensor, " codes"], min_count: int = 1, unused: Unused = "bucket"
 ) -> Reduced:
     """Write the bundle of a tokenizer reduced to the codes that occur.
 
@@ -64,7 +64,7 @@ def reduce_tokenizer(
         full: Bundle of the tokenizer with all codes.
         out: Output bundle.
         counts: Number of occurrences of each code; see `count_codes`.
-        least: Minimum number of occurrences of a used code.
+        min_count: Minimum number of occurrences of a used code.
         unused: Treatment of unused codes.
 
     Raises:
@@ -75,12 +75,12 @@ def reduce_tokenizer(
     if len(counts) != tokenizer.codes:
         raise UserError(
             f"{full}: has {tokenizer.codes} codes, but those of {len(counts)} were counted; count on shards "
-            f"that this tokenizer made."
+            f"of this tokenizer."
         )
     if unused == "bucket":
-        return _save(tokenizer, out, map_from_counts(counts, least), unused)
-    map = map_to_nearest(counts, tokenizer.code_vectors(), least)
-    return _save(tokenizer, out, map, unused, kept_codes(counts, least))
+        return _save(tokenizer, out, map_from_counts(counts, min_count), unused)
+    map = map_to_nearest(counts, tokenizer.code_vectors(), min_count)
+    return _save(tokenizer, out, map, unused, kept_codes(counts, min_count))
 
 
 def reduce_by_map(full: Path, out: Path, map: Int[Tensor, " full"]) -> Reduced:
@@ -110,24 +110,24 @@ def remap_shards(tokens: Location, out: Location, full: Path, reduced: Path) -> 
     source = ShardSet.open(tokens)
     meta = TokenSetMeta.of(source)
     meta.check(full, None, tokens)
-    whole, fewer = _full(full), load_tokenizer(reduced, _CPU)
-    if not isinstance(fewer, Reduced) or not _is_same(
-        cast(nn.Module, fewer.full).state_dict(), whole.state_dict()
+    tokenizer, target = _full(full), load_tokenizer(reduced, _CPU)
+    if not isinstance(target, Reduced) or not _is_same(
+        cast(nn.Module, target.full).state_dict(), tokenizer.state_dict()
     ):
         raise UserError(
-            f"{reduced}: is no reduction of the tokenizer in {full}, so that its map does not fit; reduce "
+            f"{reduced}: is not a reduction of the tokenizer in {full}, so its map does not fit; reduce "
             f"this tokenizer, or name the one that was reduced."
         )
-    map = fewer.map.numpy().astype(np.uint16 if fewer.codes <= np.iinfo(np.uint16).max + 1 else np.uint32)
+    map = target.map.numpy().astype(np.uint16 if target.codes <= np.iinfo(np.uint16).max + 1 else np.uint32)
     recipes = [
-        ShardRecipe(shard.path.name, shard.count, lambda shard=shard: _mapped(shard, map))
+        ShardRecipe(shard.path.name, shard.count, lambda shard=shard: _remapped_samples(shard, map))
         for shard in source.shards
     ]
-    described = replace(meta, codes=fewer.codes, tokenizer=tokenizer_fingerprint(reduced))
+    described = replace(meta, codes=target.codes, tokenizer=tokenizer_fingerprint(reduced))
     return write_shard_set(out, {**source.meta, **asdict(described)}, recipes, "remap")
 
 
-def _mapped(shard: Shard, map: NDArray[np.unsignedinteger[Any]]) -> Iterator[Sample]:
+def _remapped_samples(shard: Shard, map: NDArray[np.unsignedinteger[Any]]) -> Iterator[Sample]:
     for sample in read_shard(shard):
         yield {**sample, _TOKENS: map[_tokens(sample, shard)]}
 
@@ -154,16 +154,16 @@ def _save(
     out: Path,
     map: Int[Tensor, " full"],
     unused: Unused,
-    kept: Int[Tensor, " codes"] | None = None,
+    used: Int[Tensor, " codes"] | None = None,
 ) -> Reduced:
     codes = int(map.max()) + 1
     reduced = Reduced(tokenizer, codes, unused)
-    inner = {} if kept is None else {"kept": kept}
+    inner = {} if used is None else {"kept": used}
     reduced.load_state_dict({**reduced.state_dict(), "map": map, **inner})
     config = ReducedConfig(codebook_size=codes, unused=unused, full=tokenizer.config)
     save_tokenizer(out, config, reduced.state_dict())
     return reduced
 
 
-def _is_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def _is_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

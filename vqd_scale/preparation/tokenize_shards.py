@@ -143,18 +143,12 @@ class TokenSetMeta:
         """
         meta = shards.meta
         if meta.get("kind") != "tokens":
-            raise UserError(f"{shards.folder}: these shards hold no tokens; tokenize_shards.py makes them.")
-        rows, columns = meta["grid"]
-        return cls(
-            meta["codes"],
-            (rows, columns),
-            meta["tokenizer"],
-            meta["captions"],
-            meta["source"],
-            meta.get("encoding", str(EncodingConfig())),
-            meta.get("device", "cpu"),
-            meta.get("views", CENTER),
-        )
+            raise UserError(
+                f"{shards.folder}: these shards contain no tokens; tokenize_shards.py writes them."
+            )
+        values: dict[str, Any] = {name: meta[name] for name in cls.__dataclass_fields__ if name in meta}
+        values["grid"] = tuple(meta["grid"])
+        return cls(**values)
 
     def check(self, tokenizer: Path, captions: CaptionTokenizer | None, folder: Location) -> None:
         """Check that tokens match a tokenizer and, if captions are used, caption ids a vocabulary.
@@ -164,18 +158,18 @@ class TokenSetMeta:
         """
         if tokenizer_fingerprint(tokenizer) != self.tokenizer:
             raise UserError(
-                f"{folder}: these tokens were made by another tokenizer than {tokenizer}; tokenize the "
-                f"pictures again, or name the tokenizer they were made with."
+                f"{folder}: these tokens are from another tokenizer than {tokenizer}; tokenize the "
+                f"images again, or name the tokenizer they are from."
             )
         if captions is not None and not self.captions:
             raise UserError(
-                f"{folder}: these tokens have no captions' ids; tokenize the pictures with captions, or "
-                f"train a network whose condition is no text."
+                f"{folder}: these tokens have no caption ids; tokenize the images with captions, or "
+                f"train a network without text condition."
             )
         if captions is not None and captions.fingerprint != self.captions:
             raise UserError(
-                f"{folder}: the captions were tokenized otherwise than text.context_length="
-                f"{captions.context_length} and text.bpe_merges={captions.merges}; make both alike."
+                f"{folder}: the captions were not tokenized with text.context_length="
+                f"{captions.context_length} and text.bpe_merges={captions.merges}; use the same values."
             )
 
 
@@ -232,7 +226,7 @@ def tokenize_shards(
         for shard, slot in zip(source.shards, first_slots, strict=False)
     ]
     begin_set(config.output, meta)
-    whole = write_own_shards(
+    merged = write_own_shards(
         config.output,
         recipes,
         Worker() if worker is None else worker,
@@ -240,9 +234,9 @@ def tokenize_shards(
         "tokenize",
         max_bad_fraction=config.max_bad_fraction,
     )
-    if whole is not None:
-        publish_json(config.output / STATISTICS, statistics_of(whole), shared=True)
-        finish_set(config.output, meta, whole.shards)
+    if merged is not None:
+        publish_json(config.output / STATISTICS, statistics_of(merged), shared=True)
+        finish_set(config.output, meta, merged.shards)
     elif not is_complete(config.output):
         return None
     forget_parts(config.output)
@@ -263,31 +257,31 @@ def code_counts(shard: Shard, codes: int) -> Int64[NDArray[np.int64], " codes"]:
                 f"{shard.path}: the tokens of sample '{samples[rows[0]][KEY]}' cannot be read ({tokens}); "
                 f"delete the shard and make it again."
             )
-        found = np.bincount(tokens.reshape(-1), minlength=codes)
-        if len(found) > codes:
+        shard_counts = np.bincount(tokens.reshape(-1), minlength=codes)
+        if len(shard_counts) > codes:
             row = rows[int(tokens.reshape(len(rows), -1).max(axis=1).argmax())]
             raise UserError(
-                f"{shard.path}: sample '{samples[row][KEY]}' has the token {len(found) - 1}, but its "
+                f"{shard.path}: sample '{samples[row][KEY]}' has the token {len(shard_counts) - 1}, but its "
                 f"tokenizer has {codes} codes; delete the shard and make it again."
             )
-        counts += found
+        counts += shard_counts
     return counts
 
 
-def statistics_of(whole: WorkerIndex) -> dict[str, Any]:
+def statistics_of(merged: WorkerIndex) -> dict[str, Any]:
     """Compute JSON statistics of a token dataset: samples, captions, failures by reason, codebook usage."""
     failures = Counter(
         # Reasons that differ only in numbers are counted together.
-        re.sub(r"\d+", "N", left.reason)
-        for shard in whole.shards
-        for left in shard.left_out
+        re.sub(r"\d+", "N", sample.reason)
+        for shard in merged.shards
+        for sample in shard.left_out
     )
     return {
-        "samples": sum(shard.count for shard in whole.shards),
-        "captions": sum(shard.captions for shard in whole.shards),
+        "samples": sum(shard.count for shard in merged.shards),
+        "captions": sum(shard.captions for shard in merged.shards),
         "failures": dict(sorted(failures.items())),
-        "usage": asdict(usage_of(torch.from_numpy(whole.totals))),
-        "counts": whole.totals.tolist(),
+        "usage": asdict(usage_of(torch.from_numpy(merged.totals))),
+        "counts": merged.totals.tolist(),
     }
 
 
@@ -301,7 +295,7 @@ class _View:
         pixels: uint8 [size, size, 3].
         captions: Captions of the image, first the one in its ``txt``; empty without caption ids.
         is_list: True if the image's ``json`` lists the captions.
-        rest: Fields copied unchanged, by extension.
+        copied: Fields copied unchanged, by extension.
     """
 
     number: int
@@ -309,7 +303,7 @@ class _View:
     pixels: Pixels
     captions: list[str]
     is_list: bool
-    rest: dict[str, bytes | str]
+    copied: dict[str, bytes | str]
 
 
 class _ShardEncoder:
@@ -332,7 +326,7 @@ class _ShardEncoder:
         views = self._views(shard, first_slot, left_out)
         while batch := list(islice(views, self.config.batch_size)):
             for view, codes, ids in zip(batch, self._encode(batch), self._ids(batch), strict=True):
-                yield {KEY: view.key, "tokens.npy": codes, **ids, **view.rest}
+                yield {KEY: view.key, "tokens.npy": codes, **ids, **view.copied}
         yield from left_out
 
     def _views(self, shard: Shard, first_slot: int, left_out: list[SkippedSample]) -> Iterator[_View]:
@@ -343,12 +337,12 @@ class _ShardEncoder:
             except BadSample as error:
                 left_out.append(SkippedSample(sample[KEY], str(error)))
                 continue
-            rest = {name: sample[name] for name in ("txt", "json", "cls") if name in sample}
+            copied = {name: sample[name] for name in ("txt", "json", "cls") if name in sample}
             if captions:
-                rest["txt"] = captions[0]
+                copied["txt"] = captions[0]
             for number, pixels in enumerate(squares):
                 key = sample[KEY] if self.config.augmented_views is None else f"{sample[KEY]}_{number}"
-                yield _View(slot * len(squares) + number, key, pixels, captions, is_list, rest)
+                yield _View(slot * len(squares) + number, key, pixels, captions, is_list, copied)
 
     def _squares(self, sample: dict[str, Any], slot: int) -> list[Pixels]:
         """Return the crops of an image to encode."""
@@ -399,10 +393,10 @@ def _captions(sample: dict[str, Any]) -> tuple[list[str], bool]:
         raise BadSample("has no 'txt'")
     first = decode_text(sample["txt"])
     content = decode_json(sample["json"]) if "json" in sample else None
-    listed = cast("dict[str, Any]", content).get("captions") if isinstance(content, dict) else None
-    if not isinstance(listed, list) or not listed:
+    captions = cast("dict[str, Any]", content).get("captions") if isinstance(content, dict) else None
+    if not isinstance(captions, list) or not captions:
         return [first], False
-    others = [caption for caption in cast("list[Any]", listed)[1:] if isinstance(caption, str)]
-    if len(others) < len(cast("list[Any]", listed)) - 1:
-        raise BadSample("has captions in its 'json' that are no text")
-    return [first, *(decode_text(caption.encode()) for caption in others)], True
+    additional = [caption for caption in cast("list[Any]", captions)[1:] if isinstance(caption, str)]
+    if len(additional) < len(cast("list[Any]", captions)) - 1:
+        raise BadSample("has captions in its 'json' that are not text")
+    return [first, *(decode_text(caption.encode()) for caption in additional)], True
