@@ -1,7 +1,9 @@
-"""Who may import whom: DESIGN's one direction, the owners of heavy libraries, and no cycles.
+"""Import rules: one direction between folders, one owner per heavy library, and no cycles.
 
-Every import counts, be it at the top of a file, inside a function or for type checking only. Each rule is a
-function from parsed modules to complaints; it is tried on planted sources before it is held to the package.
+Every import counts: at the top of a file, inside a function, or for type checking only. There is one
+exception: the configuration modules (``config.py``) are the registries, and their classes import what they
+build inside `build`; for cycles only their imports at the top count. Each rule is a function from parsed
+modules to errors. It is tried on planted sources before it is applied to the package.
 """
 
 import ast
@@ -35,6 +37,8 @@ OWNERS = {
     "botocore": ("core.s3_client",),
     "aiohttp": ("core.s3_client",),
 }
+HEAVY = {"torch", "torchvision", "open_clip", "deepspeed", "scipy", "sklearn", "matplotlib", "wandb"}
+"""Libraries that take a second or more to import."""
 PURE = {"torch", "pydantic", "jaxtyping", "numpy", "triton", "typing_extensions"}
 
 Modules = Mapping[str, ast.Module]
@@ -52,22 +56,29 @@ def the_package() -> Modules:
     )
 
 
-def imported(module: str, tree: ast.Module, known: Modules) -> set[str]:
-    """The modules that a module names: of this package the exact ones, of others as they are written."""
-    found: set[str] = set()
+def imported(module: str, tree: ast.Module, modules: Modules) -> set[str]:
+    """Return the modules that a module imports: exact modules of this package, others as written."""
+    names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 parents = module.split(".")[: -node.level]
                 base = ".".join([*parents, base] if base else parents)
             members = {f"{base}.{alias.name}" for alias in node.names}
-            found.update({member if member in known else base for member in members})
+            names.update({member if member in modules else base for member in members})
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            found.update(str(name.value) for name in node.args[:1] if isinstance(name, ast.Constant))
-    return found
+            names.update(str(name.value) for name in node.args[:1] if isinstance(name, ast.Constant))
+    return names
+
+
+def imported_at_start(module: str, tree: ast.Module, modules: Modules) -> set[str]:
+    """Return the parent packages that Python imports with a module."""
+    top = [node for node in tree.body if not isinstance(node, ast.If)]
+    bodies = [node for node in top if isinstance(node, ast.Import | ast.ImportFrom | ast.Try)]
+    return imported(module, ast.Module(body=[*bodies], type_ignores=[]), modules)
 
 
 def folder_of(module: str) -> str:
@@ -80,11 +91,11 @@ def layer_of(folder: str) -> int:
 
 def against_the_order(modules: Modules) -> list[str]:
     return [
-        f"{module} imports {other}"
+        f"{module} imports {import_name}"
         for module, tree in modules.items()
-        for other in imported(module, tree, modules)
-        if folder_of(module) and folder_of(other) and folder_of(module) != folder_of(other)
-        if layer_of(folder_of(other)) >= layer_of(folder_of(module))
+        for import_name in imported(module, tree, modules)
+        if folder_of(module) and folder_of(import_name) and folder_of(module) != folder_of(import_name)
+        if layer_of(folder_of(import_name)) >= layer_of(folder_of(module))
     ]
 
 
@@ -92,18 +103,18 @@ def not_the_owner(modules: Modules) -> list[str]:
     return [
         f"{module} imports {library}"
         for module, tree in modules.items()
-        for other in imported(module, tree, modules)
-        for library in OWNERS.keys() & {other.split(".")[0]}
+        for import_name in imported(module, tree, modules)
+        for library in OWNERS.keys() & {import_name.split(".")[0]}
         if not any(f"{module}.".startswith(f"{PACKAGE}.{owner}.") for owner in OWNERS[library])
     ]
 
 
 def another_array_type(modules: Modules) -> list[str]:
-    """How numpy spells its array types changes; `core.arrays` has one that does not."""
+    """Return uses of numpy's own array types, whose spelling changes; `core.arrays` has a stable one."""
     return [
-        f"{module} names {other}"
+        f"{module} names {import_name}"
         for module, tree in modules.items()
-        for other in [
+        for import_name in [
             *(name for name in imported(module, tree, modules) if name.startswith("numpy.typing")),
             *(
                 ast.unparse(node)
@@ -117,17 +128,44 @@ def another_array_type(modules: Modules) -> list[str]:
 
 def impure_mathematics(modules: Modules) -> list[str]:
     return [
-        f"{module} imports {other}"
+        f"{module} imports {import_name}"
         for module, tree in modules.items()
         if folder_of(module) == "diffusion"
-        for other in imported(module, tree, modules)
-        if (library := other.split(".")[0]) != PACKAGE
+        for import_name in imported(module, tree, modules)
+        if (library := import_name.split(".")[0]) != PACKAGE
         if library not in PURE and library not in sys.stdlib_module_names
     ]
 
 
+def slow_start(modules: Modules) -> list[str]:
+    """Return configurations and command lines that cannot be imported without torch or its like."""
+    starts = {module: imported_at_start(module, tree, modules) for module, tree in modules.items()}
+
+    def reached(module: str, visited: set[str]) -> set[str]:
+        for import_name in starts.get(module, set()) - visited:
+            visited.add(import_name)
+            reached(import_name, visited)
+        return visited
+
+    return [
+        f"{module} imports {import_name}"
+        for module in modules
+        if is_configuration(module) or folder_of(module) == "cli"
+        for import_name in reached(module, set())
+        if import_name.split(".")[0] in HEAVY
+    ]
+
+
+def is_configuration(module: str) -> bool:
+    return module.split(".")[-1] == "config"
+
+
 def cycles(modules: Modules) -> list[str]:
-    graph = {module: imported(module, tree, modules) & modules.keys() for module, tree in modules.items()}
+    graph = {
+        module: (imported_at_start if is_configuration(module) else imported)(module, tree, modules)
+        & modules.keys()
+        for module, tree in modules.items()
+    }
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -135,7 +173,7 @@ def cycles(modules: Modules) -> list[str]:
     return []
 
 
-RULES = [against_the_order, not_the_owner, another_array_type, impure_mathematics, cycles]
+RULES = [against_the_order, not_the_owner, another_array_type, impure_mathematics, slow_start, cycles]
 
 BROKEN = [
     (against_the_order, {"vqd_scale.core.a": "from vqd_scale.data.b import c", "vqd_scale.data.b": ""}),
@@ -151,6 +189,15 @@ BROKEN = [
     (another_array_type, {"vqd_scale.data.a": "from numpy.typing import NDArray"}),
     (another_array_type, {"vqd_scale.data.a": "def f(x: np.ndarray) -> None: ..."}),
     (impure_mathematics, {"vqd_scale.diffusion.a": "import scipy.special"}),
+    (slow_start, {"vqd_scale.nn.config": "import torch"}),
+    (
+        slow_start,
+        {"vqd_scale.cli.train": "from vqd_scale.nn.a import b", "vqd_scale.nn.a": "from torch import nn"},
+    ),
+    (
+        cycles,
+        {"vqd_scale.nn.config": "import vqd_scale.nn.a", "vqd_scale.nn.a": "import vqd_scale.nn.config"},
+    ),
     (cycles, {"vqd_scale.core.a": "from vqd_scale.core.b import x", "vqd_scale.core.b": "from . import a"}),
     (
         cycles,
@@ -165,6 +212,9 @@ SOUND = {
     "vqd_scale": "",
     "vqd_scale.core.a": "import torch",
     "vqd_scale.core.config": "import yaml",
+    "vqd_scale.nn.config": "def build():\n    import vqd_scale.nn.network",
+    "vqd_scale.nn.network": "import torch\nimport vqd_scale.nn.config",
+    "vqd_scale.cli.train": "import vqd_scale.nn.config\ndef run():\n    import vqd_scale.nn.network",
     "vqd_scale.diffusion.a": "import math\nfrom torch import nn\nfrom . import b\nimport vqd_scale.core.a",
     "vqd_scale.diffusion.b": "from vqd_scale.core import a",
     "vqd_scale.data.shards.shard_io": "from webdataset import ShardWriter",
@@ -174,28 +224,30 @@ SOUND = {
 
 
 @pytest.mark.parametrize(("rule", "sources"), BROKEN)
-def test_a_planted_offence_is_found(rule: Callable[[Modules], list[str]], sources: Mapping[str, str]) -> None:
+def test_each_rule_finds_planted_offenses(
+    rule: Callable[[Modules], list[str]], sources: Mapping[str, str]
+) -> None:
     assert rule(modules_of(sources))
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_sound_sources_pass(rule: Callable[[Modules], list[str]]) -> None:
+def test_each_rule_passes_valid_sources(rule: Callable[[Modules], list[str]]) -> None:
     assert rule(modules_of(SOUND)) == []
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_package_obeys(rule: Callable[[Modules], list[str]]) -> None:
+def test_package_satisfies_rule(rule: Callable[[Modules], list[str]]) -> None:
     assert rule(the_package()) == []
 
 
-def test_every_folder_has_its_place() -> None:
+def test_every_folder_has_a_layer() -> None:
     folders = {path.parent.name for path in (ROOT / PACKAGE).glob("*/__init__.py")}
     assert folders <= set.union(*LAYERS)
     assert "core" in folders
 
 
-def test_a_tool_does_nothing_but_run_its_command() -> None:
-    # Without the guard every data worker, which imports the tool anew, would start the tool itself.
+def test_tools_only_run_their_command() -> None:
+    # Without the guard every data worker, which imports the tool again, would start it.
     tools = [tool for tool in sorted((ROOT / "tools").glob("*.py")) if not tool.name.startswith("_")]
     assert tools
     start = 'from _environment import run\n\nif __name__ == "__main__":\n    run("{}")\n'

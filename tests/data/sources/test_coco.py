@@ -10,14 +10,15 @@ from webdataset.compat import WebDataset
 
 from vqd_scale.cli.make_shards import main
 from vqd_scale.core.errors import UserError
+from vqd_scale.data.config import StreamConfig
 from vqd_scale.data.loading.batch import ImageBatch
 from vqd_scale.data.loading.sample_readers import ImageSamples
-from vqd_scale.data.loading.stream import Stream, StreamConfig
+from vqd_scale.data.loading.stream import Stream
 from vqd_scale.data.shards.quarantine import QUARANTINE
 from vqd_scale.data.shards.shard_index import ShardSet, read_table
 from vqd_scale.data.shards.shard_io import KEY, read_shard
 from vqd_scale.data.sources.base import Jpeg
-from vqd_scale.data.sources.coco import CocoConfig, write_coco
+from vqd_scale.data.sources.coco import CocoConfig
 from vqd_scale.data.transforms import NearCenterCrop
 
 Place = Callable[..., Path]
@@ -27,10 +28,14 @@ IDS = (581929, 9, 25, 30)
 
 
 def captions_file(part: str, names: dict[int, str]) -> dict[str, Any]:
-    """The published layout, in an order of its own; picture n has n % 3 + 1 captions."""
+    """Write the published layout in mixed order; image n has n % 3 + 1 captions."""
     annotations = [
-        {"image_id": number, "id": 1000 * turn + place, "caption": f" Picture {number},\n caption {turn}. "}
-        for place, number in enumerate(IDS)
+        {
+            "image_id": number,
+            "id": 1000 * turn + index,
+            "caption": f" Picture {number},\n caption {turn}. ",
+        }
+        for index, number in enumerate(IDS)
         for turn in reversed(range(number % 3 + 1))
     ]
     images = [
@@ -40,7 +45,7 @@ def captions_file(part: str, names: dict[int, str]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def make_coco(tmp_path: Path, place: Place) -> Callable[..., Path]:
+def make_coco(tmp_path: Path, image_writer: Place) -> Callable[..., Path]:
     def make(year: int = 2014, split: str = "val", inside: str = "{part}") -> Path:
         part = f"{split}{year}"
         prefix = f"COCO_{part}_" if year == 2014 else ""
@@ -49,7 +54,7 @@ def make_coco(tmp_path: Path, place: Place) -> Callable[..., Path]:
         (coco / "annotations").mkdir(parents=True)
         (coco / "annotations" / f"captions_{part}.json").write_text(json.dumps(captions_file(part, names)))
         for number, name in names.items():
-            place(coco / inside.format(part=part) / name, number)
+            image_writer(coco / inside.format(part=part) / name, number)
         return coco
 
     return make
@@ -61,11 +66,11 @@ def samples_of(shards: ShardSet) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("inside", ["{part}", "{part}/{part}", "images/{part}"])
 @pytest.mark.parametrize("year", [2014, 2017])
-def test_a_sample_per_picture_with_all_its_captions(
+def test_one_sample_per_image_with_all_captions(
     make_coco: Callable[..., Path], tmp_path: Path, year: int, inside: str
 ) -> None:
     coco = make_coco(year, "val", inside)
-    shards = write_coco(CocoConfig.model_validate({"year": year, "split": "val"}), coco, tmp_path / "out")
+    shards = CocoConfig.model_validate({"year": year, "split": "val"}).pack(coco, tmp_path / "out")
     samples = samples_of(shards)
     assert [sample[KEY] for sample in samples] == [f"{number:012d}" for number in sorted(IDS)]
     for sample, number in zip(samples, sorted(IDS), strict=True):
@@ -80,7 +85,7 @@ def test_a_sample_per_picture_with_all_its_captions(
     assert read_table(shards.shards[0]).columns["captions"].tolist() == [n % 3 + 1 for n in sorted(IDS)]
 
 
-def test_commands_from_the_download_to_batches(
+def test_commands_from_download_to_batches(
     make_coco: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     coco, out = make_coco(), tmp_path / "out"
@@ -93,7 +98,7 @@ def test_commands_from_the_download_to_batches(
     assert listed.split()[:4] == [f"{keys[0]}.{extension}" for extension in ("jpg", "json", "txt")] + [
         f"{keys[1]}.jpg"
     ]
-    main(["index", str(out), "--out", str(tmp_path / "index")])
+    main(["index", str(out), "--output", str(tmp_path / "index")])
     for folder in (out, tmp_path / "index"):
         assert ShardSet.open(folder).captions == (sum(number % 3 + 1 for number in IDS),)
         config = StreamConfig(path=folder, global_batch_size=2)
@@ -115,37 +120,37 @@ def test_commands_from_the_download_to_batches(
             assert batch.captions == [f"Picture {int(key)}, caption 0." for key in batch.keys]
 
 
-def test_pictures_of_the_other_year(make_coco: Callable[..., Path], tmp_path: Path) -> None:
+def test_images_of_another_year_are_refused(make_coco: Callable[..., Path], tmp_path: Path) -> None:
     coco = make_coco(2014, "train")
     for number in IDS:
         name = coco / "train2014" / f"COCO_train2014_{number:012d}.jpg"
         name.rename(name.with_name(f"{number:012d}.jpg"))
-    assert write_coco(CocoConfig(), coco, tmp_path / "out").count == 4
+    assert CocoConfig().pack(coco, tmp_path / "out").count == 4
 
 
-def test_fitted_pictures_and_a_bad_one(make_coco: Callable[..., Path], tmp_path: Path) -> None:
+def test_fitted_images_and_a_bad_image(make_coco: Callable[..., Path], tmp_path: Path) -> None:
     coco = make_coco()
     (coco / "val2014" / "COCO_val2014_000000000025.jpg").write_bytes(b"")
     config = CocoConfig(split="val", encoding=Jpeg(), image_size=16, max_bad_fraction=0.25)
-    assert write_coco(config, coco, tmp_path / "out").count == 3
+    assert config.pack(coco, tmp_path / "out").count == 3
     (line,) = (tmp_path / "out" / QUARANTINE).read_text().splitlines()
     assert json.loads(line)["key"] == "val2014/COCO_val2014_000000000025.jpg"
 
 
-def test_wrong_uses(make_coco: Callable[..., Path], tmp_path: Path) -> None:
+def test_invalid_use_raises_user_error(make_coco: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"captions_train2014\.json: COCO's file of captions"):
-        write_coco(CocoConfig(), tmp_path, tmp_path / "out")
+        CocoConfig().pack(tmp_path, tmp_path / "out")
     coco = make_coco(split="train")
     annotations = coco / "annotations" / "captions_train2014.json"
     (coco / "train2014" / "COCO_train2014_000000000009.jpg").unlink()
     with pytest.raises(UserError, match=r"COCO_train2014_000000000009\.jpg: this image is missing"):
-        write_coco(CocoConfig(), coco, tmp_path / "out")
+        CocoConfig().pack(coco, tmp_path / "out")
     content = json.loads(annotations.read_text())
     content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] != 25]
     annotations.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"no caption for COCO_train2014_000000000025\.jpg, as for 1 of 4"):
-        write_coco(CocoConfig(), coco, tmp_path / "out")
+        CocoConfig().pack(coco, tmp_path / "out")
     annotations.write_text('{"images": []}')
     with pytest.raises(UserError, match="not COCO's captions"):
-        write_coco(CocoConfig(), coco, tmp_path / "out")
+        CocoConfig().pack(coco, tmp_path / "out")
     assert not (tmp_path / "out").exists()

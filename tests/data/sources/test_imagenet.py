@@ -10,24 +10,24 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.data.shards.shard_index import read_table
 from vqd_scale.data.shards.shard_io import read_shard
 from vqd_scale.data.sources.base import Jpeg
-from vqd_scale.data.sources.ffhq import FFHQConfig, write_ffhq
-from vqd_scale.data.sources.imagenet import ImageNetConfig, class_names, write_imagenet
+from vqd_scale.data.sources.ffhq import FFHQConfig
+from vqd_scale.data.sources.imagenet import ImageNetConfig, class_names
 
 Place = Callable[..., Path]
 
 
 @pytest.fixture
-def train(tmp_path: Path, place: Place) -> Path:
+def train(tmp_path: Path, image_writer: Place) -> Path:
     folder = tmp_path / "train"
     for number, name in enumerate(("n01443537", "n01440764", "n01440764")):
-        place(folder / name / f"{name}_{number}.JPEG", number)
-    # Some of ImageNet's are no JPEGs, whatever they are called.
+        image_writer(folder / name / f"{name}_{number}.JPEG", number)
+    # Some of ImageNet's .JPEG files have another format.
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "n01440764" / "n01440764_9.JPEG", "PNG")
     return folder
 
 
 def test_classes_by_folder(train: Path, tmp_path: Path) -> None:
-    (shard,) = write_imagenet(ImageNetConfig(), train, tmp_path / "out").shards
+    (shard,) = ImageNetConfig().pack(train, tmp_path / "out").shards
     samples = list(read_shard(shard))
     assert [json.loads(sample["json"])["class"] for sample in samples] == [0, 0, 0, 1]
     assert [sample["cls"].decode() for sample in samples] == ["0", "0", "0", "1"]
@@ -45,13 +45,13 @@ NAMES = {
 @pytest.mark.parametrize("name", NAMES)
 def test_classes_by_a_list(train: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(NAMES[name])
-    (shard,) = write_imagenet(ImageNetConfig(classes=tmp_path / name), train, tmp_path / "out").shards
+    (shard,) = ImageNetConfig(classes=tmp_path / name).pack(train, tmp_path / "out").shards
     described = [json.loads(sample["json"]) for sample in read_shard(shard)]
     assert [entry["class"] for entry in described] == [1, 1, 1, 0]
     assert [entry["name"] for entry in described] == ["tench", "tench", "tench", "goldfish"]
 
 
-def test_wrong_uses(train: Path, tmp_path: Path, place: Place) -> None:
+def test_invalid_use_raises_user_error(train: Path, tmp_path: Path, image_writer: Place) -> None:
     folders = ["n01440764", "n01443537"]
     (tmp_path / "few.txt").write_text("n01440764 tench\n")
     with pytest.raises(UserError, match="lists no class 'n01443537'"):
@@ -62,15 +62,15 @@ def test_wrong_uses(train: Path, tmp_path: Path, place: Place) -> None:
     (tmp_path / "bad.json").write_text("[1, 2]")
     with pytest.raises(UserError, match="not a list of classes"):
         class_names(tmp_path / "bad.json", folders)
-    place(train / "stray.png")
+    image_writer(train / "stray.png")
     with pytest.raises(UserError, match=r"stray\.png: lies in no class's folder"):
-        write_imagenet(ImageNetConfig(), train, tmp_path / "out")
+        ImageNetConfig().pack(train, tmp_path / "out")
 
 
-def test_ffhq_has_no_captions(tmp_path: Path, place: Place) -> None:
+def test_ffhq_has_no_captions(tmp_path: Path, image_writer: Place) -> None:
     for number in (0, 1, 1000):
-        place(tmp_path / "in" / f"{number // 1000 * 1000:05d}" / f"{number:05d}.png", number, 48, 48)
-    (shard,) = write_ffhq(FFHQConfig(), tmp_path / "in", tmp_path / "out").shards
+        image_writer(tmp_path / "in" / f"{number // 1000 * 1000:05d}" / f"{number:05d}.png", number, 48, 48)
+    (shard,) = FFHQConfig().pack(tmp_path / "in", tmp_path / "out").shards
     samples = list(read_shard(shard))
     assert [json.loads(sample["json"]) for sample in samples] == [
         {"source": source} for source in ("00000/00000.png", "00000/00001.png", "01000/01000.png")
@@ -78,5 +78,5 @@ def test_ffhq_has_no_captions(tmp_path: Path, place: Place) -> None:
     assert all(set(sample) == {"__key__", "__url__", "png", "json"} - {"__url__"} for sample in samples)
     assert samples[2]["png"] == (tmp_path / "in" / "01000" / "01000.png").read_bytes()
     small = FFHQConfig(encoding=Jpeg(), image_size=16)
-    (shard,) = write_ffhq(small, tmp_path / "in", tmp_path / "small").shards
+    (shard,) = small.pack(tmp_path / "in", tmp_path / "small").shards
     assert set(next(iter(read_shard(shard)))) == {"__key__", "jpg", "json"}

@@ -3,10 +3,11 @@
 import functools
 import hashlib
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from PIL import Image
 from pydantic import Field
@@ -45,24 +46,6 @@ class Jpeg(Config):
 Encoding = Annotated[Kept | Png | Jpeg, Field(discriminator="kind")]
 
 
-class PackingConfig(Config):
-    """Packing of image files into shards."""
-
-    encoding: Encoding = Kept()
-    """Storage format of the images. With ``kept``, training can choose its own crops."""
-    image_size: int = Field(default=256, ge=8, le=4096)
-    """Side in pixels: the short side is resized to it and the center square cut. Unused with ``kept``."""
-    samples_per_shard: int = Field(default=1_000, ge=1)
-    """Images per shard. Lower it for large images, so that a shard stays below about 1 GB."""
-    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    """Largest fraction of unusable images, which are skipped and reported."""
-    near_duplicates: DuplicatesConfig | None = None
-    """Images to exclude; their near-duplicates are skipped and reported. Set it if the dataset may contain
-    evaluation images."""
-    num_workers: int = Field(default=1, ge=1)
-    """Number of processes."""
-
-
 @dataclass(frozen=True)
 class SourceImage:
     """Image file of a source with its metadata.
@@ -95,47 +78,82 @@ class CaptionFile:
         Raises:
             BadSample: The file cannot be read, is not UTF-8 or is empty.
         """
-        text = decode_text(_read(self.path))
+        text = decode_text(_read_file(self.path))
         return tuple(filter(None, map(str.strip, text.splitlines()))) if self.by_line else (text,)
 
 
-def pack_images(
-    config: PackingConfig, name: str, images: Sequence[SourceImage], folder: Location, *, root: Path
-) -> ShardSet:
-    """Pack images into shards.
+class ImageSource(Config, ABC):
+    """Source of image files, and how they are packed into shards.
 
-    Args:
-        config: Packing options.
-        name: Name of the source.
-        images: Images in sample order.
-        folder: Output folder.
-        root: Root folder of the source, which contains all its files.
-
-    Raises:
-        UserError: Too many images are unusable, or ``folder`` contains another dataset or cannot be written.
+    A source is a subclass with a name, the fields that select its images, and `list_images`. Its docstring is
+    the help of its command.
     """
-    excluded_images = hash_excluded_images(config.near_duplicates, config.num_workers)
-    samples = functools.partial(_samples, config, excluded_images)
-    recipes = shard_recipes(images, config.samples_per_shard, samples)
-    # The excluded settings do not change the contents of a shard; near_duplicates has its own fingerprint.
-    settings = config.model_dump(mode="json", exclude={"max_bad_fraction", "num_workers", "near_duplicates"})
-    meta = {
-        "content": "images",
-        "source": {
-            "name": name,
-            "images": _fingerprint(images, root),
-            "config": settings,
-            "near_duplicates": None if excluded_images is None else excluded_images.fingerprint,
-        },
-    }
-    return write_shard_set(
-        folder,
-        meta,
-        recipes,
-        title=f"packing {name}",
-        workers=config.num_workers,
-        max_bad_fraction=config.max_bad_fraction,
-    )
+
+    name: ClassVar[str]
+    """Name of the source and of its command."""
+    example: ClassVar[str]
+    """Arguments of an example command."""
+
+    encoding: Encoding = Kept()
+    """Storage format of the images. With ``kept``, training can choose its own crops."""
+    image_size: int = Field(default=256, ge=8, le=4096)
+    """Side in pixels: the short side is resized to it and the center square cut. Unused with ``kept``."""
+    samples_per_shard: int = Field(default=1_000, ge=1)
+    """Images per shard. Lower it for large images, so that a shard stays below about 1 GB."""
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    """Largest fraction of unusable images, which are skipped and reported."""
+    near_duplicates: DuplicatesConfig | None = None
+    """Images to exclude; their near-duplicates are skipped and reported. Set it if the dataset may contain
+    evaluation images."""
+    num_workers: int = Field(default=1, ge=1)
+    """Number of processes."""
+
+    @abstractmethod
+    def list_images(self, folder: Path) -> list[SourceImage]:
+        """Return the images in sample order.
+
+        Args:
+            folder: Folder of the source, which contains all its files.
+        """
+
+    def pack(self, source: Path, folder: Location) -> ShardSet:
+        """Pack the images into shards.
+
+        Args:
+            source: Folder of the source.
+            folder: Output folder.
+
+        Raises:
+            UserError: The source is incomplete, too many images are unusable, or ``folder`` contains another
+                dataset or cannot be written.
+        """
+        images = self.list_images(source)
+        excluded_images = hash_excluded_images(self.near_duplicates, self.num_workers)
+        recipes = shard_recipes(
+            images, self.samples_per_shard, functools.partial(_samples, self, excluded_images)
+        )
+        # The excluded settings do not change the contents of a shard; near_duplicates has its own
+        # fingerprint.
+        settings = self.model_dump(
+            mode="json", exclude={"max_bad_fraction", "num_workers", "near_duplicates"}
+        )
+        meta = {
+            "content": "images",
+            "source": {
+                "name": self.name,
+                "images": _fingerprint(images, source),
+                "config": settings,
+                "near_duplicates": None if excluded_images is None else excluded_images.fingerprint,
+            },
+        }
+        return write_shard_set(
+            folder,
+            meta,
+            recipes,
+            title=f"packing {self.name}",
+            workers=self.num_workers,
+            max_bad_fraction=self.max_bad_fraction,
+        )
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -167,11 +185,11 @@ def existing(*candidates: Path, name: str) -> Path:
 
 
 def _samples(
-    config: PackingConfig, excluded_images: ExcludedImages | None, images: Sequence[SourceImage]
+    config: ImageSource, excluded_images: ExcludedImages | None, images: Sequence[SourceImage]
 ) -> Iterator[Sample | SkippedSample]:
     for source in images:
         try:
-            data = _read(source.path)
+            data = _read_file(source.path)
             pixels = decode_image(data)
             duplicate = None if excluded_images is None else excluded_images.nearest(pixels)
             if duplicate is None:
@@ -203,7 +221,7 @@ def _text_members(source: SourceImage) -> dict[str, Any]:
     return members
 
 
-def _image(config: PackingConfig, path: Path, data: bytes, pixels: Pixels) -> dict[str, bytes]:
+def _image(config: ImageSource, path: Path, data: bytes, pixels: Pixels) -> dict[str, bytes]:
     if isinstance(config.encoding, Kept):
         return {path.suffix.lower()[1:]: data}
     image = Image.fromarray(fitted(pixels, config.image_size))
@@ -215,7 +233,7 @@ def _image(config: PackingConfig, path: Path, data: bytes, pixels: Pixels) -> di
         return {"jpg": file.getvalue()}
 
 
-def _read(path: Path) -> bytes:
+def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:

@@ -2,64 +2,60 @@
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from vqd_scale.core.atomic_io import Location, file_sizes, read_json
+from vqd_scale.core.atomic_io import file_sizes, read_json
 from vqd_scale.core.errors import UserError
-from vqd_scale.data.shards.shard_index import ShardSet
-from vqd_scale.data.sources.base import PackingConfig, SourceImage, existing, pack_images
+from vqd_scale.data.sources.base import ImageSource, SourceImage, existing
 
 
-class CocoConfig(PackingConfig):
-    """Packing of MSCOCO.
-
-    Attributes:
-        year: Release year of the train/val split.
-        split: Split to pack.
-    """
-
-    year: Literal[2014, 2017] = 2014
-    split: Literal["train", "val"] = "train"
-
-
-def write_coco(config: CocoConfig, coco: Path, folder: Location) -> ShardSet:
-    """Pack one split of MSCOCO.
+class CocoConfig(ImageSource):
+    """Pack one split of MSCOCO; SOURCE contains annotations/ and the image folders.
 
     A sample's key is the image id, ``txt`` the first caption, and ``json`` has all captions. The input folder
     contains ``annotations/captions_train2014.json`` (or another split) and the images in ``train2014``,
     ``train2014/train2014`` or ``images/train2014``.
 
     Source: Chen et al., "Microsoft COCO Captions: Data Collection and Evaluation Server", 2015.
-
-    Raises:
-        UserError: A file is missing; too many images are unusable; ``folder`` contains another dataset or
-            cannot be written.
     """
-    part = f"{config.split}{config.year}"
-    annotations = existing(
-        coco / "annotations" / f"captions_{part}.json",
-        coco / f"captions_{part}.json",
-        name=f"COCO's file of captions for {part}",
-    )
-    image_folder = existing(
-        coco / part / part,
-        coco / part,
-        coco / "images" / part,
-        name=f"COCO's folder of images {part}",
-    )
-    images, captions = _annotated(annotations)
-    files = file_sizes(image_folder)
-    entries = [
-        SourceImage(
-            image_folder / _file_name(image, part, files, image_folder),
-            f"{image['id']:012d}",
-            f"{part}/{image['file_name']}",
-            captions[image["id"]],
-            {"image_id": image["id"]},
+
+    name: ClassVar[str] = "coco"
+    example: ClassVar[str] = "/data/coco runs/coco/val year=2014 split=val"
+    year: Literal[2014, 2017] = 2014
+    """Release year of the train/val split."""
+    split: Literal["train", "val"] = "train"
+    """Split to pack."""
+
+    def list_images(self, folder: Path) -> list[SourceImage]:
+        """Return the images of the split, ordered by id.
+
+        Raises:
+            UserError: A file is missing or has an invalid format.
+        """
+        part = f"{self.split}{self.year}"
+        annotations = existing(
+            folder / "annotations" / f"captions_{part}.json",
+            folder / f"captions_{part}.json",
+            name=f"COCO's file of captions for {part}",
         )
-        for image in images
-    ]
-    return pack_images(config, "coco", entries, folder, root=coco)
+        image_folder = existing(
+            folder / part / part,
+            folder / part,
+            folder / "images" / part,
+            name=f"COCO's folder of images {part}",
+        )
+        images, captions = _annotated(annotations)
+        files = file_sizes(image_folder)
+        return [
+            SourceImage(
+                image_folder / _file_name(image, part, files, image_folder),
+                f"{image['id']:012d}",
+                f"{part}/{image['file_name']}",
+                captions[image["id"]],
+                {"image_id": image["id"]},
+            )
+            for image in images
+        ]
 
 
 def _annotated(path: Path) -> tuple[list[dict[str, Any]], dict[int, tuple[str, ...]]]:

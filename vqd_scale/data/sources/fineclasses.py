@@ -11,10 +11,8 @@ unpickling runs arbitrary code.
 
 from pathlib import Path
 
-from vqd_scale.core.atomic_io import Location
 from vqd_scale.core.errors import UserError
-from vqd_scale.data.shards.shard_index import ShardSet
-from vqd_scale.data.sources.base import CaptionFile, PackingConfig, SourceImage, existing, pack_images
+from vqd_scale.data.sources.base import CaptionFile, SourceImage, existing
 
 _LISTS = {"train": "trainvalclasses.txt", "test": "testclasses.txt"}
 
@@ -39,17 +37,15 @@ def listed_classes(split: str, *folders: Path) -> set[str]:
         raise UserError(f"split: given '{split}', allowed with protocol=classes: train, test.")
     name = _LISTS[split]
     candidates = [parent / name for folder in folders for parent in (folder, folder.parent)]
-    name_of_list = f"the list of the classes for split={split} (without it, set protocol=pictures)"
+    name_of_list = f"the list of the classes for split={split} (without it, set protocol=images)"
     return set(existing(*dict.fromkeys(candidates), name=name_of_list).read_text(encoding="utf-8").split())
 
 
-def pack_captioned(
-    config: PackingConfig, name: str, images: list[SourceImage], folder: Location, root: Path
-) -> ShardSet:
-    """Pack images, after a check that every image and caption file exists.
+def check_files(name: str, images: list[SourceImage], folder: Path) -> list[SourceImage]:
+    """Check that every image and caption file exists, and return the images.
 
     Raises:
-        UserError: A file is missing, or there is no image; also as in `pack_images`.
+        UserError: A file is missing, or there is no image.
     """
     captions = [image.captions for image in images]
     needed = [image.path for image in images]
@@ -58,5 +54,5 @@ def pack_captioned(
     if missing:
         raise UserError(f"{missing[0]}: missing, as {len(missing)} files are; fetch {name} again.")
     if not images:
-        raise UserError(f"{root}: holds no image of this part.")
-    return pack_images(config, name, images, folder, root=root)
+        raise UserError(f"{folder}: holds no image of this split.")
+    return images

@@ -1,52 +1,48 @@
 """ImageNet, or any folder with one image folder per class, as shards."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
-from vqd_scale.core.atomic_io import Location, read_json
+from vqd_scale.core.atomic_io import read_json
 from vqd_scale.core.errors import UserError
-from vqd_scale.data.shards.shard_index import ShardSet
-from vqd_scale.data.sources.base import PackingConfig, SourceImage, image_files, pack_images
+from vqd_scale.data.sources.base import ImageSource, SourceImage, image_files
 
 
-class ImageNetConfig(PackingConfig):
-    """Packing of class folders.
-
-    Attributes:
-        classes: File with the order and names of the classes; see `class_names`.
-    """
-
-    classes: Path | None = None
-
-
-def write_imagenet(config: ImageNetConfig, images: Path, folder: Location) -> ShardSet:
-    """Pack the images below a folder of class folders, such as ``train/n01440764/*.JPEG``.
+class ImageNetConfig(ImageSource):
+    """Pack ImageNet, or any folder that has one folder of images per class, such as ``n01440764``.
 
     A sample's ``json`` has the class number, folder and name; ``cls`` is the number and ``txt`` the name.
-
-    Raises:
-        UserError: There is no image; an image is outside of the class folders; a class is not listed; too
-            many images are unusable; ``folder`` contains another dataset or cannot be written.
     """
-    paths = image_files(images)
-    sources = [path.relative_to(images) for path in paths]
-    misplaced = [path for path, source in zip(paths, sources, strict=True) if len(source.parts) < 2]
-    if misplaced:
-        raise UserError(f"{misplaced[0]}: lies in no class's folder; put each image into its class's.")
-    folders = [source.parts[0] for source in sources]
-    names = class_names(config.classes, sorted(set(folders)))
-    numbers = {name: number for number, name in enumerate(names)}
-    entries = [
-        SourceImage(
-            path,
-            f"{number:09d}",
-            source.as_posix(),
-            (names[folder],),
-            {"class": numbers[folder], "folder": folder, "name": names[folder]},
-        )
-        for number, (path, source, folder) in enumerate(zip(paths, sources, folders, strict=True))
-    ]
-    return pack_images(config, "imagenet", entries, folder, root=images)
+
+    name: ClassVar[str] = "imagenet"
+    example: ClassVar[str] = "/data/imagenet/train runs/imagenet classes=LOC_synset_mapping.txt"
+    classes: Path | None = None
+    """File with the order and names of the classes; see `class_names`."""
+
+    def list_images(self, folder: Path) -> list[SourceImage]:
+        """Return the images below the class folders.
+
+        Raises:
+            UserError: There is no image, one is outside of the class folders, or a class is not listed.
+        """
+        paths = image_files(folder)
+        sources = [path.relative_to(folder) for path in paths]
+        misplaced = [path for path, source in zip(paths, sources, strict=True) if len(source.parts) < 2]
+        if misplaced:
+            raise UserError(f"{misplaced[0]}: lies in no class's folder; put each image into its class's.")
+        folders = [source.parts[0] for source in sources]
+        names = class_names(self.classes, sorted(set(folders)))
+        numbers = {name: number for number, name in enumerate(names)}
+        return [
+            SourceImage(
+                path,
+                f"{number:09d}",
+                source.as_posix(),
+                (names[class_folder],),
+                {"class": numbers[class_folder], "folder": class_folder, "name": names[class_folder]},
+            )
+            for number, (path, source, class_folder) in enumerate(zip(paths, sources, folders, strict=True))
+        ]
 
 
 def class_names(path: Path | None, folders: list[str]) -> dict[str, str]:

@@ -24,21 +24,19 @@ _TEXT = "a photograph"
 
 
 class PhotographsConfig(Config):
-    """Dataset of crops of a few photographs.
-
-    Attributes:
-        held_out: Name of the photograph for validation; no training crop is taken from it.
-        size: Side of the crops in pixels, at the photographs' original scale.
-        train_samples: Number of random crops of the other photographs.
-        seed: Seed of the crop positions.
-        samples_per_shard: Images per shard.
-    """
+    """Dataset of crops of a few photographs."""
 
     held_out: str = "chelsea"
+    """Name of the photograph for validation; no training crop is taken from it. Change it for
+    cross-validation."""
     size: int = Field(default=64, ge=8)
+    """Side of the crops in pixels, at the photographs' original scale."""
     train_samples: int = Field(default=8192, ge=1)
+    """Number of random crops of the other photographs. Lower it for a quick test."""
     seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of the crop positions."""
     samples_per_shard: int = Field(default=2048, ge=1)
+    """Images per shard. Lower it for several shards of a small dataset."""
 
 
 def photographs() -> dict[str, Path]:
@@ -81,7 +79,7 @@ def write_photographs(config: PhotographsConfig, folder: Path) -> dict[str, Shar
 
 
 def _crops(config: PhotographsConfig, photographs: list[Path], numbers: Sequence[int]) -> Iterator[Sample]:
-    images = [_read(path) for path in photographs]
+    images = [_read_image(path) for path in photographs]
     areas = np.array([pixels.shape[0] * pixels.shape[1] for pixels in images])
     ends = areas.cumsum()
     for number in numbers:
@@ -90,23 +88,23 @@ def _crops(config: PhotographsConfig, photographs: list[Path], numbers: Sequence
         )
         # Photographs are sampled in proportion to their area, so all pixels are about equally likely.
         pixels = images[int(np.searchsorted(ends, area * ends[-1], side="right"))]
-        top, left = (
+        row, column = (
             int(uniform * (side - config.size + 1))
             for uniform, side in zip(corner, pixels.shape[:2], strict=True)
         )
-        yield _sample(f"{number:08d}", pixels[top : top + config.size, left : left + config.size])
+        yield _sample(f"{number:08d}", pixels[row : row + config.size, column : column + config.size])
 
 
 def _tiles(config: PhotographsConfig, photograph: Path) -> Iterator[Sample]:
-    pixels, size = _read(photograph), config.size
-    for top in range(0, pixels.shape[0] - size + 1, size):
-        for left in range(0, pixels.shape[1] - size + 1, size):
-            yield _sample(f"{top:05d}-{left:05d}", pixels[top : top + size, left : left + size])
+    pixels, size = _read_image(photograph), config.size
+    for row in range(0, pixels.shape[0] - size + 1, size):
+        for column in range(0, pixels.shape[1] - size + 1, size):
+            yield _sample(f"{row:05d}-{column:05d}", pixels[row : row + size, column : column + size])
 
 
 def _sample(key: str, pixels: Pixels) -> Sample:
     return {KEY: key, "png": np.ascontiguousarray(pixels), "txt": _TEXT}
 
 
-def _read(path: Path) -> Pixels:
+def _read_image(path: Path) -> Pixels:
     return decode_image(path.read_bytes())

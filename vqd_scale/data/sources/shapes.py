@@ -115,23 +115,21 @@ class Scene:
 
 
 class ShapesConfig(Config):
-    """Embedded synthetic dataset of shapes.
-
-    Attributes:
-        image_size: Height and width of the images in pixels.
-        objects: Figures per scene.
-        train_samples: Number of training samples; scenes occur equally often, each time with a new caption.
-        held_out_samples: Number of samples of held-out scenes.
-        samples_per_shard: Samples per shard.
-        seed: Seed of scene order and caption wording.
-    """
+    """Embedded synthetic dataset of shapes."""
 
     image_size: int = Field(default=64, ge=16, le=512)
+    """Height and width of the images in pixels."""
     objects: Literal[1, 2] = 1
+    """Figures per scene; 2 gives captions with a spatial relation."""
     train_samples: int = Field(default=16_384, ge=1)
+    """Number of training samples; scenes occur equally often, each time with a new caption. Lower it for a
+    quick test."""
     held_out_samples: int = Field(default=512, ge=1)
+    """Number of samples of held-out scenes. Raise it for a less noisy evaluation."""
     samples_per_shard: int = Field(default=1_024, ge=1)
+    """Samples per shard. Lower it for several shards of a small dataset."""
     seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of scene order and caption wording."""
 
 
 def write_shapes(config: ShapesConfig, folder: Path) -> dict[Split, ShardSet]:
