@@ -70,8 +70,8 @@ def published(path: Location, *, shared: bool = False) -> Generator[Path]:
                 yield partial
             write_object(path, partial)
         return
-    own = f".{secrets.token_hex(8)}" if shared else ""
-    partial = path.with_name(path.name + own + PARTIAL)
+    suffix = f".{secrets.token_hex(8)}" if shared else ""
+    partial = path.with_name(path.name + suffix + PARTIAL)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -118,7 +118,7 @@ def writing(path: Path) -> Generator[None]:
     Raises:
         UserError: The operating system refused the write.
     """
-    mendable = {
+    reasons = {
         errno.ENOSPC: "the disk is full; free some space and run the same command again",
         errno.EDQUOT: "the quota is used up; free some space and run the same command again",
         errno.EFBIG: "the file would be larger than this file system or its limit allows",
@@ -132,9 +132,9 @@ def writing(path: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in mendable:
+        if error.errno not in reasons:
             raise
-        raise UserError(f"{path}: cannot be written: {mendable[error.errno]}.") from None
+        raise UserError(f"{path}: cannot be written: {reasons[error.errno]}.") from None
 
 
 def publish_text(path: Location, text: str, *, shared: bool = False) -> None:
@@ -161,8 +161,8 @@ def publish_json(
     publish_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n", shared=shared)
 
 
-def read_json(path: Location, what: str) -> Any:  # noqa: ANN401 - whatever JSON can hold
-    """Read a JSON file; ``what`` is the kind of file named in error messages.
+def read_json(path: Location, kind: str) -> Any:  # noqa: ANN401 - whatever JSON can hold
+    """Read a JSON file; ``kind`` is the kind of file named in error messages.
 
     Raises:
         UserError: The file is missing, unreadable or invalid JSON.
@@ -170,9 +170,9 @@ def read_json(path: Location, what: str) -> Any:  # noqa: ANN401 - whatever JSON
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no {what} here.") from None
+        raise UserError(f"{path}: there is no {kind} here.") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: this {what} cannot be read ({error}).") from None
+        raise UserError(f"{path}: this {kind} cannot be read ({error}).") from None
 
 
 def file_sizes(folder: Location) -> dict[str, int]:

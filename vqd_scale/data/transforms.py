@@ -64,13 +64,13 @@ class NearCenterCrop(Config):
         """Return the crop for five numbers in [0, 1): square offsets (2), resized side, crop offsets (2)."""
         height, width = pixels.shape[:2]
         square = min(height, width)
-        top, left = (
+        row, column = (
             _integer(number, 3 * room // 8, max(3 * room // 8 + 1, 5 * room // 8))
             for number, room in zip(uniforms, (height - square, width - square), strict=False)
         )
         largest = max(self.size, min(square, self.smallest_side))
         side = _integer(uniforms[2], self.size, largest + 1)
-        zoomed = resized(pixels[top : top + square, left : left + square], side, side)
+        zoomed = resized(pixels[row : row + square, column : column + square], side, side)
         y, x = (_integer(number, 0, side - self.size + 1) for number in uniforms[3:5])
         return zoomed[y : y + self.size, x : x + self.size]
 
@@ -110,11 +110,11 @@ class RandomResizedCrop(Config):
             ratio = math.exp(narrow + shape * (wide - narrow))
             rows, columns = round(math.sqrt(covered / ratio)), round(math.sqrt(covered * ratio))
             if 0 < rows <= height and 0 < columns <= width:
-                top, left = (
+                row, column = (
                     _integer(number, 0, room + 1)
                     for number, room in zip(uniforms[-2:], (height - rows, width - columns), strict=True)
                 )
-                return resized(pixels[top : top + rows, left : left + columns], self.size, self.size)
+                return resized(pixels[row : row + rows, column : column + columns], self.size, self.size)
         return fitted(pixels, self.size)
 
 
@@ -132,8 +132,8 @@ def fitted(pixels: Pixels, size: int) -> Pixels:
     height, width = pixels.shape[:2]
     short = min(height, width)
     zoomed = resized(pixels, size * height // short, size * width // short)
-    top, left = (round((side - size) / 2) for side in zoomed.shape[:2])
-    return zoomed[top : top + size, left : left + size]
+    row, column = (round((side - size) / 2) for side in zoomed.shape[:2])
+    return zoomed[row : row + size, column : column + size]
 
 
 def resized(pixels: Pixels, height: int, width: int) -> Pixels:

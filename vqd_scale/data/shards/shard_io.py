@@ -103,9 +103,9 @@ def write_shard_set(
     begin_set(folder, meta)
     shards: list[IndexedShard] = []
     total = sum(recipe.count for recipe in recipes)
-    written = map_in_processes(functools.partial(written_or_write, folder), recipes, workers)
+    indexed = map_in_processes(functools.partial(written_or_write, folder), recipes, workers)
     with progress_bar(title, total, unit="sample") as bar:
-        for recipe, shard in zip(recipes, written, strict=True):
+        for recipe, shard in zip(recipes, indexed, strict=True):
             shards.append(shard)
             report(shards[-1:], folder)
             check_share(shards, total, max_bad_fraction, folder)

@@ -32,8 +32,8 @@ class ImageFolderConfig(ImageSource):
         captionless = [path for path in paths if not path.with_suffix(".txt").is_file()]
         if captionless:
             raise UserError(
-                f"{captionless[0]}: this image has no caption, as {len(captionless)} of {len(paths)} have none; "
-                f"write each one's caption to a file of its name, such as "
+                f"{captionless[0]}: this image has no caption, as {len(captionless)} of {len(paths)} have "
+                f"none; write each one's caption to a file of its name, such as "
                 f"'{captionless[0].with_suffix('.txt').name}'."
             )
         return [
