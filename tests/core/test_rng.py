@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vqd_scale.core.rng import Purpose, drawn_codes, integers, permutation, philox4x32, uniforms
+from vqd_scale.core.rng import Purpose, integers, permutation, philox4x32, sample_codes, uniforms
 
 # Random123's kat_vectors for philox4x32, 10 rounds: counter, key, result.
 KNOWN_ANSWERS = [
@@ -20,7 +20,7 @@ def words(text: str) -> list[int]:
 
 
 def philox_of_plain_integers(counter: list[int], key: list[int]) -> list[int]:
-    """The paper's round function on Python's unbounded integers."""
+    """Compute the paper's round function on Python's unbounded integers."""
     c, (k0, k1) = list(counter), key
     for _ in range(10):
         first, second = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -54,19 +54,19 @@ def test_numpy_and_torch_equal_plain_integers(
 
 
 @given(st.integers(0, 2**40), st.integers(1, 40), st.integers(0, 99))
-def test_torch_uniforms_are_the_numpy_words(slot: int, count: int, draw: int) -> None:
-    drawn = uniforms(7, Purpose.CORRUPTION, torch.tensor([slot]), count, draw=draw)
+def test_torch_uniforms_equal_numpy_words(slot: int, count: int, draw: int) -> None:
+    torch_uniforms = uniforms(7, Purpose.CORRUPTION, torch.tensor([slot]), count, draw=draw)
     expected = integers(7, Purpose.CORRUPTION, slot, count, draw=draw)
-    assert (drawn[0].double().numpy() * 2**24 == expected >> 8).all()
+    assert (torch_uniforms[0].double().numpy() * 2**24 == expected >> 8).all()
 
 
-def test_a_slot_has_the_same_numbers_in_any_batch() -> None:
+def test_slot_numbers_do_not_depend_on_batch() -> None:
     together = uniforms(0, Purpose.SAMPLING, torch.arange(10), 13, dtype=torch.float64)
     alone = uniforms(0, Purpose.SAMPLING, torch.tensor([4]), 13, dtype=torch.float64)
     assert torch.equal(together[4:5], alone)
 
 
-def test_purposes_draws_and_seeds_do_not_share_numbers() -> None:
+def test_purposes_draws_and_seeds_give_distinct_numbers() -> None:
     slots = torch.arange(4)
     rows = [
         uniforms(seed, purpose, slots, 8, draw=draw)
@@ -78,10 +78,10 @@ def test_purposes_draws_and_seeds_do_not_share_numbers() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_uniforms_fill_the_unit_interval_evenly(dtype: torch.dtype) -> None:
-    drawn = uniforms(3, Purpose.SAMPLING, torch.arange(1000), 1000, dtype=dtype)
-    assert float(drawn.min()) >= 0 and float(drawn.max()) < 1
-    counts = torch.histc(drawn, bins=100, min=0, max=1)
+def test_uniforms_are_evenly_distributed(dtype: torch.dtype) -> None:
+    uniform_numbers = uniforms(3, Purpose.SAMPLING, torch.arange(1000), 1000, dtype=dtype)
+    assert float(uniform_numbers.min()) >= 0 and float(uniform_numbers.max()) < 1
+    counts = torch.histc(uniform_numbers, bins=100, min=0, max=1)
     chi_square = float(((counts - 10_000) ** 2 / 10_000).sum())
     assert chi_square < 160  # 99 degrees of freedom: the 0.9999 quantile
 
@@ -92,36 +92,36 @@ def test_low_precision_uniforms_are_refused() -> None:
 
 
 @given(st.integers(0, 300), st.integers(0, 2**33))
-def test_permutation_is_one(length: int, slot: int) -> None:
+def test_permutation_is_bijective(length: int, slot: int) -> None:
     order = permutation(5, Purpose.SHARD_ORDER, slot, length)
     assert sorted(order.tolist()) == list(range(length))
 
 
-def drawn_by_one_running_sum(chances: Tensor, drawn: Tensor) -> Tensor:
+def sample_by_one_running_sum(chances: Tensor, uniform_numbers: Tensor) -> Tensor:
     cumulative = chances.double().cumsum(-1)
-    return (cumulative <= drawn.double().unsqueeze(-1) * cumulative[..., -1:]).sum(-1)
+    return (cumulative <= uniform_numbers.double().unsqueeze(-1) * cumulative[..., -1:]).sum(-1)
 
 
 @given(states=st.integers(1, 200), share=st.floats(0, 1), seed=st.integers(0, 2**32 - 1))
-def test_codes_are_drawn_as_by_one_running_sum(states: int, share: float, seed: int) -> None:
+def test_categorical_samples_equal_running_sum(states: int, share: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     chances = torch.rand(64, states, generator=generator) ** 8
     chances[torch.rand(64, states, generator=generator) < share] = 0
     chances[:, int(torch.randint(states, (), generator=generator))] = 0.5
-    drawn = torch.rand(64, generator=generator, dtype=torch.float64)
-    codes = drawn_codes(chances, drawn)
-    assert torch.equal(codes, drawn_by_one_running_sum(chances, drawn))
+    uniform_numbers = torch.rand(64, generator=generator, dtype=torch.float64)
+    codes = sample_codes(chances, uniform_numbers)
+    assert torch.equal(codes, sample_by_one_running_sum(chances, uniform_numbers))
 
 
 @given(
     states=st.integers(1, 200), seed=st.integers(0, 2**32 - 1), dtype=st.sampled_from(["float32", "float64"])
 )
-def test_no_state_without_a_chance_is_drawn(states: int, seed: int, dtype: str) -> None:
+def test_zero_probability_state_is_never_sampled(states: int, seed: int, dtype: str) -> None:
     generator = torch.Generator().manual_seed(seed)
     chances = torch.rand(256, states, generator=generator, dtype=getattr(torch, dtype)) ** 40
     chances[torch.rand(256, states, generator=generator) < 0.5] = 0
     chances[:, states // 2] = 1e-30
     ends = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64).repeat(128)
-    codes = drawn_codes(chances, ends)
+    codes = sample_codes(chances, ends)
     assert int(codes.max()) < states
     assert bool((chances.gather(1, codes[:, None]) > 0).all())

@@ -8,19 +8,16 @@ from torch import Tensor
 
 from vqd_scale.core.config import Config, validated
 from vqd_scale.core.errors import UserError
-from vqd_scale.diffusion.guidance import (
+from vqd_scale.diffusion.config import (
     ConstantGuidance,
     GuidanceScale,
     IntervalGuidance,
     Linear,
-    Predict,
+    Paper,
     TopK,
     TopP,
-    guided,
-    guided_pair,
-    truncated,
 )
-from vqd_scale.diffusion.schedule import Paper
+from vqd_scale.diffusion.guidance import Predict, apply_guidance, truncate
 from vqd_scale.diffusion.transition import MaskAndReplace
 
 TOKENS = torch.zeros(1, 1, dtype=torch.long)
@@ -36,8 +33,14 @@ def refused(tokens: Tensor, t: int) -> Tensor:
     raise AssertionError("the unconditional network was asked where its answer is not used")
 
 
+def guided(conditional: Predict, unconditional: Predict, scale: GuidanceScale) -> Predict:
+    return apply_guidance(
+        conditional, lambda tokens, t: (conditional(tokens, t), unconditional(tokens, t)), scale
+    )
+
+
 @given(st.floats(0, 8))
-def test_trap_11_guidance_is_the_formula_renormalised(scale: float) -> None:
+def test_guidance_equals_renormalized_formula(scale: float) -> None:
     predict = guided(constant(CONDITIONAL), constant(UNCONDITIONAL), ConstantGuidance(scale=scale))
     weights = [
         math.exp(float(u) + scale * (float(c) - float(u)))
@@ -47,34 +50,24 @@ def test_trap_11_guidance_is_the_formula_renormalised(scale: float) -> None:
     torch.testing.assert_close(predict(TOKENS, 5)[0, 0].exp(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_trap_11_scale_one_is_the_conditional_alone_and_zero_the_unconditional() -> None:
+def test_guidance_scale_one_and_zero() -> None:
     one = guided(constant(CONDITIONAL), refused, ConstantGuidance(scale=1.0))
     assert torch.equal(one(TOKENS, 5)[0, 0], CONDITIONAL)
     zero = guided(constant(CONDITIONAL), constant(UNCONDITIONAL), ConstantGuidance(scale=0.0))
     torch.testing.assert_close(zero(TOKENS, 5)[0, 0], UNCONDITIONAL)
 
 
-def test_trap_11_a_constant_on_either_prediction_changes_nothing() -> None:
+def test_guidance_ignores_constant_offsets() -> None:
     plain = guided(constant(CONDITIONAL), constant(UNCONDITIONAL), ConstantGuidance(scale=4.0))
     moved = guided(constant(CONDITIONAL + 3), constant(UNCONDITIONAL - 2), ConstantGuidance(scale=4.0))
     torch.testing.assert_close(moved(TOKENS, 5), plain(TOKENS, 5))
 
 
-def test_trap_11_guidance_comes_before_truncation() -> None:
-    """The other way round the codes that either prediction lost would be combined as -inf."""
+def test_guidance_precedes_truncation() -> None:
+    """In the other order, codes that either prediction truncated would be combined as -inf."""
     pair = guided(constant(CONDITIONAL), constant(UNCONDITIONAL), ConstantGuidance(scale=0.0))
-    kept = truncated(pair, TopP(p=0.5))(TOKENS, 5)[0, 0].isfinite()
-    assert kept.tolist() == [False, False, True]
-
-
-def test_one_doubled_batch_gives_what_two_calls_give() -> None:
-    pair = guided_pair(
-        refused,
-        lambda tokens, t: (constant(CONDITIONAL)(tokens, t), constant(UNCONDITIONAL)(tokens, t)),
-        ConstantGuidance(),
-    )
-    two = guided(constant(CONDITIONAL), constant(UNCONDITIONAL), ConstantGuidance())
-    assert torch.equal(pair(TOKENS, 5), two(TOKENS, 5))
+    is_kept = truncate(pair, TopP(p=0.5))(TOKENS, 5)[0, 0].isfinite()
+    assert is_kept.tolist() == [False, False, True]
 
 
 def test_scales_over_time() -> None:
@@ -83,7 +76,7 @@ def test_scales_over_time() -> None:
     guided(constant(CONDITIONAL), refused, IntervalGuidance(first=60, last=20))(TOKENS, 99)
 
 
-def test_an_interval_the_wrong_way_round_is_named() -> None:
+def test_reversed_interval_is_refused() -> None:
     class Holder(Config):
         scale: GuidanceScale
 
@@ -92,35 +85,35 @@ def test_an_interval_the_wrong_way_round_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rate", "kept"),
+    ("rate", "kept_codes"),
     [(0.0, [0]), (0.5, [0]), (0.51, [0, 1]), (0.8, [0, 1]), (0.82, [0, 1, 2]), (1.0, [0, 1, 2])],
 )
-def test_trap_10_top_p_keeps_the_crossing_code_and_never_none(rate: float, kept: list[int]) -> None:
+def test_top_p_keeps_the_crossing_code(rate: float, kept_codes: list[int]) -> None:
     p = torch.tensor([0.5, 0.3125, 0.1875])
-    log_p = truncated(constant(p.log()), TopP(p=rate))(TOKENS, 5)[0, 0]
-    assert log_p.isfinite().nonzero().flatten().tolist() == kept
-    assert torch.equal(log_p[kept], p.log()[kept])
+    log_p = truncate(constant(p.log()), TopP(p=rate))(TOKENS, 5)[0, 0]
+    assert log_p.isfinite().nonzero().flatten().tolist() == kept_codes
+    assert torch.equal(log_p[kept_codes], p.log()[kept_codes])
 
 
 @given(st.permutations(range(6)), st.integers(1, 8))
-def test_top_k_keeps_the_likeliest_wherever_they_are(order: list[int], count: int) -> None:
+def test_top_k_keeps_the_most_probable_codes(order: list[int], count: int) -> None:
     log_p = torch.arange(6.0).log_softmax(-1)[torch.tensor(order)]
-    kept = truncated(constant(log_p), TopK(k=count))(TOKENS, 5)[0, 0].isfinite()
-    assert sorted(torch.tensor(order)[kept].tolist()) == list(range(6))[-count:]
+    is_kept = truncate(constant(log_p), TopK(k=count))(TOKENS, 5)[0, 0].isfinite()
+    assert sorted(torch.tensor(order)[is_kept].tolist()) == list(range(6))[-count:]
 
 
-def test_trap_10_truncation_needs_no_renormalisation() -> None:
+def test_truncation_needs_no_renormalization() -> None:
     transition = MaskAndReplace(Paper(), 3)
-    p = truncated(constant(CONDITIONAL), TopP(p=0.6))(TOKENS, 5).exp()
+    p = truncate(constant(CONDITIONAL), TopP(p=0.6))(TOKENS, 5).exp()
     for x_t in range(4):
         raw = transition.posterior(p, torch.tensor([[x_t]]), 50, 30)
         normal = transition.posterior(p / p.sum(), torch.tensor([[x_t]]), 50, 30)
         torch.testing.assert_close(raw / raw.sum(), normal, rtol=1e-5, atol=1e-7)
 
 
-def test_two_truncations_of_one_prediction_do_not_disturb_each_other() -> None:
+def test_truncations_of_one_prediction_are_independent() -> None:
     predict = constant(CONDITIONAL)
-    narrow, wide = truncated(predict, TopP(p=0.1)), truncated(predict, TopP(p=1.0))
+    narrow, wide = truncate(predict, TopP(p=0.1)), truncate(predict, TopP(p=1.0))
     assert int(narrow(TOKENS, 5).isfinite().sum()) == 1
     assert int(wide(TOKENS, 5).isfinite().sum()) == 3
     assert int(predict(TOKENS, 5).isfinite().sum()) == 3

@@ -11,9 +11,9 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.diffusion import fused_loss as statistics
 from vqd_scale.diffusion import reference as dense
+from vqd_scale.diffusion.config import Absorbing, ObjectiveConfig, Paper, Released, Schedule, UniformCosine
 from vqd_scale.diffusion.kernels.dispatch import is_interpreted
-from vqd_scale.diffusion.objective import Objective, ObjectiveConfig, ObjectiveOutput
-from vqd_scale.diffusion.schedule import Absorbing, Paper, Released, Schedule, UniformCosine
+from vqd_scale.diffusion.objective import Objective, ObjectiveOutput
 from vqd_scale.diffusion.transition import MaskAndReplace
 
 steps = st.integers(2, 12)
@@ -32,15 +32,15 @@ def every_pair(codes: int) -> tuple[Tensor, Tensor]:
 
 
 def normal(rows: int, columns: int, seed: int) -> Tensor:
-    drawn = uniforms(seed, Purpose.EVALUATION, torch.arange(rows), 2 * columns, dtype=torch.float64)
-    radius = (-2 * torch.log1p(-drawn[:, :columns])).sqrt()
-    return radius * torch.cos(2 * math.pi * drawn[:, columns:])
+    uniform_numbers = uniforms(seed, Purpose.EVALUATION, torch.arange(rows), 2 * columns, dtype=torch.float64)
+    radius = (-2 * torch.log1p(-uniform_numbers[:, :columns])).sqrt()
+    return radius * torch.cos(2 * math.pi * uniform_numbers[:, columns:])
 
 
 # Triton's interpreter, under which `kernels/test_interpreted.py` runs this file, takes a millisecond a row.
 @given(schedules, st.integers(2, 9), st.integers(0, 99), st.data())
 @settings(max_examples=6 if is_interpreted() else 100, deadline=None)
-def test_trap_5_bound_and_gradient_equal_the_dense_twin(
+def test_bound_and_gradient_equal_dense_reference(
     schedule: Schedule, codes: int, seed: int, data: st.DataObject
 ) -> None:
     transition = MaskAndReplace(schedule, codes)
@@ -52,22 +52,22 @@ def test_trap_5_bound_and_gradient_equal_the_dense_twin(
     factor = normal(1, len(x_0), seed + 1)[0]
 
     t = torch.full_like(x_0, time)
-    ours = Objective(transition, BOUND).from_logits(logits[:, None], x_0[:, None], x_t[:, None], t)
-    (gradient,) = torch.autograd.grad((ours.loss_per_image * factor).sum(), logits)
-    # Where nothing is ever replaced, a visible token stays and teaches nothing; the dense twin has 0/0 there.
+    output = Objective(transition, BOUND).from_logits(logits[:, None], x_0[:, None], x_t[:, None], t)
+    (gradient,) = torch.autograd.grad((output.loss_per_image * factor).sum(), logits)
+    # Without replacement a visible token stays and has no gradient; the dense reference has 0/0 there.
     could_change = (x_t == codes) | (transition.rates.at(time).replace > 0)
-    for still in (ours.vlb_per_image[~could_change], gradient[~could_change]):
+    for still in (output.vlb_per_image[~could_change], gradient[~could_change]):
         torch.testing.assert_close(still, torch.zeros_like(still), rtol=0, atol=1e-9)
 
     logits, x_0, x_t = logits.detach()[could_change].requires_grad_(), x_0[could_change], x_t[could_change]
     expected = dense.divergence(transition.rates, logits, x_0, x_t, time)
-    torch.testing.assert_close(ours.vlb_per_image[could_change], expected.detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(output.vlb_per_image[could_change], expected.detach(), rtol=1e-9, atol=1e-9)
     if len(x_0):
-        (wanted,) = torch.autograd.grad((expected * factor[could_change]).sum(), logits)
-        torch.testing.assert_close(gradient[could_change], wanted, rtol=1e-9, atol=1e-9)
+        (expected_gradient,) = torch.autograd.grad((expected * factor[could_change]).sum(), logits)
+        torch.testing.assert_close(gradient[could_change], expected_gradient, rtol=1e-9, atol=1e-9)
 
 
-def test_an_image_costs_the_mean_of_its_tokens() -> None:
+def test_image_loss_is_mean_of_token_losses() -> None:
     transition = MaskAndReplace(Paper(), 4)
     x_0, x_t = every_pair(4)
     logits = normal(len(x_0), 4, 0)
@@ -77,13 +77,13 @@ def test_an_image_costs_the_mean_of_its_tokens() -> None:
 
 
 @pytest.mark.parametrize("schedule", [Paper(), Released(), Paper(mask_rate=0.5)])
-def test_trap_5_float32_at_the_size_of_a_codebook(schedule: Schedule) -> None:
+def test_float32_bound_at_codebook_size(schedule: Schedule) -> None:
     codes, length = 2887, 24
     transition = MaskAndReplace(schedule, codes)
     t = torch.tensor([0, 1, 50, 98, 99])
     tokens = torch.arange(len(t) * length).reshape(len(t), length) * 37 % codes
-    drawn = uniforms(0, Purpose.CORRUPTION, torch.arange(len(t)), length, dtype=torch.float64)
-    noisy = transition.corrupt(tokens, t, drawn)
+    uniform_numbers = uniforms(0, Purpose.CORRUPTION, torch.arange(len(t)), length, dtype=torch.float64)
+    noisy = transition.corrupt(tokens, t, uniform_numbers)
     noisy[:, :4] = tokens[:, :4]
     noisy[:, 4:6] = (tokens[:, 4:6] + 1) % codes
     noisy[:, 6:8] = codes
@@ -105,7 +105,7 @@ def test_trap_5_float32_at_the_size_of_a_codebook(schedule: Schedule) -> None:
 def test_head_form_equals_logits_form_with_all_gradients(
     with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Chunks of three tokens, so that images and chunks do not line up and the last one is short.
+    # Chunks of three tokens, so that images and chunks are not aligned and the last one is short.
     monkeypatch.setattr(statistics, "_CHUNK_ON_CPU", 3 * 7)
     transition = MaskAndReplace(Paper(), 7)
     hidden = normal(3 * 5, 4, 0).view(3, 5, 4).requires_grad_()
@@ -123,12 +123,12 @@ def test_head_form_equals_logits_form_with_all_gradients(
     torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
     fused_gradients = torch.autograd.grad((fused * factor).sum(), leaves)
     plain_gradients = torch.autograd.grad((plain * factor).sum(), leaves)
-    for ours, expected in zip(fused_gradients, plain_gradients, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+    for gradient, expected in zip(fused_gradients, plain_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
     assert float(fused_gradients[0][2].abs().max()) == 0
 
 
-def test_the_weight_may_be_away_between_forward_and_backward() -> None:
+def test_weight_may_be_freed_between_forward_and_backward() -> None:
     """ZeRO-3 empties a weight after the module's forward and fills it again before backward."""
     transition = MaskAndReplace(Paper(), 7)
     weight = torch.nn.Parameter(normal(7, 4, 1))
@@ -137,14 +137,14 @@ def test_the_weight_may_be_away_between_forward_and_backward() -> None:
     loss = Objective(transition, ObjectiveConfig())
     expected = torch.autograd.grad(loss(hidden, weight, None, tokens, noisy, t).loss_per_image.sum(), weight)
     output = loss(hidden, weight, None, tokens, noisy, t).loss_per_image.sum()
-    whole, weight.data = weight.data, torch.empty(0, dtype=weight.dtype)
-    weight.data = whole.clone()
-    whole.zero_()
+    stored_weight, weight.data = weight.data, torch.empty(0, dtype=weight.dtype)
+    weight.data = stored_weight.clone()
+    stored_weight.zero_()
     torch.testing.assert_close(torch.autograd.grad(output, weight), expected)
 
 
-def test_a_retained_graph_gives_the_same_gradient_again() -> None:
-    """The softmax that forward kept has become the first gradient by then."""
+def test_retained_graph_repeats_the_gradient() -> None:
+    """The first backward overwrites the softmax saved by forward with the gradient."""
     transition = MaskAndReplace(Paper(), 7)
     logits = normal(6, 7, 0)[None].requires_grad_()
     output = Objective(transition, ObjectiveConfig()).from_logits(
@@ -166,7 +166,7 @@ def test_a_retained_graph_gives_the_same_gradient_again() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_trap_31_peaked_logits_of_low_precision_cost_what_they_do_in_float32(dtype: torch.dtype) -> None:
+def test_low_precision_loss_of_peaked_logits_equals_float32(dtype: torch.dtype) -> None:
     logits = torch.full((1, 8, 16), -30.0)
     logits[0, :, 3] = 30.0
     tokens, noisy = torch.arange(8)[None], torch.full((1, 8), 16)
@@ -178,7 +178,7 @@ def test_trap_31_peaked_logits_of_low_precision_cost_what_they_do_in_float32(dty
     torch.testing.assert_close(low.double(), full, rtol=1e-6, atol=0)
 
 
-def test_trap_31_low_precision_input_is_summed_in_float32() -> None:
+def test_low_precision_input_is_summed_in_float32() -> None:
     transition = MaskAndReplace(Paper(), 64)
     tokens = torch.arange(32)[None]
     noisy, t = torch.full((1, 32), 64), torch.tensor([50])
@@ -195,7 +195,7 @@ def test_trap_31_low_precision_input_is_summed_in_float32() -> None:
     torch.testing.assert_close(mixed.loss_per_image, low.loss_per_image, rtol=1e-6, atol=0)
 
 
-def test_trap_31_backward_under_autocast_and_bf16_gradients_have_their_dtypes() -> None:
+def test_backward_dtypes_under_autocast_and_bf16() -> None:
     transition = MaskAndReplace(Paper(), 8)
     hidden, weight = (
         normal(6, 4, 0).bfloat16()[None].requires_grad_(),
@@ -214,7 +214,7 @@ def test_trap_31_backward_under_autocast_and_bf16_gradients_have_their_dtypes() 
 
 
 @pytest.mark.parametrize("schedule", [Released(), Paper(), UniformCosine(steps=100)])
-def test_trap_5_the_decoder_term_is_plain_cross_entropy(schedule: Schedule) -> None:
+def test_decoder_term_is_cross_entropy(schedule: Schedule) -> None:
     transition = MaskAndReplace(schedule, 5)
     x_0, x_t = (part[None] for part in every_pair(5))
     logits = normal(x_0.shape[1], 5, 3)[None]
@@ -235,36 +235,36 @@ def test_absorbing_bound_is_weighted_cross_entropy_of_masks(t: int, seed: int) -
     entropy = functional.cross_entropy(logits[0], tokens[0], reduction="none")
     expected = (entropy * (noisy[0] == 6)).mean() / (t + 1)
     torch.testing.assert_close(output.loss_per_image[0], expected, rtol=1e-9, atol=1e-9)
-    for ours, theirs in zip(
+    for value, expected_value in zip(
         torch.autograd.grad(output.loss_per_image.sum(), logits),
         torch.autograd.grad(expected, logits),
         strict=True,
     ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(value, expected_value, rtol=1e-9, atol=1e-9)
 
 
-def test_trap_7_expected_loss_is_the_whole_bound_per_token_whatever_the_length() -> None:
+def test_expected_loss_is_bound_per_token_at_any_length() -> None:
     codes, count = 5, 12
     transition = MaskAndReplace(Paper(steps=count), codes)
-    whole = 0.0
+    total_bound = 0.0
     for t in range(count):
         chance = dense.chain_matrix(transition.rates, t, -1)[:, 0]
         states = torch.arange(codes + 1)
         cost = dense.divergence(
             transition.rates, torch.zeros(codes + 1, codes), torch.zeros_like(states), states, t
         )
-        whole += float((chance * torch.where(chance > 0, cost, 0.0)).sum())
+        total_bound += float((chance * torch.where(chance > 0, cost, 0.0)).sum())
     t = torch.arange(count).repeat_interleave(40)
     for length in (200, 400):
         tokens = torch.zeros(len(t), length, dtype=torch.long)
-        drawn = uniforms(4, Purpose.CORRUPTION, torch.arange(len(t)), length)
-        noisy = transition.corrupt(tokens, t, drawn)
+        uniform_numbers = uniforms(4, Purpose.CORRUPTION, torch.arange(len(t)), length)
+        noisy = transition.corrupt(tokens, t, uniform_numbers)
         output = Objective(transition, BOUND).from_logits(torch.zeros(*tokens.shape, codes), tokens, noisy, t)
-        assert float((output.loss_per_image * count).mean()) == pytest.approx(whole, rel=0.02)
+        assert float((output.loss_per_image * count).mean()) == pytest.approx(total_bound, rel=0.02)
 
 
 @pytest.mark.parametrize(("t", "factor"), [(0, 2.0), (99, 1.01), (50, 1.5)])
-def test_trap_9_auxiliary_term_counts_all_tokens_and_adapts(t: int, factor: float) -> None:
+def test_auxiliary_term_counts_all_tokens_and_adapts(t: int, factor: float) -> None:
     transition = MaskAndReplace(Paper(), 3)
     logits = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]]])
     tokens, noisy, time = torch.tensor([[0, 1]]), torch.tensor([[3, 1]]), torch.tensor([t])
@@ -277,7 +277,7 @@ def test_trap_9_auxiliary_term_counts_all_tokens_and_adapts(t: int, factor: floa
         assert float(loss - bound) == pytest.approx(expected, rel=1e-4)
 
 
-def test_mask_and_visible_weights_leave_the_decoder_term_alone() -> None:
+def test_mask_and_visible_weights_do_not_affect_decoder_term() -> None:
     transition = MaskAndReplace(Paper(), 3)
     logits = normal(2, 3, 0)[None].expand(2, 2, 3)
     tokens, noisy, t = torch.tensor([[0, 1]] * 2), torch.tensor([[3, 2]] * 2), torch.tensor([0, 60])
@@ -292,7 +292,7 @@ def test_mask_and_visible_weights_leave_the_decoder_term_alone() -> None:
     assert masks[1] > 0 and codes[1] > 0
 
 
-def test_accuracy_is_counted_on_masked_and_visible_tokens_and_a_tie_is_no_hit() -> None:
+def test_accuracy_on_masked_and_visible_tokens_excludes_ties() -> None:
     transition = MaskAndReplace(Paper(), 3)
     tokens, noisy = torch.tensor([[0, 1, 2, 0, 1]]), torch.tensor([[3, 3, 2, 1, 1]])
     logits = torch.zeros(1, 5, 3)
@@ -303,7 +303,7 @@ def test_accuracy_is_counted_on_masked_and_visible_tokens_and_a_tie_is_no_hit() 
     assert [float(output.visible_correct), float(output.visible_count)] == [2, 3]
 
 
-def test_extreme_logits_have_finite_losses_and_gradients() -> None:
+def test_extreme_logits_give_finite_losses_and_gradients() -> None:
     for schedule in (Released(), Paper(), Absorbing(), UniformCosine(), Paper(mask_rate=1.0)):
         transition = MaskAndReplace(schedule, 4)
         x_0, x_t = (part[None] for part in every_pair(4))
@@ -316,8 +316,8 @@ def test_extreme_logits_have_finite_losses_and_gradients() -> None:
             assert bool(output.loss_per_image.isfinite().all()) and bool(gradient.isfinite().all())
 
 
-def test_a_hopeless_token_still_costs_and_teaches_in_full() -> None:
-    """Under a schedule that never replaces, nothing may cap the loss of a code with a chance of e^-150."""
+def test_improbable_token_has_uncapped_loss_and_gradient() -> None:
+    """Without replacement, the loss of a code with probability e^-150 must not be capped."""
     transition = MaskAndReplace(Absorbing(), 3)
     logits = torch.tensor([[[150.0, 0.0, 0.0]]], requires_grad=True)
     output = Objective(transition, BOUND).from_logits(
@@ -328,15 +328,15 @@ def test_a_hopeless_token_still_costs_and_teaches_in_full() -> None:
     assert gradient.flatten().tolist() == pytest.approx([1 / 50, -1 / 50, 0.0], abs=1e-6)
 
 
-def test_values_are_not_looked_at_unless_asked() -> None:
-    """Looking waits for the device; the training loop sees a loss that is not finite a step later."""
+def test_nan_values_are_unchecked_by_default() -> None:
+    """A check would wait for the device; the training loop detects a nonfinite loss one step later."""
     output = Objective(MaskAndReplace(Paper(), 3), ObjectiveConfig()).from_logits(
         torch.full((1, 1, 3), math.nan), torch.tensor([[0]]), torch.tensor([[3]]), torch.tensor([5])
     )
     assert bool(output.loss_per_image.isnan())
 
 
-def test_wrong_input_is_named() -> None:
+def test_invalid_input_is_refused() -> None:
     transition = MaskAndReplace(Paper(), 3)
     checked = Objective(transition, ObjectiveConfig(check_values=True))
     logits, tokens, t = torch.zeros(2, 1, 3), torch.zeros(2, 1, dtype=torch.long), torch.tensor([4, 5])

@@ -10,14 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from vqd_scale.core.config import Config, validated
 from vqd_scale.core.errors import UserError
-from vqd_scale.diffusion.schedule import (
-    Absorbing,
-    Paper,
-    Released,
-    Schedule,
-    UniformCosine,
-    rates_of,
-)
+from vqd_scale.diffusion.config import Absorbing, Paper, Released, Schedule, UniformCosine
+from vqd_scale.diffusion.schedule import rates_of
 
 steps = st.integers(2, 60)
 schedules = st.one_of(
@@ -39,7 +33,7 @@ GOLDEN = [
 
 
 @pytest.mark.parametrize(("t", "keep", "replace", "mask", "all_keep", "all_mask"), GOLDEN)
-def test_trap_1_released_rates_have_the_digits_of_float64(
+def test_released_rates_have_float64_precision(
     t: int, keep: float, replace: float, mask: float, all_keep: float, all_mask: float
 ) -> None:
     rates = rates_of(Released(), codes=2887)
@@ -52,7 +46,7 @@ def test_trap_1_released_rates_have_the_digits_of_float64(
 
 
 @given(schedules)
-def test_trap_1_one_step_rates_multiply_to_the_cumulative_ones(schedule: Schedule) -> None:
+def test_one_step_rates_multiply_to_cumulative_rates(schedule: Schedule) -> None:
     rates = rates_of(schedule, codes=5)
     times = torch.arange(rates.steps)
     step, chain = rates.between(times, times - 1), rates.at(times)
@@ -74,13 +68,13 @@ def test_rates_between_compose(schedule: Schedule, data: st.DataObject) -> None:
     rates = rates_of(schedule, codes=5)
     s = data.draw(st.integers(-1, rates.steps - 2))
     t = data.draw(st.integers(s + 1, rates.steps - 1))
-    first, second, whole = rates.at(s), rates.between(t, s), rates.at(t)
-    assert float(first.keep * second.keep) == pytest.approx(float(whole.keep), abs=1e-12)
+    first, second, total_rates = rates.at(s), rates.between(t, s), rates.at(t)
+    assert float(first.keep * second.keep) == pytest.approx(float(total_rates.keep), abs=1e-12)
     visible = (1 - first.mask) * (1 - second.mask)
-    assert float(visible) == pytest.approx(1 - float(whole.mask), abs=1e-12)
+    assert float(visible) == pytest.approx(1 - float(total_rates.mask), abs=1e-12)
 
 
-def test_trap_2_the_released_constants_hardly_replace_and_the_papers_do() -> None:
+def test_released_and_paper_replacement_rates() -> None:
     released = rates_of(Released(), codes=2887)
     np.testing.assert_allclose(released.cumulative.replace[1:], 1e-6, rtol=1e-9)
     last = rates_of(Paper(), codes=2887).at(99)
@@ -91,12 +85,12 @@ def test_trap_2_the_released_constants_hardly_replace_and_the_papers_do() -> Non
 
 
 @pytest.mark.parametrize(("mask_rate", "masks", "replaces"), [(1.0, True, False), (0.0, False, True)])
-def test_the_papers_ablation_is_one_key(mask_rate: float, masks: bool, replaces: bool) -> None:
+def test_paper_ablation_is_one_key(mask_rate: float, masks: bool, replaces: bool) -> None:
     last = rates_of(Paper(mask_rate=mask_rate), codes=8).at(99)
     assert (float(last.mask) > 0, float(last.replace) > 0) == (masks, replaces)
 
 
-def test_trap_3_the_time_before_the_first_is_the_clean_image() -> None:
+def test_time_minus_one_is_the_clean_image() -> None:
     for schedule in (Released(), Paper(), UniformCosine(), Absorbing()):
         clean = rates_of(schedule, codes=4).at(-1)
         assert (float(clean.keep), float(clean.replace), float(clean.mask)) == (1, 0, 0)
@@ -108,7 +102,7 @@ def test_released_equals_diffusers_arrays(count: int, codes: int) -> None:
     rates = rates_of(Released(steps=count), codes)
     times = torch.arange(count)
     step, chain = rates.between(times, times - 1), rates.at(times)
-    for ours, theirs, tolerance in [
+    for actual_rates, expected_rates, tolerance in [
         (step.keep, scheduler.log_at, 1e-5),
         (step.mask, scheduler.log_ct, 1e-5),
         (step.replace / codes, scheduler.log_bt, 1e-5),
@@ -116,10 +110,10 @@ def test_released_equals_diffusers_arrays(count: int, codes: int) -> None:
         (chain.mask, scheduler.log_cumprod_ct[:-1], 1e-5),
         (chain.replace / codes, scheduler.log_cumprod_bt[:-1], 1e-5),
     ]:
-        torch.testing.assert_close(ours.log().float(), theirs, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(actual_rates.log().float(), expected_rates, rtol=tolerance, atol=tolerance)
 
 
-def test_uniform_cosine_is_the_formula_of_vq_ddm() -> None:
+def test_uniform_cosine_equals_vq_ddm_formula() -> None:
     count, offset = 50, 0.008
     keep = 1.0
     rates = rates_of(UniformCosine(steps=count), codes=4)
@@ -132,7 +126,7 @@ def test_uniform_cosine_is_the_formula_of_vq_ddm() -> None:
         assert float(rates.at(t).mask) == 0
 
 
-def test_a_schedule_is_chosen_by_kind_and_wrong_constants_are_named() -> None:
+def test_kind_selects_schedule_and_wrong_constants_are_refused() -> None:
     chosen = TypeAdapter[Schedule](Schedule).validate_python({"kind": "paper", "mask_rate": 0.5})
     assert chosen == Paper(mask_rate=0.5)
     with pytest.raises(ValidationError, match="exceed 1"):
@@ -146,19 +140,19 @@ def test_a_schedule_is_chosen_by_kind_and_wrong_constants_are_named() -> None:
 
 
 @given(schedules)
-def test_trap_39_a_schedule_is_known_by_its_constants(schedule: Schedule) -> None:
-    """So a bundle that stores the configuration stores the chain, and can refuse weights of another one."""
+def test_schedule_is_identified_by_its_constants(schedule: Schedule) -> None:
+    """A bundle's configuration determines its chain, so weights of another chain can be refused."""
     choice = TypeAdapter[Schedule](Schedule)
     stored = choice.dump_json(schedule)
     assert choice.validate_json(stored) == schedule
-    for other in (Released(), Paper(), Paper(mask_rate=0.8), UniformCosine(), Absorbing()):
-        same = torch.equal(other.cumulative().keep, schedule.cumulative().keep) and torch.equal(
-            other.cumulative().mask, schedule.cumulative().mask
+    for other_schedule in (Released(), Paper(), Paper(mask_rate=0.8), UniformCosine(), Absorbing()):
+        same = torch.equal(other_schedule.cumulative().keep, schedule.cumulative().keep) and torch.equal(
+            other_schedule.cumulative().mask, schedule.cumulative().mask
         )
-        assert (choice.dump_json(other) == stored) <= same
+        assert (choice.dump_json(other_schedule) == stored) <= same
 
 
-def test_trap_39_any_changed_constant_shows() -> None:
+def test_changed_constant_is_detected() -> None:
     released = Released()
     for name in ("keep_first", "keep_last", "mask_first", "mask_last"):
         changed = released.model_copy(update={name: getattr(released, name) * 0.999})

@@ -9,20 +9,21 @@ from torch import Tensor
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
-from vqd_scale.diffusion.timestep_sampler import Importance, TimeSampler, Uniform
+from vqd_scale.diffusion.config import Importance, Uniform
+from vqd_scale.diffusion.timestep_sampler import FLOOR, TimeSampler
 
 STEPS = 8
 LOSSES = torch.tensor([3.0, 0.1, 0.2, 0.4, 0.8, 1.6, 0.05, 0.0])
 
 
-def alone(tensor: Tensor) -> Tensor:
+def single_rank(tensor: Tensor) -> Tensor:
     return tensor
 
 
 def warm(times: TimeSampler, rounds: int = 12) -> TimeSampler:
     for _ in range(rounds):
         times.observe(torch.arange(STEPS), LOSSES)
-        times.synchronise(alone)
+        times.synchronize(single_rank)
     return times
 
 
@@ -31,29 +32,29 @@ def draws(count: int) -> Tensor:
 
 
 @pytest.mark.parametrize("rounds", [0, 12])
-def test_trap_8_loss_over_probability_is_unbiased_before_and_after_warm_up(rounds: int) -> None:
+def test_importance_weighted_loss_is_unbiased(rounds: int) -> None:
     times = warm(TimeSampler(Importance(), STEPS), rounds)
-    t, probability = times.draw(draws(400_000))
+    t, probability = times.sample(draws(400_000))
     assert float((LOSSES[t] / probability).mean()) == pytest.approx(float(LOSSES.sum()), rel=0.01)
 
 
 @pytest.mark.parametrize("times", [TimeSampler(Uniform(), STEPS), warm(TimeSampler(Importance(), STEPS))])
-def test_times_are_drawn_as_often_as_said(times: TimeSampler) -> None:
-    t, probability = times.draw(draws(100_000))
+def test_timestep_frequencies_equal_probabilities(times: TimeSampler) -> None:
+    t, probability = times.sample(draws(100_000))
     assert torch.equal(probability, times.distribution()[t].float())
     share = torch.bincount(t, minlength=STEPS) / 100_000
     expected = times.distribution()
     assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / 100_000).sqrt()).all()
 
 
-def test_importance_follows_the_losses_and_the_first_time_takes_its_neighbours_weight() -> None:
+def test_importance_follows_losses_and_first_timestep_uses_neighbor() -> None:
     times = warm(TimeSampler(Importance(), STEPS), 200)
-    expected = LOSSES.double() + Importance().floor
+    expected = LOSSES.double() + FLOOR
     expected[0] = expected[1]
     torch.testing.assert_close(times.distribution(), expected / expected.sum(), rtol=1e-6, atol=1e-9)
 
 
-def test_it_is_uniform_until_every_time_was_seen_often_enough() -> None:
+def test_distribution_is_uniform_during_warmup() -> None:
     times = TimeSampler(Importance(warmup=2), STEPS)
     for rounds in range(4):
         is_uniform = torch.allclose(times.distribution(), torch.full((STEPS,), 1 / STEPS).double())
@@ -61,61 +62,64 @@ def test_it_is_uniform_until_every_time_was_seen_often_enough() -> None:
         times = warm(times, 1)
 
 
-def test_one_loss_at_a_time_is_the_running_mean_of_squares() -> None:
+def test_history_is_running_mean_of_squared_losses() -> None:
     times, history = TimeSampler(Importance(), 1), 0.0
     for loss in (1.0, 3.0, 2.0):
         times.observe(torch.tensor([0]), torch.tensor([loss]))
-        times.synchronise(alone)
+        times.synchronize(single_rank)
         history = 0.9 * history + 0.1 * loss**2
         assert float(times.history) == pytest.approx(history)
 
 
-def test_many_losses_at_one_time_count_as_many() -> None:
+def test_batched_losses_at_one_timestep_count_separately() -> None:
     times = TimeSampler(Importance(), 1)
     times.observe(torch.zeros(3, dtype=torch.long), torch.tensor([1.0, 3.0, 2.0]))
-    times.synchronise(alone)
+    times.synchronize(single_rank)
     assert float(times.history) == pytest.approx((1 - 0.9**3) * (1 + 9 + 4) / 3)
 
 
-def test_one_time_that_was_never_seen_keeps_the_distribution_uniform() -> None:
+def test_unobserved_timestep_keeps_distribution_uniform() -> None:
     times = TimeSampler(Importance(), STEPS)
     for _ in range(20):
         times.observe(torch.arange(STEPS - 1), LOSSES[:-1])
-        times.synchronise(alone)
+        times.synchronize(single_rank)
     torch.testing.assert_close(times.distribution(), torch.full((STEPS,), 1 / STEPS).double())
 
 
-def test_trap_8_neither_order_nor_accumulation_nor_ranks_matter() -> None:
+def test_history_does_not_depend_on_order_accumulation_or_ranks() -> None:
     t, loss = torch.tensor([1, 1, 2, 5, 1, 7]), torch.tensor([0.3, 0.4, 0.1, 0.9, 0.2, 0.7])
-    whole, parts = TimeSampler(Importance(), STEPS), TimeSampler(Importance(), STEPS)
-    whole.observe(t, loss)
+    one_update_sampler, many_update_sampler = (
+        TimeSampler(Importance(), STEPS),
+        TimeSampler(Importance(), STEPS),
+    )
+    one_update_sampler.observe(t, loss)
     for image in reversed(range(6)):
-        parts.observe(t[image : image + 1], loss[image : image + 1])
-    whole.synchronise(alone)
-    parts.synchronise(alone)
-    torch.testing.assert_close(whole.history, parts.history, rtol=1e-14, atol=0)
+        many_update_sampler.observe(t[image : image + 1], loss[image : image + 1])
+    one_update_sampler.synchronize(single_rank)
+    many_update_sampler.synchronize(single_rank)
+    torch.testing.assert_close(one_update_sampler.history, many_update_sampler.history, rtol=1e-14, atol=0)
     ranks = [TimeSampler(Importance(), STEPS) for _ in range(2)]
     ranks[0].observe(t[:2], loss[:2])
     ranks[1].observe(t[2:], loss[2:])
     sums: list[Tensor] = []
     for rank in ranks:
-        rank.synchronise(lambda tensor: (sums.append(tensor), tensor)[1])
+        rank.synchronize(lambda tensor: (sums.append(tensor), tensor)[1])
     joined = TimeSampler(Importance(), STEPS)
-    joined.synchronise(lambda _: sums[0] + sums[1])
-    torch.testing.assert_close(joined.history, whole.history, rtol=1e-14, atol=0)
+    joined.synchronize(lambda _: sums[0] + sums[1])
+    torch.testing.assert_close(joined.history, one_update_sampler.history, rtol=1e-14, atol=0)
 
 
-def test_losses_of_bad_samples_and_broken_losses_leave_no_trace() -> None:
+def test_losses_of_bad_samples_and_nonfinite_losses_are_ignored() -> None:
     times = TimeSampler(Importance(), STEPS)
     times.observe(
         torch.tensor([1, 2, 3]), torch.tensor([0.5, 9.0, float("nan")]), torch.tensor([1.0, 0.0, 1.0])
     )
-    times.synchronise(alone)
+    times.synchronize(single_rank)
     assert times.count.tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
     assert times.history.nonzero().flatten().tolist() == [1]
 
 
-def test_trap_37_the_distribution_survives_a_resume_exactly() -> None:
+def test_distribution_survives_resume_exactly() -> None:
     times = warm(TimeSampler(Importance(), STEPS))
     resumed = TimeSampler(Importance(), STEPS)
     resumed.load_state_dict(times.state_dict())
@@ -123,7 +127,7 @@ def test_trap_37_the_distribution_survives_a_resume_exactly() -> None:
     for sampler in (times, resumed):
         warm(sampler, 1)
     assert torch.equal(resumed.distribution(), times.distribution())
-    with pytest.raises(UserError, match="knows 8 times, this schedule has 9"):
+    with pytest.raises(UserError, match="has 8 times, this schedule 9"):
         TimeSampler(Importance(), 9).load_state_dict(times.state_dict())
 
 
@@ -139,13 +143,13 @@ def _rank(rank: int, folder: Path, t: Tensor, loss: Tensor) -> None:
 
     for _ in range(3):
         times.observe(t[mine], loss[mine])
-        times.synchronise(all_reduce)
+        times.synchronize(all_reduce)
     torch.save(times.state_dict(), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.ranks
-def test_trap_8_two_ranks_agree_with_each_other_and_with_one(tmp_path: Path) -> None:
+def test_two_ranks_have_the_distribution_of_one(tmp_path: Path) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     t, loss = torch.arange(2 * STEPS) % STEPS, torch.linspace(0.1, 2, 2 * STEPS)
     mp.spawn(_rank, args=(tmp_path, t, loss), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
@@ -153,6 +157,6 @@ def test_trap_8_two_ranks_agree_with_each_other_and_with_one(tmp_path: Path) -> 
     single = TimeSampler(Importance(warmup=0), STEPS)
     for _ in range(3):
         single.observe(t, loss)
-        single.synchronise(alone)
+        single.synchronize(single_rank)
     assert torch.equal(first["history"], second["history"])
     torch.testing.assert_close(first["history"], single.history, rtol=1e-14, atol=0)

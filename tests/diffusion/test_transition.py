@@ -11,7 +11,7 @@ from torch import Tensor
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.diffusion import reference as dense
-from vqd_scale.diffusion.schedule import Absorbing, Paper, Released, Schedule, UniformCosine
+from vqd_scale.diffusion.config import Absorbing, Paper, Released, Schedule, UniformCosine
 from vqd_scale.diffusion.transition import MaskAndReplace
 
 steps = st.integers(2, 12)
@@ -50,65 +50,56 @@ def test_cumulative_rates_are_the_product_of_matrices(schedule: Schedule, codes:
 
 @given(schedules, code_counts, st.data())
 @settings(max_examples=150, deadline=None)
-def test_trap_4_posterior_of_a_known_x_0_is_bayes_rule(
+def test_posterior_of_known_x_0_equals_bayes_rule(
     schedule: Schedule, codes: int, data: st.DataObject
 ) -> None:
     transition = MaskAndReplace(schedule, codes)
     t, s = data.draw(times(transition))
     expected = dense.posterior(transition.rates, t, s)
     for x_t in range(codes + 1):
-        ours = transition.posterior(
+        posterior = transition.posterior(
             torch.eye(codes, dtype=torch.float64)[None], torch.full((1, codes), x_t), t, s
         )[0]
         possible = expected[x_t].isfinite().all(0)
-        torch.testing.assert_close(ours.T[:, possible], expected[x_t][:, possible], rtol=0, atol=1e-9)
+        torch.testing.assert_close(posterior.T[:, possible], expected[x_t][:, possible], rtol=0, atol=1e-9)
 
 
 @given(schedules, code_counts, st.data())
 @settings(max_examples=150, deadline=None)
-def test_trap_4_mixture_is_the_brute_force_sum(schedule: Schedule, codes: int, data: st.DataObject) -> None:
+def test_mixture_posterior_equals_brute_force_sum(
+    schedule: Schedule, codes: int, data: st.DataObject
+) -> None:
     transition = MaskAndReplace(schedule, codes)
     t, s = data.draw(times(transition))
     x_t = torch.arange(codes + 1)[None]
     p = random_probabilities(codes, codes + 1, data.draw(st.integers(0, 99)))[None]
-    ours = transition.posterior(p, x_t, t, s)
+    posterior = transition.posterior(p, x_t, t, s)
     expected = dense.mixture(transition.rates, p, x_t, t, s)
     possible = expected.isfinite().all(-1)
     assert possible.any()
-    torch.testing.assert_close(ours[possible], expected[possible], rtol=0, atol=1e-9)
-    torch.testing.assert_close(ours.sum(-1), torch.ones_like(ours.sum(-1)), rtol=0, atol=1e-9)
+    torch.testing.assert_close(posterior[possible], expected[possible], rtol=0, atol=1e-9)
+    torch.testing.assert_close(posterior.sum(-1), torch.ones_like(posterior.sum(-1)), rtol=0, atol=1e-9)
 
 
-@given(schedules, code_counts, st.data())
-@settings(max_examples=100, deadline=None)
-def test_plug_in_is_the_dense_product(schedule: Schedule, codes: int, data: st.DataObject) -> None:
-    transition = MaskAndReplace(schedule, codes)
-    t, s = data.draw(times(transition))
-    x_t = torch.arange(codes + 1)[None]
-    p = random_probabilities(codes, codes + 1, data.draw(st.integers(0, 99)))[None]
-    ours = transition.posterior_plug_in(p, x_t, t, s)
-    expected = dense.plug_in(transition.rates, p, x_t, t, s)
-    possible = expected.isfinite().all(-1)
-    torch.testing.assert_close(ours[possible], expected[possible], rtol=0, atol=1e-9)
-
-
-def test_trap_4_plug_in_differs_from_the_mixture_where_tokens_are_replaced() -> None:
+def test_plug_in_differs_from_mixture_where_tokens_are_replaced() -> None:
     transition = MaskAndReplace(Paper(), 5)
     p = random_probabilities(5, 6, 0)[None]
     x_t = torch.arange(6)[None]
-    difference = (transition.posterior(p, x_t, 50, 49) - transition.posterior_plug_in(p, x_t, 50, 49)).abs()
+    difference = (
+        transition.posterior(p, x_t, 50, 49) - dense.plug_in(transition.rates, p, x_t, 50, 49)
+    ).abs()
     assert float(difference[0, :5].max()) > 1e-3
     assert float(difference[0, 5].max()) < 1e-12
-    known = torch.eye(5, dtype=torch.float64)[[0, 1, 2, 3, 4, 0]][None]
-    known_difference = transition.posterior(known, x_t, 50, 49) - transition.posterior_plug_in(
-        known, x_t, 50, 49
+    one_hot = torch.eye(5, dtype=torch.float64)[[0, 1, 2, 3, 4, 0]][None]
+    known_difference = transition.posterior(one_hot, x_t, 50, 49) - dense.plug_in(
+        transition.rates, one_hot, x_t, 50, 49
     )
     assert float(known_difference.abs().max()) < 1e-12
 
 
 @given(schedules, code_counts, st.data())
 @settings(max_examples=60, deadline=None)
-def test_a_stride_is_its_single_steps_under_a_known_x_0(
+def test_stride_equals_single_steps_for_known_x_0(
     schedule: Schedule, codes: int, data: st.DataObject
 ) -> None:
     transition = MaskAndReplace(schedule, codes)
@@ -127,7 +118,7 @@ def test_a_stride_is_its_single_steps_under_a_known_x_0(
 
 
 @pytest.mark.parametrize("schedule", [Released(), Paper(), UniformCosine(steps=100)])
-def test_trap_3_the_first_step_gives_back_p(schedule: Schedule) -> None:
+def test_first_step_posterior_is_the_prediction(schedule: Schedule) -> None:
     transition = MaskAndReplace(schedule, 5)
     p = random_probabilities(5, 6, 1)[None]
     result = transition.posterior(p, torch.arange(6)[None], 0, -1)
@@ -135,7 +126,7 @@ def test_trap_3_the_first_step_gives_back_p(schedule: Schedule) -> None:
     assert float(result[..., 5].abs().max()) == 0
 
 
-def test_where_nothing_is_replaced_a_visible_token_stays() -> None:
+def test_absorbing_chain_keeps_visible_tokens() -> None:
     transition = MaskAndReplace(Absorbing(), 4)
     p = random_probabilities(4, 4, 2)[None]
     for t, s in [(0, -1), (50, 49), (99, -1)]:
@@ -143,7 +134,7 @@ def test_where_nothing_is_replaced_a_visible_token_stays() -> None:
         torch.testing.assert_close(result, torch.eye(4, 5).double(), rtol=0, atol=1e-12)
 
 
-def test_trap_6_a_mask_stays_a_mask_as_often_as_the_schedule_says() -> None:
+def test_mask_persists_with_scheduled_probability() -> None:
     transition = MaskAndReplace(Paper(), 5)
     p = random_probabilities(5, 1, 3)[None]
     result = transition.posterior(p, torch.tensor([[5]]), 60, 59)
@@ -165,14 +156,14 @@ def test_posterior_equals_diffusers_at_every_time(count: int, codes: int) -> Non
         p = random_probabilities(codes, 50, seed=t)[None]
         x_t = (uniforms(t, Purpose.PRIOR, torch.arange(1), 50) * (codes + 1)).long()
         x_t[0, :10] = codes
-        # At t = 0 diffusers never asks for a posterior: it draws from p itself.
-        theirs = (
+        # At t = 0 diffusers computes no posterior: it samples from p itself.
+        diffusers_posterior = (
             torch.cat([p, torch.zeros_like(p[..., :1])], -1).float()
             if t == 0
             else posterior_of_diffusers(scheduler, p, x_t, t)
         )
-        ours = transition.posterior(p.float(), x_t, t, t - 1)
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        posterior = transition.posterior(p.float(), x_t, t, t - 1)
+        torch.testing.assert_close(posterior, diffusers_posterior, rtol=0, atol=1e-5)
 
 
 @given(st.integers(2, 100), st.integers(2, 40), st.data())
@@ -183,52 +174,52 @@ def test_posterior_equals_diffusers_for_every_x_t(count: int, codes: int, data: 
     scheduler = VQDiffusionScheduler(num_vec_classes=codes + 1, num_train_timesteps=count)
     p = random_probabilities(codes, codes + 1, data.draw(st.integers(0, 99)))[None]
     x_t = torch.arange(codes + 1)[None]
-    ours = transition.posterior(p.float(), x_t, t, t - 1)
-    torch.testing.assert_close(ours, posterior_of_diffusers(scheduler, p, x_t, t), rtol=0, atol=1e-5)
+    posterior = transition.posterior(p.float(), x_t, t, t - 1)
+    torch.testing.assert_close(posterior, posterior_of_diffusers(scheduler, p, x_t, t), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("schedule", [Released(), Paper(), Paper(mask_rate=0.0), UniformCosine(steps=100)])
 @pytest.mark.parametrize("t", [-1, 0, 40, 99])
-def test_corrupt_draws_the_forward_distribution(schedule: Schedule, t: int) -> None:
+def test_corrupt_samples_the_forward_distribution(schedule: Schedule, t: int) -> None:
     codes, count = 4, 200_000
     transition = MaskAndReplace(schedule, codes)
-    drawn = uniforms(1, Purpose.CORRUPTION, torch.arange(1), count, dtype=torch.float64)
-    noisy = transition.corrupt(torch.full((1, count), 2), torch.tensor([t]), drawn)
+    uniform_numbers = uniforms(1, Purpose.CORRUPTION, torch.arange(1), count, dtype=torch.float64)
+    noisy = transition.corrupt(torch.full((1, count), 2), torch.tensor([t]), uniform_numbers)
     chain = dense.chain_matrix(transition.rates, t, -1)[:, 2]
     counts = torch.bincount(noisy[0], minlength=codes + 1).double()
     spread = (count * chain * (1 - chain)).sqrt()
     assert ((counts - count * chain).abs() <= 5 * spread + 1e-9).all()
 
 
-def test_corrupt_is_a_function_of_each_image_alone() -> None:
+def test_corrupt_is_a_function_of_each_image() -> None:
     transition = MaskAndReplace(Paper(), 6)
     tokens = torch.arange(24).reshape(4, 6) % 6
-    drawn = uniforms(1, Purpose.CORRUPTION, torch.arange(4), 6)
+    uniform_numbers = uniforms(1, Purpose.CORRUPTION, torch.arange(4), 6)
     t = torch.tensor([0, 30, 60, 99])
-    together = transition.corrupt(tokens, t, drawn)
-    alone = transition.corrupt(tokens[2:3], t[2:3], drawn[2:3])
+    together = transition.corrupt(tokens, t, uniform_numbers)
+    alone = transition.corrupt(tokens[2:3], t[2:3], uniform_numbers[2:3])
     assert torch.equal(together[2:3], alone)
 
 
 @pytest.mark.parametrize("schedule", [Released(), Paper(), UniformCosine(), Absorbing()])
-def test_prior_has_its_share_of_masks_and_every_code(schedule: Schedule) -> None:
+def test_prior_contains_masks_and_every_code(schedule: Schedule) -> None:
     codes, count = 4, 100_000
     transition = MaskAndReplace(schedule, codes)
-    drawn = transition.prior(uniforms(2, Purpose.PRIOR, torch.arange(1), count, dtype=torch.float64))
+    prior_tokens = transition.prior(uniforms(2, Purpose.PRIOR, torch.arange(1), count, dtype=torch.float64))
     share = schedule.prior_mask
     expected = torch.tensor([(1 - share) / codes] * codes + [share], dtype=torch.float64)
-    counts = torch.bincount(drawn[0], minlength=codes + 1)
+    counts = torch.bincount(prior_tokens[0], minlength=codes + 1)
     assert ((counts - count * expected).abs() <= 5 * (count * expected * (1 - expected)).sqrt()).all()
 
 
-def test_wrong_input_is_named() -> None:
+def test_invalid_input_is_refused() -> None:
     transition = MaskAndReplace(Paper(), 5)
     with pytest.raises(UserError, match="token 5 is not between 0 and 4"):
         transition.check_tokens(torch.tensor([[0, 5]]), masks_allowed=False)
     transition.check_tokens(torch.tensor([[0, 5]]), masks_allowed=True)
     with pytest.raises(UserError, match="time 100 is not between 0 and 99"):
         transition.check_times(torch.tensor([3, 100]))
-    with pytest.raises(UserError, match="has 6 classes, but the diffusion schedule was made for 5"):
+    with pytest.raises(UserError, match="has 6 classes, but the diffusion schedule has 5"):
         transition.posterior(torch.full((1, 1, 6), 1 / 6), torch.tensor([[0]]), 3, 2)
     with pytest.raises(UserError, match="t=3, s=3"):
         transition.posterior(torch.full((1, 1, 5), 1 / 5), torch.tensor([[0]]), 3, 3)

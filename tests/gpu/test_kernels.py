@@ -12,11 +12,11 @@ from torch import Tensor
 
 from vqd_scale.core import rng
 from vqd_scale.core.rng import Purpose
+from vqd_scale.diffusion.config import ObjectiveConfig, Paper, Released, Schedule
 from vqd_scale.diffusion.kernels.dispatch import is_interpreted
 from vqd_scale.diffusion.logit_statistics import LogitRows, LogitStatistics, LossFactors, TorchRows
 from vqd_scale.diffusion.noise import uniforms
-from vqd_scale.diffusion.objective import Objective, ObjectiveConfig, ObjectiveOutput
-from vqd_scale.diffusion.schedule import Paper, Released, Schedule
+from vqd_scale.diffusion.objective import Objective, ObjectiveOutput
 from vqd_scale.diffusion.transition import MaskAndReplace
 
 pytestmark = pytest.mark.gpu
@@ -24,9 +24,11 @@ DEVICE = torch.device("cpu" if is_interpreted() else "cuda")
 
 
 def normal(rows: int, columns: int, seed: int) -> Tensor:
-    drawn = rng.uniforms(seed, Purpose.EVALUATION, torch.arange(rows), 2 * columns, dtype=torch.float64)
-    radius = (-2 * torch.log1p(-drawn[:, :columns])).sqrt()
-    return radius * torch.cos(2 * math.pi * drawn[:, columns:])
+    uniform_numbers = rng.uniforms(
+        seed, Purpose.EVALUATION, torch.arange(rows), 2 * columns, dtype=torch.float64
+    )
+    radius = (-2 * torch.log1p(-uniform_numbers[:, :columns])).sqrt()
+    return radius * torch.cos(2 * math.pi * uniform_numbers[:, columns:])
 
 
 def some_rows(count: int, codes: int, dtype: torch.dtype) -> tuple[Tensor, LogitRows]:
@@ -38,47 +40,47 @@ def some_rows(count: int, codes: int, dtype: torch.dtype) -> tuple[Tensor, Logit
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("codes", [2, 37, 256])
-def test_rows_equal_those_of_pytorch(codes: int, dtype: torch.dtype, tolerance: float) -> None:
+def test_rows_equal_pytorch(codes: int, dtype: torch.dtype, tolerance: float) -> None:
     from vqd_scale.diffusion.kernels.logit_statistics import TritonRows
 
     logits, rows = some_rows(24, codes, dtype)
     expected, reading = LogitStatistics.empty_for(rows), LogitStatistics.empty_for(rows)
-    TorchRows().read(logits, rows, expected, None)
-    TritonRows().read(logits, rows, reading, None)
-    for name in ("log_true", "log_seen", "code_sum"):
+    TorchRows().compute_statistics(logits, rows, expected, None)
+    TritonRows().compute_statistics(logits, rows, reading, None)
+    for name in ("log_true", "log_observed", "code_sum"):
         torch.testing.assert_close(
             getattr(reading, name), getattr(expected, name), rtol=tolerance, atol=codes * tolerance
         )
     assert torch.equal(reading.correct, expected.correct)
-    of_true, of_seen, of_sum = normal(3, len(logits), 1).to(logits)
-    factors = LossFactors.of(rows, expected.log_seen, of_true, of_seen, of_sum)
-    wanted = TorchRows().gradient(logits, rows, factors, None, kept=False)
+    of_true, of_observed, of_sum = normal(3, len(logits), 1).to(logits)
+    factors = LossFactors.of(rows, expected.log_observed, of_true, of_observed, of_sum)
+    expected_gradient = TorchRows().compute_gradient(logits, rows, factors, None, has_softmax=False)
     out = torch.empty_like(logits)
-    TritonRows().gradient(logits, rows, factors, out, kept=False)
-    torch.testing.assert_close(out, wanted, rtol=10 * tolerance, atol=codes * tolerance)
-    overwritten = TritonRows().gradient(logits, rows, factors, None, kept=False)
+    TritonRows().compute_gradient(logits, rows, factors, out, has_softmax=False)
+    torch.testing.assert_close(out, expected_gradient, rtol=10 * tolerance, atol=codes * tolerance)
+    overwritten = TritonRows().compute_gradient(logits, rows, factors, None, has_softmax=False)
     assert overwritten is logits and torch.equal(logits, out)
 
 
-def test_rows_may_lie_any_way_and_be_of_any_precision() -> None:
+def test_rows_of_any_layout_and_precision() -> None:
     from vqd_scale.diffusion.kernels.logit_statistics import TritonRows
 
     logits, rows = some_rows(6, 11, torch.float32)
     low = logits.bfloat16().T.contiguous().T
     assert low.stride() == (1, 6)
     reading, expected = LogitStatistics.empty_for(rows), LogitStatistics.empty_for(rows)
-    TritonRows().read(low, rows, reading, None)
-    TorchRows().read(low.float(), rows, expected, None)
+    TritonRows().compute_statistics(low, rows, reading, None)
+    TorchRows().compute_statistics(low.float(), rows, expected, None)
     torch.testing.assert_close(reading.log_true, expected.log_true, rtol=1e-6, atol=1e-6)
 
 
-def test_a_token_that_is_no_code_makes_its_own_row_nan() -> None:
+def test_invalid_token_makes_its_row_nan() -> None:
     from vqd_scale.diffusion.kernels.logit_statistics import TritonRows
 
     logits, rows = some_rows(4, 8, torch.float32)
     rows.true[1], rows.true[2] = 8, -1
     reading = LogitStatistics.empty_for(rows)
-    TritonRows().read(logits, rows, reading, None)
+    TritonRows().compute_statistics(logits, rows, reading, None)
     assert reading.log_true.isnan().tolist() == [False, True, True, False]
 
 
@@ -97,7 +99,7 @@ def loss_and_gradients(
     ("dtype", "loss_error", "gradient_error"),
     [(torch.float32, 1e-5, 1e-4), (torch.bfloat16, 1e-5, 1e-2)],
 )
-def test_trap_31_the_head_form_equals_float64(
+def test_head_form_equals_float64(
     schedule: Schedule, dtype: torch.dtype, loss_error: float, gradient_error: float
 ) -> None:
     codes, length, width = 150, 5, 16
@@ -115,18 +117,20 @@ def test_trap_31_the_head_form_equals_float64(
     leaves = [leaf.to(DEVICE, dtype) for leaf in leaves]
     tokens, noisy, t = (part.to(DEVICE) for part in (tokens, noisy, t))
     output, gradients = loss_and_gradients(leaves, transition, noisy, tokens, t)
-    exact, wanted = loss_and_gradients([leaf.double() for leaf in leaves], transition, noisy, tokens, t)
+    exact, exact_gradients = loss_and_gradients(
+        [leaf.double() for leaf in leaves], transition, noisy, tokens, t
+    )
     torch.testing.assert_close(
         output.loss_per_image.double(), exact.loss_per_image, rtol=loss_error, atol=loss_error
     )
-    for gradient, expected in zip(gradients, wanted, strict=True):
+    for gradient, expected in zip(gradients, exact_gradients, strict=True):
         scale = float(expected.abs().max())
         assert float((gradient.double() - expected).abs().max()) < gradient_error * scale
 
 
 @pytest.fixture
-def no_waiting() -> Iterator[None]:
-    """Any wait for the device is an error."""
+def no_device_synchronization() -> Iterator[None]:
+    """Raise an error on every synchronization with the device."""
     if DEVICE.type != "cuda":
         yield
         return
@@ -135,8 +139,8 @@ def no_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.usefixtures("no_waiting")
-def test_the_objective_does_not_wait_for_the_device() -> None:
+@pytest.mark.usefixtures("no_device_synchronization")
+def test_objective_does_not_synchronize_with_device() -> None:
     with torch.device(DEVICE):
         transition = MaskAndReplace(Paper(), 30)
         tokens, noisy = torch.zeros(2, 5, dtype=torch.long), torch.full((2, 5), 30)
@@ -147,7 +151,7 @@ def test_the_objective_does_not_wait_for_the_device() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("count", [1, 4, 5, 700])
-def test_philox_has_the_same_bits_everywhere(count: int, dtype: torch.dtype) -> None:
+def test_philox_is_bit_equal_on_all_backends(count: int, dtype: torch.dtype) -> None:
     slots = torch.tensor([0, 1, 5, 2**32 - 1, 2**32, 2**40 + 3])
     for seed, draw in ((0, 0), (7, 1), (2**32 - 1, 2**32 - 1)):
         expected = rng.uniforms(seed, Purpose.GUMBEL, slots, count, draw=draw, dtype=dtype)

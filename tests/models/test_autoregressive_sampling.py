@@ -7,14 +7,11 @@ from torch import Tensor
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
-from vqd_scale.diffusion.guidance import ConstantGuidance, TopK, TopP, Truncation, truncated
-from vqd_scale.diffusion.samplers import Strided
-from vqd_scale.diffusion.schedule import UniformCosine
-from vqd_scale.models.autoregressive_sampling import AutoregressiveTextToImage, prediction, sample_in_order
+from vqd_scale.diffusion.config import ConstantGuidance, Strided, TopK, TopP, Truncation, UniformCosine
+from vqd_scale.diffusion.guidance import truncate
+from vqd_scale.models.autoregressive_sampling import AutoregressiveTextToImage, build_predict, sample_in_order
 from vqd_scale.models.bundle import (
-    AutoregressiveBundleConfig,
     AutoregressiveModel,
-    BundleConfig,
     Model,
     load_autoregressive_bundle,
     load_bundle,
@@ -22,20 +19,20 @@ from vqd_scale.models.bundle import (
     save_tokenizer,
 )
 from vqd_scale.models.conditions import Conditions
+from vqd_scale.models.config import AutoregressiveBundleConfig, BundleConfig, SamplingConfig
 from vqd_scale.models.generate import (
     Prompt,
-    Settings,
-    draw_batch,
     generate,
+    generate_batch,
     load_pipeline,
     read_generated,
 )
-from vqd_scale.models.pipeline import TextToImage, picture_slots
-from vqd_scale.nn.autoregressive import Autoregressive, AutoregressiveConfig
-from vqd_scale.nn.denoiser import NoCondition, TextCondition
-from vqd_scale.nn.unet import UNetConfig
-from vqd_scale.text.clip import Tower
-from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
+from vqd_scale.models.pipeline import TextToImage, image_slots
+from vqd_scale.nn.autoregressive import Autoregressive
+from vqd_scale.nn.config import AutoregressiveConfig, NoCondition, TextCondition, UNetConfig
+from vqd_scale.text.config import Tower
+from vqd_scale.tokenizers.config import VQGANConfig
+from vqd_scale.tokenizers.vqgan import VQGAN
 
 CODES, GRID = 9, (4, 4)
 LENGTH = 16
@@ -70,40 +67,40 @@ def network(condition: TextCondition | NoCondition = NETWORK.condition) -> Autor
 
 def conditions(rows: int) -> Conditions:
     generator = torch.Generator().manual_seed(1)
-    given, absent = torch.randn(2, rows, 5, 16, generator=generator)
-    return Conditions(given, absent)
+    condition, null_condition = torch.randn(2, rows, 5, 16, generator=generator)
+    return Conditions(condition, null_condition)
 
 
 def by_hand(
-    network: Autoregressive, told: Conditions, scale: float, truncation: Truncation | None, slots: Tensor
+    network: Autoregressive, condition: Conditions, scale: float, truncation: Truncation | None, slots: Tensor
 ) -> Tensor:
-    """One image and one token at a time, by the definitions."""
-    drawn = uniforms(0, Purpose.SAMPLING, slots, LENGTH, dtype=torch.float64)
+    """Sample one image and one token at a time, by the definitions."""
+    uniform_numbers = uniforms(0, Purpose.SAMPLING, slots, LENGTH, dtype=torch.float64)
     rows: list[list[int]] = []
     for row in range(len(slots)):
         tokens: list[int] = []
         for place in range(LENGTH):
             prefix = torch.tensor([[*tokens, 0]])
-            log_p = network(prefix, None if told.given is None else told.given[row : row + 1])[
+            log_p = network(prefix, None if condition.prompt is None else condition.prompt[row : row + 1])[
                 0, -1
             ].log_softmax(-1)
-            if told.absent is not None:
-                unconditional = network(prefix, told.absent[row : row + 1])[0, -1].log_softmax(-1)
+            if condition.negative is not None:
+                unconditional = network(prefix, condition.negative[row : row + 1])[0, -1].log_softmax(-1)
                 log_p = (unconditional + scale * (log_p - unconditional)).log_softmax(-1)
             chances = log_p.exp().double()
             order = chances.argsort(descending=True)
-            kept = torch.zeros(CODES, dtype=torch.bool)
+            is_kept = torch.zeros(CODES, dtype=torch.bool)
             for rank, code in enumerate(order):
                 before = chances[order[:rank]].sum()
                 match truncation:
                     case TopP(p=rate):
-                        kept[code] = rank == 0 or before < rate
+                        is_kept[code] = rank == 0 or before < rate
                     case TopK(k=count):
-                        kept[code] = rank < count
+                        is_kept[code] = rank < count
                     case None:
-                        kept[code] = True
-            cumulative = (chances * kept).cumsum(0)
-            tokens.append(int((cumulative <= drawn[row, place] * cumulative[-1]).sum()))
+                        is_kept[code] = True
+            cumulative = (chances * is_kept).cumsum(0)
+            tokens.append(int((cumulative <= uniform_numbers[row, place] * cumulative[-1]).sum()))
         rows.append(tokens)
     return torch.tensor(rows)
 
@@ -111,67 +108,68 @@ def by_hand(
 @pytest.mark.parametrize("keep_seen", [True, False], ids=["cached", "uncached"])
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 @pytest.mark.parametrize("truncation", [None, TopP(p=0.8), TopK(k=3)])
-def test_tokens_are_those_of_the_definitions(
-    scale: float, truncation: Truncation | None, *, keep_seen: bool
-) -> None:
+def test_tokens_equal_definition(scale: float, truncation: Truncation | None, *, keep_seen: bool) -> None:
     slots = torch.arange(4) * 7
-    model, told = network(), conditions(4)
-    predict = prediction(model, told, ConstantGuidance(scale=scale), 4, keep_seen=keep_seen)
+    model, condition = network(), conditions(4)
+    predict = build_predict(model, condition, ConstantGuidance(scale=scale), 4, use_cache=keep_seen)
     if truncation is not None:
-        predict = truncated(predict, truncation)
-    drawn = sample_in_order(predict, slots, LENGTH, seed=0)
-    assert torch.equal(drawn, by_hand(model, told, scale, truncation, slots))
+        predict = truncate(predict, truncation)
+    sampled = sample_in_order(predict, slots, LENGTH, seed=0)
+    assert torch.equal(sampled, by_hand(model, condition, scale, truncation, slots))
 
 
-def test_without_a_condition_there_is_no_guidance() -> None:
-    model, told = network(NoCondition()), Conditions(None, None)
+def test_unconditional_model_ignores_guidance() -> None:
+    model, condition = network(NoCondition()), Conditions(None, None)
     slots = torch.arange(3)
-    drawn = [
+    sampled = [
         sample_in_order(
-            prediction(model, told, ConstantGuidance(scale=scale), 3, keep_seen=True), slots, LENGTH, 0
+            build_predict(model, condition, ConstantGuidance(scale=scale), 3, use_cache=True),
+            slots,
+            LENGTH,
+            0,
         )
         for scale in (1.0, 4.0)
     ]
-    assert torch.equal(drawn[0], drawn[1])
-    assert torch.equal(drawn[0], by_hand(model, told, 1.0, None, slots))
+    assert torch.equal(sampled[0], sampled[1])
+    assert torch.equal(sampled[0], by_hand(model, condition, 1.0, None, slots))
 
 
-def test_an_image_is_the_same_in_any_batch() -> None:
-    model, told = network(), conditions(4)
+def test_image_does_not_depend_on_batch() -> None:
+    model, condition = network(), conditions(4)
     guidance = ConstantGuidance(scale=2.0)
     together = sample_in_order(
-        prediction(model, told, guidance, 4, keep_seen=True), torch.arange(4), LENGTH, seed=3
+        build_predict(model, condition, guidance, 4, use_cache=True), torch.arange(4), LENGTH, seed=3
     )
-    assert told.given is not None
-    assert told.absent is not None
-    alone = Conditions(told.given[2:3], told.absent[2:3])
+    assert condition.prompt is not None
+    assert condition.negative is not None
+    alone = Conditions(condition.prompt[2:3], condition.negative[2:3])
     one = sample_in_order(
-        prediction(model, alone, guidance, 1, keep_seen=True), torch.tensor([2]), LENGTH, seed=3
+        build_predict(model, alone, guidance, 1, use_cache=True), torch.tensor([2]), LENGTH, seed=3
     )
     assert torch.equal(together[2:3], one)
     assert len(together.unique(dim=0)) == 4
 
 
-def test_unusable_weights_are_one_sentence() -> None:
+def test_unusable_weights_raise_user_error() -> None:
     model = network()
     model.head.bias.fill_(torch.nan)
-    predict = prediction(model, conditions(1), ConstantGuidance(scale=1.0), 1, keep_seen=True)
+    predict = build_predict(model, conditions(1), ConstantGuidance(scale=1.0), 1, use_cache=True)
     with pytest.raises(UserError, match="NaN or infinity"):
         sample_in_order(predict, torch.arange(1), LENGTH, seed=0)
 
 
-def test_a_bundle_draws_what_its_network_says(folder: Path) -> None:
+def test_bundle_samples_from_its_network(folder: Path) -> None:
     pipe = AutoregressiveTextToImage.load(folder, device="cpu")
     together = pipe(PROMPTS, guidance=2.0, truncation=0.9, seed=5)
     assert together[0].size == (8, 8)
     steps: list[tuple[int, int]] = []
-    again = pipe.draw(
+    again = pipe.generate_batch(
         PROMPTS,
-        picture_slots(5, 3),
+        image_slots(5, 3),
         guidance=ConstantGuidance(scale=2.0),
         truncation=TopP(p=0.9),
-        keep_seen=False,
-        on_step=lambda done, of: steps.append((done, of)),
+        use_cache=False,
+        on_step=lambda step, of: steps.append((step, of)),
     )
     assert torch.equal(again, together.tensor)
     assert steps == [(place + 1, LENGTH) for place in range(LENGTH)]
@@ -181,11 +179,14 @@ def test_a_bundle_draws_what_its_network_says(folder: Path) -> None:
     )
 
 
-def test_what_draws_many_pictures_takes_either_kind(folder: Path, tmp_path: Path) -> None:
+def test_batch_sampling_takes_either_model_kind(folder: Path, tmp_path: Path) -> None:
     pipe = load_pipeline(folder, device="cpu")
     assert isinstance(pipe, AutoregressiveTextToImage)
     prompts = [Prompt(str(number), prompt) for number, prompt in enumerate(PROMPTS)]
-    generate(pipe, "model", prompts, Settings(25, 2.0, 0.9, seed=5, batch=2), tmp_path / "drawn")
+    sampling = SamplingConfig(
+        guidance=ConstantGuidance(scale=2.0), truncation=TopP(p=0.9), seed=5, batch_size=2
+    )
+    generate(pipe, "model", prompts, sampling, tmp_path / "drawn")
     expected = pipe(PROMPTS, guidance=2.0, truncation=0.9, seed=5).tensor.permute(0, 2, 3, 1).numpy()
     assert np.array_equal(read_generated(tmp_path / "drawn")[1], expected)
     config = BundleConfig(
@@ -197,15 +198,16 @@ def test_what_draws_many_pictures_takes_either_kind(folder: Path, tmp_path: Path
     save_bundle(tmp_path / "unet", config, Model(config).state_dict(), folder / "tokenizer")
     denoiser = load_pipeline(tmp_path / "unet", device="cpu")
     assert isinstance(denoiser, TextToImage)
-    slots = picture_slots(5, 2)
-    drawn = draw_batch(denoiser, ["", ""], slots, Settings(2, 1.0, 1.0, seed=5, batch=2))
-    strided = denoiser.draw(["", ""], slots, Strided(steps=2), guidance=ConstantGuidance(scale=1.0))
-    assert torch.equal(drawn, strided)
+    slots = image_slots(5, 2)
+    unguided = SamplingConfig(sampler=Strided(steps=2), guidance=ConstantGuidance(scale=1.0))
+    sampled = generate_batch(denoiser, ["", ""], slots, unguided)
+    strided = denoiser.generate_batch(["", ""], slots, Strided(steps=2), guidance=ConstantGuidance(scale=1.0))
+    assert torch.equal(sampled, strided)
 
 
-def test_a_bundle_of_one_kind_is_not_taken_for_one_of_another(folder: Path) -> None:
+def test_bundle_of_the_other_kind_is_refused(folder: Path) -> None:
     bundle = load_autoregressive_bundle(folder)
     assert bundle.config == CONFIG
-    with pytest.raises(UserError, match="holds an autoregressive model"):
+    with pytest.raises(UserError, match="contains an autoregressive model"):
         load_bundle(folder)
     assert "VQ-AR" in (folder / "README.md").read_text()

@@ -8,10 +8,12 @@ from safetensors.torch import save_file
 
 from tests.tiny_models import SHAPE
 from vqd_scale.core.errors import UserError
-from vqd_scale.diffusion.schedule import Paper
-from vqd_scale.models.bundle import BundleConfig, Model, load_bundle, save_bundle, save_tokenizer
-from vqd_scale.nn.denoiser import DenoiserConfig, TextCondition
-from vqd_scale.text.clip import Pretrained, TextEncoder
+from vqd_scale.diffusion.config import Paper
+from vqd_scale.models.bundle import Model, load_bundle, save_bundle, save_tokenizer
+from vqd_scale.models.config import BundleConfig
+from vqd_scale.nn.config import DenoiserConfig, TextCondition
+from vqd_scale.text.clip import TextEncoder
+from vqd_scale.text.config import Pretrained
 from vqd_scale.tokenizers.vqgan import VQGAN
 
 
@@ -27,7 +29,7 @@ def published_tower(folder: Path) -> Pretrained:
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_a_bundle_holds_a_trained_tower_and_names_a_frozen_one(tmp_path: Path, train: bool) -> None:
+def test_bundle_stores_trained_tower_and_names_frozen_tower(tmp_path: Path, train: bool) -> None:
     torch.manual_seed(0)
     config = BundleConfig(
         codebook_size=9,
@@ -39,12 +41,12 @@ def test_a_bundle_holds_a_trained_tower_and_names_a_frozen_one(tmp_path: Path, t
     model = Model(config)
     save_tokenizer(tmp_path / "tokenizer", SHAPE, VQGAN(SHAPE).state_dict())
     save_bundle(tmp_path / "bundle", config, model.state_dict(), tmp_path / "tokenizer")
-    ids, given = torch.from_numpy(model.text.tokenizer(["a red circle"])), torch.tensor([False])
-    expected = model.text(ids, given)
-    assert torch.equal(load_bundle(tmp_path / "bundle").model.text(ids, given), expected)
+    ids, is_dropped = torch.from_numpy(model.text.tokenizer(["a red circle"])), torch.tensor([False])
+    expected = model.text(ids, is_dropped)
+    assert torch.equal(load_bundle(tmp_path / "bundle").model.text(ids, is_dropped), expected)
     (tmp_path / "tower.safetensors").unlink()
     if train:
-        assert torch.equal(load_bundle(tmp_path / "bundle").model.text(ids, given), expected)
+        assert torch.equal(load_bundle(tmp_path / "bundle").model.text(ids, is_dropped), expected)
     else:
         with pytest.raises(UserError, match="no such file"):
             load_bundle(tmp_path / "bundle")

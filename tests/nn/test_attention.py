@@ -17,7 +17,8 @@ import torch
 from torch.nn import functional
 
 from vqd_scale.nn import attention as module
-from vqd_scale.nn.attention import AttentionBackend, attention
+from vqd_scale.nn.attention import attention
+from vqd_scale.nn.config import AttentionBackend
 
 HEAD_DIMS = [12, 32, 64, 88]
 TOLERANCES = [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)]
@@ -35,24 +36,24 @@ def qkv(dim: int, dtype: torch.dtype, queries: int = 5) -> tuple[torch.Tensor, t
 def by_loops(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, causal: bool = False
 ) -> torch.Tensor:
-    """The definition, one head and one query at a time, in float64."""
+    """Compute attention by its definition, one head and one query at a time, in float64."""
     result = torch.empty(query.shape, dtype=torch.float64)
     for batch in range(query.shape[0]):
         for head in range(query.shape[2]):
             for place in range(query.shape[1]):
-                seen = slice(place + 1) if causal else slice(None)
+                visible = slice(place + 1) if causal else slice(None)
                 scores = torch.stack(
-                    [query[batch, place, head].double() @ k.double() for k in key[batch, seen, head]]
+                    [query[batch, place, head].double() @ k.double() for k in key[batch, visible, head]]
                 )
                 weights = (scores / query.shape[-1] ** 0.5).softmax(0)
-                result[batch, place, head] = weights @ value[batch, seen, head].double()
+                result[batch, place, head] = weights @ value[batch, visible, head].double()
     return result
 
 
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "reference"])
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
-def test_trap_20_backends_equal_the_definition(
+def test_backends_equal_definition(
     backend: AttentionBackend, dim: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     query, key, value = qkv(dim, dtype)
@@ -64,7 +65,7 @@ def test_trap_20_backends_equal_the_definition(
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "reference"])
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
-def test_causal_backends_equal_the_definition(
+def test_causal_backends_equal_definition(
     backend: AttentionBackend, dim: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     query, key, value = qkv(dim, dtype, queries=7)
@@ -76,7 +77,7 @@ def test_causal_backends_equal_the_definition(
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
-def test_backends_have_the_same_gradients(
+def test_backends_have_equal_gradients(
     dim: int, dtype: torch.dtype, tolerance: float, *, causal: bool
 ) -> None:
     gradients: list[tuple[torch.Tensor, ...]] = []
@@ -89,15 +90,15 @@ def test_backends_have_the_same_gradients(
     torch.testing.assert_close(gradients[0], gradients[1], atol=tolerance, rtol=tolerance)
 
 
-def test_causal_attention_is_of_a_sequence_to_itself() -> None:
+def test_causal_attention_requires_equal_lengths() -> None:
     with pytest.raises(ValueError, match="5 queries over 7 keys"):
         attention(*qkv(12, torch.float32), causal=True)
 
 
 @pytest.fixture
-def fresh_findings() -> Iterator[None]:
-    """Nothing is known yet of what xformers serves, and nothing was said about it."""
-    caches = (module._xformers_serves, module._say_that_sdpa_serves)  # pyright: ignore[reportPrivateUsage]
+def cleared_findings() -> Iterator[None]:
+    """Clear the cached capabilities of xformers and the warnings given."""
+    caches = (module._is_xformers_usable, module._warn_sdpa_fallback)  # pyright: ignore[reportPrivateUsage]
     for cache in caches:
         cache.cache_clear()
     yield
@@ -106,8 +107,8 @@ def fresh_findings() -> Iterator[None]:
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
-    """The dtype of every call of sdpa."""
+def sdpa_dtypes(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Record the dtype of every call of sdpa."""
     dtypes: list[torch.dtype] = []
     sdpa = functional.scaled_dot_product_attention
 
@@ -131,17 +132,17 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
         (torch.bfloat16, 1024, True),
     ],
 )
-def test_auto_takes_what_is_fast_on_a_cpu(
-    served: list[torch.dtype], dtype: torch.dtype, keys: int, *, by_sdpa: bool
+def test_auto_selects_the_fast_cpu_backend(
+    sdpa_dtypes: list[torch.dtype], dtype: torch.dtype, keys: int, *, by_sdpa: bool
 ) -> None:
     query, context = torch.randn(1, 4, 1, 16, dtype=dtype), torch.randn(1, keys, 1, 16, dtype=dtype)
     attention(query, context, context)
-    assert served == [dtype] * by_sdpa
+    assert sdpa_dtypes == [dtype] * by_sdpa
 
 
-@pytest.mark.usefixtures("fresh_findings")
-def test_where_xformers_has_no_kernel_that_is_said_once_and_sdpa_serves(
-    caplog: pytest.LogCaptureFixture, served: list[torch.dtype]
+@pytest.mark.usefixtures("cleared_findings")
+def test_missing_xformers_kernel_warns_once_and_uses_sdpa(
+    caplog: pytest.LogCaptureFixture, sdpa_dtypes: list[torch.dtype]
 ) -> None:
     with caplog.at_level(logging.WARNING):
         for dtype in (torch.float32, torch.bfloat16, torch.float32):
@@ -149,9 +150,9 @@ def test_where_xformers_has_no_kernel_that_is_said_once_and_sdpa_serves(
             torch.testing.assert_close(
                 attention(query, key, value, "xformers"), attention(query, key, value, "sdpa")
             )
-    assert len(served) == 6
+    assert len(sdpa_dtypes) == 6
     assert [record.getMessage() for record in caplog.records] == [
-        "xformers attention is not available here (it has no kernel for a cpu); torch's sdpa serves instead."
+        "xformers attention is not available (it has no kernel for a cpu); torch's sdpa is used instead."
     ]
 
 
@@ -159,7 +160,7 @@ def refusing(query: torch.Tensor, *_: torch.Tensor, **options: object) -> torch.
     raise NotImplementedError("No operator found for `memory_efficient_attention_forward`\nwith inputs: ...")
 
 
-@pytest.mark.usefixtures("fresh_findings")
+@pytest.mark.usefixtures("cleared_findings")
 @pytest.mark.parametrize(
     ("ops", "reason"),
     [
@@ -175,7 +176,7 @@ def refusing(query: torch.Tensor, *_: torch.Tensor, **options: object) -> torch.
     ],
     ids=["absent", "incomplete", "refusing the card"],
 )
-def test_on_a_gpu_as_well_sdpa_serves_where_xformers_does_not(
+def test_unusable_xformers_on_gpu_uses_sdpa(
     ops: Mock, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     probe = torch.zeros(1, 8, 1, 8)
@@ -184,13 +185,13 @@ def test_on_a_gpu_as_well_sdpa_serves_where_xformers_does_not(
     on_a_gpu = Mock(dtype=torch.bfloat16, device=torch.device("cuda"), is_cuda=True)
     backends: tuple[AttentionBackend, ...] = ("auto", "xformers", "auto")
     with caplog.at_level(logging.WARNING):
-        chosen = [
-            module._chosen(backend, on_a_gpu, on_a_gpu)  # pyright: ignore[reportPrivateUsage]
+        selected = [
+            module._select_backend(backend, on_a_gpu, on_a_gpu)  # pyright: ignore[reportPrivateUsage]
             for backend in backends
         ]
-    assert chosen == ["sdpa"] * 3
+    assert selected == ["sdpa"] * 3
     assert [record.getMessage() for record in caplog.records] == [
-        f"xformers attention is not available here ({reason}); torch's sdpa serves instead."
+        f"xformers attention is not available ({reason}); torch's sdpa is used instead."
     ]
 
 
@@ -198,41 +199,41 @@ def test_on_a_gpu_as_well_sdpa_serves_where_xformers_does_not(
     (sys.platform, platform.machine()) != ("linux", "x86_64") or torch.version.cuda is None,
     reason="xformers has packages for CUDA on Linux x86_64 only",
 )
-def test_xformers_loads_and_has_operators_for_every_head_dim() -> None:
-    """Without a card: its choice is looked at, its kernels are not run (tests/gpu runs them)."""
-    done = subprocess.run(
+def test_xformers_has_operators_for_every_head_dim() -> None:
+    """Check xformers' choice of operators without a GPU; tests/gpu runs the kernels."""
+    completed = subprocess.run(
         [sys.executable, "-m", "tests.nn.xformers_operators"],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    found: dict[str, Any] = json.loads(done.stdout)
-    assert not found["imported_on_cpu"]
-    assert found["built_with_cuda"]
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stderr == ""
+    operators: dict[str, Any] = json.loads(completed.stdout)
+    assert not operators["imported_on_cpu"]
+    assert operators["built_with_cuda"]
     kernels = {"bfloat16": ("fa2F", "fa2B"), "float32": ("cutlassF", "cutlassB")}
-    for row in found["rows"]:
+    for row in operators["rows"]:
         forward, backward = kernels[row["dtype"]]
         assert row["operators"][0].startswith(forward), row
         assert row["operators"][1].startswith(backward), row
-    assert len(found["rows"]) == 2 * len(kernels) * len(HEAD_DIMS) * 2
+    assert len(operators["rows"]) == 2 * len(kernels) * len(HEAD_DIMS) * 2
 
 
-@pytest.mark.usefixtures("fresh_findings")
-def test_the_cuda_runtime_is_loaded_before_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("cleared_findings")
+def test_cuda_runtime_is_loaded_before_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = Mock()
     loaded.xformers.side_effect = ImportError
     monkeypatch.setattr(module, "_load_cuda_runtime", loaded.runtime)
     monkeypatch.setattr(module, "_xformers", loaded.xformers)
-    module._xformers_serves(torch.bfloat16, torch.device("cuda"))  # pyright: ignore[reportPrivateUsage]
+    module._is_xformers_usable(torch.bfloat16, torch.device("cuda"))  # pyright: ignore[reportPrivateUsage]
     assert loaded.mock_calls == [call.runtime(), call.xformers()]
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Name and mode of every library that is opened; none is loaded before."""
+def opened_libraries(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Record name and mode of every library that is opened; none is loaded before."""
     libraries: list[tuple[str, int]] = []
 
     def open_library(name: str, mode: int = ctypes.DEFAULT_MODE) -> None:
@@ -244,38 +245,38 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return libraries
 
 
-def test_the_cuda_runtime_comes_from_its_package_alone(
-    opened: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+def test_cuda_runtime_is_searched_in_its_package_only(
+    opened_libraries: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path("/site-packages/nvidia/cuda_runtime/lib")
     names = ("libcudart.so.12", "libcudart_static.a")
     files = [Mock(locate=Mock(return_value=folder / name)) for name in names]
     for file, name in zip(files, names, strict=True):
         file.name = name
-    asked: list[str] = []
+    queried_packages: list[str] = []
 
     def files_of(package: str) -> list[Mock]:
-        asked.append(package)
+        queried_packages.append(package)
         return files
 
     monkeypatch.setattr(importlib.metadata, "files", files_of)
     module._load_cuda_runtime()  # pyright: ignore[reportPrivateUsage]
-    assert asked == ["nvidia-cuda-runtime-cu12"]
-    # Its symbols stay out of the global scope, where torch's own runtime is.
-    assert opened[1:] == [(str(folder / "libcudart.so.12"), os.RTLD_LOCAL)]
+    assert queried_packages == ["nvidia-cuda-runtime-cu12"]
+    # Its symbols stay out of the global scope, which has torch's own runtime.
+    assert opened_libraries[1:] == [(str(folder / "libcudart.so.12"), os.RTLD_LOCAL)]
 
 
-def test_without_the_package_no_cuda_runtime_is_loaded(
-    opened: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+def test_missing_cuda_runtime_package_loads_nothing(
+    opened_libraries: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     absent = Mock(side_effect=importlib.metadata.PackageNotFoundError)
     monkeypatch.setattr(importlib.metadata, "files", absent)
     module._load_cuda_runtime()  # pyright: ignore[reportPrivateUsage]
-    assert opened == [("libcudart.so.12", os.RTLD_NOLOAD)]
+    assert opened_libraries == [("libcudart.so.12", os.RTLD_NOLOAD)]
 
 
-@pytest.mark.usefixtures("fresh_findings")
-def test_a_package_without_its_cuda_runtime_is_named_and_sdpa_serves(
+@pytest.mark.usefixtures("cleared_findings")
+def test_incomplete_cuda_runtime_package_warns_and_uses_sdpa(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     missing = Mock(locate=Mock(return_value=Path("/nowhere/libabsent.so.12")))
@@ -284,11 +285,11 @@ def test_a_package_without_its_cuda_runtime_is_named_and_sdpa_serves(
     monkeypatch.setattr(importlib.metadata, "files", Mock(return_value=[missing]))
     cuda = torch.device("cuda")
     with caplog.at_level(logging.WARNING):
-        assert not module._xformers_serves(torch.bfloat16, cuda)  # pyright: ignore[reportPrivateUsage]
+        assert not module._is_xformers_usable(torch.bfloat16, cuda)  # pyright: ignore[reportPrivateUsage]
     assert "/nowhere/libabsent.so.12: cannot open shared object file" in caplog.text
 
 
-def test_a_cuda_runtime_that_torch_has_loaded_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_runtime_loaded_by_torch_is_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     files, library = Mock(), Mock()
     monkeypatch.setattr(ctypes, "CDLL", library)
     monkeypatch.setattr(importlib.metadata, "files", files)
@@ -299,16 +300,16 @@ def test_a_cuda_runtime_that_torch_has_loaded_is_kept(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dim", HEAD_DIMS)
-def test_trap_20_padding_for_the_kernels_changes_nothing(
+def test_padding_for_kernels_keeps_the_result(
     dim: int, monkeypatch: pytest.MonkeyPatch, *, causal: bool
 ) -> None:
-    seen: list[int] = []
+    head_dims: list[int] = []
 
     def kernel(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, attn_bias: object, scale: float
     ) -> torch.Tensor:
-        """What xformers computes, refusing the head dims that its kernels refuse."""
-        seen.append(query.shape[-1])
+        """Compute xformers' result, refusing the head dims that its kernels refuse."""
+        head_dims.append(query.shape[-1])
         assert query.shape[-1] % 8 == 0
         scores = torch.einsum("bqhd,bkhd->bhqk", query, key).mul(scale)
         if attn_bias == "lower triangular":
@@ -317,9 +318,9 @@ def test_trap_20_padding_for_the_kernels_changes_nothing(
 
     ops = SimpleNamespace(memory_efficient_attention=kernel, LowerTriangularMask=lambda: "lower triangular")
     monkeypatch.setattr(module, "_xformers", lambda: ops)
-    monkeypatch.setattr(module, "_chosen", Mock(return_value="xformers"))
+    monkeypatch.setattr(module, "_select_backend", Mock(return_value="xformers"))
     query, key, value = qkv(dim, torch.float32, queries=7)
     padded = attention(query, key, value, "xformers", causal=causal)
     monkeypatch.undo()
     torch.testing.assert_close(padded, attention(query, key, value, "reference", causal=causal))
-    assert seen
+    assert head_dims

@@ -4,8 +4,8 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional
 
-from vqd_scale.nn.autoregressive import Autoregressive, AutoregressiveConfig
-from vqd_scale.nn.denoiser import NoCondition, TextCondition
+from vqd_scale.nn.autoregressive import Autoregressive
+from vqd_scale.nn.config import AutoregressiveConfig, NoCondition, TextCondition
 
 CODES, GRID = 7, (3, 4)
 LENGTH = GRID[0] * GRID[1]
@@ -39,7 +39,7 @@ def test_parameter_counts_of_the_sizes(config: AutoregressiveConfig, parameters:
 
 
 @pytest.mark.parametrize("place", range(LENGTH))
-def test_a_place_sees_what_is_before_it_and_nothing_else(place: int) -> None:
+def test_logits_depend_on_earlier_positions_only(place: int) -> None:
     network = build()
     tokens, text = inputs()
     changed = tokens.clone()
@@ -50,20 +50,20 @@ def test_a_place_sees_what_is_before_it_and_nothing_else(place: int) -> None:
 
 
 @pytest.mark.parametrize("config", [SMALL, UNCONDITIONAL], ids=["text", "none"])
-def test_step_by_step_equals_all_at_once(config: AutoregressiveConfig) -> None:
+def test_cached_decoding_equals_full_forward(config: AutoregressiveConfig) -> None:
     network = build(config)
     tokens, text = inputs()
     condition = text if config is SMALL else None
-    whole = network(tokens, condition)
-    memories = network.memories(condition, len(tokens))
+    full_logits = network(tokens, condition)
+    caches = network.new_caches(condition, len(tokens))
     for place in range(LENGTH):
-        cached = network.step(tokens, place, memories)
-        torch.testing.assert_close(cached, whole[:, place], atol=1e-5, rtol=0)
+        cached = network.step(tokens, place, caches)
+        torch.testing.assert_close(cached, full_logits[:, place], atol=1e-5, rtol=0)
         prefix = network(tokens[:, : place + 1], condition)[:, -1]
-        torch.testing.assert_close(prefix, whole[:, place], atol=1e-5, rtol=0)
+        torch.testing.assert_close(prefix, full_logits[:, place], atol=1e-5, rtol=0)
 
 
-def test_every_sample_has_its_own_caption() -> None:
+def test_each_sample_uses_its_own_caption() -> None:
     network = build()
     tokens, text = inputs()
     together = network(tokens, text)
@@ -73,7 +73,7 @@ def test_every_sample_has_its_own_caption() -> None:
     assert (network(tokens, text.flip(0))[0] - together[0]).abs().amax(-1).gt(0).all()
 
 
-def test_consuming_the_head_equals_its_logits() -> None:
+def test_head_consumer_equals_logits() -> None:
     network = build()
     tokens, text = inputs()
     torch.testing.assert_close(network.forward(tokens, text, functional.linear), network(tokens, text))

@@ -8,20 +8,26 @@ from torch import nn
 from torch.nn import functional
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.nn.denoiser import ClassCondition, Denoiser, DenoiserConfig, NoCondition, TextCondition
+from vqd_scale.nn.config import (
+    ClassCondition,
+    Convolutional,
+    DenoiserConfig,
+    FeedForwardConfig,
+    FullyConnected,
+    NoCondition,
+    TextCondition,
+    TimestepEmbedding,
+)
+from vqd_scale.nn.denoiser import Denoiser
 from vqd_scale.nn.layers import (
     GELU2,
     AdaptiveLayerNorm,
     ClassEmbedding,
-    Convolutional,
     ConvolutionalFeedForward,
-    FeedForwardConfig,
-    FullyConnected,
     ImageEmbedding,
     Rotation,
-    TimestepEmbedding,
     build_timestep_embedding,
-    start_from_codebook,
+    init_from_codebook,
 )
 
 SMALL = DenoiserConfig(width=24, layers=2, heads=2, condition=TextCondition(width=10))
@@ -38,7 +44,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return tokens, torch.tensor([0, 4, 8]), torch.randn(3, 5, 10, generator=generator)
 
 
-def test_trap_17_gelu2_is_the_sigmoid_form() -> None:
+def test_gelu2_is_the_sigmoid_form() -> None:
     assert GELU2()(torch.tensor(1.0)).item() == pytest.approx(0.845796, abs=1e-6)
     x = torch.linspace(-30, 30, 121, dtype=torch.float64, requires_grad=True)
     plain = x * torch.sigmoid(1.702 * x)
@@ -47,7 +53,7 @@ def test_trap_17_gelu2_is_the_sigmoid_form() -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_trap_18_each_sample_has_its_own_timestep() -> None:
+def test_each_sample_has_its_own_timestep() -> None:
     denoiser = build()
     tokens, t, text = inputs()
     together = denoiser(tokens, t, text)
@@ -58,7 +64,7 @@ def test_trap_18_each_sample_has_its_own_timestep() -> None:
 
 
 @pytest.mark.parametrize("timestep", ["learned", "sinusoidal"])
-def test_trap_18_adaptive_norm_takes_scale_first_and_adds_one(timestep: TimestepEmbedding) -> None:
+def test_adaptive_norm_takes_scale_first_and_adds_one(timestep: TimestepEmbedding) -> None:
     norm = AdaptiveLayerNorm(build_timestep_embedding(timestep, width=6, steps=9), width=6)
     with torch.no_grad():
         norm.linear.weight.zero_()
@@ -71,7 +77,9 @@ def test_trap_18_adaptive_norm_takes_scale_first_and_adds_one(timestep: Timestep
 VARIANTS = {
     "text": SMALL,
     "class": SMALL.model_copy(update={"condition": ClassCondition(classes=6)}),
-    "class without a null": SMALL.model_copy(update={"condition": ClassCondition(classes=6, null="mean")}),
+    "class without a null": SMALL.model_copy(
+        update={"condition": ClassCondition(classes=6, null_condition="mean")}
+    ),
     "unconditional": SMALL.model_copy(update={"condition": NoCondition()}),
     "convolutional": SMALL.model_copy(update={"feed_forward": Convolutional()}),
     "sinusoidal": SMALL.model_copy(update={"timestep": "sinusoidal"}),
@@ -88,21 +96,21 @@ def condition_of(config: DenoiserConfig) -> torch.Tensor | None:
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
-def test_what_is_prepared_equals_the_plain_forward(config: DenoiserConfig) -> None:
+def test_prepared_forward_equals_plain_forward(config: DenoiserConfig) -> None:
     denoiser = build(config)
     condition = condition_of(config)
-    prepared = denoiser.prepared(condition)
+    prepare = denoiser.prepare(condition)
     tokens, _, _ = inputs()
     for t in (0, 3, 8):
         plain = denoiser(tokens, torch.full((3,), t), condition)
-        torch.testing.assert_close(prepared(tokens, t), plain, atol=1e-5, rtol=0)
-    assert not torch.allclose(prepared(tokens, 0), prepared(tokens, 8))
+        torch.testing.assert_close(prepare(tokens, t), plain, atol=1e-5, rtol=0)
+    assert not torch.allclose(prepare(tokens, 0), prepare(tokens, 8))
 
 
-def test_what_is_prepared_is_not_computed_again() -> None:
+def test_prepared_tables_are_computed_once() -> None:
     denoiser = build()
     tokens, _, text = inputs()
-    prepared = denoiser.prepared(text)
+    prepare = denoiser.prepare(text)
     computed: list[str] = []
     names = {module: name for name, module in denoiser.named_modules()}
 
@@ -111,14 +119,14 @@ def test_what_is_prepared_is_not_computed_again() -> None:
 
     for module in names:
         module.register_forward_hook(record)
-    prepared(tokens, 3)
+    prepare(tokens, 3)
     again = re.compile(r"ln1|ln1_1|attn2\.(key|value)|_emb")
     assert "blocks.1.attn2.query" in computed
     assert [name for name in computed if again.search(name.removeprefix("content_emb.emb"))] == []
 
 
 @pytest.mark.parametrize("name", ["text", "class", "unconditional"])
-def test_a_condition_of_the_wrong_kind_is_an_error(name: str) -> None:
+def test_condition_of_the_wrong_kind_is_refused(name: str) -> None:
     config = VARIANTS[name]
     denoiser = build(config)
     tokens, t, text = inputs()
@@ -126,22 +134,22 @@ def test_a_condition_of_the_wrong_kind_is_an_error(name: str) -> None:
     with pytest.raises(ValueError, match=f"condition '{config.condition.kind}' was given"):
         denoiser(tokens, t, wrong)
     with pytest.raises(ValueError, match=f"condition '{config.condition.kind}' was given"):
-        denoiser.prepared(wrong)
+        denoiser.prepare(wrong)
 
 
-def test_class_without_a_null_of_its_own_means_over_all_classes_for_each_sample() -> None:
-    """The reference code looks at the first sample only, and takes the others to be like it."""
+def test_missing_null_class_is_the_mean_of_class_embeddings() -> None:
+    """The reference code reads the first sample's label only and applies it to the batch."""
     embedding = ClassEmbedding(classes=6, width=4, null="mean")
     assert embedding.weight.shape == (6, 4)
-    found = embedding(torch.tensor([2, 6, 0]))
+    class_embeddings = embedding(torch.tensor([2, 6, 0]))
     expected = torch.stack([embedding.weight[2], embedding.weight.mean(dim=0), embedding.weight[0]])
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(class_embeddings, expected)
     learned = ClassEmbedding(classes=6, width=4, null="learned")
     assert learned.weight.shape == (7, 4)
     torch.testing.assert_close(learned(torch.tensor([6])), learned.weight[6:])
 
 
-def test_class_enters_before_the_feed_forward_and_time_before_attention() -> None:
+def test_class_enters_before_feed_forward_and_time_before_attention() -> None:
     denoiser = build(VARIANTS["class"])
     assert {name.split(".")[2] for name, _ in denoiser.blocks.named_parameters(prefix="blocks")} == {
         "ln1",
@@ -152,12 +160,12 @@ def test_class_enters_before_the_feed_forward_and_time_before_attention() -> Non
     tokens, t, _ = inputs()
     classes = torch.tensor([1, 2, 6])
     base = denoiser(tokens, t, classes)
-    for other in (denoiser(tokens, t, classes.flip(0)), denoiser(tokens, t.flip(0), classes)):
-        assert (other - base)[[0, 2]].abs().amax(dim=(1, 2)).gt(1e-3).all()
-        torch.testing.assert_close(other[1], base[1])
+    for changed_logits in (denoiser(tokens, t, classes.flip(0)), denoiser(tokens, t.flip(0), classes)):
+        assert (changed_logits - base)[[0, 2]].abs().amax(dim=(1, 2)).gt(1e-3).all()
+        torch.testing.assert_close(changed_logits[1], base[1])
 
 
-def test_trap_19_published_16x16_models_place_their_tokens_in_a_grid_of_32() -> None:
+def test_published_16x16_tokens_use_a_position_grid_of_32() -> None:
     published = ImageEmbedding(codes=7, grid=(16, 16), width=4, position_grid=(32, 32))
     plain = ImageEmbedding(codes=7, grid=(16, 16), width=4)
     for embedding, row, column in ((published, 0, 20), (plain, 1, 4)):
@@ -170,12 +178,12 @@ def test_trap_19_published_16x16_models_place_their_tokens_in_a_grid_of_32() -> 
     )
 
 
-def test_position_tables_too_small_for_the_grid_are_a_mistake() -> None:
-    with pytest.raises(UserError, match="position_grid: 2x3 places are too few for a grid of 3x4"):
+def test_too_small_position_tables_are_refused() -> None:
+    with pytest.raises(UserError, match="position_grid: 2x3 positions are too few for a grid of 3x4"):
         build(SMALL.model_copy(update={"position_grid": (2, 3)}))
 
 
-def test_sinusoids_are_the_published_ones_in_any_precision() -> None:
+def test_sinusoids_equal_published_values_in_any_precision() -> None:
     norm = AdaptiveLayerNorm(build_timestep_embedding("sinusoidal", width=8, steps=100), width=8)
     angles = [37 / 100 * 4000 * math.exp(-math.log(10_000) / 3 * i) for i in range(4)]
     expected = torch.tensor([*map(math.sin, angles), *map(math.cos, angles)])
@@ -191,7 +199,7 @@ OPTIONS = ("qk_norm", "rope_2d", "adaln_zero", "gradient_checkpointing")
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_options_are_off_unless_asked_for(option: str) -> None:
+def test_options_are_off_by_default(option: str) -> None:
     tokens, t, text = inputs()
     assert not getattr(DenoiserConfig(), option)
     plain, changed = build(), build(SMALL.model_copy(update={option: True}))
@@ -208,7 +216,7 @@ def test_options_are_off_unless_asked_for(option: str) -> None:
     assert same == (option == "gradient_checkpointing")
 
 
-def test_normalised_queries_and_keys_do_not_grow_with_their_weights() -> None:
+def test_normalized_queries_and_keys_ignore_weight_scale() -> None:
     denoiser = build(VARIANTS["normalised queries and keys"])
     tokens, t, text = inputs()
     base = denoiser(tokens, t, text)
@@ -219,7 +227,7 @@ def test_normalised_queries_and_keys_do_not_grow_with_their_weights() -> None:
     torch.testing.assert_close(denoiser(tokens, t, text), base, atol=1e-3, rtol=1e-3)
 
 
-def test_rotation_lets_attention_depend_on_distances_by_row_and_column_alone() -> None:
+def test_rotary_attention_depends_on_row_and_column_distances() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 1, 1, 1, 12, generator=generator).expand(2, 1, 30, 2, 12)
     rotation = Rotation.of((5, 6), 12, query)
@@ -232,7 +240,7 @@ def test_rotation_lets_attention_depend_on_distances_by_row_and_column_alone() -
     torch.testing.assert_close(rotation(query).norm(dim=-1), query.norm(dim=-1))
 
 
-def test_rotary_positions_need_pairs_of_pairs() -> None:
+def test_rotary_positions_need_head_dims_divisible_by_four() -> None:
     with pytest.raises(ValidationError, match="must be a multiple of 4, not 6"):
         DenoiserConfig(width=12, heads=2, rope_2d=True)
 
@@ -249,11 +257,11 @@ def test_adaln_zero_starts_as_a_plain_layer_norm() -> None:
     assert norm.linear.weight.grad.any()
 
 
-def test_checkpointed_blocks_compute_the_same_with_less_kept() -> None:
+def test_gradient_checkpointing_saves_memory_at_equal_results() -> None:
     tokens, t, text = inputs()
     text.requires_grad_()
     results: list[tuple[torch.Tensor, ...]] = []
-    kept: list[int] = []
+    saved_elements: list[int] = []
     for gradient_checkpointing in (False, True):
         denoiser = build(SMALL.model_copy(update={"gradient_checkpointing": gradient_checkpointing}))
         sizes: list[int] = []
@@ -264,12 +272,12 @@ def test_checkpointed_blocks_compute_the_same_with_less_kept() -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(packed, lambda tensor: tensor):
             logits = denoiser(tokens, t, text)
-        kept.append(sum(sizes))
+        saved_elements.append(sum(sizes))
         gradients = torch.autograd.grad(logits.square().mean(), [text, *denoiser.parameters()])
         results.append((logits, *gradients))
     for plain, checkpointed in zip(*results, strict=True):
         assert torch.equal(plain, checkpointed)
-    assert kept[1] < kept[0] / 4
+    assert saved_elements[1] < saved_elements[0] / 4
 
 
 @pytest.mark.parametrize("feed_forward", [FullyConnected(), Convolutional()], ids=["fc", "conv"])
@@ -280,10 +288,10 @@ def test_any_grid(grid: tuple[int, int], feed_forward: FeedForwardConfig) -> Non
     tokens = torch.randint(0, 8, (3, grid[0] * grid[1]), generator=torch.Generator().manual_seed(1))
     logits = denoiser(tokens, t, text)
     assert logits.shape == (3, grid[0] * grid[1], 7)
-    torch.testing.assert_close(denoiser.prepared(text)(tokens, 4)[1], logits[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(denoiser.prepare(text)(tokens, 4)[1], logits[1], atol=1e-5, rtol=0)
 
 
-def test_the_caption_matters_and_every_position_sees_every_other() -> None:
+def test_logits_depend_on_caption_and_all_positions() -> None:
     denoiser = build()
     tokens, t, text = inputs()
     base = denoiser(tokens, t, text)
@@ -294,7 +302,7 @@ def test_the_caption_matters_and_every_position_sees_every_other() -> None:
     assert (denoiser(changed, t, text) - base).abs().amax(dim=2).gt(0).all()
 
 
-def test_consuming_the_head_equals_its_logits() -> None:
+def test_head_consumer_equals_logits() -> None:
     denoiser = build()
     tokens, t, text = inputs()
     consumed = denoiser.forward(tokens, t, text, functional.linear)
@@ -326,7 +334,7 @@ def test_initial_weights_follow_the_recipe() -> None:
             assert not module.bias.any()
 
 
-def test_trap_20_convolutions_keep_the_initial_weights_of_torch() -> None:
+def test_convolutions_keep_torch_initial_weights() -> None:
     torch.manual_seed(0)
     config = DenoiserConfig(width=48, layers=1, heads=4, feed_forward=Convolutional(mlp_ratio=2))
     layer = Denoiser(config, 50, (8, 8), steps=100).get_submodule("blocks.0.mlp")
@@ -344,10 +352,10 @@ def test_width_must_be_a_multiple_of_heads() -> None:
         DenoiserConfig(width=10, heads=4)
 
 
-def test_codes_that_look_alike_start_alike() -> None:
+def test_similar_codes_start_with_similar_embeddings() -> None:
     denoiser = build(SMALL)
     vectors = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
-    start_from_codebook(denoiser.code_tables, vectors, deviation=0.5)
+    init_from_codebook(denoiser.code_embeddings, vectors, std=0.5)
     whitened = (vectors - vectors.mean(0)) / vectors.std(0)
     for weight in (denoiser.content_emb.emb.weight[:-1], denoiser.head.weight):
         # A rotation keeps all angles and lengths: the products of the rows are those of the code vectors.

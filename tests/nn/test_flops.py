@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vqd_scale.nn.attention import AttentionBackend
-from vqd_scale.nn.autoregressive import Autoregressive, AutoregressiveConfig
-from vqd_scale.nn.denoiser import Denoiser, DenoiserConfig
+from vqd_scale.nn.autoregressive import Autoregressive
+from vqd_scale.nn.config import AttentionBackend, AutoregressiveConfig, DenoiserConfig, UNetConfig
+from vqd_scale.nn.denoiser import Denoiser
 from vqd_scale.nn.flops import Cost, cost_of, forward_flops, peak_flops
-from vqd_scale.nn.unet import UNet, UNetConfig
+from vqd_scale.nn.unet import UNet
 
 META = torch.device("meta")
 
@@ -21,7 +21,7 @@ TIME = torch.zeros(1, dtype=torch.int64, device=META)
 TEXT = torch.zeros(1, 77, 512, device=META)
 
 
-def test_a_convolution_and_a_matrix_product_by_hand() -> None:
+def test_convolution_and_matrix_product_counts() -> None:
     network = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(5 * 16, 7))
     assert cost_of(network, torch.zeros(2, 3, 4, 4)) == Cost(
         parameters=3 * 5 * 9 + 80 * 7 + 7, multiply_accumulates=2 * (16 * 3 * 5 * 9 + 80 * 7)
@@ -29,7 +29,7 @@ def test_a_convolution_and_a_matrix_product_by_hand() -> None:
 
 
 def by_hand(width: int, layers: int, codes: int) -> int:
-    """Multiply-accumulates of a denoiser of 32x32 tokens under a text."""
+    """Return the multiply-accumulates of a text-conditional denoiser of 32x32 tokens."""
     length, text = 1024, 77
     attends = 4 * length * width**2 + 2 * length**2 * width
     reads = 2 * length * width**2 + 2 * text * 512 * width + 2 * length * text * width
@@ -39,7 +39,7 @@ def by_hand(width: int, layers: int, codes: int) -> int:
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
-def test_the_denoiser_of_size_b_by_hand(backend: AttentionBackend) -> None:
+def test_denoiser_b_count_equals_manual_count(backend: AttentionBackend) -> None:
     with META:
         denoiser = Denoiser(DenoiserConfig(attention=backend), codes=2887, grid=(32, 32), steps=100)
     cost = cost_of(denoiser, tokens(1024), TIME, TEXT)
@@ -47,8 +47,8 @@ def test_the_denoiser_of_size_b_by_hand(backend: AttentionBackend) -> None:
     assert cost.multiply_accumulates == by_hand(width=1024, layers=19, codes=2887)
 
 
-def test_the_published_unet_takes_about_what_its_paper_counts() -> None:
-    """The paper says 117M parameters and 1.06 G multiply-accumulates."""
+def test_published_unet_count_is_near_its_paper() -> None:
+    """The paper states 117M parameters and 1.06 G multiply-accumulates."""
     with META:
         unet = UNet(UNetConfig(), codes=1024, grid=(16, 16), steps=4000)
     cost = cost_of(unet, tokens(256), TIME, None)
@@ -56,16 +56,18 @@ def test_the_published_unet_takes_about_what_its_paper_counts() -> None:
     assert cost.multiply_accumulates / 1e9 == pytest.approx(1.11, abs=0.01)
 
 
-def test_all_places_of_the_autoregressive_peer_cost_less_than_one_denoising_step() -> None:
+def test_autoregressive_image_costs_less_than_one_denoising_step() -> None:
     with META:
         network = Autoregressive(AutoregressiveConfig(), codes=2887, grid=(32, 32))
         denoiser = Denoiser(DenoiserConfig(), codes=2887, grid=(32, 32), steps=100)
-    ours = cost_of(network, tokens(1024), TEXT)
-    theirs = cost_of(denoiser, tokens(1024), TIME, TEXT)
-    assert theirs.multiply_accumulates - ours.multiply_accumulates == 19 * 2 * 2 * 1024**2
+    autoregressive_cost = cost_of(network, tokens(1024), TEXT)
+    denoiser_cost = cost_of(denoiser, tokens(1024), TIME, TEXT)
+    assert (
+        denoiser_cost.multiply_accumulates - autoregressive_cost.multiply_accumulates == 19 * 2 * 2 * 1024**2
+    )
 
 
-def test_an_image_is_counted_without_a_network_in_memory() -> None:
+def test_forward_flops_equal_manual_count() -> None:
     config = DenoiserConfig(size="L")
     flops = forward_flops(
         lambda: Denoiser(config, 4096, (32, 32), 100), 1024, config.condition, 77, timed=True
@@ -77,7 +79,7 @@ def test_an_image_is_counted_without_a_network_in_memory() -> None:
     ("name", "peak"),
     [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA GeForce RTX 3060", None)],
 )
-def test_the_peak_of_a_card_is_its_makers_or_unknown(
+def test_device_peak_is_the_datasheet_value_or_unknown(
     name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", Mock(return_value=name))

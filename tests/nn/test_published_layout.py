@@ -1,4 +1,4 @@
-"""The network against diffusers', its independent twin, under the published names of the weights."""
+"""The network against diffusers' independent implementation, under the published weight names."""
 
 import importlib
 import re
@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vqd_scale.nn.denoiser import Denoiser, DenoiserConfig, TextCondition
+from vqd_scale.nn.config import DenoiserConfig, TextCondition
+from vqd_scale.nn.denoiser import Denoiser
 
 CODES, SIDE, STEPS, TEXT = 23, 4, 10, 12
 CONFIG = DenoiserConfig(width=24, layers=3, heads=2, condition=TextCondition(width=TEXT), init_std=0.2)
 
-# Ours on the left, diffusers' on the right; everything after a stem is carried over as it is.
+# Package names to diffusers' names; everything after a stem is unchanged.
 STEMS = {
     "content_emb.emb": "latent_image_embedding.emb",
     "content_emb.height_emb": "latent_image_embedding.height_emb",
@@ -25,33 +26,33 @@ STEMS = {
     "norm": "norm_out",
     "head": "out",
 } | {
-    f"blocks.N.{ours}.{part}": f"transformer_blocks.N.{ours}.{theirs}"
-    for ours in ("attn1", "attn2")
-    for part, theirs in {"query": "to_q", "key": "to_k", "value": "to_v", "proj": "to_out.0"}.items()
+    f"blocks.N.{package_layer}.{part}": f"transformer_blocks.N.{package_layer}.{diffusers_part}"
+    for package_layer in ("attn1", "attn2")
+    for part, diffusers_part in {"query": "to_q", "key": "to_k", "value": "to_v", "proj": "to_out.0"}.items()
 }
 
 
-def their_name(ours: str) -> str:
-    block = re.search(r"blocks\.(\d+)\.", ours)
+def diffusers_name(package_name: str) -> str:
+    block = re.search(r"blocks\.(\d+)\.", package_name)
     number = block.group(1) if block else ""
-    stem, rest = ours.replace(f"blocks.{number}.", "blocks.N."), []
+    stem, suffix = package_name.replace(f"blocks.{number}.", "blocks.N."), []
     while stem not in STEMS:
         stem, _, last = stem.rpartition(".")
-        rest.insert(0, last)
-    return ".".join([STEMS[stem].replace(".N.", f".{number}."), *rest])
+        suffix.insert(0, last)
+    return ".".join([STEMS[stem].replace(".N.", f".{number}."), *suffix])
 
 
 @pytest.fixture(scope="module")
-def both() -> tuple[Denoiser, nn.Module]:
-    """One set of random weights in both networks."""
-    # Seconds to import, and only when this is wanted.
+def network_pair() -> tuple[Denoiser, nn.Module]:
+    """Return both networks with equal random weights."""
+    # The import takes seconds, and only these tests need it.
     transformers = importlib.import_module("diffusers.models.transformers.transformer_2d")
     torch.manual_seed(0)
-    ours = Denoiser(CONFIG, CODES, (SIDE, SIDE), STEPS)
+    package_denoiser = Denoiser(CONFIG, CODES, (SIDE, SIDE), STEPS)
     with torch.no_grad():
-        for parameter in ours.parameters():
+        for parameter in package_denoiser.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    theirs = transformers.Transformer2DModel(
+    diffusers_transformer = transformers.Transformer2DModel(
         num_attention_heads=CONFIG.heads,
         attention_head_dim=CONFIG.width // CONFIG.heads,
         num_layers=CONFIG.layers,
@@ -63,30 +64,34 @@ def both() -> tuple[Denoiser, nn.Module]:
         activation_fn="geglu-approximate",
         norm_type="ada_norm",
     )
-    theirs.load_state_dict({their_name(name): value for name, value in ours.state_dict().items()})
-    return ours, theirs
+    diffusers_transformer.load_state_dict(
+        {diffusers_name(name): value for name, value in package_denoiser.state_dict().items()}
+    )
+    return package_denoiser, diffusers_transformer
 
 
-def test_forward_equals_diffusers(both: tuple[Denoiser, nn.Module]) -> None:
-    ours, theirs = both
+def test_forward_equals_diffusers(network_pair: tuple[Denoiser, nn.Module]) -> None:
+    package_denoiser, diffusers_transformer = network_pair
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, CODES + 1, (2, SIDE * SIDE), generator=generator)
     text = torch.randn(2, 5, TEXT, generator=generator)
     worst = 0.0
     for t in (0, 4, STEPS - 1):
         with torch.no_grad():
-            logits = ours(tokens, torch.full((2,), t), text)
-            log_p: Tensor = theirs(tokens, encoder_hidden_states=text, timestep=torch.tensor(t)).sample
-        found = logits.double().log_softmax(dim=-1).transpose(1, 2)
-        worst = max(worst, float((found - log_p).abs().max()))
+            logits = package_denoiser(tokens, torch.full((2,), t), text)
+            log_p: Tensor = diffusers_transformer(
+                tokens, encoder_hidden_states=text, timestep=torch.tensor(t)
+            ).sample
+        package_log_p = logits.double().log_softmax(dim=-1).transpose(1, 2)
+        worst = max(worst, float((package_log_p - log_p).abs().max()))
     assert worst <= 1e-5
 
 
-def test_trap_21_names_and_shapes_are_the_published_ones() -> None:
+def test_names_and_shapes_equal_published_weights() -> None:
     with torch.device("meta"):
         denoiser = Denoiser(DenoiserConfig(size="L", layers=1), 4096, (32, 32), steps=100)
     head = {"norm": "to_logits.0", "head": "to_logits.1"}
-    found = {
+    package_shapes = {
         ".".join([head.get(stem := name.split(".")[0], stem), *name.split(".")[1:]]): tuple(value.shape)
         for name, value in denoiser.state_dict().items()
     }
@@ -118,4 +123,4 @@ def test_trap_21_names_and_shapes_are_the_published_ones() -> None:
         "to_logits.1.weight": (4096, d),
         "to_logits.1.bias": (4096,),
     }
-    assert found == expected
+    assert package_shapes == expected

@@ -5,8 +5,8 @@ import torch
 
 from vqd_scale.core.config import Config, load_config, to_yaml, validated
 from vqd_scale.core.errors import UserError
-from vqd_scale.nn.denoiser import Denoiser, DenoiserConfig
-from vqd_scale.nn.layers import Convolutional
+from vqd_scale.nn.config import Convolutional, DenoiserConfig
+from vqd_scale.nn.denoiser import Denoiser
 from vqd_scale.nn.sizes import SIZES, SizeName
 
 
@@ -32,16 +32,16 @@ def parameters_of(name: SizeName) -> int:
         ("FFHQ", 411_185_664),
     ],
 )
-def test_trap_21_parameter_counts_of_the_published_sizes(name: SizeName, parameters: int) -> None:
+def test_parameter_counts_of_published_sizes(name: SizeName, parameters: int) -> None:
     assert parameters_of(name) == parameters
 
 
 @pytest.mark.parametrize(("name", "billions"), [("3B", 3), ("7B", 7)])
-def test_larger_sizes_are_about_what_they_are_called(name: SizeName, billions: int) -> None:
+def test_parameter_counts_of_larger_sizes(name: SizeName, billions: int) -> None:
     assert parameters_of(name) / 1e9 == pytest.approx(billions, rel=0.02)
 
 
-def test_a_size_is_named_in_yaml_changed_by_other_keys_and_written_down_as_its_shape(tmp_path: Path) -> None:
+def test_size_is_resolved_to_its_shape_and_written_to_yaml(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("denoiser:\n  size: S\n  layers: 4\n")
     config = load_config(Run, path, ["denoiser.heads=8"])
@@ -52,6 +52,6 @@ def test_a_size_is_named_in_yaml_changed_by_other_keys_and_written_down_as_its_s
     assert load_config(Run, path) == config
 
 
-def test_an_unknown_size_is_an_error_that_names_the_known_ones() -> None:
+def test_unknown_size_names_known_sizes() -> None:
     with pytest.raises(UserError, match=r"denoiser.size: given 'XL', allowed: 'S', 'B', .*'7B'"):
         validated(Run, {"denoiser": {"size": "XL"}}, "a test")

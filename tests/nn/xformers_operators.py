@@ -45,7 +45,7 @@ def main() -> None:
     imported_on_cpu = "xformers" in sys.modules
     rows: list[dict[str, Any]] = []
     for capability, (name, dtype) in itertools.product(CAPABILITIES, DTYPES.items()):
-        module._xformers_serves.cache_clear()  # pyright: ignore[reportPrivateUsage]
+        module._is_xformers_usable.cache_clear()  # pyright: ignore[reportPrivateUsage]
         with (
             FakeTensorMode(),
             patch("torch.cuda.get_device_capability", return_value=capability),
@@ -53,7 +53,7 @@ def main() -> None:
             patch("torch.Tensor.backward"),
         ):
             device = torch.device("cuda", 0)
-            serves = module._xformers_serves(dtype, device)  # pyright: ignore[reportPrivateUsage]
+            serves = module._is_xformers_usable(dtype, device)  # pyright: ignore[reportPrivateUsage]
             for dim, causal in itertools.product(HEAD_DIMS, (False, True)):
                 names = operators(dtype, dim, causal=causal) if serves else None
                 case = {"capability": capability, "dtype": name, "dim": dim, "causal": causal}

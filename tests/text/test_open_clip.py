@@ -1,4 +1,4 @@
-"""Published text towers, on small models that open_clip is told of, with transformers as the oracle."""
+"""Published text towers, on small models registered with open_clip, with transformers as the oracle."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,8 @@ from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionCon
 from transformers.models.clip.configuration_clip import CLIPConfig
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.text.clip import Pretrained, TextEncoder, Tower
+from vqd_scale.text.clip import TextEncoder
+from vqd_scale.text.config import Pretrained, Tower
 from vqd_scale.text.weights import from_transformers, to_transformers
 
 WIDTH, HEADS, LAYERS = 32, 2, 2
@@ -33,15 +34,15 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> None:
         "small-vocabulary": ({"quick_gelu": True}, {"vocab_size": 32000}),
     }
     vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
-    for name, (model, more) in shapes.items():
-        described = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": {**text, **more}, **model}
+    for name, (model, text_settings) in shapes.items():
+        described = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": {**text, **text_settings}, **model}
         (folder / f"{name}.json").write_text(json.dumps(described))
     open_clip.add_model_config(folder)
 
 
 @pytest.fixture(scope="module")
 def clip() -> nn.Module:
-    """The whole model as open_clip builds it, with random weights, norms too."""
+    """Build open_clip's full model with random weights, including norms."""
     torch.manual_seed(0)
     model = open_clip.create_model("small-quickgelu", pretrained=None)
     for parameter in model.parameters():
@@ -61,10 +62,12 @@ def oracle(tower: dict[str, Tensor], heads: int = HEADS) -> CLIPTextModel:
         eos_token_id=49407,
     )
     model = CLIPTextModel(config).eval().requires_grad_(False)
-    theirs = to_transformers(tower)
+    transformers_weights = to_transformers(tower)
     has_prefix = any(name.startswith("text_model.") for name in model.state_dict())
     model.load_state_dict(
-        theirs if has_prefix else {name.removeprefix("text_model."): value for name, value in theirs.items()}
+        transformers_weights
+        if has_prefix
+        else {name.removeprefix("text_model."): value for name, value in transformers_weights.items()}
     )
     return model
 
@@ -81,7 +84,7 @@ def assert_equal_to_transformers(encoder: TextEncoder, tower: dict[str, Tensor],
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(3, 77), atol=1e-5, rtol=0)
 
 
-def test_trap_16_features_are_those_of_transformers(clip: nn.Module, tmp_path: Path) -> None:
+def test_features_equal_transformers(clip: nn.Module, tmp_path: Path) -> None:
     save_file(clip.state_dict(), tmp_path / "clip.safetensors")
     config = Pretrained(
         model="small-quickgelu", pretrained=str(tmp_path / "clip.safetensors"), null_condition="empty"
@@ -92,7 +95,7 @@ def test_trap_16_features_are_those_of_transformers(clip: nn.Module, tmp_path: P
 
 
 @pytest.mark.long
-def test_trap_16_features_are_those_of_transformers_at_full_size() -> None:
+def test_features_equal_transformers_at_full_size() -> None:
     torch.manual_seed(0)
     encoder = TextEncoder(Tower(null_condition="empty")).requires_grad_(False)
     assert sum(parameter.numel() for parameter in encoder.tower.parameters()) == 63_165_952
@@ -105,26 +108,26 @@ def tower_names() -> set[str]:
     )
 
 
-def test_names_of_transformers_and_back_are_bit_equal() -> None:
+def test_transformers_name_round_trip_is_bit_equal() -> None:
     state = TextEncoder(Tower(width=16, heads=2, layers=3, bpe_merges=0)).tower.state_dict()
     back = from_transformers(to_transformers(state))
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], value) for name, value in state.items())
 
 
-def test_names_that_are_unknown_or_missing_are_listed() -> None:
+def test_unknown_and_missing_names_are_listed() -> None:
     state = TextEncoder(Tower(width=16, heads=2, layers=3, bpe_merges=0)).tower.state_dict()
-    theirs = to_transformers(state)
+    transformers_weights = to_transformers(state)
     del state["transformer.resblocks.1.mlp.c_fc.bias"]
     with pytest.raises(
         UserError, match=r"unknown more; missing transformer\.resblocks\.1\.mlp\.c_fc\.bias\."
     ):
         to_transformers(state | {"more": torch.zeros(1)})
-    del theirs["text_model.encoder.layers.2.self_attn.k_proj.bias"]
+    del transformers_weights["text_model.encoder.layers.2.self_attn.k_proj.bias"]
     with pytest.raises(
         UserError, match=r"unknown none; missing encoder\.layers\.2\.self_attn\.k_proj\.bias\."
     ):
-        from_transformers(theirs)
+        from_transformers(transformers_weights)
     with pytest.raises(UserError, match=r"missing .*final_layer_norm\.bias"):
         from_transformers({})
 
@@ -134,7 +137,7 @@ def loaded(pretrained: Path | str, model: str = "small-quickgelu", *, train: boo
 
 
 def transformers_clip(tower: dict[str, Tensor], folder: Path) -> None:
-    """A whole CLIPModel with this text tower, as transformers saves it."""
+    """Return the state of a full CLIPModel with this text tower, as transformers saves it."""
     torch.manual_seed(0)
     text = oracle(tower)
     vision = CLIPVisionConfig(
@@ -148,13 +151,15 @@ def transformers_clip(tower: dict[str, Tensor], folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def test_weights_come_from_every_kind_of_file(clip: nn.Module, tmp_path: Path) -> None:
-    whole = clip.state_dict()
-    tower = {name: value for name, value in whole.items() if name in tower_names()}
-    save_file(whole, tmp_path / "whole.safetensors")
+def test_weights_load_from_every_file_format(clip: nn.Module, tmp_path: Path) -> None:
+    clip_weights = clip.state_dict()
+    tower = {name: value for name, value in clip_weights.items() if name in tower_names()}
+    save_file(clip_weights, tmp_path / "whole.safetensors")
     save_file(tower, tmp_path / "tower.safetensors")
     torch.save(tower, tmp_path / "openai.bin")
-    torch.save({"state_dict": {f"module.{name}": v for name, v in whole.items()}}, tmp_path / "trained.pt")
+    torch.save(
+        {"state_dict": {f"module.{name}": v for name, v in clip_weights.items()}}, tmp_path / "trained.pt"
+    )
     custom = {f"text.{name}": value for name, value in tower.items()}
     torch.save(custom | {"visual.conv1.weight": torch.zeros(1)}, tmp_path / "custom.pt")
     save_file(to_transformers(tower), tmp_path / "text.safetensors")
@@ -165,11 +170,11 @@ def test_weights_come_from_every_kind_of_file(clip: nn.Module, tmp_path: Path) -
         *("text.safetensors", "text/model.safetensors", "clip/model.safetensors"),
     ]
     for file in files:
-        found = loaded(tmp_path / file).tower.state_dict()
-        assert all(torch.equal(found[name], value) for name, value in tower.items()), file
+        tower_weights = loaded(tmp_path / file).tower.state_dict()
+        assert all(torch.equal(tower_weights[name], value) for name, value in tower.items()), file
 
 
-def test_a_tag_is_downloaded_by_open_clip_and_read_by_us(
+def test_tag_is_downloaded_by_open_clip(
     clip: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_file(clip.state_dict(), tmp_path / "downloaded.safetensors")
@@ -184,8 +189,8 @@ def test_a_tag_is_downloaded_by_open_clip_and_read_by_us(
         return str(tmp_path / "downloaded.safetensors")
 
     monkeypatch.setattr(open_clip.pretrained, "download_pretrained", downloaded)
-    found = loaded("openai").tower.state_dict()
-    assert torch.equal(found["ln_final.weight"], clip.state_dict()["ln_final.weight"])
+    tower_weights = loaded("openai").tower.state_dict()
+    assert torch.equal(tower_weights["ln_final.weight"], clip.state_dict()["ln_final.weight"])
     with pytest.raises(
         UserError, match="were trained with QuickGELU, but 'small' has GELU; take 'small-quick"
     ):
@@ -209,15 +214,15 @@ def test_a_tag_is_downloaded_by_open_clip_and_read_by_us(
         loaded("openai")
 
 
-def test_trap_17_openai_weights_demand_quick_gelu() -> None:
+def test_openai_weights_require_quick_gelu() -> None:
     with pytest.raises(UserError, match="QuickGELU, but 'ViT-B-32' has GELU; take 'ViT-B-32-quickgelu'"):
         TextEncoder(Pretrained(model="ViT-B-32", pretrained="openai"))
 
 
-def test_trap_17_files_that_say_their_activation_are_held_to_it(clip: nn.Module, tmp_path: Path) -> None:
+def test_recorded_activation_must_match(clip: nn.Module, tmp_path: Path) -> None:
     tower = {name: value for name, value in clip.state_dict().items() if name in tower_names()}
-    rest = {name: torch.tensor(1) for name in ("input_resolution", "context_length", "vocab_size")}
-    save_file(tower | rest, tmp_path / "converted.safetensors")
+    extra_entries = {name: torch.tensor(1) for name in ("input_resolution", "context_length", "vocab_size")}
+    save_file(tower | extra_entries, tmp_path / "converted.safetensors")
     loaded(tmp_path / "converted.safetensors")
     with pytest.raises(UserError, match=r"OpenAI's weights in .* were trained with QuickGELU"):
         loaded(tmp_path / "converted.safetensors", "small")
@@ -231,11 +236,13 @@ def test_trap_17_files_that_say_their_activation_are_held_to_it(clip: nn.Module,
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
-def test_files_that_do_not_fit_are_one_sentence(clip: nn.Module, tmp_path: Path) -> None:
+def test_mismatched_files_raise_user_error(clip: nn.Module, tmp_path: Path) -> None:
     tower = {name: value for name, value in clip.state_dict().items() if name in tower_names()}
     wider = TextEncoder(Tower(width=64, heads=2, layers=LAYERS)).tower.state_dict()
     save_file(wider, tmp_path / "wider.safetensors")
-    with pytest.raises(UserError, match=r"holds a text tower of another size than .* token_embedding.weight"):
+    with pytest.raises(
+        UserError, match=r"contains a text tower of another size than .* token_embedding.weight"
+    ):
         loaded(tmp_path / "wider.safetensors")
     del tower["ln_final.bias"]
     save_file(tower, tmp_path / "less.safetensors")
@@ -249,7 +256,7 @@ def test_files_that_do_not_fit_are_one_sentence(clip: nn.Module, tmp_path: Path)
         loaded(tmp_path / "ViT-B-32.pt")
 
 
-def test_other_models_are_one_sentence() -> None:
+def test_unknown_models_raise_user_error() -> None:
     with pytest.raises(UserError, match="knows no model"):
         TextEncoder(Pretrained(model="ViT-Z-99"))
     with pytest.raises(UserError, match=r"is not CLIP's \(it differs in no_causal_mask\)"):
@@ -258,7 +265,7 @@ def test_other_models_are_one_sentence() -> None:
         Pretrained(pretrained=None)
 
 
-def test_a_frozen_tower_is_outside_and_a_trained_one_inside(clip: nn.Module, tmp_path: Path) -> None:
+def test_frozen_tower_is_outside_and_trained_tower_inside(clip: nn.Module, tmp_path: Path) -> None:
     save_file(clip.state_dict(), tmp_path / "clip.safetensors")
     frozen = loaded(tmp_path / "clip.safetensors", train=False)
     trained = loaded(tmp_path / "clip.safetensors", train=True)
@@ -277,7 +284,7 @@ def test_a_frozen_tower_is_outside_and_a_trained_one_inside(clip: nn.Module, tmp
     assert not frozen(ids, dropped).requires_grad
 
 
-def test_a_bundle_of_a_trained_tower_needs_no_download() -> None:
+def test_bundle_of_a_trained_tower_needs_no_download() -> None:
     config = Pretrained(model="small-quickgelu", pretrained="openai", train=True)
     assert config.without_weights() == config.model_copy(update={"pretrained": None})
     frozen = config.model_copy(update={"train": False})
@@ -285,10 +292,13 @@ def test_a_bundle_of_a_trained_tower_needs_no_download() -> None:
     TextEncoder(config.without_weights())
 
 
-def test_a_saved_clip_has_the_names_that_are_expected(clip: nn.Module, tmp_path: Path) -> None:
-    """What transformers writes is what `to_transformers` gives."""
+def test_saved_clip_has_expected_names(clip: nn.Module, tmp_path: Path) -> None:
+    """Compare the names that transformers saves with those of `to_transformers`."""
     tower = {name: value for name, value in clip.state_dict().items() if name in tower_names()}
     oracle(tower).save_pretrained(tmp_path)
-    written = load_file(tmp_path / "model.safetensors")
-    ours = to_transformers(tower)
-    assert written.keys() in (ours.keys(), {name.removeprefix("text_model.") for name in ours})
+    saved_weights = load_file(tmp_path / "model.safetensors")
+    expected_weights = to_transformers(tower)
+    assert saved_weights.keys() in (
+        expected_weights.keys(),
+        {name.removeprefix("text_model.") for name in expected_weights},
+    )

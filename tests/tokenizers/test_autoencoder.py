@@ -1,4 +1,4 @@
-"""What the tokenizers share: any size, batches in bfloat16, and a search that stays float32."""
+"""Properties that the tokenizers share: any size, bfloat16 batches, and a float32 search."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from vqd_scale.tokenizers.base import to_bytes
-from vqd_scale.tokenizers.taming import TamingGumbel, TamingGumbelConfig, TamingVQ, TamingVQConfig
+from vqd_scale.tokenizers.config import TamingGumbelConfig, TamingVQConfig
+from vqd_scale.tokenizers.taming import TamingGumbel, TamingVQ
 
 SLIM: dict[str, Any] = {
     "codebook_size": 8,
@@ -26,40 +27,41 @@ def tokenizer_of(config: TamingVQConfig) -> TamingVQ:
     return tokenizer
 
 
-def pictures(height: int, width: int, count: int = 2) -> Tensor:
+def random_images(height: int, width: int, count: int = 2) -> Tensor:
     return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (24, 56), (96, 64)])
-def test_attention_stands_at_its_level_at_any_size(height: int, width: int) -> None:
+def test_attention_is_at_its_level_at_any_size(height: int, width: int) -> None:
     tokenizer = tokenizer_of(TamingVQConfig(**SLIM, attention=(3,)))
-    images = pictures(height, width)
+    images = random_images(height, width)
     tokens = tokenizer.encode(images)
     assert tokens.shape == (2, height // 8, width // 8)
     assert tokenizer.decode(tokens).shape == images.shape
 
 
-def test_a_picture_of_384_pixels_is_a_grid_of_48() -> None:
+def test_image_of_384_pixels_is_a_grid_of_48() -> None:
     config = TamingVQConfig(**SLIM, channel_multipliers=(1, 1, 1, 1), attention=(3,))
     tokenizer = tokenizer_of(config)
-    assert tokenizer.encode(pictures(384, 384, count=1)).shape == (1, 48, 48)
+    assert tokenizer.encode(random_images(384, 384, count=1)).shape == (1, 48, 48)
 
 
 def test_bfloat16_batches_are_channels_last_and_close() -> None:
     exact = tokenizer_of(TamingVQConfig(**SLIM))
-    quick = tokenizer_of(TamingVQConfig(**SLIM)).compute_in(torch.bfloat16)
-    images = pictures(64, 64, count=4)
-    seen: list[Tensor] = []
+    quick = tokenizer_of(TamingVQConfig(**SLIM))
+    quick.compute_in(torch.bfloat16)
+    images = random_images(64, 64, count=4)
+    activations: list[Tensor] = []
 
     def watch(_: nn.Module, __: object, output: Tensor) -> None:
-        seen.append(output)
+        activations.append(output)
 
     quick.encoder.conv_out.register_forward_hook(watch)
     quick.decoder.conv_in.register_forward_hook(watch)
     tokens = quick.encode(images)
     pixels = quick.decode(tokens)
-    assert [activation.dtype for activation in seen] == [torch.bfloat16] * 2
-    assert all(activation.is_contiguous(memory_format=torch.channels_last) for activation in seen)
+    assert [activation.dtype for activation in activations] == [torch.bfloat16] * 2
+    assert all(activation.is_contiguous(memory_format=torch.channels_last) for activation in activations)
     assert (tokens == exact.encode(images)).float().mean() > 0.9
     assert pixels.dtype == torch.float32
     error = (to_bytes(pixels).float() - to_bytes(exact.decode(tokens)).float()).square().mean()
@@ -67,26 +69,26 @@ def test_bfloat16_batches_are_channels_last_and_close() -> None:
 
 
 @pytest.mark.parametrize("kind", ["vq", "gumbel"])
-def test_what_chooses_a_code_stays_float32(kind: str) -> None:
+def test_code_selection_is_float32(kind: str) -> None:
     tokenizer = TamingVQ(TamingVQConfig(**SLIM)) if kind == "vq" else TamingGumbel(TamingGumbelConfig(**SLIM))
     tokenizer.compute_in(torch.bfloat16)
     dtypes = {name: value.dtype for name, value in tokenizer.state_dict().items()}
     for name, dtype in dtypes.items():
         lowered = name.startswith(("encoder.", "decoder."))
         assert dtype == (torch.bfloat16 if lowered else torch.float32), name
-    seen: list[torch.dtype] = []
+    vector_dtypes: list[torch.dtype] = []
     search = tokenizer.quantize.nearest
 
     def watched(vectors: Tensor) -> Tensor:
-        seen.append(vectors.dtype)
+        vector_dtypes.append(vectors.dtype)
         return search(vectors)
 
     tokenizer.quantize.nearest = watched
-    tokenizer.encode(pictures(16, 16))
-    assert seen == [torch.float32]
+    tokenizer.encode(random_images(16, 16))
+    assert vector_dtypes == [torch.float32]
 
 
-def test_a_picture_has_its_codes_in_whatever_batch() -> None:
+def test_codes_of_an_image_do_not_depend_on_batch() -> None:
     tokenizer = tokenizer_of(TamingVQConfig(**SLIM))
-    images = pictures(32, 32, count=4)
+    images = random_images(32, 32, count=4)
     assert torch.equal(tokenizer.encode(images)[2:3], tokenizer.encode(images[2:3]))

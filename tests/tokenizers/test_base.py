@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from vqd_scale.tokenizers.base import check_signal, check_tokens, to_bytes, to_signal
-from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
+from vqd_scale.tokenizers.config import VQGANConfig
+from vqd_scale.tokenizers.vqgan import VQGAN
 
 
 def test_bytes_and_signal_are_inverse() -> None:
@@ -12,7 +13,7 @@ def test_bytes_and_signal_are_inverse() -> None:
     assert to_signal(every).max() == 1
 
 
-def test_trap_24_pictures_of_another_range_or_dtype_are_refused() -> None:
+def test_images_of_another_range_or_dtype_are_refused() -> None:
     gradient = torch.linspace(0, 255, 64).view(1, 1, 8, 8).expand(1, 3, 8, 8)
     with pytest.raises(ValueError, match=r"expected uint8 images, 0\.\.255, got torch.float32"):
         to_signal(gradient / 255)
@@ -28,17 +29,17 @@ def test_trap_24_pictures_of_another_range_or_dtype_are_refused() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 8, 8), (1, 3, 8, 9), (1, 3, 4, 8), (0, 3, 8, 8)])
-def test_pictures_must_be_cut_into_whole_tokens(shape: tuple[int, ...]) -> None:
+def test_image_sides_must_be_multiples_of_the_factor(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"expected float images|not multiples"):
         check_signal(torch.zeros(shape), 8)
 
 
-def test_trap_24_a_gradient_survives_only_on_its_own_scale() -> None:
-    """A tokenizer fitted to signals gives a gradient back; fed 0..1 instead it cannot."""
+def test_gradient_requires_the_signal_range() -> None:
+    """Fit a tokenizer to signals; inputs in 0..1 are then decoded badly."""
     torch.manual_seed(0)
     across = torch.arange(0, 256, 8, dtype=torch.uint8).view(1, 1, 1, 32).expand(1, 3, 32, 32)
-    picture = torch.cat([across, across.mT, 255 - across])
-    signal = to_signal(picture)
+    image = torch.cat([across, across.mT, 255 - across])
+    signal = to_signal(image)
     tokenizer = VQGAN(
         VQGANConfig(
             codebook_size=64,
@@ -52,24 +53,24 @@ def test_trap_24_a_gradient_survives_only_on_its_own_scale() -> None:
     )
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=3e-3)
     for step in range(150):
-        output = tokenizer(signal, quantised=step >= 100)
+        output = tokenizer(signal, quantized=step >= 100)
         loss = (output.images - signal).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if step == 99:
-            tokenizer.quantize.initialise(output.latents.detach(), seed=0)
+            tokenizer.quantize.initialize(output.latents.detach(), seed=0)
     given_back = to_bytes(tokenizer.decode(tokenizer.encode(signal)).detach())
-    assert decibels(given_back, picture) > 25
-    wrong = to_bytes(tokenizer.decode(tokenizer.encode(picture / 255)).detach())
-    assert decibels(wrong, picture) < 15
+    assert decibels(given_back, image) > 25
+    wrong = to_bytes(tokenizer.decode(tokenizer.encode(image / 255)).detach())
+    assert decibels(wrong, image) < 15
 
 
-def decibels(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float(10 * torch.log10(255**2 / (one.double() - other.double()).square().mean()))
+def decibels(first: torch.Tensor, second: torch.Tensor) -> float:
+    return float(10 * torch.log10(255**2 / (first.double() - second.double()).square().mean()))
 
 
-def test_tokens_that_are_no_codes_are_refused() -> None:
+def test_invalid_tokens_are_refused() -> None:
     check_tokens(torch.tensor([[[0, 4]]]), 5)
     with pytest.raises(ValueError, match=r"expected codes 0\.\.4, found 0\.\.5"):
         check_tokens(torch.tensor([[[0, 5]]]), 5)

@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.tokenizers.base import ImageTokenizer
-from vqd_scale.tokenizers.fsq import FSQ, FSQConfig, Grid
+from vqd_scale.tokenizers.config import FSQConfig
+from vqd_scale.tokenizers.fsq import FSQ, Grid
 
 LEVELS = st.lists(st.integers(2, 9), min_size=1, max_size=4).map(tuple)
 
@@ -25,23 +26,23 @@ def test_ids_and_grid_points_are_a_bijection(levels: tuple[int, ...]) -> None:
 
 
 @given(LEVELS, st.integers(0, 2**31))
-def test_the_grid_point_chosen_is_the_nearest(levels: tuple[int, ...], seed: int) -> None:
+def test_quantization_selects_the_nearest_grid_point(levels: tuple[int, ...], seed: int) -> None:
     grid = Grid(levels)
     raw = torch.randn(20, len(levels), generator=torch.Generator().manual_seed(seed)) * 3
-    bounded = grid.bounded(raw)
+    bound = grid.bound(raw)
     every = grid.lookup(torch.arange(grid.codes))
-    distances = (bounded[:, None] - every).square().sum(-1)
-    chosen = distances.gather(1, grid.nearest(bounded)[:, None])[:, 0]
+    distances = (bound[:, None] - every).square().sum(-1)
+    chosen = distances.gather(1, grid.nearest(bound)[:, None])[:, 0]
     torch.testing.assert_close(chosen, distances.min(1).values)
 
 
-def test_all_levels_of_a_channel_are_reached_and_none_beyond() -> None:
+def test_all_levels_of_a_channel_are_reached() -> None:
     grid = Grid((8, 5, 2))
     sweep = torch.linspace(-30, 30, 2001)[:, None].expand(-1, 3)
-    points = grid.lookup(grid.nearest(grid.bounded(sweep)))
+    points = grid.lookup(grid.nearest(grid.bound(sweep)))
     assert [len(points[:, channel].unique()) for channel in range(3)] == [8, 5, 2]
     assert (points.diff(dim=0) >= 0).all()
-    assert grid.bounded(torch.zeros(1, 3)).abs().max() < 0.07
+    assert grid.bound(torch.zeros(1, 3)).abs().max() < 0.07
 
 
 def tokenizer_of(levels: tuple[int, ...] = (8, 5, 5, 5)) -> FSQ:
@@ -49,7 +50,7 @@ def tokenizer_of(levels: tuple[int, ...] = (8, 5, 5, 5)) -> FSQ:
     return FSQ(FSQConfig(levels=levels, channels=32, channel_multipliers=(1, 1), num_res_blocks=1))
 
 
-def test_it_is_a_tokenizer_on_the_same_convolutions() -> None:
+def test_fsq_is_a_tokenizer_with_the_same_convolutions() -> None:
     tokenizer: ImageTokenizer = tokenizer_of()
     images = torch.rand(2, 3, 16, 8) * 2 - 1
     tokens = tokenizer.encode(images)
@@ -77,7 +78,7 @@ def test_gradients_pass_the_rounding_straight_through() -> None:
     assert first.abs().max() > 0
 
 
-def test_nothing_of_the_codebook_is_learned_and_only_its_levels_are_saved() -> None:
+def test_codebook_has_no_parameters_and_saves_its_levels() -> None:
     tokenizer = tokenizer_of()
     assert not list(tokenizer.quantize.parameters())
     saved = {name: value for name, value in tokenizer.state_dict().items() if "quantize" in name}
@@ -91,6 +92,6 @@ def test_weights_of_other_levels_are_refused() -> None:
         tokenizer_of((5, 8, 5, 5)).load_state_dict(tokenizer_of().state_dict())
 
 
-def test_a_channel_has_at_least_two_levels() -> None:
+def test_channel_has_at_least_two_levels() -> None:
     with pytest.raises(ValidationError, match="greater than or equal to 2"):
         FSQConfig(levels=(8, 1))

@@ -1,4 +1,4 @@
-"""Published tokenizers against a plain implementation of them, and under the names that others give."""
+"""Published tokenizers against a plain implementation, and under the names of other libraries."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vq_model import VQModel
 
-from tests.tokenizers.published import (
+from tests.tokenizers.plain_implementation import (
     VARIANTS,
     Published,
     State,
@@ -18,18 +18,12 @@ from tests.tokenizers.published import (
     vectors_of,
 )
 from vqd_scale.core.errors import UserError
-from vqd_scale.tokenizers.registry import build_tokenizer
-from vqd_scale.tokenizers.taming import (
-    FFHQ_F16,
-    IMAGENET_F16,
-    OPENIMAGES_GUMBEL_F8,
-)
-from vqd_scale.tokenizers.vqgan import ITHQ
+from vqd_scale.tokenizers.config import FFHQ_F16, IMAGENET_F16, ITHQ, OPENIMAGES_GUMBEL_F8
 from vqd_scale.tokenizers.weights import from_diffusers, from_taming, to_diffusers
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
-def test_tokens_and_pixels_are_those_of_the_plain_implementation(config: Published) -> None:
+def test_tokens_and_pixels_equal_plain_implementation(config: Published) -> None:
     tokenizer = build(config)
     state = tokenizer.state_dict()
     images = torch.rand(2, 3, 2 * config.factor, 3 * config.factor) * 2 - 1
@@ -55,11 +49,11 @@ def test_tokens_and_pixels_are_those_of_the_plain_implementation(config: Publish
     ],
     ids=["gumbel f8", "imagenet f16", "ffhq f16", "ithq"],
 )
-def test_state_dictionaries_have_the_published_names_and_shapes(
+def test_state_dictionaries_have_published_names_and_shapes(
     config: Published, quantize: dict[str, tuple[int, ...]]
 ) -> None:
     with torch.device("meta"):
-        state = build_tokenizer(config).state_dict()
+        state = config.build().state_dict()
     assert set(state) == {*names(config), *(f"quantize.{name}" for name in quantize)}
     assert {name: tuple(state[f"quantize.{name}"].shape) for name in quantize} == quantize
     coarsest = config.channels * config.channel_multipliers[-1]
@@ -69,15 +63,15 @@ def test_state_dictionaries_have_the_published_names_and_shapes(
     assert state["quant_conv.weight"].shape == (config.code_dim, 256, 1, 1)
 
 
-def test_published_checkpoints_lose_their_losses_and_wrappings() -> None:
+def test_loss_weights_and_prefixes_of_checkpoints_are_removed() -> None:
     state = build(VARIANTS["vq f16"]).state_dict()
     loss = {"loss.discriminator.main.0.weight": torch.zeros(1)}
     unwrapped = from_taming({**state, **loss})
     inner = {f"first_stage_model.{name}": value for name, value in {**state, **loss}.items()}
     wrapped = from_taming({**inner, "transformer.pos_emb": torch.zeros(1)})
-    for found in (unwrapped, wrapped):
-        assert found.keys() == state.keys()
-        assert all(found[name] is value for name, value in state.items())
+    for loaded_state in (unwrapped, wrapped):
+        assert loaded_state.keys() == state.keys()
+        assert all(loaded_state[name] is value for name, value in state.items())
 
 
 # diffusers' VQModel.
@@ -101,55 +95,55 @@ DIFFUSERS = {name: config for name, config in VARIANTS.items() if name != "gumbe
 
 
 @pytest.mark.parametrize("config", DIFFUSERS.values(), ids=DIFFUSERS)
-def test_trap_32_forward_parity_with_diffusers_through_the_name_map(config: Published) -> None:
+def test_forward_equals_diffusers_through_the_name_map(config: Published) -> None:
     tokenizer = build(config)
-    theirs = vq_model(config)
-    theirs.load_state_dict(to_diffusers(tokenizer.state_dict()))
-    theirs.requires_grad_(False)
+    diffusers_model = vq_model(config)
+    diffusers_model.load_state_dict(to_diffusers(tokenizer.state_dict()))
+    diffusers_model.requires_grad_(False)
     images = torch.rand(2, 3, 2 * config.factor, 3 * config.factor) * 2 - 1
-    latents = theirs.encode(images).latents
+    latents = diffusers_model.encode(images).latents
     torch.testing.assert_close(tokenizer.latents(images), latents, atol=1e-5, rtol=0)
-    tokens = theirs.quantize(latents)[2][2].view(2, 2, 3)
+    tokens = diffusers_model.quantize(latents)[2][2].view(2, 2, 3)
     assert torch.equal(tokenizer.encode(images), tokens)
-    quantised = theirs.quantize.get_codebook_entry(tokens.flatten(), (2, 2, 3, config.code_dim))
-    pixels, _ = theirs.decode(quantised, force_not_quantize=True, return_dict=False)
+    quantized = diffusers_model.quantize.get_codebook_entry(tokens.flatten(), (2, 2, 3, config.code_dim))
+    pixels, _ = diffusers_model.decode(quantized, force_not_quantize=True, return_dict=False)
     torch.testing.assert_close(tokenizer.decode(tokens), pixels, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("config", DIFFUSERS.values(), ids=DIFFUSERS)
-def test_trap_32_to_diffusers_and_back_is_bit_equal(config: Published) -> None:
+def test_diffusers_round_trip_is_bit_equal(config: Published) -> None:
     state = build(config).state_dict()
     back = from_diffusers(to_diffusers(state))
     statistics = ("quantize.cluster_size", "quantize.embedding_avg")
-    kept = {name: value for name, value in state.items() if name not in statistics}
-    if "quantize.embedding" in kept:
-        kept["quantize.embedding.weight"] = kept.pop("quantize.embedding")
-    assert back.keys() == kept.keys()
-    assert all(torch.equal(back[name], value) for name, value in kept.items())
+    expected_state = {name: value for name, value in state.items() if name not in statistics}
+    if "quantize.embedding" in expected_state:
+        expected_state["quantize.embedding.weight"] = expected_state.pop("quantize.embedding")
+    assert back.keys() == expected_state.keys()
+    assert all(torch.equal(back[name], value) for name, value in expected_state.items())
 
 
-def test_trap_32_the_coarsest_level_comes_first_in_diffusers() -> None:
+def test_coarsest_level_comes_first_in_diffusers() -> None:
     state = build(VARIANTS["ithq"]).state_dict()
-    theirs = to_diffusers(state)
+    diffusers_state = to_diffusers(state)
     up = "decoder.up_blocks.0.resnets.0.conv1.weight"
-    assert torch.equal(theirs[up], state["decoder.up.3.block.0.conv1.weight"])
-    assert theirs["encoder.mid_block.attentions.0.to_q.weight"].ndim == 2
+    assert torch.equal(diffusers_state[up], state["decoder.up.3.block.0.conv1.weight"])
+    assert diffusers_state["encoder.mid_block.attentions.0.to_q.weight"].ndim == 2
 
 
-def test_attention_may_have_its_earlier_names() -> None:
-    theirs = to_diffusers(build(VARIANTS["ithq"]).state_dict())
+def test_former_attention_names_are_accepted() -> None:
+    diffusers_state = to_diffusers(build(VARIANTS["ithq"]).state_dict())
     earlier = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
     renamed: State = {}
-    for name, value in theirs.items():
+    for name, value in diffusers_state.items():
         new = next((name.replace(new, old) for new, old in earlier.items() if new in name), name)
         renamed[new] = value
-    assert renamed.keys() != theirs.keys()
-    ours = from_diffusers(theirs)
-    assert all(torch.equal(value, ours[name]) for name, value in from_diffusers(renamed).items())
+    assert renamed.keys() != diffusers_state.keys()
+    package_state = from_diffusers(diffusers_state)
+    assert all(torch.equal(value, package_state[name]) for name, value in from_diffusers(renamed).items())
 
 
 @pytest.mark.parametrize(
-    "gone",
+    "missing_name",
     [
         "decoder.up.3.attn.1.q.bias",
         "encoder.mid.block_2.conv1.weight",
@@ -158,19 +152,19 @@ def test_attention_may_have_its_earlier_names() -> None:
         "quant_conv.bias",
     ],
 )
-def test_unknown_and_missing_names_are_all_listed(gone: str) -> None:
+def test_unknown_and_missing_names_are_listed(missing_name: str) -> None:
     state = build(VARIANTS["ithq"]).state_dict()
-    del state[gone]
+    del state[missing_name]
     state["surprise"] = torch.zeros(1)
-    with pytest.raises(UserError, match=f"unknown surprise; missing {re.escape(gone)}"):
+    with pytest.raises(UserError, match=f"unknown surprise; missing {re.escape(missing_name)}"):
         to_diffusers(state)
 
 
-def test_unknown_and_missing_names_of_diffusers_are_all_listed() -> None:
-    theirs = to_diffusers(build(VARIANTS["ithq"]).state_dict())
-    del theirs["decoder.up_blocks.1.upsamplers.0.conv.bias"]
+def test_unknown_and_missing_diffusers_names_are_listed() -> None:
+    diffusers_state = to_diffusers(build(VARIANTS["ithq"]).state_dict())
+    del diffusers_state["decoder.up_blocks.1.upsamplers.0.conv.bias"]
     with pytest.raises(UserError, match=r"missing decoder.up_blocks.1.upsamplers.0.conv.bias\."):
-        from_diffusers(theirs)
+        from_diffusers(diffusers_state)
     with pytest.raises(
         UserError, match=r"missing .*, encoder\.conv_in\.weight, .*, quantize\.embedding\.weight"
     ):

@@ -5,10 +5,14 @@ import torch
 from pydantic import TypeAdapter
 
 from vqd_scale.tokenizers.base import ImageTokenizer
-from vqd_scale.tokenizers.fsq import FSQConfig
-from vqd_scale.tokenizers.registry import ReducedConfig, TokenizerConfig, build_tokenizer
-from vqd_scale.tokenizers.taming import TamingGumbelConfig, TamingVQConfig
-from vqd_scale.tokenizers.vqgan import VQGANConfig
+from vqd_scale.tokenizers.config import (
+    FSQConfig,
+    ReducedConfig,
+    TamingGumbelConfig,
+    TamingVQConfig,
+    TokenizerConfig,
+    VQGANConfig,
+)
 
 SHAPE: dict[str, Any] = {"channels": 32, "channel_multipliers": (1, 1), "num_res_blocks": 1}
 SLIM: dict[str, Any] = {**SHAPE, "codebook_size": 8, "code_dim": 4}
@@ -23,14 +27,14 @@ CONFIGS: list[TokenizerConfig] = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.kind)
-def test_every_kind_is_a_tokenizer_and_survives_its_json_and_state(config: TokenizerConfig) -> None:
-    read: TokenizerConfig = TypeAdapter(TokenizerConfig).validate_json(config.model_dump_json())
-    assert read == config
+def test_every_kind_is_a_tokenizer_and_round_trips(config: TokenizerConfig) -> None:
+    loaded_config: TokenizerConfig = TypeAdapter(TokenizerConfig).validate_json(config.model_dump_json())
+    assert loaded_config == config
     torch.manual_seed(0)
-    made = build_tokenizer(config).requires_grad_(False)
-    loaded = build_tokenizer(read).requires_grad_(False)
-    loaded.load_state_dict(made.state_dict())
-    first: ImageTokenizer = made
+    tokenizer = config.build().requires_grad_(False)
+    loaded = loaded_config.build().requires_grad_(False)
+    loaded.load_state_dict(tokenizer.state_dict())
+    first: ImageTokenizer = tokenizer
     second: ImageTokenizer = loaded
     images = torch.rand(2, 3, 8, 12) * 2 - 1
     tokens = first.encode(images)
@@ -42,5 +46,5 @@ def test_every_kind_is_a_tokenizer_and_survives_its_json_and_state(config: Token
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.kind)
-def test_trap_29_all_weights_have_one_dtype(config: TokenizerConfig) -> None:
-    assert {parameter.dtype for parameter in build_tokenizer(config).parameters()} == {torch.float32}
+def test_weights_have_one_dtype(config: TokenizerConfig) -> None:
+    assert {parameter.dtype for parameter in config.build().parameters()} == {torch.float32}

@@ -7,19 +7,16 @@ import yaml
 from torch import Tensor, nn
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.tokenizers.base import Draws
+from vqd_scale.tokenizers.base import SamplingKey
 from vqd_scale.tokenizers.codebook import quantizer as module
-from vqd_scale.tokenizers.taming import (
+from vqd_scale.tokenizers.config import (
     FFHQ_F16,
     IMAGENET_F16,
     OPENIMAGES_GUMBEL_F8,
-    GumbelCodebook,
-    TamingGumbel,
     TamingGumbelConfig,
-    TamingVQ,
     TamingVQConfig,
-    taming_config,
 )
+from vqd_scale.tokenizers.taming import GumbelCodebook, TamingGumbel, TamingVQ, taming_config
 
 GUMBEL_F8 = """
 model:
@@ -109,7 +106,7 @@ def test_published_yaml_files_become_configurations(text: str, expected: TamingV
         (["model", "params", "n_embed"], None, "codebook_size: given None"),
     ],
 )
-def test_other_yaml_files_are_one_sentence(path: list[str], value: object, message: str) -> None:
+def test_foreign_yaml_files_raise_user_error(path: list[str], value: object, message: str) -> None:
     values: Any = copy.deepcopy(yaml.safe_load(GUMBEL_F8))
     node = values
     for key in path[:-1]:
@@ -119,7 +116,7 @@ def test_other_yaml_files_are_one_sentence(path: list[str], value: object, messa
         taming_config(values, "model.yaml")
 
 
-def test_what_a_yaml_file_lacks_is_listed() -> None:
+def test_missing_yaml_keys_are_listed() -> None:
     values: Any = yaml.safe_load(GUMBEL_F8)
     del values["model"]["params"]["embed_dim"], values["model"]["params"]["ddconfig"]["z_channels"]
     with pytest.raises(UserError, match="lack embed_dim, z_channels"):
@@ -142,12 +139,12 @@ def tokenizer() -> TamingGumbel:
     return TamingGumbel(config).requires_grad_(False)
 
 
-def pictures(count: int = 3) -> Tensor:
+def random_images(count: int = 3) -> Tensor:
     return torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def test_trap_23_encoding_is_deterministic_whatever_torch_last_drew() -> None:
-    gumbel, images = tokenizer(), pictures()
+def test_encoding_ignores_torch_random_state() -> None:
+    gumbel, images = tokenizer(), random_images()
     torch.manual_seed(1)
     first = gumbel.encode(images)
     torch.manual_seed(2)
@@ -157,41 +154,41 @@ def test_trap_23_encoding_is_deterministic_whatever_torch_last_drew() -> None:
     assert torch.equal(first, logits.argmax(1))
 
 
-def test_trap_23_sampled_codes_follow_from_seed_and_slot_alone() -> None:
-    gumbel, images = tokenizer(), pictures()
+def test_sampled_codes_are_a_function_of_seed_and_slot() -> None:
+    gumbel, images = tokenizer(), random_images()
     slots = torch.tensor([7, 1, 2**40])
     torch.manual_seed(1)
-    sampled = gumbel.encode(images, Draws(seed=5, slots=slots))
+    sampled = gumbel.encode(images, SamplingKey(seed=5, slots=slots))
     torch.manual_seed(2)
-    assert torch.equal(gumbel.encode(images, Draws(5, slots)), sampled)
-    assert torch.equal(gumbel.encode(images[[2, 0]], Draws(5, slots[[2, 0]])), sampled[[2, 0]])
+    assert torch.equal(gumbel.encode(images, SamplingKey(5, slots)), sampled)
+    assert torch.equal(gumbel.encode(images[[2, 0]], SamplingKey(5, slots[[2, 0]])), sampled[[2, 0]])
     assert not torch.equal(gumbel.encode(images), sampled)
-    assert not torch.equal(gumbel.encode(images, Draws(6, slots)), sampled)
-    assert not torch.equal(gumbel.encode(images, Draws(5, slots + 1)), sampled)
+    assert not torch.equal(gumbel.encode(images, SamplingKey(6, slots)), sampled)
+    assert not torch.equal(gumbel.encode(images, SamplingKey(5, slots + 1)), sampled)
     with pytest.raises(ValueError, match="one slot for each of 3 images, got 1"):
-        gumbel.encode(images, Draws(5, slots[:1]))
+        gumbel.encode(images, SamplingKey(5, slots[:1]))
 
 
-def test_trap_23_sampled_codes_have_the_classifiers_probabilities() -> None:
+def test_sampled_codes_have_classifier_probabilities() -> None:
     torch.manual_seed(0)
     codebook = GumbelCodebook(codes=6, width=4).requires_grad_(False)
     vector, count = torch.randn(1, 4) * 2, 20_000
     expected = count * codebook.proj(vector[..., None, None])[0, :, 0, 0].softmax(0).double()
-    drawn = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    ids = codebook.sample(vector.expand(count, 4), drawn)
+    uniform_numbers = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    ids = codebook.sample(vector.expand(count, 4), uniform_numbers)
     counts = torch.bincount(ids, minlength=6)
     assert (counts - expected).abs().max() < 1.5
     assert counts.min() > 100
 
 
-def test_a_classifier_of_many_codes_runs_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_classifier_runs_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     codebook = GumbelCodebook(codes=6, width=4).requires_grad_(False)
-    vectors, drawn = torch.randn(50, 4), torch.rand(50, dtype=torch.float64)
-    whole = codebook.nearest(vectors), codebook.sample(vectors, drawn)
+    vectors, uniform_numbers = torch.randn(50, 4), torch.rand(50, dtype=torch.float64)
+    expected_codes = codebook.nearest(vectors), codebook.sample(vectors, uniform_numbers)
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 4 * codebook.codes)
-    assert torch.equal(codebook.nearest(vectors), whole[0])
-    assert torch.equal(codebook.sample(vectors, drawn), whole[1])
+    assert torch.equal(codebook.nearest(vectors), expected_codes[0])
+    assert torch.equal(codebook.sample(vectors, uniform_numbers), expected_codes[1])
 
 
 TINY: dict[str, Any] = {
@@ -205,7 +202,7 @@ TINY: dict[str, Any] = {
 }
 
 
-def test_learned_codes_are_moved_by_their_own_term_and_latents_by_the_commitment() -> None:
+def test_codebook_and_commitment_terms_have_separate_gradients() -> None:
     torch.manual_seed(0)
     tokenizer = TamingVQ(TamingVQConfig(**TINY))
     images = torch.rand(2, 3, 8, 12) * 2 - 1
@@ -216,37 +213,39 @@ def test_learned_codes_are_moved_by_their_own_term_and_latents_by_the_commitment
     codes = tokenizer.quantize.get_parameter("embedding.weight")
     encoder = tokenizer.quant_conv.get_parameter("weight")
     for term, moved in ((output.codebook, codes), (output.commitment, encoder), (output.images, encoder)):
-        found = torch.autograd.grad(term.sum(), [codes, encoder], retain_graph=True, allow_unused=True)
-        assert [gradient is not None for gradient in found] == [moved is codes, moved is encoder]
+        gradients = torch.autograd.grad(term.sum(), [codes, encoder], retain_graph=True, allow_unused=True)
+        assert [gradient is not None for gradient in gradients] == [moved is codes, moved is encoder]
 
 
-def test_gumbel_codes_are_drawn_by_their_probabilities_and_pass_gradients() -> None:
+def test_gumbel_codes_follow_probabilities_and_pass_gradients() -> None:
     torch.manual_seed(0)
     tokenizer = TamingGumbel(TamingGumbelConfig(**TINY))
     images = torch.rand(3, 3, 8, 8) * 2 - 1
     one = torch.ones(())
-    output = tokenizer(images, Draws(5, torch.arange(3)), one)
+    output = tokenizer(images, SamplingKey(5, torch.arange(3)), one)
     assert output.divergence is not None
-    shown = tokenizer.decode(output.ids.view(3, 4, 4))
-    torch.testing.assert_close(output.images, shown, rtol=1e-4, atol=1e-5)
-    alone = tokenizer(images[1:2], Draws(5, torch.tensor([1])), one)
+    decoded = tokenizer.decode(output.ids.view(3, 4, 4))
+    torch.testing.assert_close(output.images, decoded, rtol=1e-4, atol=1e-5)
+    alone = tokenizer(images[1:2], SamplingKey(5, torch.tensor([1])), one)
     assert torch.equal(alone.ids, output.ids.view(3, -1)[1])
     output.images.square().sum().backward()
     assert tokenizer.quantize.proj.weight.grad is not None
     assert tokenizer.quantize.embed.weight.grad is not None
     probabilities = tokenizer.quantize.proj(tokenizer.latents(images[:1]))[0, :, 0, 0].softmax(0).detach()
     with torch.no_grad():
-        many = tokenizer(images[:1].expand(400, -1, -1, -1), Draws(7, torch.arange(400)), one)
-    shares = torch.bincount(many.ids.view(400, -1)[:, 0], minlength=6) / 400
+        repeated_output = tokenizer(
+            images[:1].expand(400, -1, -1, -1), SamplingKey(7, torch.arange(400)), one
+        )
+    shares = torch.bincount(repeated_output.ids.view(400, -1)[:, 0], minlength=6) / 400
     assert float((shares - probabilities).abs().max()) < 0.08
 
 
-def test_divergence_is_from_equal_probabilities_in_nats() -> None:
+def test_divergence_is_from_uniform_in_nats() -> None:
     codebook = GumbelCodebook(6, 4)
     vectors, half = torch.randn(5, 4), torch.full((5, 6), 0.5)
     probabilities = codebook.proj(vectors[..., None, None])[..., 0, 0].softmax(1)
     expected = (probabilities * (probabilities * 6).log()).sum(1)
-    torch.testing.assert_close(codebook.relaxed(vectors, half, torch.ones(()))[2], expected)
+    torch.testing.assert_close(codebook.gumbel_softmax(vectors, half, torch.ones(()))[2], expected)
     for parameter in codebook.proj.parameters():
         nn.init.zeros_(parameter)
-    assert float(codebook.relaxed(vectors, half, torch.ones(()))[2].abs().max()) < 1e-6
+    assert float(codebook.gumbel_softmax(vectors, half, torch.ones(()))[2].abs().max()) < 1e-6

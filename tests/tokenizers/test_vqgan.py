@@ -3,8 +3,9 @@ import torch
 from pydantic import ValidationError
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.tokenizers.base import Draws, ImageTokenizer
-from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
+from vqd_scale.tokenizers.base import ImageTokenizer, SamplingKey
+from vqd_scale.tokenizers.config import VQGANConfig
+from vqd_scale.tokenizers.vqgan import VQGAN
 
 CONFIGS = [
     VQGANConfig(
@@ -42,7 +43,7 @@ def test_shapes_follow_the_factor_for_any_multiple_of_it(config: VQGANConfig) ->
     assert torch.equal(tokens, tokenizer.encode(images))
 
 
-def test_reconstruction_is_decode_of_encode_and_gradients_pass_straight_through() -> None:
+def test_reconstruction_decodes_encoding_with_straight_through_gradient() -> None:
     vqgan = build(CONFIGS[0])
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     output = vqgan(images)
@@ -54,23 +55,23 @@ def test_reconstruction_is_decode_of_encode_and_gradients_pass_straight_through(
     assert all(parameter.grad is not None for parameter in vqgan.encoder.parameters())
 
 
-def test_without_the_codebook_it_is_a_plain_autoencoder() -> None:
+def test_without_codebook_is_a_plain_autoencoder() -> None:
     vqgan = build(CONFIGS[0])
     images = torch.rand(2, 3, 8, 8) * 2 - 1
-    torch.testing.assert_close(vqgan(images, quantised=False).images, vqgan.decoder(vqgan.encoder(images)))
+    torch.testing.assert_close(vqgan(images, quantized=False).images, vqgan.decoder(vqgan.encoder(images)))
 
 
-def test_group_norm_needs_channels_it_can_group() -> None:
+def test_group_norm_requires_divisible_channels() -> None:
     with pytest.raises(ValidationError, match="multiple of 32"):
         VQGANConfig(channels=48)
 
 
-def test_attention_stands_at_levels_that_exist() -> None:
+def test_attention_levels_must_exist() -> None:
     with pytest.raises(ValidationError, match="levels below 4"):
         VQGANConfig(attention=(4,))
 
 
-def test_1x1_convolutions_stand_on_both_sides_of_the_codebook() -> None:
+def test_codebook_has_1x1_convolutions_on_both_sides() -> None:
     config = CONFIGS[0].model_copy(update={"latent_channels": 7})
     vqgan = build(config)
     images = torch.rand(2, 3, 8, 8) * 2 - 1
@@ -79,15 +80,15 @@ def test_1x1_convolutions_stand_on_both_sides_of_the_codebook() -> None:
     assert z.shape[1] == 3
     tokens = vqgan.quantize.nearest(z.permute(0, 2, 3, 1).flatten(0, 2)).view(2, 4, 4)
     assert torch.equal(vqgan.encode(images), tokens)
-    quantised = vqgan.quantize.lookup(tokens).permute(0, 3, 1, 2)
-    expected = vqgan.decoder(vqgan.post_quant_conv(quantised))
+    quantized = vqgan.quantize.lookup(tokens).permute(0, 3, 1, 2)
+    expected = vqgan.decoder(vqgan.post_quant_conv(quantized))
     torch.testing.assert_close(vqgan.decode(tokens), expected)
     torch.testing.assert_close(vqgan(images).images, expected)
 
 
-def test_sampling_is_refused_where_there_are_no_probabilities() -> None:
+def test_sampling_without_probabilities_is_refused() -> None:
     with pytest.raises(UserError, match="VQGAN gives no probabilities"):
-        build(CONFIGS[0]).encode(torch.zeros(1, 3, 8, 8), Draws(seed=0, slots=torch.zeros(1).long()))
+        build(CONFIGS[0]).encode(torch.zeros(1, 3, 8, 8), SamplingKey(seed=0, slots=torch.zeros(1).long()))
 
 
 def test_code_vectors_are_the_codebook() -> None:

@@ -9,17 +9,21 @@ identically everywhere, so the results are bit-identical. `vqd_scale.diffusion.k
 same bits in one kernel launch on a GPU.
 """
 
+from __future__ import annotations
+
 from enum import IntEnum
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor
 
 from vqd_scale.core.arrays import NDArray
 
-Words = TypeVar("Words", NDArray[np.int64], Tensor)
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Words = TypeVar("Words", NDArray[np.int64], "Tensor")
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -41,7 +45,7 @@ class Purpose(IntEnum):
     CORRUPTION = 9
     SAMPLING = 10
     PRIOR = 11
-    REVEAL = 12
+    UNMASKING = 12
     INITIALISATION = 13
     CODEBOOK = 14
     EVALUATION = 15
@@ -88,7 +92,7 @@ def uniforms(
     count: int,
     *,
     draw: int = 0,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "batch count"]:
     """Return uniform random numbers in [0, 1), one row per slot, on the device of ``slots``.
 
@@ -98,7 +102,7 @@ def uniforms(
         slots: int64, global index of each sample (not the index in the batch), >= 0.
         count: Number of random numbers per slot (positions).
         draw: Index of the draw within the purpose, such as the sampling step; 0 to 2**32 - 1.
-        dtype: float32 (24 random bits) or float64 (53 random bits).
+        dtype: float32 (24 random bits, the default) or float64 (53 random bits).
 
     Returns:
         Tensor of ``dtype``, [batch, count].
@@ -106,6 +110,9 @@ def uniforms(
     Raises:
         ValueError: ``dtype`` has low precision, which would distort the tail of a distribution.
     """
+    import torch
+
+    dtype = dtype or torch.float32
     each = words_of(dtype)
     words = _torch_words(seed, purpose, slots, each * count, draw).view(len(slots), count, each)
     if dtype is torch.float32:
@@ -113,10 +120,12 @@ def uniforms(
     return ((words[..., 0] >> 5) * 2**26 + (words[..., 1] >> 6)).to(torch.float64) * 2.0**-53
 
 
-def drawn_codes(
+def sample_codes(
     weights: Float[Tensor, "*shape states"], uniform: Float[Tensor, "*shape"]
 ) -> Int[Tensor, "*shape"]:
     """Sample one state per uniform number by inverse CDF in float64; ``weights`` may be unnormalized."""
+    import torch
+
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     total = cumulative[..., -1:]
     # Rounding must not select a state past the last one of nonzero probability.
@@ -156,6 +165,8 @@ def words_of(dtype: torch.dtype) -> int:
     Raises:
         ValueError: ``dtype`` has low precision, which would distort the tail of a distribution.
     """
+    import torch
+
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"uniforms are drawn in float32 or float64, not {dtype}")
     return dtype.itemsize // 4
@@ -164,6 +175,8 @@ def words_of(dtype: torch.dtype) -> int:
 def _torch_words(
     seed: int, purpose: Purpose, slots: Int[Tensor, " batch"], count: int, draw: int
 ) -> Int[Tensor, "batch count"]:
+    import torch
+
     blocks = torch.arange(-(-count // 4), device=slots.device)
     low, high, position = torch.broadcast_tensors(slots[:, None] & _MASK, slots[:, None] >> 32, blocks)
     counter = (position, torch.full_like(position, draw), low, high)

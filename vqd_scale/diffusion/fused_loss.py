@@ -4,20 +4,17 @@ Logits are computed, reduced and freed in chunks; backward recomputes them.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from vqd_scale.diffusion.kernels.dispatch import has_kernels
-from vqd_scale.diffusion.logit_statistics import (
-    LogitRows,
-    LogitStatistics,
-    LossFactors,
-    RowKernels,
-    TorchRows,
-)
+from vqd_scale.diffusion.logit_statistics import LogitRows, LogitStatistics, LossFactors, TorchRows
+
+if TYPE_CHECKING:
+    from vqd_scale.diffusion.kernels.logit_statistics import TritonRows
 
 # Elements per chunk of logits: fits in a CPU's cache; saturates a GPU.
 _CHUNK_ON_CPU = 2**20
@@ -43,35 +40,35 @@ class RowStatistics(torch.autograd.Function):
         weight: Float[Tensor, "codes width"] | None,
         bias: Float[Tensor, " codes"] | None,
         true: Int[Tensor, " tokens"],
-        seen: Int[Tensor, " tokens"],
+        observed: Int[Tensor, " tokens"],
         reach: Float[Tensor, " tokens"],
         log_ratio: Float[Tensor, " tokens"],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return four tensors [tokens], the last one boolean; without ``weight``, ``hidden`` holds logits."""
-        rows = LogitRows(true, seen, reach, log_ratio)
-        reading = LogitStatistics.empty_for(rows)
+        """Return four tensors [tokens], the last boolean; without ``weight``, ``hidden`` contains logits."""
+        rows = LogitRows(true, observed, reach, log_ratio)
+        statistics = LogitStatistics.empty_for(rows)
         kernels = _kernels_for(hidden.device)
-        keeps = weight is None and kernels.keeps_softmax and ctx.needs_input_grad[0]
-        softmax = torch.empty_like(hidden, dtype=reach.dtype) if keeps else None
+        store_softmax = weight is None and kernels.stores_softmax and ctx.needs_input_grad[0]
+        softmax = torch.empty_like(hidden, dtype=reach.dtype) if store_softmax else None
         with torch.autocast(hidden.device.type, enabled=False):
             head = _Head(hidden, weight, bias, reach.dtype)
             for part in head.chunks():
-                kept = None if softmax is None else softmax[part]
-                kernels.read(head.logits(part), rows.part(part), reading.part(part), kept)
-        ctx.save_for_backward(hidden, weight, bias, true, seen, reach, log_ratio, reading.log_seen)
+                buffer = None if softmax is None else softmax[part]
+                kernels.compute_statistics(head.logits(part), rows.part(part), statistics.part(part), buffer)
+        ctx.save_for_backward(hidden, weight, bias, true, observed, reach, log_ratio, statistics.log_observed)
         ctx.softmax = softmax
-        ctx.mark_non_differentiable(reading.correct)
-        return reading.log_true, reading.log_seen, reading.code_sum, reading.correct
+        ctx.mark_non_differentiable(statistics.correct)
+        return statistics.log_true, statistics.log_observed, statistics.code_sum, statistics.correct
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Return the gradients of ``hidden``, ``weight`` and ``bias``."""
-        hidden, weight, bias, true, seen, reach, log_ratio, log_seen = ctx.saved_tensors
+        hidden, weight, bias, true, observed, reach, log_ratio, log_observed = ctx.saved_tensors
         # A second backward through a retained graph recomputes the softmax.
         softmax, ctx.softmax = ctx.softmax, None
-        rows = LogitRows(true, seen, reach, log_ratio)
-        of_true, of_seen, of_sum, _ = gradients
-        factors = LossFactors.of(rows, log_seen, of_true, of_seen, of_sum)
+        rows = LogitRows(true, observed, reach, log_ratio)
+        of_true, of_observed, of_sum, _ = gradients
+        factors = LossFactors.of(rows, log_observed, of_true, of_observed, of_sum)
         kernels = _kernels_for(hidden.device)
         to_hidden = torch.empty_like(hidden, dtype=reach.dtype) if softmax is None else softmax
         to_weight = None if weight is None else torch.zeros_like(weight, dtype=reach.dtype)
@@ -80,8 +77,12 @@ class RowStatistics(torch.autograd.Function):
             head = _Head(hidden, weight, bias, reach.dtype)
             for part in head.chunks():
                 out = to_hidden[part] if weight is None else None
-                to_logits = kernels.gradient(
-                    head.logits(part), rows.part(part), factors.part(part), out, kept=softmax is not None
+                to_logits = kernels.compute_gradient(
+                    head.logits(part),
+                    rows.part(part),
+                    factors.part(part),
+                    out,
+                    has_softmax=softmax is not None,
                 )
                 if to_weight is not None:
                     to_hidden[part] = head.backward(part, to_logits, to_weight)
@@ -93,7 +94,7 @@ class RowStatistics(torch.autograd.Function):
 
 
 class _Head:
-    """Linear head evaluated in chunks of tokens; without a weight, ``hidden`` holds the logits.
+    """Linear head evaluated in chunks of tokens; without a weight, ``hidden`` contains the logits.
 
     Products run in the dtype of the sums, except for bfloat16 on a GPU: tensor cores multiply exactly and
     accumulate in float32, and the logits stay in float32.
@@ -149,7 +150,7 @@ class _Head:
         return to_logits @ self.weight
 
 
-def _kernels_for(device: torch.device) -> RowKernels:
+def _kernels_for(device: torch.device) -> "TorchRows | TritonRows":
     if not has_kernels(device):
         return TorchRows()
     from vqd_scale.diffusion.kernels.logit_statistics import TritonRows

@@ -11,36 +11,17 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
 from torch import Tensor
 
-from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
+from vqd_scale.diffusion.config import ObjectiveConfig
 from vqd_scale.diffusion.fused_loss import RowStatistics
-from vqd_scale.diffusion.logit_statistics import log_share
+from vqd_scale.diffusion.logit_statistics import log_replaceable_mass
 from vqd_scale.diffusion.schedule import Rates
 from vqd_scale.diffusion.transition import MaskAndReplace, PosteriorRates, posterior_rates
 
 # Logarithm of a zero rate; finite, so that 0 * _LOG_ZERO is 0.
 _LOG_ZERO = -600.0
-
-
-class ObjectiveConfig(Config):
-    """Weights of the objective's terms.
-
-    Attributes:
-        auxiliary_weight: Weight of the cross-entropy of x_0 (VQ-Diffusion: 5e-4 for text, 1e-3 for classes).
-        adaptive_auxiliary: Multiply the auxiliary weight by ``2 - t / T``, as in the released code.
-        mask_weight: Weight of the KL of masked tokens; the decoder term at t = 0 has weight 1.
-        visible_weight: Weight of the KL of visible tokens.
-        check_values: Check tokens, times and losses of every batch; synchronizes with the device each step.
-    """
-
-    auxiliary_weight: float = Field(default=0.0005, ge=0)
-    adaptive_auxiliary: bool = True
-    mask_weight: float = Field(default=1.0, ge=0)
-    visible_weight: float = Field(default=1.0, ge=0)
-    check_values: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,25 +119,25 @@ class Objective:
             self.transition.check_tokens(noisy, masks_allowed=True)
             self.transition.check_times(t)
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        case = _Case.of(self.transition.rates_on(tokens.device), tokens, noisy, t, dtype)
+        terms = _KLTerms.of(self.transition.rates_on(tokens.device), tokens, noisy, t, dtype)
         flat = RowStatistics.apply(
             hidden.flatten(0, 1),
             weight,
             bias,
             tokens.flatten(),
-            case.seen.flatten(),
-            case.reach.flatten(),
-            (case.log_match - case.log_spread).flatten(),
+            terms.observed.flatten(),
+            terms.reach.flatten(),
+            (terms.log_match - terms.log_spread).flatten(),
         )
-        log_true, log_seen, code_sum, correct = (part.view_as(tokens) for part in flat)
-        divergence = case.divergence(log_true, log_seen, code_sum)
+        log_true, log_observed, code_sum, correct = (part.view_as(tokens) for part in flat)
+        divergence = terms.divergence(log_true, log_observed, code_sum)
         if self.config.check_values and not bool(divergence.isfinite().all()):
             image = int((~divergence.isfinite().all(-1)).nonzero()[0])
             raise UserError(
                 f"the loss of image {image} of the batch (t = {int(t[image])}) is not finite: the network's "
-                "output holds NaN or infinity; lower the learning rate or look for the layer that overflows."
+                "output is NaN or infinity; lower the learning rate or look for the layer that overflows."
             )
-        token_weight = torch.where(case.masked, self.config.mask_weight, self.config.visible_weight)
+        token_weight = torch.where(terms.masked, self.config.mask_weight, self.config.visible_weight)
         token_weight = torch.where((t == 0)[:, None], 1.0, token_weight)
         adaptive = 2 - t / self.transition.steps if self.config.adaptive_auxiliary else torch.ones_like(t)
         auxiliary = self.config.auxiliary_weight * adaptive.to(dtype)[:, None]
@@ -165,15 +146,15 @@ class Objective:
             loss_per_image=loss.mean(-1),
             vlb_per_image=divergence.detach().mean(-1),
             cross_entropy_per_image=-log_true.detach().mean(-1),
-            masked_correct=(correct & case.masked).sum(-1).to(dtype),
-            masked_count=case.masked.sum(-1).to(dtype),
-            visible_correct=(correct & ~case.masked).sum(-1).to(dtype),
-            visible_count=(~case.masked).sum(-1).to(dtype),
+            masked_correct=(correct & terms.masked).sum(-1).to(dtype),
+            masked_count=terms.masked.sum(-1).to(dtype),
+            visible_correct=(correct & ~terms.masked).sum(-1).to(dtype),
+            visible_count=(~terms.masked).sum(-1).to(dtype),
         )
 
 
 @dataclass(frozen=True)
-class _Case:
+class _KLTerms:
     """Tokens of a batch and the coefficients of their KL: [batch, length], or [batch, 1] if functions of t.
 
     With p = p(x_0 | x_t), every code except a visible x_t has ``p(x_{t-1} = k) = match p_k + spread V`` with
@@ -182,9 +163,9 @@ class _Case:
 
     codes: int
     tokens: Int[Tensor, "batch length"]
-    seen: Int[Tensor, "batch length"]
+    observed: Int[Tensor, "batch length"]
     masked: Bool[Tensor, "batch length"]
-    kept: Bool[Tensor, "batch length"]
+    unchanged: Bool[Tensor, "batch length"]
     reach: Float[Tensor, "batch length"]
     log_match: Float[Tensor, "batch length"]
     log_spread: Float[Tensor, "batch length"]
@@ -197,17 +178,17 @@ class _Case:
         noisy: Int[Tensor, "batch length"],
         t: Int[Tensor, " batch"],
         dtype: torch.dtype,
-    ) -> "_Case":
+    ) -> "_KLTerms":
         coefficients = posterior_rates(rates, t[:, None], t[:, None] - 1)
         masked = noisy == rates.codes
         match = torch.where(masked, coefficients.masked_match, coefficients.other_match)
         spread = torch.where(masked, coefficients.masked_spread, coefficients.other_spread)
-        return _Case(
+        return _KLTerms(
             codes=rates.codes,
             tokens=tokens,
-            seen=noisy.clamp(max=rates.codes - 1),
+            observed=noisy.clamp(max=rates.codes - 1),
             masked=masked,
-            kept=noisy == tokens,
+            unchanged=noisy == tokens,
             reach=torch.where(masked, 1.0, coefficients.reach).to(dtype),
             log_match=_log(match).to(dtype),
             log_spread=_log(spread).to(dtype),
@@ -217,7 +198,7 @@ class _Case:
     def divergence(
         self,
         log_true: Float[Tensor, "batch length"],
-        log_seen: Float[Tensor, "batch length"],
+        log_observed: Float[Tensor, "batch length"],
         code_sum: Float[Tensor, "batch length"],
     ) -> Float[Tensor, "batch length"]:
         """Compute KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats per token; the decoder term at t = 0.
@@ -225,49 +206,53 @@ class _Case:
         The codes x_0 and a visible x_t have their own terms; the other codes share ``code_sum``, the sum of
         their logarithms. The mask state has the same probability on both sides. Example with K = 4, mask 4:
 
-            x_0  x_t            own terms  shared by
-            2    4    masked    2          0, 1, 3
-            0    0    kept      0          1, 2, 3
-            3    1    moved     3, 1       0, 2
+            x_0  x_t             own terms  shared by
+            2    4    masked     2          0, 1, 3
+            0    0    unchanged  0          1, 2, 3
+            3    1    replaced   3, 1       0, 2
         """
         rates = self.rates
-        share = log_share(self.reach, log_seen)
-        log_spread = self.log_spread + share
+        log_mass = log_replaceable_mass(self.reach, log_observed)
+        log_spread = self.log_spread + log_mass
         log_true_code = torch.logaddexp(self.log_match + log_true, log_spread)
-        log_seen_code = torch.logaddexp(self.log_match + log_seen, log_spread)
+        log_observed_code = torch.logaddexp(self.log_match + log_observed, log_spread)
         log_stay = torch.logaddexp(
-            _log(rates.stay_match).to(log_seen) + log_seen, _log(rates.stay_spread).to(log_seen) + share
+            _log(rates.stay_match).to(log_observed) + log_observed,
+            _log(rates.stay_spread).to(log_observed) + log_mass,
         )
-        moved = ~self.masked & ~self.kept
+        replaced = ~self.masked & ~self.unchanged
         stays = rates.stay_match + rates.stay_spread * rates.reach
         leaves = torch.where(
             self.masked, rates.masked_match + rates.masked_spread, rates.other_match + rates.other_spread
         )
-        rest = torch.where(
+        shared_weight = torch.where(
             self.masked,
             rates.masked_spread,
-            rates.other_spread * torch.where(self.kept, rates.reach, 1.0),
+            rates.other_spread * torch.where(self.unchanged, rates.reach, 1.0),
         )
-        log_rest = torch.where(self.kept, _log(rates.reach), 0.0).to(share)
+        log_shared_weight = torch.where(self.unchanged, _log(rates.reach), 0.0).to(log_mass)
         code_sum = (
             code_sum
-            - torch.where(self.kept, 0.0, log_true_code - log_spread)
-            - torch.where(self.masked, 0.0, log_seen_code - log_spread)
+            - torch.where(self.unchanged, 0.0, log_true_code - log_spread)
+            - torch.where(self.masked, 0.0, log_observed_code - log_spread)
         )
-        rest_codes = self.codes - 1 - moved.long()
+        shared_codes = self.codes - 1 - replaced.long()
         return (
-            _cross(torch.where(self.kept, stays, leaves), torch.where(self.kept, log_stay, log_true_code))
-            + _cross(torch.where(moved, rates.stay_spread, 0.0), log_stay)
-            - rest.to(code_sum) * (rest_codes * (share - log_rest) + code_sum)
+            _kl_term(
+                torch.where(self.unchanged, stays, leaves),
+                torch.where(self.unchanged, log_stay, log_true_code),
+            )
+            + _kl_term(torch.where(replaced, rates.stay_spread, 0.0), log_stay)
+            - shared_weight.to(code_sum) * (shared_codes * (log_mass - log_shared_weight) + code_sum)
         )
 
 
-def _cross(
-    chance: Float[Tensor, "batch length"], log_model: Float[Tensor, "batch length"]
+def _kl_term(
+    probability: Float[Tensor, "batch length"], log_model: Float[Tensor, "batch length"]
 ) -> Float[Tensor, "batch length"]:
-    """Compute one state's KL term: chance · (log chance - log model)."""
-    return torch.xlogy(chance, chance).to(log_model) - chance.to(log_model) * log_model
+    """Compute one state's KL term: probability · (log probability - log model)."""
+    return torch.xlogy(probability, probability).to(log_model) - probability.to(log_model) * log_model
 
 
-def _log(chance: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
-    return chance.log().clamp(min=_LOG_ZERO)
+def _log(probability: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
+    return probability.log().clamp(min=_LOG_ZERO)

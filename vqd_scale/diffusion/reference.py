@@ -12,11 +12,13 @@ from vqd_scale.diffusion.schedule import Rates
 
 def step_matrix(rates: Rates, t: int) -> Float[Tensor, "to from"]:
     """Return Q_t[m, n] = q(x_t = m | x_{t-1} = n); the last row and column are the mask."""
-    chances = rates.between(t, t - 1)
+    probabilities = rates.between(t, t - 1)
     codes = rates.codes
     matrix = torch.zeros(codes + 1, codes + 1, dtype=torch.float64)
-    matrix[:codes, :codes] = chances.keep * torch.eye(codes, dtype=torch.float64) + chances.replace / codes
-    matrix[codes, :codes] = chances.mask
+    matrix[:codes, :codes] = (
+        probabilities.keep * torch.eye(codes, dtype=torch.float64) + probabilities.replace / codes
+    )
+    matrix[codes, :codes] = probabilities.mask
     matrix[codes, codes] = 1
     return matrix
 

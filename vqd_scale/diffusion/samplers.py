@@ -6,26 +6,26 @@ on its batch, if ``predict`` returns the same predictions in every batch.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
-from pydantic import Field
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.rng import Purpose, drawn_codes
+from vqd_scale.core.rng import Purpose, sample_codes
+from vqd_scale.diffusion.config import LegacyDiffusers, LegacyFast, SamplerConfig, Strided
 from vqd_scale.diffusion.guidance import Predict
 from vqd_scale.diffusion.sampling_plan import (
+    LogProbabilities,
+    Sampler,
     SamplerContext,
     SamplerNoise,
     SamplingStep,
+    Tokens,
     check_steps,
     even_steps,
 )
 from vqd_scale.diffusion.transition import MaskAndReplace
-from vqd_scale.diffusion.unmasking import Confidence, Halton, Purity, Remask
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class KnownTokens:
 
     Attributes:
         tokens: Tokens, int64 [batch, length], 0 to K-1 where known.
-        known: True for tokens to keep.
+        is_known: True for tokens to keep.
     """
 
     tokens: Int[Tensor, "batch length"]
-    known: Bool[Tensor, "batch length"]
+    is_known: Bool[Tensor, "batch length"]
 
 
 @dataclass(frozen=True)
@@ -54,36 +54,27 @@ class Start:
     strength: float
 
 
-class Ancestral(Config):
-    """Ancestral sampling with all T steps."""
+class AncestralSampler:
+    """Implementation of `Ancestral`."""
 
-    kind: Literal["ancestral"] = "ancestral"
-    starts_masked: ClassVar[bool] = False
+    starts_masked = False
 
     def plan(self, transition: MaskAndReplace, first: int) -> list[SamplingStep]:
         """Return the steps from time ``first`` to the clean image."""
         return [SamplingStep(t, t, t - 1) for t in range(first, -1, -1)]
 
-    def advance(
-        self,
-        tokens: Int[Tensor, "batch length"],
-        log_p: Float[Tensor, "batch length codes"],
-        moment: SamplerContext,
-    ) -> Int[Tensor, "batch length"]:
+    def advance(self, tokens: Tokens, log_p: LogProbabilities, context: SamplerContext) -> Tokens:
         """Sample x_s from x_t."""
-        return _drawn_from_posterior(tokens, log_p, moment)
+        step = context.step
+        posterior = context.transition.posterior(log_p.exp(), tokens, step.t, step.s)
+        return sample_codes(posterior, context.noise.uniforms(Purpose.SAMPLING))
 
 
-class Strided(Config):
-    """Sampling with 1 to T steps, each from the exact posterior over its stride.
+class StridedSampler(AncestralSampler):
+    """Implementation of `Strided`."""
 
-    Source: the fast inference of the VQ-Diffusion paper. Unlike `LegacyFast` and `LegacyDiffusers`, the
-    sampler follows the noise schedule.
-    """
-
-    kind: Literal["strided"] = "strided"
-    steps: int = Field(default=25, ge=1)
-    starts_masked: ClassVar[bool] = False
+    def __init__(self, config: Strided) -> None:
+        self.config = config
 
     def plan(self, transition: MaskAndReplace, first: int) -> list[SamplingStep]:
         """Return the steps from time ``first`` to the clean image.
@@ -91,28 +82,26 @@ class Strided(Config):
         Raises:
             UserError: ``steps`` exceeds the schedule's number of steps.
         """
-        return even_steps(transition, first, self.steps)
-
-    def advance(
-        self,
-        tokens: Int[Tensor, "batch length"],
-        log_p: Float[Tensor, "batch length codes"],
-        moment: SamplerContext,
-    ) -> Int[Tensor, "batch length"]:
-        """Sample x_s from x_t."""
-        return _drawn_from_posterior(tokens, log_p, moment)
+        return even_steps(transition, first, self.config.steps)
 
 
-class LegacyFast(Config):
-    """Fast sampling of the released code, for comparison only.
+class _LegacySampler:
+    """Base of the published fast samplers, which undo one step of noise at a time."""
 
-    The network receives t, but the posterior undoes one step at the earlier time t - (speed - 1). With speed
-    4 a quarter of the tokens is still masked before the last step; use `Strided` instead.
-    """
+    starts_masked = True
 
-    kind: Literal["legacy_fast"] = "legacy_fast"
-    speed: int = Field(default=4, ge=2)
-    starts_masked: ClassVar[bool] = True
+    def advance(self, tokens: Tokens, log_p: LogProbabilities, context: SamplerContext) -> Tokens:
+        """Sample from one step's posterior, with Gumbel noise."""
+        step = context.step
+        posterior = context.transition.posterior(log_p.float().exp(), tokens, step.t, step.s)
+        return (posterior.log() + context.noise.gumbel(posterior.shape[-1])).argmax(-1)
+
+
+class LegacyFastSampler(_LegacySampler):
+    """Implementation of `LegacyFast`."""
+
+    def __init__(self, config: LegacyFast) -> None:
+        self.config = config
 
     def plan(self, transition: MaskAndReplace, first: int) -> list[SamplingStep]:
         """Return the steps of the released code.
@@ -120,32 +109,19 @@ class LegacyFast(Config):
         Raises:
             UserError: Image-to-image is not supported.
         """
-        _check_whole(transition, first, self.kind)
-        times = list(range(first, -1, -self.speed))
+        _check_full_noise(transition, first, self.config.kind)
+        times = list(range(first, -1, -self.config.speed))
         times += [] if times[-1] == 0 else [0]
-        skipped = self.speed - 1
-        undone = [t - skipped if t > skipped else t for t in times]
-        return [SamplingStep(told, t, t - 1) for told, t in zip(times, undone, strict=True)]
-
-    def advance(
-        self,
-        tokens: Int[Tensor, "batch length"],
-        log_p: Float[Tensor, "batch length codes"],
-        moment: SamplerContext,
-    ) -> Int[Tensor, "batch length"]:
-        """Sample from one step's posterior, with Gumbel noise."""
-        return _gumbel_from_posterior(tokens, log_p, moment)
+        skipped = self.config.speed - 1
+        posterior_times = [t - skipped if t > skipped else t for t in times]
+        return [SamplingStep(time, t, t - 1) for time, t in zip(times, posterior_times, strict=True)]
 
 
-class LegacyDiffusers(Config):
-    """Fewer steps as in diffusers' VQDiffusionScheduler (the last times only), for comparison only.
+class LegacyDiffusersSampler(_LegacySampler):
+    """Implementation of `LegacyDiffusers`."""
 
-    Sampling starts from masks only, at a time when most tokens should be visible; use `Strided` instead.
-    """
-
-    kind: Literal["legacy_diffusers"] = "legacy_diffusers"
-    steps: int = Field(default=100, ge=1)
-    starts_masked: ClassVar[bool] = True
+    def __init__(self, config: LegacyDiffusers) -> None:
+        self.config = config
 
     def plan(self, transition: MaskAndReplace, first: int) -> list[SamplingStep]:
         """Return the steps of diffusers.
@@ -153,50 +129,35 @@ class LegacyDiffusers(Config):
         Raises:
             UserError: Image-to-image is not supported, or ``steps`` exceeds the schedule's number of steps.
         """
-        _check_whole(transition, first, self.kind)
-        check_steps(transition, self.steps)
-        return [SamplingStep(t, t, t - 1) for t in range(self.steps - 1, -1, -1)]
-
-    def advance(
-        self,
-        tokens: Int[Tensor, "batch length"],
-        log_p: Float[Tensor, "batch length codes"],
-        moment: SamplerContext,
-    ) -> Int[Tensor, "batch length"]:
-        """Sample from one step's posterior, with Gumbel noise."""
-        return _gumbel_from_posterior(tokens, log_p, moment)
-
-
-Sampler = Annotated[
-    Ancestral | Strided | Purity | Confidence | Halton | Remask | LegacyFast | LegacyDiffusers,
-    Field(discriminator="kind"),
-]
+        _check_full_noise(transition, first, self.config.kind)
+        check_steps(transition, self.config.steps)
+        return [SamplingStep(t, t, t - 1) for t in range(self.config.steps - 1, -1, -1)]
 
 
 @torch.no_grad()
 def sample(
     predict: Predict,
-    sampler: Sampler,
+    config: SamplerConfig,
     transition: MaskAndReplace,
     slots: Int[Tensor, " batch"],
     length: int,
     seed: int,
     *,
-    known: KnownTokens | None = None,
+    known_tokens: KnownTokens | None = None,
     start: Start | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Int[Tensor, "batch length"]:
     """Generate images as tokens.
 
     Args:
-        predict: log p(x_0 | x_t), log-softmaxed; compose it with `guidance.guided` and `guidance.truncated`.
-        sampler: Sampler that plans and computes the steps.
+        predict: log p(x_0 | x_t), log-softmaxed; compose it with the functions of `guidance`.
+        config: Configuration of the sampler that plans and computes the steps.
         transition: Forward chain of the training.
         slots: Global image numbers, int64; with ``seed`` they determine the random numbers. All computation
             runs on the device of ``slots``.
         length: Tokens per image.
         seed: Random seed, 0 to 2**32 - 1.
-        known: Tokens to keep (inpainting).
+        known_tokens: Tokens to keep (inpainting).
         start: Initial image (image-to-image).
         on_step: Called after each step with the number of completed steps and the total.
 
@@ -205,41 +166,40 @@ def sample(
 
     Raises:
         UserError: The sampler does not fit the schedule, the prediction has another number of codes or is not
-            finite, or a given token is not a code.
+            finite, or an input token is not a code.
     """
     first = transition.steps - 1 if start is None else _first_time(transition, start)
+    sampler = config.build()
     plan = sampler.plan(transition, first)
-    tokens = _beginning(sampler, transition, SamplerNoise(seed, slots, length, draw=0), start, first)
-    free = torch.ones_like(tokens, dtype=torch.bool) if known is None else ~known.known
-    restored = _restorer(transition, known, SamplerNoise(seed, slots, length, draw=1))
-    tokens = restored(tokens, plan[0].t)
+    tokens = _initial_tokens(sampler, transition, SamplerNoise(seed, slots, length, draw=0), start, first)
+    free = torch.ones_like(tokens, dtype=torch.bool) if known_tokens is None else ~known_tokens.is_known
+    restore = _build_restore(transition, known_tokens, SamplerNoise(seed, slots, length, draw=1))
+    tokens = restore(tokens, plan[0].t)
     first_masks = ((tokens == transition.mask) & free).sum(-1)
-    sound = torch.ones((), dtype=torch.bool, device=slots.device)
+    all_finite = torch.ones((), dtype=torch.bool, device=slots.device)
     for number, step in enumerate(plan):
         log_p = predict(tokens, step.network_time)
         transition.check_codes(log_p.shape[-1], "the network's prediction")
-        sound = sound & log_p.amax(-1).isfinite().all()
-        moment = SamplerContext(
+        all_finite = all_finite & log_p.amax(-1).isfinite().all()
+        context = SamplerContext(
             transition, step, SamplerNoise(seed, slots, length, number), free, first_masks, plan[0].t
         )
-        tokens = restored(sampler.advance(tokens, log_p, moment), step.s)
+        tokens = restore(sampler.advance(tokens, log_p, context), step.s)
         if on_step is not None:
             on_step(number + 1, len(plan))
-    if not bool(sound):
-        raise UserError(
-            "the network's prediction held NaN or infinity while sampling; its weights are unusable."
-        )
+    if not bool(all_finite):
+        raise UserError("the network's prediction contains NaN or infinity; its weights are unusable.")
     return tokens
 
 
 def _first_time(transition: MaskAndReplace, start: Start) -> int:
     if not 0 < start.strength <= 1:
-        raise UserError(f"strength {start.strength}: a share of the noise above 0 and up to 1 is needed.")
+        raise UserError(f"strength {start.strength}: give a fraction of the noise above 0 and up to 1.")
     transition.check_tokens(start.tokens, masks_allowed=False)
     return max(round(transition.steps * start.strength), 1) - 1
 
 
-def _beginning(
+def _initial_tokens(
     sampler: Sampler, transition: MaskAndReplace, noise: SamplerNoise, start: Start | None, first: int
 ) -> Int[Tensor, "batch length"]:
     if start is not None:
@@ -250,42 +210,26 @@ def _beginning(
     return transition.prior(noise.uniforms(Purpose.PRIOR))
 
 
-def _restorer(
-    transition: MaskAndReplace, known: KnownTokens | None, noise: SamplerNoise
+def _build_restore(
+    transition: MaskAndReplace, known_tokens: KnownTokens | None, noise: SamplerNoise
 ) -> Callable[[Int[Tensor, "batch length"], int], Int[Tensor, "batch length"]]:
     """Return a function that restores known tokens, noised to a given time.
 
     A token's uniform number is the same at all times, so its noise is one path of the forward chain: a
     visible known token stays visible.
     """
-    if known is None:
+    if known_tokens is None:
         return lambda tokens, time: tokens
-    transition.check_tokens(known.tokens[known.known][None], masks_allowed=False)
-    drawn = noise.uniforms(Purpose.CORRUPTION)
+    transition.check_tokens(known_tokens.tokens[known_tokens.is_known][None], masks_allowed=False)
+    uniform_numbers = noise.uniforms(Purpose.CORRUPTION)
 
-    def restored(tokens: Int[Tensor, "batch length"], time: int) -> Int[Tensor, "batch length"]:
-        noisy = transition.corrupt(known.tokens, torch.full_like(noise.slots, time), drawn)
-        return torch.where(known.known, noisy, tokens)
+    def restore(tokens: Int[Tensor, "batch length"], time: int) -> Int[Tensor, "batch length"]:
+        noisy = transition.corrupt(known_tokens.tokens, torch.full_like(noise.slots, time), uniform_numbers)
+        return torch.where(known_tokens.is_known, noisy, tokens)
 
-    return restored
+    return restore
 
 
-def _check_whole(transition: MaskAndReplace, first: int, kind: str) -> None:
+def _check_full_noise(transition: MaskAndReplace, first: int, kind: str) -> None:
     if first != transition.steps - 1:
         raise UserError(f"sampler.kind: {kind} cannot start from an image; use strided or ancestral.")
-
-
-def _drawn_from_posterior(
-    tokens: Int[Tensor, "batch length"], log_p: Float[Tensor, "batch length codes"], moment: SamplerContext
-) -> Int[Tensor, "batch length"]:
-    step = moment.step
-    posterior = moment.transition.posterior(log_p.exp(), tokens, step.t, step.s)
-    return drawn_codes(posterior, moment.noise.uniforms(Purpose.SAMPLING))
-
-
-def _gumbel_from_posterior(
-    tokens: Int[Tensor, "batch length"], log_p: Float[Tensor, "batch length codes"], moment: SamplerContext
-) -> Int[Tensor, "batch length"]:
-    step = moment.step
-    posterior = moment.transition.posterior(log_p.float().exp(), tokens, step.t, step.s)
-    return (posterior.log() + moment.noise.gumbel(posterior.shape[-1])).argmax(-1)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,6 +12,9 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose
 from vqd_scale.diffusion.noise import uniforms
 from vqd_scale.diffusion.transition import MaskAndReplace
+
+Tokens: TypeAlias = Int[Tensor, "batch length"]
+LogProbabilities: TypeAlias = Float[Tensor, "batch length codes"]
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,10 @@ class SamplerNoise:
 
     def gumbel(self, states: int) -> Float[Tensor, "batch length states"]:
         """Return one float32 Gumbel number per token and state, as in the reference code."""
-        drawn = uniforms(self.seed, Purpose.GUMBEL, self.slots, self.length * states, draw=self.draw)
-        return -torch.log(-torch.log(drawn.view(-1, self.length, states) + 1e-30) + 1e-30)
+        uniform_numbers = uniforms(
+            self.seed, Purpose.GUMBEL, self.slots, self.length * states, draw=self.draw
+        )
+        return -torch.log(-torch.log(uniform_numbers.view(-1, self.length, states) + 1e-30) + 1e-30)
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,30 @@ class SamplerContext:
     first_masks: Int[Tensor, " batch"]
     first: int
 
-    def masked_share(self, time: int) -> float:
+    def masked_fraction(self, time: int) -> float:
         """Return the schedule's masked fraction at ``time``, relative to the start of sampling."""
         rates = self.transition.rates
         return float(rates.at(time).mask / rates.at(self.first).mask)
+
+
+class Sampler(Protocol):
+    """Sampler: the steps from noise to the clean image, and the tokens after each step.
+
+    A sampler is a class with these members, and a configuration in `vqd_scale.diffusion.config`.
+    """
+
+    @property
+    def starts_masked(self) -> bool:
+        """``True`` if sampling starts from masks only, whatever the schedule's prior is."""
+        ...
+
+    def plan(self, transition: MaskAndReplace, first: int) -> list[SamplingStep]:
+        """Return the steps from time ``first`` to the clean image."""
+        ...
+
+    def advance(self, tokens: Tokens, log_p: LogProbabilities, context: SamplerContext) -> Tokens:
+        """Return the tokens after one step, given log p(x_0 | x_t)."""
+        ...
 
 
 def even_steps(transition: MaskAndReplace, first: int, steps: int) -> list[SamplingStep]:
@@ -97,5 +123,5 @@ def check_steps(transition: MaskAndReplace, steps: int) -> None:
     """
     if steps > transition.steps:
         raise UserError(
-            f"sampler.steps: given {steps}; the schedule has {transition.steps}, take at most those."
+            f"sampler.steps: {steps} exceeds the {transition.steps} steps of the schedule; give fewer."
         )

@@ -1,42 +1,22 @@
 """Timestep sampling for training: uniform, or by importance (Improved DDPM, arXiv 2102.09672)."""
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
 from torch import Tensor
 
-from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
+from vqd_scale.diffusion.config import Importance, Times
 
-
-class Uniform(Config):
-    """Uniform timestep sampling."""
-
-    kind: Literal["uniform"] = "uniform"
-
-
-class Importance(Config):
-    """Importance sampling of VQ-Diffusion: p(t) ∝ sqrt(running mean of squared losses).
-
-    Uniform until every time has been observed more than ``warmup`` times.
-    """
-
-    kind: Literal["importance"] = "importance"
-    warmup: int = Field(default=10, ge=0)
-    decay: float = Field(default=0.9, gt=0, lt=1)
-    floor: float = Field(default=0.0001, gt=0)
-
-
-Times = Annotated[Uniform | Importance, Field(discriminator="kind")]
+FLOOR = 1e-4
+"""Addend of the weights before normalization, so that no timestep has probability 0."""
 
 
 class TimeSampler:
     """Timestep sampler that adapts to the losses, identically on all ranks.
 
-    Each rank accumulates its own losses; `synchronise` all-reduces them once per optimizer step. Sampling
+    Each rank accumulates its own losses; `synchronize` all-reduces them once per optimizer step. Sampling
     uses only the all-reduced history. The state lives on ``device``, without host synchronization.
 
     Attributes:
@@ -56,12 +36,12 @@ class TimeSampler:
         uniform = torch.full_like(self.history, 1 / self.steps)
         if not isinstance(self.times, Importance):
             return uniform
-        weight = self.history.sqrt() + self.times.floor
+        weight = self.history.sqrt() + FLOOR
         # The decoder term at t = 0 is not a KL; the reference code gives it the weight of t = 1.
         weight = torch.cat([weight[1:2], weight[1:]]) if self.steps > 1 else weight
         return torch.where((self.count > self.times.warmup).all(), weight / weight.sum(), uniform)
 
-    def draw(
+    def sample(
         self, uniforms: Float[Tensor, " batch"]
     ) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"]]:
         """Sample times by inverse CDF, with one uniform number per image.
@@ -74,8 +54,8 @@ class TimeSampler:
         """
         distribution = self.distribution()
         cumulative = distribution.cumsum(0)
-        place = uniforms.double() * cumulative[-1]
-        t = torch.searchsorted(cumulative, place, right=True).clamp(max=self.steps - 1)
+        thresholds = uniforms.double() * cumulative[-1]
+        t = torch.searchsorted(cumulative, thresholds, right=True).clamp(max=self.steps - 1)
         return t, distribution[t].float()
 
     def observe(
@@ -84,11 +64,11 @@ class TimeSampler:
         loss: Float[Tensor, " batch"],
         weight: Float[Tensor, " batch"] | None = None,
     ) -> None:
-        """Accumulate this rank's losses for the next `synchronise`.
+        """Accumulate this rank's losses for the next `synchronize`.
 
         Args:
             t: Sampled times.
-            loss: Bound of each image at its time, summed over tokens as in the reference code (``floor`` has
+            loss: Bound of each image at its time, summed over tokens as in the reference code (`FLOOR` has
                 this unit), before any weighting by probability. Non-finite losses are skipped, because they
                 would corrupt the distribution permanently.
             weight: 1 for valid images, 0 for slots of bad samples; ``None`` counts all images.
@@ -99,7 +79,7 @@ class TimeSampler:
         self._observed[0].index_add_(0, t, squared)
         self._observed[1].index_add_(0, t, counted)
 
-    def synchronise(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
+    def synchronize(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
         """All-reduce the accumulated losses into the history, once per optimizer step.
 
         n losses at one time enter as their mean with weight ``1 - decay ** n``. The result does not depend on
@@ -110,14 +90,14 @@ class TimeSampler:
         """
         squared, count = all_reduce(self._observed)
         if isinstance(self.times, Importance):
-            kept = self.times.decay**count
+            old_weight = self.times.decay**count
             mean = squared / count.clamp(min=1)
-            self.history = kept * self.history + (1 - kept) * mean
+            self.history = old_weight * self.history + (1 - old_weight) * mean
         self.count = self.count + count
         self._observed = torch.zeros_like(self._observed)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the history and its counts; equal on all ranks after `synchronise`."""
+        """Return the history and its counts; equal on all ranks after `synchronize`."""
         return {"history": self.history.clone(), "count": self.count.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -129,7 +109,7 @@ class TimeSampler:
         for name in ("history", "count"):
             if state[name].shape != (self.steps,):
                 raise UserError(
-                    f"the saved time sampler knows {len(state[name])} times, this schedule has {self.steps}; "
+                    f"the saved timestep sampler has {len(state[name])} times, this schedule {self.steps}; "
                     "continue with the schedule the run was started with."
                 )
         self.history = state["history"].to(self.history, copy=True)

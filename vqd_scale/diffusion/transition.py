@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.diffusion.schedule import Rates, Schedule, rates_of
+from vqd_scale.diffusion.config import Schedule
+from vqd_scale.diffusion.schedule import Rates, rates_of
 
 # Replaces a denominator of zero where the quotient is not used.
 _NEVER = 1e-30
@@ -108,8 +109,8 @@ class MaskAndReplace:
         Returns:
             x_t, int64, 0 to K.
         """
-        chances = self.rates_on(tokens.device).at(t)
-        masked, replaced = chances.mask[:, None], chances.replace[:, None]
+        probabilities = self.rates_on(tokens.device).at(t)
+        masked, replaced = probabilities.mask[:, None], probabilities.replace[:, None]
         code = self._uniform_code((uniforms - masked) / replaced.clamp(min=_NEVER))
         noisy = torch.where(uniforms < masked + replaced, code, tokens)
         return torch.where(uniforms < masked, self.mask, noisy)
@@ -123,9 +124,9 @@ class MaskAndReplace:
         Returns:
             x_T, int64, 0 to K.
         """
-        share = self.rates.prior_mask
-        code = self._uniform_code((uniforms.double() - share) / max(1 - share, _NEVER))
-        return torch.where(uniforms < share, self.mask, code)
+        mask_probability = self.rates.prior_mask
+        code = self._uniform_code((uniforms.double() - mask_probability) / max(1 - mask_probability, _NEVER))
+        return torch.where(uniforms < mask_probability, self.mask, code)
 
     def posterior(
         self,
@@ -151,60 +152,25 @@ class MaskAndReplace:
         Raises:
             UserError: The times are out of order or range, or ``probabilities`` has another number of codes.
         """
-        self._check_posterior(probabilities, t, s)
+        self.check_codes(probabilities.shape[-1], "p(x_0)")
+        if not -1 <= s < t < self.steps:
+            raise UserError(f"times t={t}, s={s}: a posterior needs -1 <= s < t < {self.steps}.")
         dtype = probabilities.dtype
         rates = posterior_rates(self.rates_on(x_t.device), t, s)
         masked = (x_t == self.mask).unsqueeze(-1)
         total = probabilities.sum(-1, keepdim=True)
-        seen = x_t.clamp(max=self.codes - 1).unsqueeze(-1)
-        believed = probabilities.gather(-1, seen)
-        spread = total - (1 - rates.reach.to(dtype)) * believed
+        observed = x_t.clamp(max=self.codes - 1).unsqueeze(-1)
+        p_observed = probabilities.gather(-1, observed)
+        spread = total - (1 - rates.reach.to(dtype)) * p_observed
         match = torch.where(masked, rates.masked_match, rates.other_match).to(dtype)
         offset = torch.where(masked, rates.masked_spread * total, rates.other_spread * spread).to(dtype)
-        stay = (rates.stay_match * believed + rates.stay_spread * spread).to(dtype)
+        stay = (rates.stay_match * p_observed + rates.stay_spread * spread).to(dtype)
         result = torch.empty(*x_t.shape, self.codes + 1, dtype=dtype, device=x_t.device)
         codes = result[..., :-1]
         torch.mul(probabilities, match, out=codes).add_(offset)
-        codes.scatter_(-1, seen, torch.where(masked, codes.gather(-1, seen), stay))
+        codes.scatter_(-1, observed, torch.where(masked, codes.gather(-1, observed), stay))
         result[..., -1:] = torch.where(masked, rates.masked_stay * total, 0.0)
         return result
-
-    def posterior_plug_in(
-        self,
-        probabilities: Float[Tensor, "batch length codes"],
-        x_t: Int[Tensor, "batch length"],
-        t: int,
-        s: int,
-    ) -> Float[Tensor, "batch length states"]:
-        """Compute VQ-DDM's posterior: p(x_0) replaces the one-hot x_0, followed by renormalization.
-
-        Equal to `posterior` where p(x_0) is one-hot or x_t is masked, different elsewhere (Hoogeboom et
-        al., arXiv 2102.05379).
-
-        Args:
-            probabilities: p(x_0 | x_t) over the K codes, summing to 1.
-            x_t: int64, 0 to K.
-            t: Time of ``x_t``, 0 to T-1.
-            s: Target time, -1 to t-1.
-
-        Returns:
-            Probabilities over the K codes followed by the mask, in the dtype of ``probabilities``.
-
-        Raises:
-            UserError: The times are out of order or range, or ``probabilities`` has another number of codes.
-        """
-        self._check_posterior(probabilities, t, s)
-        dtype = probabilities.dtype
-        rates = self.rates_on(x_t.device)
-        step, start = rates.between(t, s), rates.at(s)
-        masked = (x_t == self.mask).unsqueeze(-1)
-        seen = x_t.clamp(max=self.codes - 1).unsqueeze(-1)
-        # q(x_t | x_s = k) for the observed x_t: a row of the step's matrix.
-        arrival = torch.where(masked, step.mask, step.replace / self.codes).expand(-1, -1, self.codes).clone()
-        arrival.scatter_add_(-1, seen, torch.where(masked, 0.0, step.keep))
-        codes = arrival * (start.keep * probabilities + start.replace / self.codes)
-        joint = torch.cat([codes, torch.where(masked, start.mask, 0.0)], dim=-1)
-        return (joint / joint.sum(-1, keepdim=True)).to(dtype)
 
     def check_tokens(self, tokens: Int[Tensor, "batch length"], *, masks_allowed: bool) -> None:
         """Check token values; synchronizes with the device (for first batches and debugging).
@@ -213,11 +179,11 @@ class MaskAndReplace:
             UserError: A token is neither a code nor, where allowed, the mask.
         """
         highest = self.codes if masks_allowed else self.codes - 1
-        wrong = tokens[(tokens < 0) | (tokens > highest)]
-        if len(wrong):
+        invalid = tokens[(tokens < 0) | (tokens > highest)]
+        if len(invalid):
             raise UserError(
-                f"token {int(wrong[0])} is not between 0 and {highest}; check that the tokenizer's codebook "
-                f"(and its reduction map) has the {self.codes} codes of the diffusion schedule."
+                f"token {int(invalid[0])} is not between 0 and {highest}; check that the tokenizer's "
+                f"codebook (and its reduction map) has the {self.codes} codes of the diffusion schedule."
             )
 
     def check_times(self, t: Int[Tensor, " batch"]) -> None:
@@ -226,13 +192,13 @@ class MaskAndReplace:
         Raises:
             UserError: A time is not between 0 and T-1.
         """
-        wrong = t[(t < 0) | (t >= self.steps)]
-        if len(wrong):
+        invalid = t[(t < 0) | (t >= self.steps)]
+        if len(invalid):
             raise UserError(
-                f"time {int(wrong[0])} is not between 0 and {self.steps - 1}, the schedule's last."
+                f"time {int(invalid[0])} is not between 0 and {self.steps - 1}, the schedule's last."
             )
 
-    def check_codes(self, codes: int, what: str) -> None:
+    def check_codes(self, codes: int, subject: str) -> None:
         """Check that a number of classes equals K.
 
         Raises:
@@ -240,17 +206,12 @@ class MaskAndReplace:
         """
         if codes != self.codes:
             raise UserError(
-                f"{what} has {codes} classes, but the diffusion schedule was made for {self.codes} codes; "
+                f"{subject} has {codes} classes, but the diffusion schedule has {self.codes} codes; "
                 "give both the size of the (reduced) codebook."
             )
 
     def _uniform_code(self, fractions: Float[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
         return (fractions * self.codes).clamp(0, self.codes - 1).long()
-
-    def _check_posterior(self, probabilities: Tensor, t: int, s: int) -> None:
-        self.check_codes(probabilities.shape[-1], "p(x_0)")
-        if not -1 <= s < t < self.steps:
-            raise UserError(f"times t={t}, s={s}: a posterior needs -1 <= s < t < {self.steps}.")
 
 
 def _ratio(

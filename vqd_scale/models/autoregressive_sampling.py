@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -10,18 +9,15 @@ from torch import Tensor
 from typing_extensions import Self
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.rng import Purpose, drawn_codes, uniforms
-from vqd_scale.diffusion.guidance import ConstantGuidance, Predict, TopP, Truncation, guided_pair, truncated
+from vqd_scale.core.rng import Purpose, sample_codes, uniforms
+from vqd_scale.diffusion.config import ConstantGuidance, TopP, Truncation
+from vqd_scale.diffusion.guidance import Predict, apply_guidance, truncate
 from vqd_scale.models.bundle import AutoregressiveBundle, load_autoregressive_bundle
 from vqd_scale.models.conditions import Conditions, Prompts, conditions_of
-from vqd_scale.models.pipeline import FOLDERS, Pictures, listed, picture_slots
-from vqd_scale.models.s3_download import fetched
+from vqd_scale.models.pipeline import FOLDERS, GeneratedImages, as_list, image_slots
+from vqd_scale.models.s3_download import local_folder
 from vqd_scale.nn.autoregressive import Autoregressive
 from vqd_scale.tokenizers.base import to_bytes
-
-Evaluate: TypeAlias = Callable[[Int[Tensor, "batch length"], int], Float[Tensor, "batch codes"]]
-"""Function from the previous tokens and a position to that position's logits; positions are called in
-order."""
 
 
 class AutoregressiveTextToImage:
@@ -47,16 +43,15 @@ class AutoregressiveTextToImage:
         Raises:
             UserError: There is no such model, or a file of it is missing or damaged.
         """
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        with fetched(path, FOLDERS) as folder:
+        with local_folder(path, FOLDERS) as folder:
             bundle = load_autoregressive_bundle(folder)
-        for place in (dtype or torch.float32, chosen):
-            bundle.to(place)
+        bundle.to(dtype or torch.float32)
+        bundle.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(bundle)
 
     def __call__(
         self, prompts: Prompts, *, guidance: float = 3.0, truncation: float = 1.0, seed: int = 0
-    ) -> Pictures:
+    ) -> GeneratedImages:
         """Generate one image per prompt, all in one batch.
 
         Args:
@@ -68,13 +63,14 @@ class AutoregressiveTextToImage:
         Raises:
             UserError: The seed is out of range.
         """
-        prompts = listed(prompts)
-        slots = picture_slots(seed, len(prompts))
-        kept = TopP(p=truncation) if truncation < 1 else None
-        return Pictures(self.draw(prompts, slots, guidance=ConstantGuidance(scale=guidance), truncation=kept))
+        prompts = as_list(prompts)
+        slots = image_slots(seed, len(prompts))
+        scale = ConstantGuidance(scale=guidance)
+        top_p = TopP(p=truncation) if truncation < 1 else None
+        return GeneratedImages(self.generate_batch(prompts, slots, guidance=scale, truncation=top_p))
 
     @torch.no_grad()
-    def draw(
+    def generate_batch(
         self,
         prompts: Sequence[str] | Sequence[int],
         slots: Int[Tensor, " batch"],
@@ -82,18 +78,18 @@ class AutoregressiveTextToImage:
         guidance: ConstantGuidance,
         truncation: Truncation | None = None,
         negative: Sequence[str] | None = None,
-        keep_seen: bool = True,
+        use_cache: bool = True,
         on_step: Callable[[int, int], None] | None = None,
     ) -> UInt8[Tensor, "batch 3 height width"]:
         """Generate one batch of images.
 
         Args:
             prompts: Captions.
-            slots: Unique index of each image, int64; key of its random numbers, see `picture_slots`.
+            slots: Unique index of each image, int64; key of its random numbers, see `image_slots`.
             guidance: Scale of classifier-free guidance.
             truncation: Truncation of each prediction's codes. Default: none.
             negative: Negative prompts, used instead of the null condition.
-            keep_seen: Use a KV cache; False recomputes the keys and values of all previous tokens at each
+            use_cache: Use a KV cache; False recomputes the keys and values of all previous tokens at each
                 position.
             on_step: Called after each token with the number of finished tokens and the total.
 
@@ -102,23 +98,23 @@ class AutoregressiveTextToImage:
         """
         rows, columns = self.bundle.config.grid
         conditions = conditions_of(self.bundle, prompts, negative)
-        predict = prediction(
-            self.bundle.model.network, conditions, guidance, len(prompts), keep_seen=keep_seen
+        predict = build_predict(
+            self.bundle.model.network, conditions, guidance, len(prompts), use_cache=use_cache
         )
         if truncation is not None:
-            predict = truncated(predict, truncation)
+            predict = truncate(predict, truncation)
         slots = slots.to(self.bundle.device)
         tokens = sample_in_order(predict, slots, rows * columns, seed=0, on_step=on_step)
         return to_bytes(self.bundle.tokenizer.decode(tokens.unflatten(1, (rows, columns)))).cpu()
 
 
-def prediction(
+def build_predict(
     network: Autoregressive,
     conditions: Conditions,
     guidance: ConstantGuidance,
     batch: int,
     *,
-    keep_seen: bool,
+    use_cache: bool,
 ) -> Predict:
     """Return the prediction function of `sample_in_order`: guided log p of one token, [batch, 1, K].
 
@@ -130,32 +126,25 @@ def prediction(
         conditions: Conditions of the batch.
         guidance: Scale of classifier-free guidance.
         batch: Number of images.
-        keep_seen: Use a KV cache; see `AutoregressiveTextToImage.draw`.
+        use_cache: Use a KV cache; see `AutoregressiveTextToImage.generate_batch`.
     """
-    told, is_guided = conditions.given, False
-    if guidance.scale != 1 and conditions.given is not None and conditions.absent is not None:
-        told, is_guided = torch.cat([conditions.given, conditions.absent]), True
-    evaluate = cached(network, told, (1 + is_guided) * batch) if keep_seen else uncached(network, told)
+    condition, is_guided = conditions.prompt, False
+    if guidance.scale != 1 and conditions.prompt is not None and conditions.negative is not None:
+        condition, is_guided = torch.cat([conditions.prompt, conditions.negative]), True
+    caches = network.new_caches(condition, (1 + is_guided) * batch) if use_cache else None
 
-    def log_p(tokens: Tensor, place: int) -> Float[Tensor, "batch 1 codes"]:
-        return evaluate(tokens, place).float().log_softmax(dim=-1)[:, None]
+    def log_p(tokens: Tensor, position: int) -> Float[Tensor, "batch 1 codes"]:
+        if caches is None:
+            logits = network(tokens[:, : position + 1], condition)[:, position]
+        else:
+            logits = network.step(tokens, position, caches)
+        return logits.float().log_softmax(dim=-1)[:, None]
 
-    def pair(tokens: Tensor, place: int) -> tuple[Tensor, Tensor]:
-        with_prompt, without = log_p(torch.cat([tokens, tokens]), place).chunk(2)
-        return with_prompt, without
+    def pair(tokens: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        prompt_log_p, null_log_p = log_p(torch.cat([tokens, tokens]), position).chunk(2)
+        return prompt_log_p, null_log_p
 
-    return guided_pair(log_p, pair, guidance) if is_guided else log_p
-
-
-def cached(network: Autoregressive, condition: Tensor | None, batch: int) -> Evaluate:
-    """Return an evaluation with a KV cache; each position is computed once."""
-    memories = network.memories(condition, batch)
-    return lambda tokens, place: network.step(tokens, place, memories)
-
-
-def uncached(network: Autoregressive, condition: Tensor | None) -> Evaluate:
-    """Return an evaluation without a KV cache; all previous positions are recomputed at each position."""
-    return lambda tokens, place: network(tokens[:, : place + 1], condition)[:, place]
+    return apply_guidance(log_p, pair, guidance) if is_guided else log_p
 
 
 @torch.no_grad()
@@ -170,7 +159,7 @@ def sample_in_order(
 
     Args:
         predict: log p(x_i | x_1 .. x_{i-1}) as [batch, 1, K], from the tokens so far and the position i;
-            compose it with `guidance.guided_pair` and `guidance.truncated`. Called with positions in order.
+            compose it with `guidance.apply_guidance` and `guidance.truncate`. Called with positions in order.
         slots: Global index of each image, int64; ``seed`` and slot are the key of the image's random numbers.
         length: Number of tokens per image.
         seed: 0 to 2**32 - 1.
@@ -183,18 +172,16 @@ def sample_in_order(
         UserError: A prediction is not finite.
     """
     # float64: float32 is too coarse for the rarest codes.
-    drawn = uniforms(seed, Purpose.SAMPLING, slots, length, dtype=torch.float64)
+    uniform_numbers = uniforms(seed, Purpose.SAMPLING, slots, length, dtype=torch.float64)
     tokens = slots.new_zeros((len(slots), length))
-    sound = torch.ones((), dtype=torch.bool, device=slots.device)
-    for place in range(length):
-        log_p = predict(tokens, place)
-        sound = sound & log_p.amax(-1).isfinite().all()
-        here = slice(place, place + 1)
-        tokens[:, here] = drawn_codes(log_p.exp(), drawn[:, here])
+    all_finite = torch.ones((), dtype=torch.bool, device=slots.device)
+    for position in range(length):
+        log_p = predict(tokens, position)
+        all_finite = all_finite & log_p.amax(-1).isfinite().all()
+        column = slice(position, position + 1)
+        tokens[:, column] = sample_codes(log_p.exp(), uniform_numbers[:, column])
         if on_step is not None:
-            on_step(place + 1, length)
-    if not bool(sound):
-        raise UserError(
-            "the network's prediction held NaN or infinity while sampling; its weights are unusable."
-        )
+            on_step(position + 1, length)
+    if not bool(all_finite):
+        raise UserError("the network's prediction contains NaN or infinity; its weights are unusable.")
     return tokens

@@ -9,67 +9,37 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeAlias, cast
+from typing import Any, Generic, TypeAlias, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import PositiveInt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
 from vqd_scale.core.atomic_io import publish_json, publish_text, published_folder, read_json, sha256_of
-from vqd_scale.core.config import Config, ConfigType, validated
+from vqd_scale.core.config import Config, ConfigType, kinds_of, validated
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.tensors import write_tensors
-from vqd_scale.diffusion.schedule import Schedule
+from vqd_scale.diffusion.config import Schedule
+from vqd_scale.models.config import AutoregressiveBundleConfig, BundleConfig
 from vqd_scale.models.model_card import AUTOREGRESSION, DENOISING, model_card
-from vqd_scale.nn.autoregressive import Autoregressive, AutoregressiveConfig
-from vqd_scale.nn.denoiser import ClassCondition, Condition, TextCondition
-from vqd_scale.nn.network import Network, NetworkConfig, build_network
-from vqd_scale.nn.param_sharding import HERE, ParamSharding
-from vqd_scale.text.clip import Pretrained, TextConfig, TextEncoder
-from vqd_scale.tokenizers.fsq import FSQConfig
-from vqd_scale.tokenizers.registry import ReducedConfig, Tokenizer, TokenizerConfig, build_tokenizer
-from vqd_scale.tokenizers.taming import TamingGumbelConfig, TamingVQConfig
-from vqd_scale.tokenizers.vqgan import VQGANConfig
+from vqd_scale.nn.autoregressive import Autoregressive
+from vqd_scale.nn.config import ClassCondition, Condition, TextCondition
+from vqd_scale.nn.network import Network
+from vqd_scale.text.clip import TextEncoder
+from vqd_scale.text.config import Pretrained, TextConfig
+from vqd_scale.tokenizers.base import ImageTokenizer
+from vqd_scale.tokenizers.config import (
+    TokenizerConfig,
+)
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 _CARD = "README.md"
 _TOKENIZER = "tokenizer"
 _SCHEDULE = "schedule"
-_TOKENIZERS = (VQGANConfig, TamingVQConfig, TamingGumbelConfig, FSQConfig, ReducedConfig)
-
-_TRAINED = "Trained with vqd_scale. Who trained it decides on its licence, within that of the training data."
-
-
-class BundleConfig(Config):
-    """Configuration of a denoiser bundle, including the constants of the noise schedule."""
-
-    kind: Literal["denoising"] = "denoising"
-    codebook_size: PositiveInt
-    """K, the number of codes."""
-    grid: tuple[PositiveInt, PositiveInt]
-    """Token grid (rows, columns)."""
-    denoiser: NetworkConfig
-    text: TextConfig | None = None
-    """Caption encoder; ``None`` for a model without text conditioning."""
-    diffusion: Schedule
-    origin: str = _TRAINED
-    """Origin of the weights and their known license."""
-
-
-class AutoregressiveBundleConfig(Config):
-    """Configuration of an autoregressive model's bundle; see `BundleConfig`."""
-
-    kind: Literal["autoregression"] = "autoregression"
-    codebook_size: PositiveInt
-    grid: tuple[PositiveInt, PositiveInt]
-    network: AutoregressiveConfig
-    text: TextConfig | None = None
-    origin: str = _TRAINED
 
 
 class ConditionalModel(nn.Module):
@@ -96,8 +66,8 @@ class ConditionalModel(nn.Module):
             self.text = TextEncoder(text)
         width = None if text is None else self.text.width
         if width != (condition.width if isinstance(condition, TextCondition) else None):
-            wanted = "another kind than 'text'" if width is None else f"kind 'text' of width {width}"
-            raise UserError(f"{key}: must be {wanted} to go with the text encoder, not {condition!r}.")
+            requirement = "another kind than 'text'" if width is None else f"kind 'text' of width {width}"
+            raise UserError(f"{key}: must be {requirement} to go with the text encoder, not {condition!r}.")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,17 +86,17 @@ class ConditionalModel(nn.Module):
         """
         return self.text(captions, dropped).to(self.dtype)
 
-    def condition_inputs(self, given: Tensor, dropped: Bool[Tensor, " batch"]) -> Tensor | None:
+    def condition_inputs(self, inputs: Tensor, dropped: Bool[Tensor, " batch"]) -> Tensor | None:
         """Compute the condition input of the network.
 
         Args:
-            given: Caption ids [batch, positions] or classes [batch]; ignored by an unconditional model.
+            inputs: Caption ids [batch, positions] or classes [batch]; ignored by an unconditional model.
             dropped: Mask of the samples that get the null condition.
         """
         if isinstance(self.condition, TextCondition):
-            return self.text_features(given, dropped)
+            return self.text_features(inputs, dropped)
         if isinstance(self.condition, ClassCondition):
-            return torch.where(dropped, self.condition.classes, given)
+            return torch.where(dropped, self.condition.classes, inputs)
         return None
 
 
@@ -135,7 +105,6 @@ class Model(ConditionalModel):
 
     Args:
         config: Configuration of both.
-        placement: Parameter sharding during construction of the denoiser.
 
     Attributes:
         denoiser: Denoiser network.
@@ -144,11 +113,9 @@ class Model(ConditionalModel):
         UserError: See `ConditionalModel`.
     """
 
-    def __init__(self, config: BundleConfig, placement: ParamSharding = HERE) -> None:
+    def __init__(self, config: BundleConfig) -> None:
         super().__init__(config.text, config.denoiser.condition, "denoiser.condition")
-        self.denoiser = build_network(
-            config.denoiser, config.codebook_size, config.grid, config.diffusion.steps, placement
-        )
+        self.denoiser = config.denoiser.build(config.codebook_size, config.grid, config.diffusion.steps)
 
     @property
     def network(self) -> Network:
@@ -161,7 +128,6 @@ class AutoregressiveModel(ConditionalModel):
 
     Args:
         config: Configuration of both.
-        placement: Parameter sharding during construction of the transformer.
 
     Attributes:
         network: Autoregressive transformer.
@@ -170,9 +136,9 @@ class AutoregressiveModel(ConditionalModel):
         UserError: See `ConditionalModel`.
     """
 
-    def __init__(self, config: AutoregressiveBundleConfig, placement: ParamSharding = HERE) -> None:
+    def __init__(self, config: AutoregressiveBundleConfig) -> None:
         super().__init__(config.text, config.network.condition, "network.condition")
-        self.network = Autoregressive(config.network, config.codebook_size, config.grid, placement)
+        self.network = Autoregressive(config.network, config.codebook_size, config.grid)
 
 
 _MODELS = (BundleConfig, AutoregressiveBundleConfig)
@@ -195,12 +161,12 @@ class Bundle(Generic[AnyBundleConfig, AnyModel]):
 
     config: AnyBundleConfig
     model: AnyModel
-    tokenizer: Tokenizer
+    tokenizer: ImageTokenizer
 
     def __post_init__(self) -> None:
         if self.tokenizer.codes != self.config.codebook_size:
             raise UserError(
-                f"the tokenizer has {self.tokenizer.codes} codes, but the model was made for "
+                f"the tokenizer has {self.tokenizer.codes} codes, but the model has "
                 f"{self.config.codebook_size}; they do not belong together (a reduction map may be missing)."
             )
         for module in (self.model, self.tokenizer):
@@ -209,24 +175,24 @@ class Bundle(Generic[AnyBundleConfig, AnyModel]):
     @property
     def device(self) -> torch.device:
         """Device of the networks."""
-        return self.model.network.code_tables[0].device
+        return self.model.network.code_embeddings[0].device
 
     @property
     def dtype(self) -> torch.dtype:
         """Compute dtype of the network."""
         return self.model.dtype
 
-    def to(self, place: torch.dtype | torch.device | str) -> None:
+    def to(self, target: torch.dtype | torch.device | str) -> None:
         """Move all modules to a device, or set the compute dtype of network and tokenizer.
 
         The text encoder, run once per prompt, and the tokenizer's selection of codes keep their dtype.
         """
-        if isinstance(place, torch.dtype):
-            cast(nn.Module, self.model.network).to(dtype=place)
-            self.tokenizer.compute_in(place)
+        if isinstance(target, torch.dtype):
+            cast(nn.Module, self.model.network).to(dtype=target)
+            self.tokenizer.compute_in(target)
         else:
-            self.model.to(device=place)
-            self.tokenizer.to(device=place)
+            self.model.to(device=target)
+            self.tokenizer.to(device=target)
 
 
 AutoregressiveBundle: TypeAlias = Bundle[AutoregressiveBundleConfig, AutoregressiveModel]
@@ -272,9 +238,9 @@ def save_bundle(
             _save(partial / _TOKENIZER, tokenizer.config, tokenizer.tensors)
         else:
             shutil.copytree(tokenizer, partial / _TOKENIZER)
-        described = json.dumps(read_json(partial / _TOKENIZER / CONFIG, "tokenizer bundle"))
+        tokenizer_config = json.dumps(read_json(partial / _TOKENIZER / CONFIG, "tokenizer bundle"))
         parameters = sum(tensor.numel() for tensor in weights.values())
-        publish_text(partial / _CARD, _card(config, parameters, described))
+        publish_text(partial / _CARD, _card(config, parameters, tokenizer_config))
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -284,11 +250,11 @@ def load_bundle(folder: Path) -> Bundle:
         UserError: There is no bundle, a file is missing, damaged or of another shape, or the schedule in the
             configuration differs from that in the weights.
     """
-    folder = _exported(folder)
+    folder = _export_folder(folder)
     config = _load_config(_MODELS, folder, "model bundle")
     if not isinstance(config, BundleConfig):
         raise UserError(
-            f"{folder}: holds an autoregressive model, which has no schedule to sample by; load it with "
+            f"{folder}: contains an autoregressive model, which has no noise schedule; load it with "
             f"vqd_scale.models.autoregressive_sampling.AutoregressiveTextToImage."
         )
     model = Model(config)
@@ -303,7 +269,7 @@ def is_autoregressive(folder: Path) -> bool:
     Raises:
         UserError: The configuration cannot be read.
     """
-    path = _exported(folder) / CONFIG
+    path = _export_folder(folder) / CONFIG
     tag = AutoregressiveBundleConfig.model_fields["kind"].default
     return path.exists() and read_json(path, "model bundle").get("kind") == tag
 
@@ -314,10 +280,10 @@ def load_autoregressive_bundle(folder: Path) -> AutoregressiveBundle:
     Raises:
         UserError: There is no bundle, or a file is missing, damaged or of another shape.
     """
-    folder = _exported(folder)
+    folder = _export_folder(folder)
     config = _load_config(_MODELS, folder, "model bundle")
     if not isinstance(config, AutoregressiveBundleConfig):
-        raise UserError(f"{folder}: holds a denoiser; load it with vqd_scale.TextToImage.")
+        raise UserError(f"{folder}: contains a denoiser; load it with vqd_scale.TextToImage.")
     model = AutoregressiveModel(config)
     _load_weights(model, folder)
     return Bundle(config, model, load_tokenizer(folder / _TOKENIZER, torch.device("cpu")))
@@ -333,13 +299,14 @@ def save_tokenizer(folder: Path, config: TokenizerConfig, weights: Mapping[str, 
         _save(partial, config, weights)
 
 
-def load_tokenizer(folder: Path, device: torch.device) -> Tokenizer:
+def load_tokenizer(folder: Path, device: torch.device) -> ImageTokenizer:
     """Load a tokenizer bundle.
 
     Raises:
         UserError: There is no bundle, or a file is missing, damaged or of another shape.
     """
-    tokenizer = build_tokenizer(_load_config(_TOKENIZERS, folder, "tokenizer bundle"))
+    config: TokenizerConfig = _load_config(kinds_of(TokenizerConfig), folder, "tokenizer bundle")
+    tokenizer = config.build()
     _load_weights(tokenizer, folder)
     return tokenizer.to(device).eval().requires_grad_(False)
 
@@ -357,7 +324,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
 
 def weights_file(folder: Path) -> Path:
     """Return the path of the weights in a bundle or a finished run."""
-    return _exported(folder) / WEIGHTS
+    return _export_folder(folder) / WEIGHTS
 
 
 def schedule_of(folder: Path) -> Schedule:
@@ -366,15 +333,15 @@ def schedule_of(folder: Path) -> Schedule:
     Raises:
         UserError: There is no bundle.
     """
-    return _load_config(BundleConfig, _exported(folder), "model bundle").diffusion
+    return _load_config(BundleConfig, _export_folder(folder), "model bundle").diffusion
 
 
 def tokenizer_folder(folder: Path) -> Path:
     """Return the path of the tokenizer bundle in a model bundle or a finished run."""
-    return _exported(folder) / _TOKENIZER
+    return _export_folder(folder) / _TOKENIZER
 
 
-def _exported(folder: Path) -> Path:
+def _export_folder(folder: Path) -> Path:
     return folder / "export" if (folder / "export").is_dir() else folder
 
 
@@ -386,9 +353,9 @@ def _save(
 
 
 def _load_config(
-    kind: type[ConfigType] | tuple[type[ConfigType], ...], folder: Path, what: str
+    kind: type[ConfigType] | tuple[type[ConfigType], ...], folder: Path, description: str
 ) -> ConfigType:
-    values: Any = read_json(folder / CONFIG, what)
+    values: Any = read_json(folder / CONFIG, description)
     return validated(kind, values, str(folder / CONFIG))
 
 
@@ -412,11 +379,11 @@ def _fingerprint(schedule: Schedule) -> str:
 
 def _check_schedule(config: BundleConfig, folder: Path) -> None:
     with safe_open(folder / WEIGHTS, framework="pt") as file:
-        trained = (file.metadata() or {}).get(_SCHEDULE)
-    if trained != _fingerprint(config.diffusion):
+        saved_schedule = (file.metadata() or {}).get(_SCHEDULE)
+    if saved_schedule != _fingerprint(config.diffusion):
         raise UserError(
-            f"{folder}: config.json says the schedule {_fingerprint(config.diffusion)}, but the weights were "
-            f"trained under {trained}; sampling under another one gives pictures of no meaning, put it back."
+            f"{folder}: config.json has the schedule {_fingerprint(config.diffusion)}, but the weights were "
+            f"trained under {saved_schedule}; restore the original config.json."
         )
 
 

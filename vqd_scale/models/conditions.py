@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.models.bundle import AnyBundleConfig, AnyModel, Bundle
-from vqd_scale.nn.denoiser import ClassCondition, TextCondition
+from vqd_scale.nn.config import ClassCondition, TextCondition
 
 Prompts = str | int | Sequence[str] | Sequence[int]
 """One or several captions; or labels, for a class-conditional model."""
@@ -19,13 +19,13 @@ class Conditions:
     """Network conditions of a batch.
 
     Attributes:
-        given: Conditions of the prompts; ``None`` for an unconditional model.
-        absent: Negative conditions of classifier-free guidance, one row per prompt; ``None`` for an
+        prompt: Conditions of the prompts; ``None`` for an unconditional model.
+        negative: Negative conditions of classifier-free guidance, one row per prompt; ``None`` for an
             unconditional model.
     """
 
-    given: Tensor | None
-    absent: Tensor | None
+    prompt: Tensor | None
+    negative: Tensor | None
 
 
 def conditions_of(
@@ -67,6 +67,6 @@ def _label(prompt: str | int, classes: int) -> int:
     label = int(prompt) if str(prompt).isdecimal() else -1
     if not 0 <= label <= classes:
         raise UserError(
-            f"label '{prompt}': this model knows the classes 0 to {classes - 1}, and {classes} for none."
+            f"label '{prompt}': the classes of this model are 0 to {classes - 1}, and {classes} for none."
         )
     return label

@@ -5,31 +5,30 @@ from functools import cache
 from pathlib import Path
 from typing import TypedDict, overload
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 from typing_extensions import Self, Unpack
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress_bar
-from vqd_scale.diffusion.guidance import (
+from vqd_scale.diffusion.config import (
     ConstantGuidance,
     GuidanceScale,
-    Predict,
-    PredictPair,
+    SamplerConfig,
+    Strided,
     TopP,
     Truncation,
-    guided_pair,
-    truncated,
 )
-from vqd_scale.diffusion.samplers import KnownTokens, Sampler, Start, Strided, sample
+from vqd_scale.diffusion.guidance import Predict, PredictPair, apply_guidance, truncate
+from vqd_scale.diffusion.samplers import KnownTokens, Start, sample
 from vqd_scale.diffusion.transition import MaskAndReplace
 from vqd_scale.models.bundle import Bundle, load_bundle
 from vqd_scale.models.conditions import Conditions, Prompts, conditions_of
 from vqd_scale.models.exchange.diffusers import COMPONENTS, INDEX, read_diffusers
-from vqd_scale.models.s3_download import fetched
+from vqd_scale.models.s3_download import local_folder
 from vqd_scale.tokenizers.base import to_bytes, to_signal
 
 FOLDERS = ("export", "export/tokenizer", *COMPONENTS)
@@ -43,11 +42,11 @@ class SamplingOptions(TypedDict, total=False):
     steps: int
     """Number of sampling steps (network evaluations), 1 to the schedule's T, with the exact strided
     posterior. Default: 25."""
-    sampler: Sampler
+    sampler: SamplerConfig
     """Sampler that replaces ``steps``: any of `vqd_scale.diffusion.samplers`."""
     guidance: float | GuidanceScale
     """Scale of classifier-free guidance, or a schedule of it; 1 turns guidance off. Default: 3."""
-    truncation: float | Truncation
+    truncation: float | Truncation | None
     """Probability mass kept of each prediction (top-p); 0.86 is the papers' 0.86r. Default: no truncation."""
     negative: str | Sequence[str]
     """Negative prompt for all images, or one per image, used instead of the null condition."""
@@ -60,7 +59,7 @@ class SamplingOptions(TypedDict, total=False):
     """Show a progress bar. Default: True."""
 
 
-class Pictures(Sequence[Image.Image]):
+class GeneratedImages(Sequence[Image.Image]):
     """Sequence of PIL images, with all pixels as one tensor.
 
     Args:
@@ -76,10 +75,10 @@ class Pictures(Sequence[Image.Image]):
     @overload
     def __getitem__(self, index: int) -> Image.Image: ...
     @overload
-    def __getitem__(self, index: slice) -> "Pictures": ...
-    def __getitem__(self, index: int | slice) -> "Image.Image | Pictures":
+    def __getitem__(self, index: slice) -> "GeneratedImages": ...
+    def __getitem__(self, index: int | slice) -> "Image.Image | GeneratedImages":
         if isinstance(index, slice):
-            return Pictures(self.tensor[index])
+            return GeneratedImages(self.tensor[index])
         return Image.fromarray(self.tensor[index].permute(1, 2, 0).numpy())
 
 
@@ -118,35 +117,36 @@ class TextToImage:
         Raises:
             UserError: There is no such model, or a file of it is missing or damaged.
         """
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        with fetched(path, FOLDERS) as folder:
+        with local_folder(path, FOLDERS) as folder:
             bundle = read_diffusers(folder) if (folder / INDEX).is_file() else load_bundle(folder)
-        return cls(bundle).to(dtype or torch.float32, chosen)
+        return cls(bundle).to(
+            dtype or torch.float32, device or ("cuda" if torch.cuda.is_available() else "cpu")
+        )
 
-    def to(self, *places: torch.dtype | torch.device | str) -> Self:
+    def to(self, *targets: torch.dtype | torch.device | str) -> Self:
         """Move the networks to a device, or set their compute dtype, in place.
 
         Token selection (softmax, guidance, posterior) stays in float32 and float64.
         """
-        for place in places:
-            self.bundle.to(place)
+        for target in targets:
+            self.bundle.to(target)
         return self
 
-    def __call__(self, prompts: Prompts, **drawing: Unpack[SamplingOptions]) -> Pictures:
+    def __call__(self, prompts: Prompts, **options: Unpack[SamplingOptions]) -> GeneratedImages:
         """Generate one image per prompt.
 
         Args:
             prompts: One or several captions; an empty one means no caption.
-            **drawing: See `SamplingOptions`.
+            **options: See `SamplingOptions`.
 
         Raises:
             UserError: The sampler does not fit the schedule, or lengths do not fit the prompts.
         """
-        return self._drawn(listed(prompts), None, None, drawing)
+        return self._generate(as_list(prompts), None, None, options)
 
     def inpaint(
-        self, image: Image.Image, mask: Image.Image, prompts: Prompts, **drawing: Unpack[SamplingOptions]
-    ) -> Pictures:
+        self, image: Image.Image, mask: Image.Image, prompts: Prompts, **options: Unpack[SamplingOptions]
+    ) -> GeneratedImages:
         """Generate the masked part of an image and keep the rest.
 
         A token is fixed where the mask excludes all its pixels; all other tokens are sampled.
@@ -155,50 +155,52 @@ class TextToImage:
             image: Input image; center-cropped to the model's aspect ratio and resized.
             mask: Mask of the image's size; white (128 and above) is generated, black pixels are kept exactly.
             prompts: Prompts for the whole image, one output image each.
-            **drawing: See `SamplingOptions`.
+            **options: See `SamplingOptions`.
 
         Raises:
             UserError: Image and mask differ in size, the mask is all black, or see `__call__`.
         """
         if image.size != mask.size:
-            raise UserError(f"the image has {image.size} pixels and its mask {mask.size}; make them alike.")
-        pixels, drawn = self._fitted(image), self._fitted(mask.convert("L"))[0] >= 128
-        if not drawn.any():
-            raise UserError("the mask covers nothing; paint white what is to be drawn.")
+            raise UserError(
+                f"the image has {image.size} pixels and its mask {mask.size}; give both the same size."
+            )
+        pixels, is_generated = self._fit(image), self._fit(mask.convert("L"))[0] >= 128
+        if not is_generated.any():
+            raise UserError("the mask is all black; paint the part to generate white.")
         factor = self.bundle.tokenizer.factor
-        free = drawn.unflatten(0, (-1, factor)).unflatten(2, (-1, factor)).any(3).any(1)
-        known = KnownTokens(self._tokens(pixels), ~free.flatten()[None].to(self.bundle.device))
-        pictures = self._drawn(listed(prompts), known, None, drawing)
-        return Pictures(torch.where(drawn, pictures.tensor, pixels))
+        free = is_generated.unflatten(0, (-1, factor)).unflatten(2, (-1, factor)).any(3).any(1)
+        known_tokens = KnownTokens(self._tokens(pixels), ~free.flatten()[None].to(self.bundle.device))
+        images = self._generate(as_list(prompts), known_tokens, None, options)
+        return GeneratedImages(torch.where(is_generated, images.tensor, pixels))
 
     def vary(
-        self, image: Image.Image, prompts: Prompts, strength: float = 0.5, **drawing: Unpack[SamplingOptions]
-    ) -> Pictures:
+        self, image: Image.Image, prompts: Prompts, strength: float = 0.5, **options: Unpack[SamplingOptions]
+    ) -> GeneratedImages:
         """Generate variations of an image: add noise to its tokens and denoise them under the prompt.
 
         Args:
             image: Input image; cropped and resized as in `inpaint`.
             prompts: Prompts, one output image each.
             strength: Fraction of the noise to add, in (0, 1]; also the fraction of sampling steps taken.
-            **drawing: See `SamplingOptions`.
+            **options: See `SamplingOptions`.
 
         Raises:
             UserError: The sampler cannot start from an image, or see `__call__`.
         """
-        start = Start(self._tokens(self._fitted(image)), strength)
-        return self._drawn(listed(prompts), None, start, drawing)
+        start = Start(self._tokens(self._fit(image)), strength)
+        return self._generate(as_list(prompts), None, start, options)
 
     @torch.no_grad()
-    def draw(
+    def generate_batch(
         self,
         prompts: Sequence[str] | Sequence[int],
         slots: Int[Tensor, " batch"],
-        sampler: Sampler,
+        sampler: SamplerConfig,
         *,
         guidance: GuidanceScale,
         truncation: Truncation | None = None,
         negative: Sequence[str] | None = None,
-        known: KnownTokens | None = None,
+        known_tokens: KnownTokens | None = None,
         start: Start | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> UInt8[Tensor, "batch 3 height width"]:
@@ -206,12 +208,12 @@ class TextToImage:
 
         Args:
             prompts: Captions, or labels.
-            slots: Unique index of each image, int64; key of its random numbers, see `picture_slots`.
+            slots: Unique index of each image, int64; key of its random numbers, see `image_slots`.
             sampler: Sampler.
             guidance: Scale of classifier-free guidance.
             truncation: Truncation of each prediction's codes. Default: none.
             negative: Negative prompts, used instead of the null condition.
-            known: Tokens to keep.
+            known_tokens: Tokens to keep.
             start: Tokens to start from.
             on_step: Called after each step with the number of finished steps and the total.
 
@@ -223,9 +225,9 @@ class TextToImage:
         """
         rows, columns = self.bundle.config.grid
         conditions = conditions_of(self.bundle, prompts, negative)
-        predict = guided_pair(*self.predictions(conditions), guidance)
+        predict = apply_guidance(*self.predictions(conditions), guidance)
         if truncation is not None:
-            predict = truncated(predict, truncation)
+            predict = truncate(predict, truncation)
         slots = slots.to(self.bundle.device)
         tokens = sample(
             predict,
@@ -234,53 +236,55 @@ class TextToImage:
             slots,
             rows * columns,
             seed=0,
-            known=known,
+            known_tokens=known_tokens,
             start=start,
             on_step=on_step,
         )
         return to_bytes(self.bundle.tokenizer.decode(tokens.unflatten(1, (rows, columns)))).cpu()
 
-    def _drawn(
+    def _generate(
         self,
         prompts: Sequence[str] | Sequence[int],
-        known: KnownTokens | None,
+        known_tokens: KnownTokens | None,
         start: Start | None,
-        drawing: SamplingOptions,
-    ) -> Pictures:
+        options: SamplingOptions,
+    ) -> GeneratedImages:
         """Generate all images, batch by batch."""
         count = len(prompts)
-        size = drawing.get("batch", 16)
+        size = options.get("batch", 16)
         if size < 1 or not count:
             raise UserError("batch must be at least 1, and there must be a prompt.")
-        sampler = drawing.get("sampler") or Strided(steps=drawing.get("steps", 25))
-        guidance = drawing.get("guidance", 3.0)
-        truncation = drawing.get("truncation")
-        negative = _for_each(drawing.get("negative"), count)
-        slots = picture_slots(drawing.get("seed", 0), count)
+        sampler = options.get("sampler") or Strided(steps=options.get("steps", 25))
+        guidance = options.get("guidance", 3.0)
+        if isinstance(guidance, float | int):
+            guidance = ConstantGuidance(scale=guidance)
+        truncation = options.get("truncation")
+        if isinstance(truncation, float | int):
+            truncation = TopP(p=truncation)
+        negative = _per_prompt(options.get("negative"), count)
+        slots = image_slots(options.get("seed", 0), count)
         parts = [slice(first, first + size) for first in range(0, count, size)]
-        with progress_bar("draw", 0, unit="step", quiet=not drawing.get("progress", True)) as bar:
+        with progress_bar("sample", 0, unit="step", quiet=not options.get("progress", True)) as bar:
 
-            def on_step(done: int, steps: int) -> None:
+            def on_step(_: int, steps: int) -> None:
                 bar.total = steps * len(parts)
                 bar.update()
 
             images = [
-                self.draw(
+                self.generate_batch(
                     prompts[part],
                     slots[part],
                     sampler,
-                    guidance=guidance
-                    if not isinstance(guidance, float | int)
-                    else ConstantGuidance(scale=guidance),
-                    truncation=TopP(p=truncation) if isinstance(truncation, float | int) else truncation,
+                    guidance=guidance,
+                    truncation=truncation,
                     negative=negative and negative[part],
-                    known=known and _repeated(known, len(slots[part])),
+                    known_tokens=known_tokens and _expand_known(known_tokens, len(slots[part])),
                     start=start and Start(start.tokens.expand(len(slots[part]), -1), start.strength),
                     on_step=on_step,
                 )
                 for part in parts
             ]
-        return Pictures(torch.cat(images))
+        return GeneratedImages(torch.cat(images))
 
     def predictions(self, conditions: Conditions) -> tuple[Predict, PredictPair]:
         """Return functions for log p(x0 | x_t, prompt), and for the pair of it and log p(x0 | x_t).
@@ -289,40 +293,41 @@ class TextToImage:
         """
 
         @cache
-        def prepared(doubled: bool) -> Callable[[Tensor, int], Tensor]:
-            given, absent = conditions.given, conditions.absent
-            both = torch.cat([given, absent]) if given is not None and absent is not None else None
-            return self.bundle.model.denoiser.prepared(both if doubled else given)
-
-        def evaluate(tokens: Tensor, t: int, *, doubled: bool) -> Float[Tensor, "batch length codes"]:
-            return prepared(doubled)(tokens, t).float().log_softmax(dim=-1)
+        def prepare(with_negative: bool) -> Callable[[Tensor, int], Tensor]:
+            condition, negative = conditions.prompt, conditions.negative
+            if with_negative and condition is not None and negative is not None:
+                condition = torch.cat([condition, negative])
+            return self.bundle.model.denoiser.prepare(condition)
 
         def conditional(tokens: Tensor, t: int) -> Tensor:
-            return evaluate(tokens, t, doubled=False)
+            return prepare(False)(tokens, t).float().log_softmax(dim=-1)
 
         def pair(tokens: Tensor, t: int) -> tuple[Tensor, Tensor]:
-            if conditions.given is None:
+            if conditions.prompt is None:
                 # Guidance has no effect on an unconditional model.
-                alone = conditional(tokens, t)
-                return alone, alone
-            given, absent = evaluate(torch.cat([tokens, tokens]), t, doubled=True).chunk(2)
-            return given, absent
+                log_p = conditional(tokens, t)
+                return log_p, log_p
+            logits = prepare(True)(torch.cat([tokens, tokens]), t)
+            prompt, negative = logits.float().log_softmax(dim=-1).chunk(2)
+            return prompt, negative
 
         return conditional, pair
 
-    def _fitted(self, image: Image.Image) -> UInt8[Tensor, "channels height width"]:
+    def _fit(self, image: Image.Image) -> UInt8[Tensor, "channels height width"]:
         """Center-crop an image to the model's aspect ratio and resize it to the model's size."""
         rows, columns = self.bundle.config.grid
         factor = self.bundle.tokenizer.factor
-        mode = image.convert("L" if image.mode == "L" else "RGB")
-        return pil_to_tensor(ImageOps.fit(mode, (columns * factor, rows * factor), Image.Resampling.LANCZOS))
+        converted = image.convert("L" if image.mode == "L" else "RGB")
+        resized = ImageOps.fit(converted, (columns * factor, rows * factor), Image.Resampling.LANCZOS)
+        pixels = torch.from_numpy(np.array(resized))
+        return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
     @torch.no_grad()
     def _tokens(self, pixels: UInt8[Tensor, "3 height width"]) -> Int[Tensor, "1 length"]:
         return self.bundle.tokenizer.encode(to_signal(pixels[None].to(self.bundle.device))).flatten(1)
 
 
-def picture_slots(seed: int | Sequence[int], count: int) -> Int[Tensor, " count"]:
+def image_slots(seed: int | Sequence[int], count: int) -> Int[Tensor, " count"]:
     """Return the keys of the images' random numbers: seed in the upper 32 bits, image index in the lower.
 
     Raises:
@@ -330,27 +335,27 @@ def picture_slots(seed: int | Sequence[int], count: int) -> Int[Tensor, " count"
     """
     seeds = [seed] * count if isinstance(seed, int) else list(seed)
     if len(seeds) != count:
-        raise UserError(f"seed: given {len(seeds)} seeds for {count} pictures; give one, or one for each.")
-    if any(not 0 <= each < 1 << 31 for each in seeds):
-        raise UserError("seed: every seed lies between 0 and 2**31 - 1.")
-    places = torch.arange(count) if isinstance(seed, int) else torch.zeros(count, dtype=torch.int64)
-    return torch.tensor(seeds) * _SEEDS + places
+        raise UserError(f"seed: {len(seeds)} seeds for {count} images; give one seed, or one per image.")
+    if any(not 0 <= value < 1 << 31 for value in seeds):
+        raise UserError("seed: every seed must lie between 0 and 2**31 - 1.")
+    targets = torch.arange(count) if isinstance(seed, int) else torch.zeros(count, dtype=torch.int64)
+    return torch.tensor(seeds) * _SEEDS + targets
 
 
-def listed(prompts: Prompts) -> Sequence[str] | Sequence[int]:
+def as_list(prompts: Prompts) -> Sequence[str] | Sequence[int]:
     """Return a single prompt as a list, and several unchanged."""
     if isinstance(prompts, str):
         return [prompts]
     return [prompts] if isinstance(prompts, int) else prompts
 
 
-def _for_each(negative: str | Sequence[str] | None, count: int) -> Sequence[str] | None:
+def _per_prompt(negative: str | Sequence[str] | None, count: int) -> Sequence[str] | None:
     if negative is None or isinstance(negative, str):
         return negative and [negative] * count
     if len(negative) != count:
-        raise UserError(f"negative: given {len(negative)} for {count} prompts; give one, or one for each.")
+        raise UserError(f"negative: {len(negative)} for {count} prompts; give one, or one per prompt.")
     return negative
 
 
-def _repeated(known: KnownTokens, count: int) -> KnownTokens:
-    return KnownTokens(known.tokens.expand(count, -1), known.known.expand(count, -1))
+def _expand_known(known_tokens: KnownTokens, count: int) -> KnownTokens:
+    return KnownTokens(known_tokens.tokens.expand(count, -1), known_tokens.is_known.expand(count, -1))

@@ -12,7 +12,7 @@ from vqd_scale.core.s3 import S3Path
 
 
 @contextmanager
-def fetched(location: Path | S3Path | str, subfolders: Sequence[str]) -> Generator[Path]:
+def local_folder(location: Path | S3Path | str, subfolders: Sequence[str]) -> Generator[Path]:
     """Provide a local folder with the content of a location.
 
     Args:
@@ -24,17 +24,17 @@ def fetched(location: Path | S3Path | str, subfolders: Sequence[str]) -> Generat
         UserError: The location is empty, the disk is full, or S3 is unreachable or denies access.
     """
     try:
-        place = parse_location(location)
+        source = parse_location(location)
     except ValueError as error:
         raise UserError(f"model: {error}.") from None
-    if isinstance(place, Path):
-        yield place
+    if isinstance(source, Path):
+        yield source
         return
-    sizes = file_sizes(place)
+    sizes = file_sizes(source)
     for subfolder in subfolders:
-        sizes |= {f"{subfolder}/{name}": size for name, size in file_sizes(place / subfolder).items()}
+        sizes |= {f"{subfolder}/{name}": size for name, size in file_sizes(source / subfolder).items()}
     if not sizes:
-        raise UserError(f"{place}: there is no model here.")
+        raise UserError(f"{source}: no model found.")
     with tempfile.TemporaryDirectory(prefix="vqd-scale-") as folder:
         with progress_bar("fetch", sum(sizes.values()), unit="B") as bar:
             for name in sizes:
@@ -42,6 +42,6 @@ def fetched(location: Path | S3Path | str, subfolders: Sequence[str]) -> Generat
                 with writing(copy):
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     with copy.open("wb") as file:
-                        for block in read_in_order(place / name):
+                        for block in read_in_order(source / name):
                             bar.update(file.write(block))
         yield Path(folder)

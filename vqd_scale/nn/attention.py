@@ -6,21 +6,18 @@ import importlib
 import importlib.metadata
 import logging
 import os
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from vqd_scale.nn.config import AttentionBackend
 from vqd_scale.nn.small_heads import is_faster, small_heads_attention
 
 logger = logging.getLogger(__name__)
 
-AttentionBackend = Literal["auto", "xformers", "sdpa", "small_heads", "reference"]
-"""Attention implementation. ``auto`` selects xformers on CUDA if its kernels load. On a CPU it selects
-`vqd_scale.nn.small_heads` if faster, else the plain formula in half precision over at most 512 keys, else
-sdpa."""
 
 _KERNEL_ALIGNMENT = 8
 _REFERENCE_KEYS = 512
@@ -65,10 +62,10 @@ def attention(
         if causal:
             raise ValueError("small_heads attends to all keys; causal attention is sdpa's")
         return small_heads_attention(query, key, value)
-    chosen = _chosen(backend, query, key)
-    if chosen == "xformers":
+    selected = _select_backend(backend, query, key)
+    if selected == "xformers":
         return _xformers_attention(query, key, value, causal)
-    if chosen == "sdpa":
+    if selected == "sdpa":
         return functional.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=causal
         ).transpose(1, 2)
@@ -129,21 +126,21 @@ def _load_cuda_runtime() -> None:
                 ctypes.CDLL(str(file.locate()))
 
 
-def _chosen(backend: AttentionBackend, query: Tensor, key: Tensor) -> AttentionBackend:
+def _select_backend(backend: AttentionBackend, query: Tensor, key: Tensor) -> AttentionBackend:
     if backend == "auto" and query.is_cuda and torch.are_deterministic_algorithms_enabled():
         # The backward of sdpa has a deterministic mode; some xformers kernels have none.
         return "sdpa"
     if backend == "xformers" or (backend == "auto" and query.is_cuda):
-        return "xformers" if _xformers_serves(query.dtype, query.device) else "sdpa"
+        return "xformers" if _is_xformers_usable(query.dtype, query.device) else "sdpa"
     if backend == "auto":
         return "sdpa" if query.dtype is torch.float32 or key.shape[1] > _REFERENCE_KEYS else "reference"
     return backend
 
 
 @functools.lru_cache
-def _xformers_serves(dtype: torch.dtype, device: torch.device) -> bool:
+def _is_xformers_usable(dtype: torch.dtype, device: torch.device) -> bool:
     if device.type != "cuda":
-        _say_that_sdpa_serves(f"it has no kernel for a {device.type}")
+        _warn_sdpa_fallback(f"it has no kernel for a {device.type}")
         return False
     try:
         _load_cuda_runtime()
@@ -156,11 +153,11 @@ def _xformers_serves(dtype: torch.dtype, device: torch.device) -> bool:
     except (ImportError, NotImplementedError, OSError, RuntimeError) as error:
         is_absent = isinstance(error, ModuleNotFoundError) and error.name == "xformers"
         reason = "it is not installed" if is_absent else str(error).strip() or type(error).__name__
-        _say_that_sdpa_serves(reason.splitlines()[0])
+        _warn_sdpa_fallback(reason.splitlines()[0])
         return False
     return True
 
 
 @functools.cache
-def _say_that_sdpa_serves(reason: str) -> None:
-    logger.warning("xformers attention is not available here (%s); torch's sdpa serves instead.", reason)
+def _warn_sdpa_fallback(reason: str) -> None:
+    logger.warning("xformers attention is not available (%s); torch's sdpa is used instead.", reason)

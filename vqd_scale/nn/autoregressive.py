@@ -6,51 +6,27 @@ The first position has the mask's row as input.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, NamedTuple, cast, overload
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
-from typing_extensions import Self
 
-from vqd_scale.core.config import Config
-from vqd_scale.nn.attention import AttentionBackend
-from vqd_scale.nn.denoiser import Consume, NoCondition, Output, TextCondition, TokenHead
-from vqd_scale.nn.layers import Attention, FeedForward, ImageEmbedding, KeysValues, initialise
-from vqd_scale.nn.param_sharding import HERE, ParamSharding
-
-
-class AutoregressiveConfig(Config):
-    """Shape of the autoregressive transformer; the defaults are the denoiser's size B."""
-
-    width: PositiveInt = 1024
-    layers: PositiveInt = 19
-    heads: PositiveInt = 16
-    mlp_ratio: PositiveInt = 4
-    """Hidden width of the feed-forward, as a multiple of the width. A convolution over the grid would leak
-    the tokens to predict; a ratio of 18 has as many weights as the 3x3 convolutions of size S."""
-    condition: Annotated[TextCondition | NoCondition, Field(discriminator="kind")] = TextCondition()
-    attention: AttentionBackend = "auto"
-    init_std: PositiveFloat = 0.02
-    """Standard deviation of initial linear and embedding weights; about 1/sqrt(width) in narrow models."""
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        return self
+from vqd_scale.nn.config import AutoregressiveConfig, TextCondition
+from vqd_scale.nn.denoiser import HeadFunction, Output, TokenHead
+from vqd_scale.nn.layers import Attention, FeedForward, ImageEmbedding, KeysValues, init_weights
+from vqd_scale.nn.param_sharding import shard
 
 
 class KVCache(NamedTuple):
     """KV cache of a block for token-by-token sampling.
 
     Attributes:
-        seen: Keys and values of the tokens [batch, length, heads, dim], filled up to the current position.
+        tokens: Keys and values of the tokens [batch, length, heads, dim], filled up to the current position.
         text: Keys and values of the prompt, constant; ``None`` for an unconditional model.
     """
 
-    seen: KeysValues
+    tokens: KeysValues
     text: KeysValues | None
 
 
@@ -77,31 +53,35 @@ class CausalBlock(nn.Module):
         """Apply the block to all positions at once."""
         normed = self.ln1(x)
         x = x + self.attn1(normed, normed, causal=True)
-        return self._informed(x, self._read(text))
+        return self._after_self_attention(x, self._text_keys_values(text))
 
     def step(
-        self, x: Float[Tensor, "batch 1 width"], place: int, memory: KVCache
+        self, x: Float[Tensor, "batch 1 width"], position: int, cache: KVCache
     ) -> Float[Tensor, "batch 1 width"]:
         """Apply the block to one position, with the previous ones in the KV cache; extends the cache."""
         normed = self.ln1(x)
-        for room, value in zip(memory.seen, self.attn1.keys_values(normed), strict=True):
-            room[:, place] = value[:, 0]
-        upto = KeysValues(*(room[:, : place + 1] for room in memory.seen))
-        return self._informed(x + self.attn1.attend(normed, upto), memory.text)
+        for buffer, value in zip(cache.tokens, self.attn1.keys_values(normed), strict=True):
+            buffer[:, position] = value[:, 0]
+        context = KeysValues(*(buffer[:, : position + 1] for buffer in cache.tokens))
+        return self._after_self_attention(x + self.attn1.attend(normed, context), cache.text)
 
-    def memory(
+    def new_cache(
         self,
         text: Float[Tensor, "batch positions text_width"] | None,
         like: Float[Tensor, "batch length width"],
     ) -> KVCache:
         """Allocate a KV cache for the samples and positions of ``like``, with the prompt's part filled."""
-        room = like.unflatten(-1, (self.attn1.heads, -1))
-        return KVCache(KeysValues(torch.zeros_like(room), torch.zeros_like(room)), self._read(text))
+        buffer = like.unflatten(-1, (self.attn1.heads, -1))
+        return KVCache(
+            KeysValues(torch.zeros_like(buffer), torch.zeros_like(buffer)), self._text_keys_values(text)
+        )
 
-    def _read(self, text: Float[Tensor, "batch positions text_width"] | None) -> KeysValues | None:
+    def _text_keys_values(
+        self, text: Float[Tensor, "batch positions text_width"] | None
+    ) -> KeysValues | None:
         return self.attn2.keys_values(text) if self.cross and text is not None else None
 
-    def _informed(
+    def _after_self_attention(
         self, x: Float[Tensor, "batch length width"], text: KeysValues | None
     ) -> Float[Tensor, "batch length width"]:
         if text is not None:
@@ -116,84 +96,78 @@ class Autoregressive(nn.Module):
         config: Shape of the transformer.
         codes: K, the number of codes.
         grid: Height and width in tokens.
-        placement: Sharding of the weights during construction.
     """
 
     units: ClassVar[tuple[type[nn.Module], ...]] = (CausalBlock,)
 
-    def __init__(
-        self, config: AutoregressiveConfig, codes: int, grid: tuple[int, int], placement: ParamSharding = HERE
-    ) -> None:
+    def __init__(self, config: AutoregressiveConfig, codes: int, grid: tuple[int, int]) -> None:
         super().__init__()
-        self.start = codes
-        placed = placement.placed
-        self.content_emb = placed(ImageEmbedding(codes, grid, config.width))
-        self.blocks = nn.ModuleList(placed(CausalBlock(config)) for _ in range(config.layers))
-        self.norm = placed(nn.LayerNorm(config.width))
-        self.head = placed(TokenHead(config.width, codes))
-        initialise(self, config.init_std, placement)
+        self.start_token = codes
+        self.content_emb = shard(ImageEmbedding(codes, grid, config.width))
+        self.blocks = nn.ModuleList(shard(CausalBlock(config)) for _ in range(config.layers))
+        self.norm = shard(nn.LayerNorm(config.width))
+        self.head = shard(TokenHead(config.width, codes))
+        init_weights(self, config.init_std)
 
     @property
-    def code_tables(self) -> tuple[Tensor, Tensor]:
+    def code_embeddings(self) -> tuple[Tensor, Tensor]:
         """Weights of embedding and head; the first K rows belong to the codes."""
         return self.content_emb.emb.weight, self.head.weight
 
-    @overload
-    def forward(self, tokens: Int[Tensor, "batch length"], condition: Tensor | None) -> Tensor: ...
-    @overload
-    def forward(
-        self, tokens: Int[Tensor, "batch length"], condition: Tensor | None, consume: Consume[Output]
-    ) -> Output: ...
     def forward(
         self,
         tokens: Int[Tensor, "batch length"],
         condition: Float[Tensor, "batch positions text_width"] | None,
-        consume: Consume[Output] | None = None,
+        head_function: HeadFunction[Output] | None = None,
     ) -> Tensor | Output:
         """Predict every token from the previous ones.
 
         Args:
             tokens: int64, 0 to K-1, all positions or a prefix; the last token is ignored.
             condition: Caption features; ``None`` for an unconditional model.
-            consume: Replaces the head, see `vqd_scale.nn.denoiser.Consume`.
+            head_function: Replaces the head, see `vqd_scale.nn.denoiser.HeadFunction`.
 
         Returns:
-            Logits [batch, length, K], or the result of ``consume``.
+            Logits [batch, length, K], or the result of ``head_function``.
         """
-        before = torch.cat([torch.full_like(tokens[:, :1], self.start), tokens[:, :-1]], dim=1)
-        x = self.content_emb.emb(before) + self.content_emb.positions()[: tokens.shape[1]]
+        inputs = torch.cat([torch.full_like(tokens[:, :1], self.start_token), tokens[:, :-1]], dim=1)
+        x = self.content_emb.emb(inputs) + self.content_emb.positions()[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x, condition)
         normed = self.norm(x)
-        return self.head(normed) if consume is None else self.head(normed, consume)
+        return self.head(normed) if head_function is None else self.head(normed, head_function)
 
     @torch.no_grad()
-    def memories(
+    def new_caches(
         self, condition: Float[Tensor, "batch positions text_width"] | None, batch: int
     ) -> list[KVCache]:
         """Allocate one KV cache per block for `step`, holding only the condition."""
         positions = self.content_emb.positions()
         like = positions.expand(batch, *positions.shape)
-        return [block.memory(condition, like) for block in _blocks(self)]
+        return [block.new_cache(condition, like) for block in _blocks(self)]
 
     @torch.no_grad()
     def step(
-        self, tokens: Int[Tensor, "batch length"], place: int, memories: Sequence[KVCache]
+        self, tokens: Int[Tensor, "batch length"], position: int, caches: Sequence[KVCache]
     ) -> Float[Tensor, "batch codes"]:
         """Compute the logits of one position as in `forward`, with KV caches; positions in order, from 0.
 
         Args:
-            tokens: int64; only the token before ``place`` is used.
-            place: Position to predict.
-            memories: KV caches from `memories`, updated in place.
+            tokens: int64; only the token before ``position`` is used.
+            position: Position to predict.
+            caches: KV caches from `new_caches`, updated in place.
 
         Returns:
             Logits [batch, K].
         """
-        before = tokens[:, place - 1 : place] if place else torch.full_like(tokens[:, :1], self.start)
-        x = self.content_emb.emb(before) + self.content_emb.positions()[place]
-        for block, memory in zip(_blocks(self), memories, strict=True):
-            x = block.step(x, place, memory)
+        inputs = (
+            tokens[:, position - 1 : position]
+            if position
+            else torch.full_like(tokens[:, :1], self.start_token)
+        )
+        x = self.content_emb.emb(inputs) + self.content_emb.positions()[position]
+        for block, cache in zip(_blocks(self), caches, strict=True):
+            x = block.step(x, position, cache)
         return self.head(self.norm(x))[:, 0]
 
 

@@ -11,7 +11,6 @@ from vqd_scale.nn.sizes import SIZES, SizeName
 
 if TYPE_CHECKING:
     from vqd_scale.nn.network import Network
-    from vqd_scale.nn.param_sharding import ParamSharding
 
 AttentionBackend = Literal["auto", "xformers", "sdpa", "small_heads", "reference"]
 """Attention implementation. ``auto`` selects xformers on CUDA if its kernels load. On a CPU it selects
@@ -131,24 +130,20 @@ class DenoiserConfig(Config):
             )
         return self
 
-    def build(
-        self, codes: int, grid: tuple[int, int], steps: int, sharding: "ParamSharding | None" = None
-    ) -> "Network":
+    def build(self, codes: int, grid: tuple[int, int], steps: int) -> "Network":
         """Build the network.
 
         Args:
             codes: K, the number of codes.
             grid: Rows and columns of tokens.
             steps: T, the number of timesteps.
-            sharding: Sharding of the weights during construction.
 
         Raises:
             UserError: The grid does not fit the network.
         """
         from vqd_scale.nn.denoiser import Denoiser
-        from vqd_scale.nn.param_sharding import NO_SHARDING
 
-        return Denoiser(self, codes, grid, steps, sharding or NO_SHARDING)
+        return Denoiser(self, codes, grid, steps)
 
 
 UNET_GROUPS = 8
@@ -172,23 +167,19 @@ class UNetConfig(Config):
             raise ValueError(f"{width} is not a multiple of {UNET_GROUPS}, the groups of its normalization")
         return width
 
-    def build(
-        self, codes: int, grid: tuple[int, int], steps: int, sharding: "ParamSharding | None" = None
-    ) -> "Network":
+    def build(self, codes: int, grid: tuple[int, int], steps: int) -> "Network":
         """Build the network.
 
         Args:
             codes: K, the number of codes.
             grid: Rows and columns of tokens.
             steps: T, the number of timesteps.
-            sharding: Sharding of the weights during construction; unused, because a U-Net is small.
 
         Raises:
             UserError: The grid does not fit the network.
         """
         from vqd_scale.nn.unet import UNet
 
-        del sharding
         return UNet(self, codes, grid, steps)
 
 

@@ -1,120 +1,41 @@
 """Image transformer of VQ-Diffusion: (noisy tokens, timestep, condition) -> p(x0 | x_t)."""
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, cast, overload
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple, TypeVar, cast, overload
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vqd_scale.core.config import Config
-from vqd_scale.nn.attention import AttentionBackend
+from vqd_scale.nn.config import (
+    ClassCondition,
+    DenoiserConfig,
+    TextCondition,
+)
 from vqd_scale.nn.layers import (
     AdaptiveLayerNorm,
     Attention,
     ClassEmbedding,
-    FeedForwardConfig,
-    FullyConnected,
     ImageEmbedding,
     KeysValues,
     Modulation,
-    NullClass,
     Rotation,
-    TimestepEmbedding,
     build_feed_forward,
     build_timestep_embedding,
-    initialise,
-    modulated,
+    init_weights,
+    modulate,
 )
-from vqd_scale.nn.param_sharding import HERE, ParamSharding
-from vqd_scale.nn.sizes import SIZES, SizeName
+from vqd_scale.nn.param_sharding import gather, shard
 
 Output = TypeVar("Output")
-Consume = Callable[[Tensor, Tensor, Tensor], Output]
+HeadFunction = Callable[[Tensor, Tensor, Tensor], Output]
 """Head replacement: (hidden [batch, length, width], weight [K, width], bias [K]) -> anything.
 
 Under ZeRO-3 a weight exists only inside its own module's forward, so a function that fuses head and objective
 must be passed in. The function must return tensors or tuples of tensors, for the engine to find gradients.
 """
-
-
-class TextCondition(Config):
-    """Text condition: cross-attention to caption features with ``width`` channels."""
-
-    kind: Literal["text"] = "text"
-    width: PositiveInt = 512
-
-
-class ClassCondition(Config):
-    """Class condition: int64 labels 0 to ``classes`` - 1; the label ``classes`` stands for "none"."""
-
-    kind: Literal["class"] = "class"
-    classes: PositiveInt = 1000
-    null: NullClass = "learned"
-    """Embedding of "none": learned, or the mean of all classes (for models never trained with "none")."""
-
-
-class NoCondition(Config):
-    """Unconditional model: self-attention and feed-forward only."""
-
-    kind: Literal["none"] = "none"
-
-
-Condition = Annotated[TextCondition | ClassCondition | NoCondition, Field(discriminator="kind")]
-
-
-class DenoiserConfig(Config):
-    """Shape of the image transformer; the defaults are the published size B."""
-
-    kind: Literal["transformer"] = "transformer"
-    size: SizeName | None = Field(default=None, exclude=True)
-    """Named shape from `vqd_scale.nn.sizes`; the other keys override it. Expanded into the other keys on
-    reading."""
-    width: PositiveInt = 1024
-    layers: PositiveInt = 19
-    heads: PositiveInt = 16
-    feed_forward: FeedForwardConfig = FullyConnected()
-    condition: Condition = TextCondition()
-    timestep_embedding: TimestepEmbedding = "learned"
-    attention: AttentionBackend = "auto"
-    init_std: PositiveFloat = 0.02
-    """Standard deviation of initial linear and embedding weights; about 1/sqrt(width) in narrow models."""
-    position_grid: tuple[PositiveInt, PositiveInt] | None = None
-    """Rows and columns of the position tables, if different from the token grid. Only for the published 16x16
-    models, which place their 256 tokens row by row into a 32x32 grid."""
-    qk_norm: bool = False
-    """RMS-normalize each head's queries and keys, which keeps attention stable in wide models."""
-    rope_2d: bool = False
-    """Rotate queries and keys of self-attention by row and column (2-D RoPE), besides position tables."""
-    adaln_zero: bool = False
-    """Initialize every AdaLN as a plain LayerNorm, whatever the timestep: adaLN-Zero without the gates."""
-    gradient_checkpointing: bool = False
-    """Recompute each block's activations in backward instead of storing them: less memory, more time."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _spell_out_the_size(cls, values: Any) -> Any:  # noqa: ANN401 - before validation it may be anything
-        if not isinstance(values, Mapping):
-            return values
-        given = dict(cast(Mapping[str, Any], values))
-        for name, size in SIZES.items():
-            if given.get("size") == name:
-                return {**size.shape, **given, "size": None}
-        return given
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> "DenoiserConfig":
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.rope_2d and self.width // self.heads % 4:
-            raise ValueError(
-                f"rope_2d turns pairs of features by row and by column: a head's width "
-                f"must be a multiple of 4, not {self.width // self.heads}"
-            )
-        return self
 
 
 class Conditioning(NamedTuple):
@@ -147,22 +68,22 @@ class Block(nn.Module):
     def __init__(self, config: DenoiserConfig, grid: tuple[int, int], steps: int) -> None:
         super().__init__()
         width, condition = config.width, config.condition
-        attends = functools.partial(
-            Attention, width, config.heads, backend=config.attention, normalise=config.qk_norm
+        build_attention = functools.partial(
+            Attention, width, config.heads, backend=config.attention, qk_norm=config.qk_norm
         )
 
-        def timed() -> AdaptiveLayerNorm:
+        def build_timestep_norm() -> AdaptiveLayerNorm:
             return AdaptiveLayerNorm(build_timestep_embedding(config.timestep_embedding, width, steps), width)
 
         self.condition = condition.kind
         self.ln2: nn.LayerNorm | AdaptiveLayerNorm
-        self.ln1 = timed()
-        self.attn1 = attends(context_width=width)
+        self.ln1 = build_timestep_norm()
+        self.attn1 = build_attention(context_width=width)
         if isinstance(condition, TextCondition):
-            self.ln1_1 = timed()
-            self.attn2 = attends(context_width=condition.width)
+            self.ln1_1 = build_timestep_norm()
+            self.attn2 = build_attention(context_width=condition.width)
         if isinstance(condition, ClassCondition):
-            classes = ClassEmbedding(condition.classes, width, condition.null)
+            classes = ClassEmbedding(condition.classes, width, condition.null_condition)
             self.ln2 = AdaptiveLayerNorm(classes, width)
         else:
             self.ln2 = nn.LayerNorm(width)
@@ -175,8 +96,8 @@ class Block(nn.Module):
             ValueError: The condition is missing, or the model is unconditional.
         """
         if (condition is None) != (self.condition == "none"):
-            given = "no condition" if condition is None else "a condition"
-            raise ValueError(f"a denoiser with condition '{self.condition}' was given {given}")
+            received = "no condition" if condition is None else "a condition"
+            raise ValueError(f"a denoiser with condition '{self.condition}' was given {received}")
         ln1, ln1_1, ln2, context = self.ln1.modulation(t), None, None, None
         if condition is not None and self.condition == "text":
             ln1_1, context = self.ln1_1.modulation(t), self.attn2.keys_values(condition)
@@ -184,15 +105,15 @@ class Block(nn.Module):
             ln2 = self.ln2.modulation(condition)
         return Conditioning(ln1, ln1_1, ln2, context)
 
-    def updated(
-        self, x: Float[Tensor, "batch length width"], told: Conditioning, rotation: Rotation | None
+    def forward_conditioned(
+        self, x: Float[Tensor, "batch length width"], conditioning: Conditioning, rotation: Rotation | None
     ) -> Float[Tensor, "batch length width"]:
         """Apply the block with a computed conditioning."""
-        normed = modulated(x, told.ln1)
+        normed = modulate(x, conditioning.ln1)
         x = x + self.attn1(normed, normed, rotation)
-        if told.ln1_1 is not None and told.context is not None:
-            x = x + self.attn2.attend(modulated(x, told.ln1_1), told.context)
-        return x + self.mlp(self.ln2(x) if told.ln2 is None else modulated(x, told.ln2))
+        if conditioning.ln1_1 is not None and conditioning.context is not None:
+            x = x + self.attn2.attend(modulate(x, conditioning.ln1_1), conditioning.context)
+        return x + self.mlp(self.ln2(x) if conditioning.ln2 is None else modulate(x, conditioning.ln2))
 
     def forward(
         self,
@@ -202,19 +123,21 @@ class Block(nn.Module):
         rotation: Rotation | None = None,
     ) -> Float[Tensor, "batch length width"]:
         """Apply the block; see `Denoiser.forward` for timesteps and condition."""
-        return self.updated(x, self.conditioning(t, condition), rotation)
+        return self.forward_conditioned(x, self.conditioning(t, condition), rotation)
 
 
 class TokenHead(nn.Linear):
-    """Linear map to K logits, replaceable by a `Consume` function."""
+    """Linear map to K logits, replaceable by a `HeadFunction`."""
 
     @overload
     def forward(self, input: Tensor) -> Tensor: ...
     @overload
-    def forward(self, input: Tensor, consume: Consume[Output]) -> Output: ...
-    def forward(self, input: Tensor, consume: Consume[Output] | None = None) -> Tensor | Output:
-        """Return logits [batch, length, K], or ``consume(hidden, weight, bias)``."""
-        return super().forward(input) if consume is None else consume(input, self.weight, self.bias)
+    def forward(self, input: Tensor, head_function: HeadFunction[Output]) -> Output: ...
+    def forward(self, input: Tensor, head_function: HeadFunction[Output] | None = None) -> Tensor | Output:
+        """Return logits [batch, length, K], or ``head_function(hidden, weight, bias)``."""
+        return (
+            super().forward(input) if head_function is None else head_function(input, self.weight, self.bias)
+        )
 
 
 class Denoiser(nn.Module):
@@ -225,7 +148,6 @@ class Denoiser(nn.Module):
         codes: K, the number of codes; the mask has id K and no logit.
         grid: Height and width in tokens.
         steps: T, the number of timesteps.
-        placement: Sharding of the weights during construction.
 
     Raises:
         UserError: The configured position tables are too small for the grid.
@@ -233,43 +155,54 @@ class Denoiser(nn.Module):
 
     units: ClassVar[tuple[type[nn.Module], ...]] = (Block,)
 
-    def __init__(
-        self,
-        config: DenoiserConfig,
-        codes: int,
-        grid: tuple[int, int],
-        steps: int,
-        placement: ParamSharding = HERE,
-    ) -> None:
+    def __init__(self, config: DenoiserConfig, codes: int, grid: tuple[int, int], steps: int) -> None:
         super().__init__()
         self.config = config
         self.grid = grid
         self.steps = steps
-        placed = placement.placed
-        self.content_emb = placed(ImageEmbedding(codes, grid, config.width, config.position_grid))
-        self.blocks = nn.ModuleList(placed(Block(config, grid, steps)) for _ in range(config.layers))
-        self.norm = placed(nn.LayerNorm(config.width))
-        self.head = placed(TokenHead(config.width, codes))
-        initialise(self, config.init_std, placement)
+        self.content_emb = shard(ImageEmbedding(codes, grid, config.width, config.position_grid))
+        self.blocks = nn.ModuleList(shard(Block(config, grid, steps)) for _ in range(config.layers))
+        self.norm = shard(nn.LayerNorm(config.width))
+        self.head = shard(TokenHead(config.width, codes))
+        init_weights(self, config.init_std)
         if config.adaln_zero:
             for module in self.modules():
                 if isinstance(module, AdaptiveLayerNorm):
-                    with placement.whole(module.linear.parameters()):
+                    with gather(module.linear.parameters()):
                         nn.init.zeros_(module.linear.weight)
 
     @property
-    def code_tables(self) -> tuple[Tensor, Tensor]:
+    def code_embeddings(self) -> tuple[Tensor, Tensor]:
         """Weights of embedding and head; the first K rows belong to the codes."""
         return self.content_emb.emb.weight, self.head.weight
 
     @torch.no_grad()
-    def prepared(self, condition: Tensor | None) -> "PreparedDenoiser":
-        """Precompute everything that the steps of sampling under one condition share.
+    def prepare(
+        self, condition: Tensor | None
+    ) -> Callable[[Int[Tensor, "batch length"], int], Float[Tensor, "batch length codes"]]:
+        """Return a function (tokens, timestep of the whole batch) -> logits under one condition.
+
+        Caches the modulations of all T timesteps, and the keys and values of the text. Not differentiable.
+        Later changes of the weights make the cache stale. Logits equal those of `forward` up to rounding.
 
         Args:
-            condition: See `forward`.
+            condition: See `forward`; all weights must be on this device.
         """
-        return PreparedDenoiser(self, condition)
+        positions = self.content_emb.positions()
+        rotation = self.rotation(positions)
+        times = torch.arange(self.steps, device=positions.device)
+        blocks = [
+            (block, block.conditioning(times, condition)) for block in cast(list[Block], list(self.blocks))
+        ]
+
+        @torch.no_grad()
+        def evaluate(tokens: Int[Tensor, "batch length"], t: int) -> Float[Tensor, "batch length codes"]:
+            x = self.content_emb.emb(tokens) + positions
+            for block, conditioning in blocks:
+                x = block.forward_conditioned(x, conditioning.at(t), rotation)
+            return self.head(self.norm(x))
+
+        return evaluate
 
     def rotation(self, like: Tensor) -> Rotation | None:
         """Return the RoPE rotation in the device and dtype of ``like``; ``None`` without ``rope_2d``."""
@@ -277,24 +210,12 @@ class Denoiser(nn.Module):
             return None
         return Rotation.of(self.grid, self.config.width // self.config.heads, like)
 
-    @overload
-    def forward(
-        self, tokens: Int[Tensor, "batch length"], t: Int[Tensor, " batch"], condition: Tensor | None
-    ) -> Tensor: ...
-    @overload
     def forward(
         self,
         tokens: Int[Tensor, "batch length"],
         t: Int[Tensor, " batch"],
         condition: Tensor | None,
-        consume: Consume[Output],
-    ) -> Output: ...
-    def forward(
-        self,
-        tokens: Int[Tensor, "batch length"],
-        t: Int[Tensor, " batch"],
-        condition: Tensor | None,
-        consume: Consume[Output] | None = None,
+        head_function: HeadFunction[Output] | None = None,
     ) -> Tensor | Output:
         """Predict the clean tokens.
 
@@ -303,10 +224,10 @@ class Denoiser(nn.Module):
             t: int64 in 0..T-1, one per sample.
             condition: Text features [batch, positions, text width]; int64 classes [batch], where the number
                 of classes stands for "none"; ``None`` for an unconditional model.
-            consume: Replaces the head, see `Consume`.
+            head_function: Replaces the head, see `HeadFunction`.
 
         Returns:
-            Logits [batch, length, K], or the result of ``consume``.
+            Logits [batch, length, K], or the result of ``head_function``.
         """
         x = self.content_emb(tokens)
         rotation = self.rotation(x)
@@ -318,40 +239,4 @@ class Denoiser(nn.Module):
             else:
                 x = block(x, t, condition, rotation)
         normed = self.norm(x)
-        return self.head(normed) if consume is None else self.head(normed, consume)
-
-
-class PreparedDenoiser:
-    """Denoiser under one condition, for many steps with one timestep each.
-
-    Caches the modulations of all T timesteps, and the keys and values of the text. Not differentiable. Weight
-    changes after construction make the cache stale.
-
-    Args:
-        denoiser: Network with all weights on this device.
-        condition: See `Denoiser.forward`.
-    """
-
-    def __init__(self, denoiser: Denoiser, condition: Tensor | None) -> None:
-        self._denoiser = denoiser
-        self._positions = denoiser.content_emb.positions()
-        self._rotation = denoiser.rotation(self._positions)
-        times = torch.arange(denoiser.steps, device=self._positions.device)
-        self._blocks = [(block, block.conditioning(times, condition)) for block in _blocks(denoiser)]
-
-    @torch.no_grad()
-    def __call__(self, tokens: Int[Tensor, "batch length"], t: int) -> Float[Tensor, "batch length codes"]:
-        """Compute logits, equal to those of `Denoiser.forward` up to rounding.
-
-        Args:
-            tokens: int64 in 0..K, one row per row of the condition.
-            t: Timestep of the whole batch, 0 to T-1.
-        """
-        x = self._denoiser.content_emb.emb(tokens) + self._positions
-        for block, conditioning in self._blocks:
-            x = block.updated(x, conditioning.at(t), self._rotation)
-        return self._denoiser.head(self._denoiser.norm(x))
-
-
-def _blocks(denoiser: Denoiser) -> list[Block]:
-    return cast(list[Block], list(denoiser.blocks))
+        return self.head(normed) if head_function is None else self.head(normed, head_function)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from vqd_scale.nn.denoiser import ClassCondition, Condition, TextCondition
+from vqd_scale.nn.config import ClassCondition, Condition, TextCondition
 
 _PEAK_FLOPS = {
     "B200": 2250e12,
@@ -72,14 +72,14 @@ def forward_flops(
         timed: True if the network takes a timestep.
     """
     with torch.device("meta"):
-        told: Tensor | None = None
+        condition_input: Tensor | None = None
         if isinstance(condition, TextCondition):
-            told = torch.zeros(1, positions, condition.width)
+            condition_input = torch.zeros(1, positions, condition.width)
         if isinstance(condition, ClassCondition):
-            told = torch.zeros(1, dtype=torch.int64)
+            condition_input = torch.zeros(1, dtype=torch.int64)
         times = [torch.zeros(1, dtype=torch.int64)] if timed else []
         tokens = torch.zeros(1, length, dtype=torch.int64)
-        return 2 * cost_of(build(), tokens, *times, told).multiply_accumulates
+        return 2 * cost_of(build(), tokens, *times, condition_input).multiply_accumulates
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -2,21 +2,23 @@
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
-from vqd_scale.nn.attention import AttentionBackend, attention
-from vqd_scale.nn.param_sharding import HERE, ParamSharding
-
-TimestepEmbedding = Literal["learned", "sinusoidal"]
-NullClass = Literal["learned", "mean"]
+from vqd_scale.nn.attention import attention
+from vqd_scale.nn.config import (
+    AttentionBackend,
+    Convolutional,
+    FeedForwardConfig,
+    NullClass,
+    TimestepEmbedding,
+)
+from vqd_scale.nn.param_sharding import gather
 
 _SINUSOID_SCALE = 4000
 _SINUSOID_PERIOD = 10000
@@ -24,23 +26,6 @@ _ROTATION_BASE = 100.0
 """RoPE base for grids of tens of rows; text's 10,000 would hardly rotate (RoPE-ViT, arXiv 2403.13298)."""
 _NORM_EPSILON = 1e-6
 _GELU2_SLOPE = 1.702
-
-
-class FullyConnected(Config):
-    """Two linear layers with a hidden width of ``mlp_ratio`` times the width."""
-
-    kind: Literal["fc"] = "fc"
-    mlp_ratio: PositiveInt = 4
-
-
-class Convolutional(Config):
-    """Two 3x3 convolutions over the token grid with a hidden width of ``mlp_ratio`` times the width."""
-
-    kind: Literal["conv"] = "conv"
-    mlp_ratio: PositiveInt = 2
-
-
-FeedForwardConfig = Annotated[FullyConnected | Convolutional, Field(discriminator="kind")]
 
 
 class GELU2(nn.Module):
@@ -87,7 +72,7 @@ class ImageEmbedding(nn.Module):
         self.length = grid[0] * grid[1]
         if rows * self.columns < self.length:
             raise UserError(
-                f"denoiser.position_grid: {rows}x{self.columns} places are too few for a grid of "
+                f"denoiser.position_grid: {rows}x{self.columns} positions are too few for a grid of "
                 f"{grid[0]}x{grid[1]} tokens; leave it out."
             )
         self.emb = nn.Embedding(codes + 1, width)
@@ -96,8 +81,8 @@ class ImageEmbedding(nn.Module):
 
     def positions(self) -> Float[Tensor, "length width"]:
         """Return the positional embeddings in raster order."""
-        place = torch.arange(self.length, device=self.height_emb.weight.device)
-        return self.height_emb(place // self.columns) + self.width_emb(place % self.columns)
+        position = torch.arange(self.length, device=self.height_emb.weight.device)
+        return self.height_emb(position // self.columns) + self.width_emb(position % self.columns)
 
     def forward(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length width"]:
         """Embed tokens in raster order."""
@@ -116,7 +101,7 @@ class Modulation(NamedTuple):
     shift: Tensor
 
 
-def modulated(
+def modulate(
     x: Float[Tensor, "batch length width"], modulation: Modulation
 ) -> Float[Tensor, "batch length width"]:
     """Compute LN(x) * scale + shift, LN without affine weights (AdaLN, arXiv 2111.14822, section 4.2)."""
@@ -149,7 +134,7 @@ class AdaptiveLayerNorm(nn.Module):
         self, x: Float[Tensor, "batch length width"], ids: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch length width"]:
         """Normalize each position with the modulation of its sample's id."""
-        return modulated(x, self.modulation(ids))
+        return modulate(x, self.modulation(ids))
 
 
 class ClassEmbedding(nn.Embedding):
@@ -214,8 +199,10 @@ class Rotation(NamedTuple):
         """
         pairs = dim // 4
         frequencies = _ROTATION_BASE ** -(torch.arange(pairs, device=like.device) / pairs)
-        place = torch.arange(grid[0] * grid[1], device=like.device)[:, None]
-        angles = torch.cat([place // grid[1] * frequencies, place % grid[1] * frequencies], dim=-1)[:, None]
+        position = torch.arange(grid[0] * grid[1], device=like.device)[:, None]
+        angles = torch.cat([position // grid[1] * frequencies, position % grid[1] * frequencies], dim=-1)[
+            :, None
+        ]
         return cls(angles.cos().to(like.dtype), angles.sin().to(like.dtype))
 
     def __call__(self, x: Float[Tensor, "batch length heads dim"]) -> Float[Tensor, "batch length heads dim"]:
@@ -234,7 +221,7 @@ class Attention(nn.Module):
         heads: Number of heads; must divide ``width``.
         context_width: Feature width of keys and values.
         backend: Attention backend, see `vqd_scale.nn.attention`.
-        normalise: RMS-normalize each head's queries and keys (QK-norm, arXiv 2302.05442).
+        qk_norm: RMS-normalize each head's queries and keys (QK-norm, arXiv 2302.05442).
     """
 
     def __init__(
@@ -244,7 +231,7 @@ class Attention(nn.Module):
         context_width: int,
         backend: AttentionBackend,
         *,
-        normalise: bool = False,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         self.query = nn.Linear(width, width)
@@ -253,8 +240,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.heads = heads
         self.backend: AttentionBackend = backend
-        self.normalise = normalise
-        if normalise:
+        self.qk_norm = qk_norm
+        if qk_norm:
             self.query_norm = nn.RMSNorm(width // heads, eps=_NORM_EPSILON)
             self.key_norm = nn.RMSNorm(width // heads, eps=_NORM_EPSILON)
 
@@ -263,7 +250,7 @@ class Attention(nn.Module):
     ) -> KeysValues:
         """Compute the keys and values of a context, cacheable while the context stays the same."""
         keys = self.key(context).unflatten(-1, (self.heads, -1))
-        if self.normalise:
+        if self.qk_norm:
             keys = self.key_norm(keys)
         values = self.value(context).unflatten(-1, (self.heads, -1))
         return KeysValues(keys if rotation is None else rotation(keys), values)
@@ -278,7 +265,7 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "batch length width"]:
         """Attend from each position of ``x`` to given keys and values, see `nn.attention.attention`."""
         query = self.query(x).unflatten(-1, (self.heads, -1))
-        if self.normalise:
+        if self.qk_norm:
             query = self.query_norm(query)
         if rotation is not None:
             query = rotation(query)
@@ -334,29 +321,25 @@ def build_feed_forward(config: FeedForwardConfig, width: int, grid: tuple[int, i
 
 
 @torch.no_grad()
-def initialise(network: nn.Module, deviation: float, placement: ParamSharding = HERE) -> None:
+def init_weights(network: nn.Module, std: float) -> None:
     """Initialize normal weights and zero biases; convolutions keep torch's default, as published.
 
     Args:
         network: Transformer to initialize.
-        deviation: Standard deviation of linear and embedding weights.
-        placement: Sharding of the weights.
+        std: Standard deviation of linear and embedding weights.
     """
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
-            with placement.whole(module.parameters(recurse=False)):
-                # Sampled in float32 on the CPU, so that all placements get the same initial weights.
-                module.weight.copy_(torch.empty(module.weight.shape).normal_(std=deviation))
+            with gather(module.parameters(recurse=False)):
+                # Sampled in float32 on the CPU, so that weights are equal with and without sharding.
+                module.weight.copy_(torch.empty(module.weight.shape).normal_(std=std))
                 if isinstance(module, nn.Linear):
                     module.bias.zero_()
 
 
 @torch.no_grad()
-def start_from_codebook(
-    tables: Sequence[Float[Tensor, "rows width"]],
-    vectors: Float[Tensor, "codes code_width"],
-    deviation: float,
-    placement: ParamSharding = HERE,
+def init_from_codebook(
+    tables: Sequence[Float[Tensor, "rows width"]], vectors: Float[Tensor, "codes code_width"], std: float
 ) -> None:
     """Initialize a network's code tables as random rotations of the tokenizer's code vectors.
 
@@ -366,11 +349,10 @@ def start_from_codebook(
     Args:
         tables: Weights whose first rows belong to the codes; these rows are overwritten.
         vectors: Code vectors of the tokenizer, no wider than the network.
-        deviation: Standard deviation of the weights along each rotated direction.
-        placement: Sharding of the tables.
+        std: Standard deviation of the weights along each rotated direction.
     """
     whitened = (vectors - vectors.mean(dim=0)) / vectors.std(dim=0)
-    with placement.whole(tables):
+    with gather(tables):
         for weight in tables:
             rotation = nn.init.orthogonal_(torch.empty(vectors.shape[1], weight.shape[1]))
-            weight[: len(vectors)].copy_(whitened @ rotation * deviation)
+            weight[: len(vectors)].copy_(whitened @ rotation * std)

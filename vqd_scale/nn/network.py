@@ -1,21 +1,12 @@
 """Networks of a denoising model, and their common interface."""
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, ClassVar, Protocol, TypeAlias, overload
+from typing import ClassVar, Protocol, overload
 
 from jaxtyping import Float, Int
-from pydantic import Discriminator, Tag
 from torch import Tensor, nn
 
-from vqd_scale.core.config import kind_or
-from vqd_scale.nn.denoiser import Consume, Denoiser, DenoiserConfig, Output
-from vqd_scale.nn.param_sharding import HERE, ParamSharding
-from vqd_scale.nn.unet import UNet, UNetConfig
-
-NetworkConfig: TypeAlias = Annotated[
-    Annotated[DenoiserConfig, Tag("transformer")] | Annotated[UNetConfig, Tag("unet")],
-    Discriminator(kind_or("transformer")),
-]
+from vqd_scale.nn.denoiser import HeadFunction, Output
 
 
 class Network(Protocol):
@@ -28,11 +19,11 @@ class Network(Protocol):
     units: ClassVar[tuple[type[nn.Module], ...]]
 
     @property
-    def code_tables(self) -> Sequence[Tensor]:
-        """Weights whose first rows belong to the codes, see `vqd_scale.nn.layers.start_from_codebook`."""
+    def code_embeddings(self) -> Sequence[Tensor]:
+        """Weights whose first rows belong to the codes, see `vqd_scale.nn.layers.init_from_codebook`."""
         ...
 
-    def prepared(
+    def prepare(
         self, condition: Tensor | None
     ) -> Callable[[Int[Tensor, "batch length"], int], Float[Tensor, "batch length codes"]]:
         """Return a function (tokens, timestep of the whole batch) -> logits under one condition."""
@@ -48,26 +39,6 @@ class Network(Protocol):
         tokens: Int[Tensor, "batch length"],
         t: Int[Tensor, " batch"],
         condition: Tensor | None,
-        consume: Consume[Output],
+        head_function: HeadFunction[Output],
         /,
     ) -> Output: ...
-
-
-def build_network(
-    config: NetworkConfig, codes: int, grid: tuple[int, int], steps: int, placement: ParamSharding = HERE
-) -> Network:
-    """Build the configured network.
-
-    Args:
-        config: Kind and shape of the network.
-        codes: K, the number of codes.
-        grid: Rows and columns of tokens.
-        steps: T, the number of timesteps.
-        placement: Sharding of a transformer's weights during construction; a U-Net is small and not sharded.
-
-    Raises:
-        UserError: The grid does not fit the network.
-    """
-    if isinstance(config, UNetConfig):
-        return UNet(config, codes, grid, steps)
-    return Denoiser(config, codes, grid, steps, placement)

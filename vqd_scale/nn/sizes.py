@@ -16,7 +16,7 @@ class Size:
     """One model size, as in the papers.
 
     Attributes:
-        shape: Keys that differ from the defaults of `vqd_scale.nn.denoiser.DenoiserConfig`, as in YAML.
+        shape: Keys that differ from the defaults of `vqd_scale.nn.config.DenoiserConfig`, as in YAML.
         codes: K, the number of codes of the tokenizer.
         grid: Rows and columns of tokens.
     """
@@ -34,7 +34,8 @@ SIZES: Mapping[SizeName, Size] = {
     "F": Size({}, 2887, (32, 32)),
     "L": Size({"width": 1408, "layers": 36}, 4096, (32, 32)),
     "ImageNet": Size(
-        _PUBLISHED_16 | {"layers": 24, "condition": {"kind": "class", "classes": 1000, "null": "mean"}},
+        _PUBLISHED_16
+        | {"layers": 24, "condition": {"kind": "class", "classes": 1000, "null_condition": "mean"}},
         974,
         (16, 16),
     ),

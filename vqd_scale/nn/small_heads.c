@@ -7,7 +7,7 @@ here a register holds one feature of WIDTH keys, and HEAD is known when this is 
 Keys and values are first laid out in panels of WIDTH keys, feature after feature: all that is needed of a few
 keys lies side by side. Rows of 1,024 keys would be a power of two apart and drive each other out of the cache.
 
-All arrays are [batch, tokens, heads, HEAD] and dense, `normaliser` is [batch, heads, queries] and holds
+All arrays are [batch, tokens, heads, HEAD] and dense, `normalizer` is [batch, heads, queries] and holds
 log(sum(exp(scores))). A call computes the heads from `first` to `last` of all batch x heads; calls for other
 heads may run beside it. Each returns 0, or 1 where memory was short. */
 
@@ -76,7 +76,7 @@ static void from_panels(const float *panels, long stride, long keys, float *rows
 }
 
 /* products[b][u] = rows[b] . the keys of panel u */
-static inline void products(float rows[QUERIES][HEAD], const vector *panel, vector found[QUERIES][PANELS]) {
+static inline void products(float rows[QUERIES][HEAD], const vector *panel, vector tile[QUERIES][PANELS]) {
     vector sum[QUERIES][PANELS] = {};
     EACH(d, HEAD) {
         EACH(u, PANELS) {
@@ -84,7 +84,7 @@ static inline void products(float rows[QUERIES][HEAD], const vector *panel, vect
             EACH(b, QUERIES) sum[b][u] += x * rows[b][d];
         }
     }
-    EACH(b, QUERIES) EACH(u, PANELS) found[b][u] = sum[b][u];
+    EACH(b, QUERIES) EACH(u, PANELS) tile[b][u] = sum[b][u];
 }
 
 /* panel u += sum over b of weights[b][u] rows[b] */
@@ -117,11 +117,11 @@ static inline void weighted_sum(const vector *weights, const vector *panels, lon
 
 /* Keys that are there only to fill the last panels are no keys. Hidden at -inf they weigh e^-87 of the highest,
 which no sum here can tell from nothing. */
-static void hide_padding(vector found[QUERIES][PANELS], long panel, long keys, float value) {
+static void hide_padding(vector tile[QUERIES][PANELS], long panel, long keys, float value) {
     for (int u = 0; u < PANELS; u++)
         for (int w = 0; w < WIDTH; w++)
             if ((panel + u) * WIDTH + w >= keys)
-                for (int b = 0; b < QUERIES; b++) found[b][u][w] = value;
+                for (int b = 0; b < QUERIES; b++) tile[b][u][w] = value;
 }
 
 static long padded_keys(long keys) {
@@ -129,29 +129,29 @@ static long padded_keys(long keys) {
     return (keys + step - 1) / step * step;
 }
 
-static void forward_head(const float *q, const float *k, const float *v, float *o, float *normaliser, long stride,
+static void forward_head(const float *q, const float *k, const float *v, float *o, float *normalizer, long stride,
                          long queries, long keys, float scale, float *memory) {
     const long padded = padded_keys(keys), count = padded / WIDTH;
     float *kp = memory, *vp = kp + padded * HEAD, *scores = vp + padded * HEAD;
     to_panels(k, stride, keys, kp);
     to_panels(v, stride, keys, vp);
     for (long i = 0; i < queries; i += QUERIES) {
-        const int there = queries - i < QUERIES ? (int)(queries - i) : QUERIES;
+        const int rows_left = queries - i < QUERIES ? (int)(queries - i) : QUERIES;
         float rows[QUERIES][HEAD];
         for (int b = 0; b < QUERIES; b++)
-            for (int d = 0; d < HEAD; d++) rows[b][d] = scale * q[(i + (b < there ? b : 0)) * stride + d];
+            for (int d = 0; d < HEAD; d++) rows[b][d] = scale * q[(i + (b < rows_left ? b : 0)) * stride + d];
         vector tops[QUERIES];
         for (int b = 0; b < QUERIES; b++) tops[b] = (vector){} - INFINITY;
         for (long p = 0; p < count; p += PANELS) {
-            vector found[QUERIES][PANELS];
-            products(rows, (const vector *)kp + p * HEAD, found);
-            if ((p + PANELS) * WIDTH > keys) hide_padding(found, p, keys, -INFINITY);
+            vector tile[QUERIES][PANELS];
+            products(rows, (const vector *)kp + p * HEAD, tile);
+            if ((p + PANELS) * WIDTH > keys) hide_padding(tile, p, keys, -INFINITY);
             EACH(b, QUERIES) EACH(u, PANELS) {
-                tops[b] = larger(found[b][u], tops[b]);
-                ((vector *)(scores + b * padded))[p + u] = found[b][u];
+                tops[b] = larger(tile[b][u], tops[b]);
+                ((vector *)(scores + b * padded))[p + u] = tile[b][u];
             }
         }
-        for (int b = 0; b < there; b++) {
+        for (int b = 0; b < rows_left; b++) {
             float *row = scores + b * padded;
             vector *row_vectors = (vector *)row;
             float top = tops[b][0];
@@ -162,13 +162,13 @@ static void forward_head(const float *q, const float *k, const float *v, float *
                 sums += row_vectors[p];
             }
             const float sum = total(sums);
-            normaliser[i + b] = top + logf(sum);
+            normalizer[i + b] = top + logf(sum);
             weighted_sum(row_vectors, (const vector *)vp, count, 1 / sum, o + (i + b) * stride);
         }
     }
 }
 
-static void backward_head(const float *q, const float *k, const float *v, const float *o, const float *normaliser,
+static void backward_head(const float *q, const float *k, const float *v, const float *o, const float *normalizer,
                           const float *go, float *gq, float *gk, float *gv, long stride, long queries, long keys,
                           float scale, float *memory) {
     const long padded = padded_keys(keys), count = padded / WIDTH;
@@ -178,14 +178,14 @@ static void backward_head(const float *q, const float *k, const float *v, const 
     to_panels(v, stride, keys, vp);
     memset(gkp, 0, sizeof(float) * 2 * padded * HEAD);
     for (long i = 0; i < queries; i += QUERIES) {
-        const int there = queries - i < QUERIES ? (int)(queries - i) : QUERIES;
+        const int rows_left = queries - i < QUERIES ? (int)(queries - i) : QUERIES;
         float rows[QUERIES][HEAD], gradients[QUERIES][HEAD], mean[QUERIES] = {}, norm[QUERIES];
         for (int b = 0; b < QUERIES; b++) {
-            const long from = (i + (b < there ? b : 0)) * stride;
-            norm[b] = normaliser[i + (b < there ? b : 0)];
+            const long from = (i + (b < rows_left ? b : 0)) * stride;
+            norm[b] = normalizer[i + (b < rows_left ? b : 0)];
             for (int d = 0; d < HEAD; d++) {
                 rows[b][d] = scale * q[from + d];
-                gradients[b][d] = b < there ? go[from + d] : 0;
+                gradients[b][d] = b < rows_left ? go[from + d] : 0;
                 mean[b] += gradients[b][d] * o[from + d];
             }
         }
@@ -202,7 +202,7 @@ static void backward_head(const float *q, const float *k, const float *v, const 
             }
             add_outer(slope, rows, (vector *)gkp + p * HEAD);
         }
-        for (int b = 0; b < there; b++)
+        for (int b = 0; b < rows_left; b++)
             weighted_sum((vector *)(slopes + b * padded), (const vector *)kp, count, scale, gq + (i + b) * stride);
     }
     from_panels(gkp, stride, keys, gk);
@@ -217,7 +217,7 @@ static float *memory_for(long keys, int panels) {
     return memory;
 }
 
-int forward(const float *q, const float *k, const float *v, float *o, float *normaliser, long first, long last,
+int forward(const float *q, const float *k, const float *v, float *o, float *normalizer, long first, long last,
             long heads, long queries, long keys, float scale) {
     float *memory = memory_for(keys, 2);
     if (!memory) return 1;
@@ -225,14 +225,14 @@ int forward(const float *q, const float *k, const float *v, float *o, float *nor
     for (long x = first; x < last; x++) {
         const long at_q = x / heads * queries * stride + x % heads * HEAD;
         const long at_k = x / heads * keys * stride + x % heads * HEAD;
-        forward_head(q + at_q, k + at_k, v + at_k, o + at_q, normaliser + x * queries, stride, queries, keys, scale,
+        forward_head(q + at_q, k + at_k, v + at_k, o + at_q, normalizer + x * queries, stride, queries, keys, scale,
                      memory);
     }
     free(memory);
     return 0;
 }
 
-int backward(const float *q, const float *k, const float *v, const float *o, const float *normaliser,
+int backward(const float *q, const float *k, const float *v, const float *o, const float *normalizer,
              const float *go, float *gq, float *gk, float *gv, long first, long last, long heads, long queries,
              long keys, float scale) {
     float *memory = memory_for(keys, 4);
@@ -241,7 +241,7 @@ int backward(const float *q, const float *k, const float *v, const float *o, con
     for (long x = first; x < last; x++) {
         const long at_q = x / heads * queries * stride + x % heads * HEAD;
         const long at_k = x / heads * keys * stride + x % heads * HEAD;
-        backward_head(q + at_q, k + at_k, v + at_k, o + at_q, normaliser + x * queries, go + at_q, gq + at_q,
+        backward_head(q + at_q, k + at_k, v + at_k, o + at_q, normalizer + x * queries, go + at_q, gq + at_q,
                       gk + at_k, gv + at_k, stride, queries, keys, scale, memory);
     }
     free(memory);

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vqd_scale.core.world import processor_features
+from vqd_scale.core.environment import processor_features
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +63,9 @@ def small_heads_attention(
 def _forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     batch, queries, heads, _ = query.shape
-    attended, normaliser = torch.empty_like(query), query.new_empty(batch, heads, queries)
-    _run("forward", query, key, (query, key, value, attended, normaliser))
-    return attended, normaliser
+    attended, normalizer = torch.empty_like(query), query.new_empty(batch, heads, queries)
+    _run("forward", query, key, (query, key, value, attended, normalizer))
+    return attended, normalizer
 
 
 @_forward.register_fake
@@ -76,23 +76,23 @@ def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("vqd_scale::small_heads_backward", mutates_args=())
 def _backward(
-    query: Tensor, key: Tensor, value: Tensor, attended: Tensor, normaliser: Tensor, gradient: Tensor
+    query: Tensor, key: Tensor, value: Tensor, attended: Tensor, normalizer: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    given = (query, key, value, attended, normaliser, gradient.contiguous())
-    _run("backward", query, key, (*given, *gradients))
+    inputs = (query, key, value, attended, normalizer, gradient.contiguous())
+    _run("backward", query, key, (*inputs, *gradients))
     return gradients
 
 
 @_backward.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, attended: Tensor, normaliser: Tensor, gradient: Tensor
+    query: Tensor, key: Tensor, value: Tensor, attended: Tensor, normalizer: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN401
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN401
     ctx.save_for_backward(*inputs, *output)
 
 
@@ -100,7 +100,7 @@ def _differentiate(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, Tenso
     return _backward(*ctx.saved_tensors, gradient)
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
 def _run(name: str, query: Tensor, key: Tensor, arrays: tuple[Tensor, ...]) -> None:
@@ -143,24 +143,24 @@ def _kernel(dim: int) -> ctypes.CDLL | None:
         )
         return None
     try:
-        return ctypes.CDLL(str(_built(compiler, dim)))
+        return ctypes.CDLL(str(_build_kernel(compiler, dim)))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
-        logger.warning("%s cannot be built by %s or kept; sdpa serves: %s", _SOURCE, compiler, reason)
+        logger.warning("%s cannot be built by %s or saved; sdpa is used: %s", _SOURCE, compiler, reason)
         return None
 
 
-def _built(compiler: str, dim: int) -> Path:
+def _build_kernel(compiler: str, dim: int) -> Path:
     command = [compiler, *_FLAGS, f"-DHEAD={dim}", str(_SOURCE)]
     identity = repr((_SOURCE.read_bytes(), command, sorted(processor_features())))
     folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vqd_scale"
-    built = folder / f"small-heads-{dim}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    if not built.exists():
+    library = folder / f"small-heads-{dim}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            fresh = Path(scratch) / built.name
+            temporary = Path(scratch) / library.name
             subprocess.run(  # noqa: S603 - our own source, and the user's own compiler
-                [*command, "-o", str(fresh), "-lm"], capture_output=True, text=True, check=True
+                [*command, "-o", str(temporary), "-lm"], capture_output=True, text=True, check=True
             )
-            fresh.replace(built)
-    return built
+            temporary.replace(library)
+    return library

@@ -4,24 +4,22 @@ The U-Net replaces the transformer under every schedule, objective and sampler. 
 shape open. This implementation matches the paper's size of 117M (117,586,568 at K = 1024 without the mask's
 row): skip connections concatenate the features of the coarser levels but not of the full resolution, and one
 more convolution precedes the 1x1 head. The paper's "noise" variant, which adds the one-hot x_t to the logits,
-is not implemented: `Consume` requires a linear map of the hidden states.
+is not implemented: `HeadFunction` requires a linear map of the hidden states.
 """
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Annotated, ClassVar, Literal, TypeAlias, overload
+from typing import ClassVar, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor, nn
 
-from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
-from vqd_scale.nn.denoiser import ClassCondition, Consume, NoCondition, Output, TokenHead
+from vqd_scale.nn.config import UNET_GROUPS, ClassCondition, UNetConfig
+from vqd_scale.nn.denoiser import HeadFunction, Output, TokenHead
 from vqd_scale.nn.layers import ClassEmbedding, SinusoidalEmbedding
 
-_GROUPS = 8
 _HEADS = 4
 _HEAD_WIDTH = 32
 _TIME_MULTIPLIER = 4
@@ -31,28 +29,11 @@ Signal: TypeAlias = Float[Tensor, "batch signal"]
 """Conditioning vector of an image: its timestep, plus its class in class-conditional models."""
 
 
-class UNetConfig(Config):
-    """Shape of the U-Net; the defaults are the published size."""
-
-    kind: Literal["unet"] = "unet"
-    width: PositiveInt = 128
-    channel_multipliers: tuple[PositiveInt, ...] = Field(default=(1, 2, 4, 8), min_length=1)
-    """Channels per level as multiples of the width; each level halves the resolution of the previous one."""
-    condition: Annotated[ClassCondition | NoCondition, Field(discriminator="kind")] = NoCondition()
-
-    @field_validator("width")
-    @classmethod
-    def _groups_divide_width(cls, width: int) -> int:
-        if width % _GROUPS:
-            raise ValueError(f"{width} is not a multiple of {_GROUPS}, the groups of its normalisation")
-        return width
-
-
 class Convolution(nn.Sequential):
     """Conv3x3, GroupNorm, Mish."""
 
     def __init__(self, channels: int, out: int) -> None:
-        super().__init__(nn.Conv2d(channels, out, 3, padding=1), nn.GroupNorm(_GROUPS, out), nn.Mish())
+        super().__init__(nn.Conv2d(channels, out, 3, padding=1), nn.GroupNorm(UNET_GROUPS, out), nn.Mish())
 
 
 class UNetResidualBlock(nn.Module):
@@ -147,7 +128,7 @@ class UNet(nn.Module):
         )
         self.class_emb: ClassEmbedding | None = None
         if isinstance(config.condition, ClassCondition):
-            self.class_emb = ClassEmbedding(config.condition.classes, width, config.condition.null)
+            self.class_emb = ClassEmbedding(config.condition.classes, width, config.condition.null_condition)
         widths = [width * multiplier for multiplier in config.channel_multipliers]
         deepest = widths[-1]
         self.down = nn.ModuleList(UNetLevel(*pair, width) for pair in pairwise([width, *widths]))
@@ -163,11 +144,11 @@ class UNet(nn.Module):
         self.head = TokenHead(widths[0], codes)
 
     @property
-    def code_tables(self) -> tuple[Tensor, Tensor]:
+    def code_embeddings(self) -> tuple[Tensor, Tensor]:
         """Weights of embedding and head; the first K rows belong to the codes."""
         return self.content_emb.weight, self.head.weight
 
-    def prepared(self, condition: Tensor | None) -> Callable[[Tensor, int], Tensor]:
+    def prepare(self, condition: Tensor | None) -> Callable[[Tensor, int], Tensor]:
         """Return a function (tokens, timestep of the whole batch) -> logits under one condition.
 
         Nothing is cached: unlike the transformer's, the U-Net's steps share hardly any computation.
@@ -179,24 +160,12 @@ class UNet(nn.Module):
 
         return evaluate
 
-    @overload
-    def forward(
-        self, tokens: Int[Tensor, "batch length"], t: Int[Tensor, " batch"], condition: Tensor | None
-    ) -> Tensor: ...
-    @overload
-    def forward(
-        self,
-        tokens: Int[Tensor, "batch length"],
-        t: Int[Tensor, " batch"],
-        condition: Tensor | None,
-        consume: Consume[Output],
-    ) -> Output: ...
     def forward(
         self,
         tokens: Int[Tensor, "batch length"],
         t: Int[Tensor, " batch"],
         condition: Int[Tensor, " batch"] | None,
-        consume: Consume[Output] | None = None,
+        head_function: HeadFunction[Output] | None = None,
     ) -> Tensor | Output:
         """Predict the clean tokens.
 
@@ -205,27 +174,27 @@ class UNet(nn.Module):
             t: int64 in 0..T-1, one per sample.
             condition: int64 classes [batch], where the number of classes stands for "none"; ``None`` for an
                 unconditional model.
-            consume: Replaces the head, see `Consume`.
+            head_function: Replaces the head, see `HeadFunction`.
 
         Returns:
-            Logits [batch, length, K], or the result of ``consume``.
+            Logits [batch, length, K], or the result of ``head_function``.
         """
         image = self.content_emb(tokens).transpose(1, 2).unflatten(-1, self.grid)
         signal = self.time_mlp(self.time(t).to(image.dtype))
         if self.class_emb is not None:
             signal = signal + self.class_emb(condition)
-        hidden = self._convolved(image, signal).flatten(2).transpose(1, 2)
-        return self.head(hidden) if consume is None else self.head(hidden, consume)
+        hidden = self._forward_features(image, signal).flatten(2).transpose(1, 2)
+        return self.head(hidden) if head_function is None else self.head(hidden, head_function)
 
-    def _convolved(self, image: Image, signal: Signal) -> Image:
+    def _forward_features(self, image: Image, signal: Signal) -> Image:
         features: list[Tensor] = []
         for number, level in enumerate(self.down):
             if number:
                 image = self.downsample[number - 1](image)
             image = level(image, signal)
             features.append(image)
-        before, after = self.middle
-        image = after(self.middle_attention(before(image, signal)), signal)
+        first, second = self.middle
+        image = second(self.middle_attention(first(image, signal)), signal)
         for level, upsample in zip(self.up, self.upsample, strict=True):
             image = upsample(level(torch.cat([image, features.pop()], dim=1), signal))
         return self.last(image)

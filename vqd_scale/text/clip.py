@@ -13,67 +13,25 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vqd_scale.core.arrays import NDArray
-from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.tensors import check_names
-from vqd_scale.text.open_clip import Shape, published_shape, published_weights
+from vqd_scale.text.config import ALL_MERGES, Pretrained, TextConfig, Tower
+from vqd_scale.text.open_clip import Shape, open_clip_module, published_shape, published_weights
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
     from open_clip.transformer import TextTransformer
 
-_ALL_MERGES = 49152 - 256 - 2
 _BYTES = 256
-
-
-class Tower(Config):
-    """CLIP text tower trained from scratch together with the denoiser."""
-
-    kind: Literal["tower"] = "tower"
-    context_length: PositiveInt = 77
-    width: PositiveInt = 512
-    heads: PositiveInt = 8
-    layers: PositiveInt = 12
-    bpe_merges: int = Field(default=_ALL_MERGES, ge=0, le=_ALL_MERGES)
-    """Number of CLIP's byte-pair merges; fewer give a smaller vocabulary for a small dataset."""
-    normalize: bool = True
-    null_condition: Literal["learned", "empty"] = "learned"
-    """Null condition for guidance: a learned embedding, or the features of the empty caption."""
-
-
-class Pretrained(Config):
-    """Text tower of an open_clip model."""
-
-    kind: Literal["open_clip"] = "open_clip"
-    model: str = "ViT-B-32-quickgelu"
-    pretrained: str | None = "openai"
-    """open_clip tag or local weight file; ``None`` for random weights, to be loaded from a bundle."""
-    train: bool = False
-    """Train and save the tower with the denoiser. A frozen tower is stored by name only."""
-    null_condition: Literal["learned", "empty"] = "learned"
-
-    @model_validator(mode="after")
-    def _frozen_weights_come_from_somewhere(self) -> "Pretrained":
-        if self.pretrained is None and not self.train:
-            raise ValueError("a frozen tower needs weights: give pretrained, or train it")
-        return self
-
-    def without_weights(self) -> "Pretrained":
-        """Return the configuration for a bundle, which itself contains the weights of a trained tower."""
-        return self.model_copy(update={"pretrained": None}) if self.train else self
-
-
-TextConfig = Annotated[Tower | Pretrained, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
@@ -86,7 +44,7 @@ class CaptionTokenizer:
     """
 
     context_length: int = 77
-    merges: int = _ALL_MERGES
+    merges: int = ALL_MERGES
 
     @property
     def vocabulary(self) -> int:
@@ -96,8 +54,8 @@ class CaptionTokenizer:
     @property
     def fingerprint(self) -> str:
         """Hex SHA-256 of the settings that determine the ids; stored in token shards."""
-        described = json.dumps({**asdict(self), "bpe": "open_clip"}, sort_keys=True)
-        return hashlib.sha256(described.encode()).hexdigest()
+        settings = json.dumps({**asdict(self), "bpe": "open_clip"}, sort_keys=True)
+        return hashlib.sha256(settings.encode()).hexdigest()
 
     def __call__(self, captions: Sequence[str]) -> NDArray[np.int64]:
         """Tokenize captions.
@@ -111,16 +69,14 @@ class CaptionTokenizer:
 
 @functools.lru_cache(maxsize=2)
 def _byte_pair_tokenizer(merges: int) -> "SimpleTokenizer":
-    # Imported on first use: open_clip imports torchvision and transformers, which takes seconds.
-    from open_clip.tokenizer import SimpleTokenizer, default_bpe
-
-    lines = gzip.decompress(Path(default_bpe()).read_bytes()).decode("utf-8").split("\n")
+    tokenizer = open_clip_module("tokenizer")
+    lines = gzip.decompress(Path(tokenizer.default_bpe()).read_bytes()).decode("utf-8").split("\n")
     # The file's first line is a header; a prefix of the merge list is itself a valid byte-pair encoding.
-    kept = "\n".join(lines[: merges + 1])
+    merge_lines = "\n".join(lines[: merges + 1])
     with tempfile.NamedTemporaryFile(suffix=".txt.gz") as file:
-        file.write(gzip.compress(kept.encode("utf-8")))
+        file.write(gzip.compress(merge_lines.encode("utf-8")))
         file.flush()
-        return SimpleTokenizer(bpe_path=file.name)
+        return tokenizer.SimpleTokenizer(bpe_path=file.name)
 
 
 class TextEncoder(nn.Module):
@@ -151,7 +107,7 @@ class TextEncoder(nn.Module):
                 quick_gelu=True,
             )
             self.tower = _build_tower(shape)
-            self.normalise = config.normalize
+            self.normalize = config.normalize
         else:
             shape = published_shape(config.model)
             self.tokenizer = CaptionTokenizer(shape.context_length)
@@ -160,7 +116,7 @@ class TextEncoder(nn.Module):
                 self.tower = tower
             else:
                 self._frozen = (tower,)
-            self.normalise = True
+            self.normalize = True
         self.width = shape.width
         self.null: nn.Parameter | None = None
         if config.null_condition == "learned":
@@ -180,7 +136,7 @@ class TextEncoder(nn.Module):
         """
         mask = (dropped | (captions == self.empty_caption).all(dim=1))[:, None]
         features = self._encode(torch.where(mask, self.empty_caption, captions))
-        if self.normalise:
+        if self.normalize:
             features = functional.normalize(features, dim=-1)
         if self.null is None:
             return features
@@ -199,9 +155,8 @@ class TextEncoder(nn.Module):
 
 
 def _build_tower(shape: Shape) -> "TextTransformer":
-    from open_clip.transformer import QuickGELU, TextTransformer
-
-    return TextTransformer(
+    transformer = open_clip_module("transformer")
+    return transformer.TextTransformer(
         context_length=shape.context_length,
         vocab_size=shape.vocabulary,
         width=shape.width,
@@ -209,7 +164,7 @@ def _build_tower(shape: Shape) -> "TextTransformer":
         layers=shape.layers,
         pool_type="none",
         proj_type="none",
-        act_layer=QuickGELU if shape.quick_gelu else nn.GELU,
+        act_layer=transformer.QuickGELU if shape.quick_gelu else nn.GELU,
     )
 
 
@@ -224,13 +179,13 @@ def _published_tower(config: Pretrained, shape: Shape, tokenizer: CaptionTokeniz
         return tower
     weights = published_weights(config.model, config.pretrained)
     expected = tower.state_dict()
-    taken = {name: value for name, value in weights.items() if name in expected}
-    check_names(taken, expected, f"the text tower of '{config.model}'")
-    misshapen = [name for name, value in taken.items() if value.shape != expected[name].shape]
+    tower_weights = {name: value for name, value in weights.items() if name in expected}
+    check_names(tower_weights, expected, f"the text tower of '{config.model}'")
+    misshapen = [name for name, value in tower_weights.items() if value.shape != expected[name].shape]
     if misshapen:
         raise UserError(
-            f"text.pretrained: '{config.pretrained}' holds a text tower of another size than "
+            f"text.pretrained: '{config.pretrained}' contains a text tower of another size than "
             f"'{config.model}' has: {', '.join(misshapen)}."
         )
-    tower.load_state_dict(taken)
+    tower.load_state_dict(tower_weights)
     return tower

@@ -1,7 +1,12 @@
 """Published CLIP text towers: shapes by open_clip model name, weights by open_clip tag or from a file."""
 
+import functools
+import importlib
+import importlib.util
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -11,12 +16,36 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.tensors import read_tensors
 from vqd_scale.text.weights import PREFIX, from_transformers
 
+_ALIAS = "vqd_scale_open_clip"
 _SHAPE = {"context_length", "vocab_size", "width", "heads", "layers"}
 _FILES = {".safetensors", ".pt", ".pth", ".bin"}
-_TRANSFORMERS = "embeddings.token_embedding.weight"
+_TRANSFORMERS_KEY = "embeddings.token_embedding.weight"
 """Key that identifies files of transformers, with or without the prefix."""
-_PROGRAMS_REST = {"input_resolution", "context_length", "vocab_size"}
+_TORCHSCRIPT_KEYS = {"input_resolution", "context_length", "vocab_size"}
 """Keys that a conversion of OpenAI's TorchScript programs leaves among the weights."""
+
+
+class _UnusedModule(ModuleType):
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+@functools.cache
+def open_clip_module(name: str) -> Any:  # noqa: ANN401 - a module has no static type
+    """Import one module of open_clip without the others.
+
+    open_clip's ``__init__`` imports timm, transformers and all of torchvision, which takes seconds; the text
+    tower and its tokenizer need torch only. The module is loaded under another package name, so that a
+    regular import of open_clip remains complete.
+    """
+    if _ALIAS not in sys.modules:
+        package, spec = ModuleType(_ALIAS), importlib.util.find_spec("open_clip")
+        package.__path__ = [] if spec is None else list(spec.submodule_search_locations or [])
+        # `transformer` imports helpers of its vision towers from `utils`, which imports torchvision.
+        utils = _UnusedModule(f"{_ALIAS}.utils")
+        sys.modules |= {_ALIAS: package, utils.__name__: utils}
+    return importlib.import_module(f"{_ALIAS}.{name}")
 
 
 class Shape(NamedTuple):
@@ -47,15 +76,15 @@ def published_shape(model: str) -> Shape:
     """
     import open_clip
 
-    described = open_clip.get_model_config(model)
-    if described is None:
+    config = open_clip.get_model_config(model)
+    if config is None:
         raise UserError(f"text.model: open_clip knows no model '{model}'; see open_clip.list_models().")
-    text = described["text_cfg"]
+    text = config["text_cfg"]
     if text.keys() != _SHAPE:
-        more = ", ".join(sorted(text.keys() ^ _SHAPE))
+        differing = ", ".join(sorted(text.keys() ^ _SHAPE))
         raise UserError(
-            f"text.model: the text tower of '{model}' is not CLIP's (it differs in {more}); take one such as "
-            f"'ViT-B-32-quickgelu' or 'ViT-L-14'."
+            f"text.model: the text tower of '{model}' is not CLIP's (it differs in {differing}); "
+            f"take one such as 'ViT-B-32-quickgelu' or 'ViT-L-14'."
         )
     return Shape(
         text["context_length"],
@@ -63,7 +92,7 @@ def published_shape(model: str) -> Shape:
         text["width"],
         text["heads"],
         text["layers"],
-        bool(described.get("quick_gelu", False)),
+        bool(config.get("quick_gelu", False)),
     )
 
 
@@ -87,48 +116,48 @@ def published_weights(model: str, pretrained: str) -> dict[str, Tensor]:
 def _from_tag(model: str, tag: str) -> dict[str, Tensor]:
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 
-    described = get_pretrained_cfg(model, tag)
-    if not described:
+    config = get_pretrained_cfg(model, tag)
+    if not config:
         tags = ", ".join(list_pretrained_tags_by_model(model)) or "none"
         raise UserError(
             f"text.pretrained: '{model}' has no weights '{tag}'; give one of its tags ({tags}) or a file."
         )
-    _check_activation(model, bool(described.get("quick_gelu", False)), f"the weights '{tag}'")
+    _check_activation(model, bool(config.get("quick_gelu", False)), f"the weights '{tag}'")
     try:
-        file = download_pretrained(described)
+        file = download_pretrained(config)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"text.pretrained: the weights '{tag}' of '{model}' cannot be loaded ({reason}); give a local "
             f"file."
         ) from None
-    return _named_as_ours(read_tensors(Path(file)))
+    return _to_open_clip_keys(read_tensors(Path(file)))
 
 
 def _from_file(model: str, file: Path) -> dict[str, Tensor]:
     state = read_tensors(file)
-    if state.keys() >= _PROGRAMS_REST:
+    if state.keys() >= _TORCHSCRIPT_KEYS:
         _check_activation(model, True, f"OpenAI's weights in {file}")
-    beside = file.with_name("config.json")
-    if _is_transformers(state) and beside.is_file():
-        described: Any = read_json(beside, "configuration of these weights")
-        activation = (described.get("text_config") or described).get("hidden_act", "quick_gelu")
+    config_file = file.with_name("config.json")
+    if _is_transformers(state) and config_file.is_file():
+        config: Any = read_json(config_file, "configuration of these weights")
+        activation = (config.get("text_config") or config).get("hidden_act", "quick_gelu")
         _check_activation(model, activation == "quick_gelu", f"the weights in {file}")
-    return _named_as_ours(state)
+    return _to_open_clip_keys(state)
 
 
 def _check_activation(model: str, quick_gelu: bool, weights: str) -> None:
     """Check that weights and model have the same activation; a mismatch silently changes the features."""
     if published_shape(model).quick_gelu == quick_gelu:
         return
-    other = f"{model}-quickgelu" if quick_gelu else model.removesuffix("-quickgelu")
+    alternative = f"{model}-quickgelu" if quick_gelu else model.removesuffix("-quickgelu")
     trained, has = ("QuickGELU", "GELU") if quick_gelu else ("GELU", "QuickGELU")
     raise UserError(
-        f"text.model: {weights} were trained with {trained}, but '{model}' has {has}; take '{other}'."
+        f"text.model: {weights} were trained with {trained}, but '{model}' has {has}; take '{alternative}'."
     )
 
 
-def _named_as_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _to_open_clip_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert keys to open_clip's text tower: strip the prefixes of whole models, keep other keys."""
     if _is_transformers(state):
         has_prefix = any(name.startswith(PREFIX) for name in state)
@@ -141,4 +170,4 @@ def _named_as_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _is_transformers(state: Mapping[str, Tensor]) -> bool:
-    return _TRANSFORMERS in state or PREFIX + _TRANSFORMERS in state
+    return _TRANSFORMERS_KEY in state or PREFIX + _TRANSFORMERS_KEY in state

@@ -5,6 +5,7 @@ other keys, and with separate matrices for queries, keys and values.
 """
 
 from collections.abc import Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -39,14 +40,13 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         UserError: Keys are unknown or missing; the message lists all of them.
     """
     layers = _layers(state, "transformer.resblocks.")
-    names = _names(layers)
-    joined = [(_joined(layer, kind), _split(layer, kind)) for layer in range(layers) for kind in _KINDS]
-    check_names(state, [*names, *(ours for ours, _ in joined)], "CLIP's text tower")
-    theirs = {PREFIX + their: state[ours] for ours, their in names.items()}
-    for ours, split in joined:
-        parts = zip(split, state[ours].chunk(3), strict=True)
-        theirs |= {PREFIX + their: part.contiguous() for their, part in parts}
-    return theirs
+    keys, joint_keys = _keys(layers), _joint_keys(layers)
+    check_names(state, [*keys, *joint_keys], "CLIP's text tower")
+    converted = {PREFIX + target: state[key] for key, target in keys.items()}
+    for key, targets in joint_keys.items():
+        for target, part in zip(targets, state[key].chunk(3), strict=True):
+            converted[PREFIX + target] = part.contiguous()
+    return converted
 
 
 def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -55,35 +55,36 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         UserError: Keys are unknown or missing; the message lists all of them.
     """
-    given = {name.removeprefix(PREFIX): value for name, value in state.items()}
-    given.pop(_POSITIONS, None)
-    layers = _layers(given, "encoder.layers.")
-    names = _names(layers)
-    joined = [(_joined(layer, kind), _split(layer, kind)) for layer in range(layers) for kind in _KINDS]
-    check_names(
-        given,
-        [*names.values(), *(their for _, split in joined for their in split)],
-        "transformers' CLIPTextModel",
-    )
-    ours = {name: given[their] for name, their in names.items()}
-    return ours | {name: torch.cat([given[their] for their in split]) for name, split in joined}
+    state = {name.removeprefix(PREFIX): value for name, value in state.items()}
+    state.pop(_POSITIONS, None)
+    layers = _layers(state, "encoder.layers.")
+    keys, joint_keys = _keys(layers), _joint_keys(layers)
+    expected = [*keys.values(), *chain.from_iterable(joint_keys.values())]
+    check_names(state, expected, "transformers' CLIPTextModel")
+    converted = {key: state[source] for key, source in keys.items()}
+    for key, sources in joint_keys.items():
+        converted[key] = torch.cat([state[source] for source in sources])
+    return converted
 
 
-def _names(layers: int) -> dict[str, str]:
+def _keys(layers: int) -> dict[str, str]:
     return _OUTER | {
-        f"transformer.resblocks.{layer}.{ours}.{kind}": f"encoder.layers.{layer}.{theirs}.{kind}"
+        f"transformer.resblocks.{layer}.{key}.{kind}": f"encoder.layers.{layer}.{transformers_key}.{kind}"
         for layer in range(layers)
-        for ours, theirs in _LAYER.items()
+        for key, transformers_key in _LAYER.items()
         for kind in _KINDS
     }
 
 
-def _joined(layer: int, kind: str) -> str:
-    return f"transformer.resblocks.{layer}.attn.in_proj_{kind}"
-
-
-def _split(layer: int, kind: str) -> list[str]:
-    return [f"encoder.layers.{layer}.self_attn.{part}_proj.{kind}" for part in "qkv"]
+def _joint_keys(layers: int) -> dict[str, list[str]]:
+    """Return the keys of the matrices of queries, keys and values, by the key of the joint matrix."""
+    return {
+        f"transformer.resblocks.{layer}.attn.in_proj_{kind}": [
+            f"encoder.layers.{layer}.self_attn.{part}_proj.{kind}" for part in "qkv"
+        ]
+        for layer in range(layers)
+        for kind in _KINDS
+    }
 
 
 def _layers(state: Mapping[str, Tensor], prefix: str) -> int:

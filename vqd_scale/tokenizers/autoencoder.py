@@ -5,11 +5,11 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.tokenizers.base import Draws, check_signal, check_tokens
-from vqd_scale.tokenizers.convolutions import ConvolutionsConfig, Decoder, Encoder
+from vqd_scale.tokenizers.base import ImageTokenizer, SamplingKey, check_signal, check_tokens
+from vqd_scale.tokenizers.config import ConvolutionsConfig
+from vqd_scale.tokenizers.convolutions import Decoder, Encoder
 
 
 class Quantizer(Protocol):
@@ -54,7 +54,7 @@ class Reconstruction(NamedTuple):
     divergence: Tensor | None = None
 
 
-class Autoencoder(nn.Module, Generic[QuantizerType]):
+class Autoencoder(ImageTokenizer, Generic[QuantizerType]):
     """Encoder, codebook and decoder.
 
     With ``latent_channels``, 1x1 convolutions precede and follow the codebook.
@@ -68,35 +68,34 @@ class Autoencoder(nn.Module, Generic[QuantizerType]):
     def __init__(self, config: ConvolutionsConfig, code_width: int, quantize: QuantizerType) -> None:
         super().__init__()
         width = config.latent_channels or code_width
+        self.config = config
         self.factor = config.factor
+        self.codes = quantize.codes
         self.encoder = Encoder(config, width)
         self.quantize = quantize
         self.decoder = Decoder(config, width)
-        has_own = config.latent_channels is not None
-        self.quant_conv = Pointwise(width, code_width) if has_own else nn.Identity()
-        self.post_quant_conv = Pointwise(code_width, width) if has_own else nn.Identity()
-
-    @property
-    def codes(self) -> int:
-        """K, the number of codes."""
-        return self.quantize.codes
+        has_projection = config.latent_channels is not None
+        self.quant_conv = Pointwise(width, code_width) if has_projection else nn.Identity()
+        self.post_quant_conv = Pointwise(code_width, width) if has_projection else nn.Identity()
 
     def encode(
-        self, images: Float[Tensor, "batch 3 height width"], draws: Draws | None = None
+        self, images: Float[Tensor, "batch 3 height width"], sampling_key: SamplingKey | None = None
     ) -> Int[Tensor, "batch rows columns"]:
-        """Encode images in [-1, 1] to codes 0..K-1; deterministic unless ``draws`` is given.
+        """Encode images in [-1, 1] to codes 0..K-1; deterministic unless ``sampling_key`` is given.
 
         Raises:
             ValueError: The images have another range, dtype or shape (see `check_signal`), or the number of
                 slots differs from the number of images.
-            UserError: ``draws`` is given, but the tokenizer has no code probabilities.
+            UserError: ``sampling_key`` is given, but the tokenizer has no code probabilities.
         """
         check_signal(images, self.factor)
-        if draws is not None and len(draws.slots) != len(images):
-            raise ValueError(f"expected one slot for each of {len(images)} images, got {len(draws.slots)}")
+        if sampling_key is not None and len(sampling_key.slots) != len(images):
+            raise ValueError(
+                f"expected one slot for each of {len(images)} images, got {len(sampling_key.slots)}"
+            )
         z = self.latents(images).float()
         flat = z.permute(0, 2, 3, 1).flatten(0, 2)
-        ids = self.quantize.nearest(flat) if draws is None else self._sampled(flat, draws)
+        ids = self.quantize.nearest(flat) if sampling_key is None else self._sample_codes(flat, sampling_key)
         return ids.unflatten(0, (z.shape[0], z.shape[2], z.shape[3]))
 
     def decode(self, tokens: Int[Tensor, "batch rows columns"]) -> Float[Tensor, "batch 3 height width"]:
@@ -110,8 +109,8 @@ class Autoencoder(nn.Module, Generic[QuantizerType]):
 
     def code_vectors(self) -> Float[Tensor, "codes width"]:
         """Return the vector of every code."""
-        some = next(self.encoder.parameters())
-        return self.quantize.lookup(torch.arange(self.codes, device=some.device))
+        parameter = next(self.encoder.parameters())
+        return self.quantize.lookup(torch.arange(self.codes, device=parameter.device))
 
     def latents(
         self, images: Float[Tensor, "batch 3 height width"]
@@ -125,17 +124,18 @@ class Autoencoder(nn.Module, Generic[QuantizerType]):
         """Decode vectors to images, in the dtype of the decoder's weights."""
         return self.decoder(self.post_quant_conv(z))
 
-    def compute_in(self, dtype: torch.dtype) -> Self:
+    def compute_in(self, dtype: torch.dtype) -> None:
         """Run the convolutions in another dtype, channels last, which is faster on GPUs and some CPUs.
 
         The codebook and its 1x1 convolutions, which select the codes, stay float32.
         """
         for part in (self.encoder, self.decoder):
             part.to(dtype).to(memory_format=torch.channels_last)
-        return self
 
-    def _sampled(self, vectors: Float[Tensor, "count width"], draws: Draws) -> Int[Tensor, " count"]:
-        del vectors, draws
+    def _sample_codes(
+        self, vectors: Float[Tensor, "count width"], sampling_key: SamplingKey
+    ) -> Int[Tensor, " count"]:
+        del vectors, sampling_key
         raise UserError(
             f"tokenizer: {type(self).__name__} gives no probabilities to sample codes from; encode without "
             f"sampling."
@@ -146,26 +146,26 @@ class StraightThrough(Autoencoder[QuantizerType]):
     """Autoencoder trained with the straight-through estimator."""
 
     def forward(
-        self, images: Float[Tensor, "batch 3 height width"], *, quantised: bool = True
+        self, images: Float[Tensor, "batch 3 height width"], *, quantized: bool = True
     ) -> Reconstruction:
         """Reconstruct images; gradients pass the codebook by the straight-through estimator.
 
         Args:
             images: Float images in [-1, 1]; height and width multiples of `factor`.
-            quantised: False bypasses the codebook, for the first training steps.
+            quantized: False bypasses the codebook, for the first training steps.
         """
         z = self.latents(images)
         flat = z.permute(0, 2, 3, 1).flatten(0, 2)
-        if not quantised:
+        if not quantized:
             ids = torch.zeros(len(flat), dtype=torch.int64, device=z.device)
             return Reconstruction(self.reconstruct(z), flat, ids, z.new_zeros(len(z)))
         ids = self.quantize.nearest(flat.detach())
-        chosen = (
+        vectors = (
             self.quantize.lookup(ids).unflatten(0, (z.shape[0], z.shape[2], z.shape[3])).permute(0, 3, 1, 2)
         )
-        commitment = (z - chosen.detach()).square().flatten(1).mean(dim=1)
-        codebook = (chosen - z.detach()).square().flatten(1).mean(dim=1) if chosen.requires_grad else None
-        return Reconstruction(self.reconstruct(z + (chosen - z).detach()), flat, ids, commitment, codebook)
+        commitment = (z - vectors.detach()).square().flatten(1).mean(dim=1)
+        codebook = (vectors - z.detach()).square().flatten(1).mean(dim=1) if vectors.requires_grad else None
+        return Reconstruction(self.reconstruct(z + (vectors - z).detach()), flat, ids, commitment, codebook)
 
 
 class Pointwise(nn.Conv2d):
@@ -173,11 +173,11 @@ class Pointwise(nn.Conv2d):
 
     Args:
         width: Number of input channels.
-        following: Number of output channels.
+        out_width: Number of output channels.
     """
 
-    def __init__(self, width: int, following: int) -> None:
-        super().__init__(width, following, 1)
+    def __init__(self, width: int, out_width: int) -> None:
+        super().__init__(width, out_width, 1)
 
     def forward(self, input: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch following h w"]:
         """Apply the convolution."""

@@ -1,16 +1,17 @@
 """Image tokenizer interface, and conversion between bytes and floats."""
 
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 _PEAK = 1 + 1e-3
 """Largest accepted absolute value of an image: tolerates rounding, rejects another value range."""
 
 
-class Draws(NamedTuple):
+class SamplingKey(NamedTuple):
     """Key of the random numbers used to sample codes; see `vqd_scale.core.rng`.
 
     Attributes:
@@ -22,49 +23,44 @@ class Draws(NamedTuple):
     slots: Tensor
 
 
-class ImageTokenizer(Protocol):
+class ImageTokenizer(nn.Module, ABC):
     """Image tokenizer: images to a grid of discrete codes and back.
 
-    A new tokenizer is one file with one such class.
+    Attributes:
+        codes: K, the number of codes.
+        factor: Downsampling factor: pixels per token in each direction.
     """
 
-    @property
-    def codes(self) -> int:
-        """K, the number of codes."""
-        ...
+    codes: int
+    factor: int
 
-    @property
-    def factor(self) -> int:
-        """Downsampling factor: pixels per token in each direction."""
-        ...
-
+    @abstractmethod
     def encode(
-        self, images: Float[Tensor, "batch 3 height width"], draws: Draws | None = None
+        self, images: Float[Tensor, "batch 3 height width"], sampling_key: SamplingKey | None = None
     ) -> Int[Tensor, "batch rows columns"]:
-        """Encode images in [-1, 1] to codes 0..K-1; deterministic unless ``draws`` is given.
+        """Encode images in [-1, 1] to codes 0..K-1; deterministic unless ``sampling_key`` is given.
 
         Raises:
-            UserError: ``draws`` is given, but the tokenizer has no code probabilities.
+            UserError: ``sampling_key`` is given, but the tokenizer has no code probabilities.
         """
-        ...
 
+    @abstractmethod
     def decode(self, tokens: Int[Tensor, "batch rows columns"]) -> Float[Tensor, "batch 3 height width"]:
         """Decode codes to float32 images in about [-1, 1]."""
-        ...
 
+    @abstractmethod
     def latents(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch code rows columns"]:
         """Return the vectors of images in [-1, 1] before quantization."""
-        ...
 
+    @abstractmethod
     def code_vectors(self) -> Float[Tensor, "codes width"]:
         """Return the decoder's input vector for each code, a possible initialization of token embeddings."""
-        ...
 
-    def compute_in(self, dtype: torch.dtype) -> object:
+    @abstractmethod
+    def compute_in(self, dtype: torch.dtype) -> None:
         """Set the dtype of encoding and decoding; the selection of codes stays float32."""
-        ...
 
 
 def to_signal(images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:

@@ -5,60 +5,14 @@ Module names follow the published checkpoints, so weights load without renaming.
 
 from collections import OrderedDict
 from itertools import pairwise
-from typing import Literal
 
 from jaxtyping import Float
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
-from typing_extensions import Self
 
-from vqd_scale.core.config import Config
+from vqd_scale.tokenizers.config import NORM_GROUPS, ConvolutionsConfig, Norm
 
-_GROUPS = 32
 _EPSILON = 1e-6
-
-Norm = Literal["group", "none"]
-
-
-class ConvolutionsConfig(Config):
-    """Architecture of encoder and decoder, for any height and width that are multiples of `factor`."""
-
-    channels: PositiveInt = 128
-    channel_multipliers: tuple[PositiveInt, ...] = Field(default=(1, 1, 2, 4), min_length=1)
-    """Channels of each level, as multiples of ``channels``; every level except the last halves the
-    resolution."""
-    num_res_blocks: PositiveInt = 2
-    patch_size: PositiveInt = 1
-    """Side of the pixel blocks folded into channels at the input; 1 as published, larger is cheaper."""
-    norm: Norm = "group"
-    attention: tuple[NonNegativeInt, ...] = ()
-    """Levels with self-attention after each residual block; 0 is the finest."""
-    mid_attention: bool = False
-    """Add two residual blocks around self-attention at the coarsest level, as published."""
-    latent_channels: PositiveInt | None = None
-    """Channels between the convolutions and the codebook's 1x1 convolutions (``z_channels``). ``None``: no
-    1x1 convolutions."""
-
-    @property
-    def factor(self) -> int:
-        """Downsampling factor: pixels per token in each direction."""
-        return self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
-
-    @model_validator(mode="after")
-    def _groups_divide_channels(self) -> Self:
-        if self.norm == "group" and self.channels % _GROUPS:
-            raise ValueError(f"channels {self.channels} must be a multiple of {_GROUPS} under norm 'group'")
-        return self
-
-    @model_validator(mode="after")
-    def _attention_is_at_levels(self) -> Self:
-        if any(level >= len(self.channel_multipliers) for level in self.attention):
-            raise ValueError(
-                f"attention {list(self.attention)} must name levels below "
-                f"{len(self.channel_multipliers)}, the number of multipliers"
-            )
-        return self
 
 
 class Encoder(nn.Module):
@@ -128,14 +82,14 @@ class ResolutionLevel(nn.Module):
     """Residual blocks of one resolution, each optionally followed by self-attention."""
 
     def __init__(
-        self, config: ConvolutionsConfig, level: int, width: int, following: int, count: int
+        self, config: ConvolutionsConfig, level: int, width: int, out_width: int, count: int
     ) -> None:
         super().__init__()
         attends = level in config.attention
-        widths = [width] + [following] * count
+        widths = [width] + [out_width] * count
         self.block = nn.ModuleList(ResidualBlock(a, b, config.norm) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(
-            SpatialAttention(following, config.norm) for _ in range(count if attends else 0)
+            SpatialAttention(out_width, config.norm) for _ in range(count if attends else 0)
         )
 
     def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch following h w"]:
@@ -151,10 +105,10 @@ class DownBlock(ResolutionLevel):
     """Encoder level."""
 
     def __init__(
-        self, config: ConvolutionsConfig, level: int, width: int, following: int, *, is_last: bool
+        self, config: ConvolutionsConfig, level: int, width: int, out_width: int, *, is_last: bool
     ) -> None:
-        super().__init__(config, level, width, following, config.num_res_blocks)
-        self.downsample = nn.Identity() if is_last else Downsample(following)
+        super().__init__(config, level, width, out_width, config.num_res_blocks)
+        self.downsample = nn.Identity() if is_last else Downsample(out_width)
 
     def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch following h2 w2"]:
         """Apply all blocks, then downsample by two."""
@@ -165,10 +119,10 @@ class UpBlock(ResolutionLevel):
     """Decoder level."""
 
     def __init__(
-        self, config: ConvolutionsConfig, level: int, width: int, following: int, *, is_last: bool
+        self, config: ConvolutionsConfig, level: int, width: int, out_width: int, *, is_last: bool
     ) -> None:
-        super().__init__(config, level, width, following, config.num_res_blocks + 1)
-        self.upsample = nn.Identity() if is_last else Upsample(following)
+        super().__init__(config, level, width, out_width, config.num_res_blocks + 1)
+        self.upsample = nn.Identity() if is_last else Upsample(out_width)
 
     def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch following h2 w2"]:
         """Apply all blocks, then upsample by two."""
@@ -178,13 +132,13 @@ class UpBlock(ResolutionLevel):
 class ResidualBlock(nn.Module):
     """Residual block: (norm, SiLU, 3x3 convolution) twice."""
 
-    def __init__(self, width: int, following: int, norm: Norm) -> None:
+    def __init__(self, width: int, out_width: int, norm: Norm) -> None:
         super().__init__()
         self.norm1 = _norm(width, norm)
-        self.conv1 = nn.Conv2d(width, following, 3, padding=1)
-        self.norm2 = _norm(following, norm)
-        self.conv2 = nn.Conv2d(following, following, 3, padding=1)
-        self.nin_shortcut = nn.Identity() if width == following else nn.Conv2d(width, following, 1)
+        self.conv1 = nn.Conv2d(width, out_width, 3, padding=1)
+        self.norm2 = _norm(out_width, norm)
+        self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1)
+        self.nin_shortcut = nn.Identity() if width == out_width else nn.Conv2d(width, out_width, 1)
 
     def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch following h w"]:
         """Apply the block."""
@@ -207,8 +161,8 @@ class SpatialAttention(nn.Module):
         """Apply the block."""
         h = self.norm(x)
         q, k, v = (part(h).flatten(2).transpose(1, 2).unsqueeze(1) for part in (self.q, self.k, self.v))
-        seen = functional.scaled_dot_product_attention(q, k, v).squeeze(1)
-        return x + self.proj_out(seen.transpose(1, 2).unflatten(2, x.shape[2:]))
+        attended = functional.scaled_dot_product_attention(q, k, v).squeeze(1)
+        return x + self.proj_out(attended.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class Downsample(nn.Module):
@@ -248,4 +202,4 @@ def _middle(config: ConvolutionsConfig, width: int) -> nn.Module:
 
 
 def _norm(width: int, norm: Norm) -> nn.Module:
-    return nn.GroupNorm(_GROUPS, width, eps=_EPSILON) if norm == "group" else nn.Identity()
+    return nn.GroupNorm(NORM_GROUPS, width, eps=_EPSILON) if norm == "group" else nn.Identity()

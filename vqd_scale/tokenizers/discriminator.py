@@ -3,26 +3,16 @@
 from itertools import pairwise
 
 from jaxtyping import Float
-from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from vqd_scale.core.config import Config
+from vqd_scale.tokenizers.config import NORM_GROUPS, DiscriminatorConfig
 
 _KERNEL = 4
 _SLOPE = 0.2
 _DEVIATION = 0.02
 """Standard deviation of the initial convolution weights, as published."""
-_GROUPS = 32
 _SMALLEST_NORM = 1e-8
 _LARGEST_WEIGHT = 1e4
-
-
-class DiscriminatorConfig(Config):
-    """Architecture of the patch discriminator."""
-
-    channels: PositiveInt = Field(default=64, multiple_of=_GROUPS)
-    layers: PositiveInt = 3
-    """Number of strided convolutions after the first; 3 gives a receptive field of 70 pixels, 2 of 34."""
 
 
 class Discriminator(nn.Module):
@@ -39,11 +29,11 @@ class Discriminator(nn.Module):
         super().__init__()
         widths = [config.channels * min(2**layer, 8) for layer in range(config.layers + 1)]
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], _KERNEL, 2, 1), nn.LeakyReLU(_SLOPE)]
-        for layer, (width, following) in enumerate(pairwise(widths), start=1):
+        for layer, (width, out_width) in enumerate(pairwise(widths), start=1):
             stride = 2 if layer < config.layers else 1
             layers += [
-                nn.Conv2d(width, following, _KERNEL, stride, 1),
-                nn.GroupNorm(_GROUPS, following),
+                nn.Conv2d(width, out_width, _KERNEL, stride, 1),
+                nn.GroupNorm(NORM_GROUPS, out_width),
                 nn.LeakyReLU(_SLOPE),
             ]
         layers.append(nn.Conv2d(widths[-1], 1, _KERNEL, 1, 1))
@@ -59,10 +49,10 @@ class Discriminator(nn.Module):
 
 
 def hinge(
-    real: Float[Tensor, "batch patches"], made: Float[Tensor, "batch patches"]
+    real: Float[Tensor, "batch patches"], fake: Float[Tensor, "batch patches"]
 ) -> Float[Tensor, " batch"]:
     """Compute the discriminator loss: half the sum of the mean hinge losses of real and generated images."""
-    return ((1 - real).relu().mean(dim=1) + (1 + made).relu().mean(dim=1)) / 2
+    return ((1 - real).relu().mean(dim=1) + (1 + fake).relu().mean(dim=1)) / 2
 
 
 def adaptive_weight(reconstruction: Float[Tensor, ""], adversarial: Float[Tensor, ""]) -> Float[Tensor, ""]:

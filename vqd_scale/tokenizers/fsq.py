@@ -1,27 +1,17 @@
 """Finite scalar quantization (Mentzer et al., arXiv 2309.15505): a fixed grid as codebook."""
 
 import math
-from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
 from torch import Tensor, nn
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.tokenizers.autoencoder import StraightThrough
-from vqd_scale.tokenizers.convolutions import ConvolutionsConfig
+from vqd_scale.tokenizers.config import FSQConfig
 
 _MARGIN = 1e-3
 """Relative margin between the outermost levels and the bound, so that rounding cannot exceed the grid."""
-
-
-class FSQConfig(ConvolutionsConfig):
-    """Architecture of an FSQ autoencoder; K is the product of the levels."""
-
-    kind: Literal["fsq"] = "fsq"
-    levels: tuple[Annotated[int, Field(ge=2)], ...] = Field(default=(8, 5, 5, 5), min_length=1)
-    """Number of quantization levels of each latent channel."""
 
 
 class Grid(nn.Module):
@@ -37,14 +27,14 @@ class Grid(nn.Module):
     def __init__(self, levels: tuple[int, ...]) -> None:
         super().__init__()
         self.codes = math.prod(levels)
-        strides = [math.prod(levels[:place]) for place in range(len(levels))]
+        strides = [math.prod(levels[:channel]) for channel in range(len(levels))]
         self.register_buffer("levels", torch.tensor(levels))
         self.register_buffer("strides", torch.tensor(strides), persistent=False)
         self.levels: Tensor
         self.strides: Tensor
         self.register_load_state_dict_pre_hook(_check_levels)
 
-    def bounded(self, vectors: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
+    def bound(self, vectors: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
         """Squash latents between the outermost levels, in units of half the range (section 3)."""
         half = (self.levels - 1) * (1 - _MARGIN) / 2
         # An even number of levels has no middle level: a shift by half a step keeps zero near zero.
@@ -80,11 +70,10 @@ class FSQ(StraightThrough[Grid]):
 
     def __init__(self, config: FSQConfig) -> None:
         super().__init__(config, len(config.levels), Grid(config.levels))
-        self.config = config
 
     def latents(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch code rows columns"]:
         """Encode images to bounded vectors."""
         z = super().latents(images).permute(0, 2, 3, 1)
-        return self.quantize.bounded(z).permute(0, 3, 1, 2)
+        return self.quantize.bound(z).permute(0, 3, 1, 2)

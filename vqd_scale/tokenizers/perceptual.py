@@ -3,17 +3,15 @@
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.tensors import check_names, read_tensors
+from vqd_scale.tokenizers.config import LPIPSConfig
 
 Images = Float[Tensor, "batch 3 height width"]
 
@@ -22,26 +20,6 @@ _SCALE = (0.458, 0.448, 0.450)
 """Standard deviation of LPIPS inputs (`_SHIFT` is the mean): ImageNet's statistics for values in [-1, 1]."""
 _VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 _EPSILON = 1e-10
-
-
-class LPIPSConfig(Config):
-    """LPIPS (Zhang et al., arXiv 1801.03924) on VGG-16, the perceptual loss of VQ-GAN."""
-
-    kind: Literal["lpips"] = "lpips"
-    vgg: Path
-    """torchvision's VGG-16 weights (``vgg16-397923af.pth``), .pth or .safetensors."""
-    linear: Path | None = None
-    """LPIPS' linear weights (``vgg.pth``, version 0.1). Default: the file in the package lpips."""
-
-
-class PyramidConfig(Config):
-    """Multi-scale edge differences, a substitute for LPIPS that needs no weights."""
-
-    kind: Literal["pyramid"] = "pyramid"
-    levels: Annotated[int, Field(ge=1)] = 3
-
-
-PerceptualConfig = Annotated[LPIPSConfig | PyramidConfig, Field(discriminator="kind")]
 
 
 class LPIPS(nn.Module):
@@ -56,9 +34,9 @@ class LPIPS(nn.Module):
         width = 3
         for number, block in enumerate(_VGG16):
             layers += [] if number == 0 else [nn.MaxPool2d(2)]
-            for following in block:
-                layers += [nn.Conv2d(width, following, 3, padding=1), nn.ReLU()]
-                width = following
+            for out_width in block:
+                layers += [nn.Conv2d(width, out_width, 3, padding=1), nn.ReLU()]
+                width = out_width
         self.features = nn.Sequential(*layers)
         self.linear = nn.ParameterList(torch.zeros(block[-1]) for block in _VGG16)
         self.register_buffer("shift", torch.tensor(_SHIFT).view(3, 1, 1), persistent=False)
@@ -66,9 +44,9 @@ class LPIPS(nn.Module):
         self.shift: Tensor
         self.scale: Tensor
 
-    def forward(self, images: Images, others: Images) -> Float[Tensor, " batch"]:
+    def forward(self, images: Images, targets: Images) -> Float[Tensor, " batch"]:
         """Compute the LPIPS distance of each image to its target, both in [-1, 1]."""
-        x, y = ((given.float() - self.shift) / self.scale for given in (images, others))
+        x, y = ((batch.float() - self.shift) / self.scale for batch in (images, targets))
         total = x.new_zeros(len(x))
         layers = iter(self.features)
         for block, weight in zip(_VGG16, self.linear, strict=True):
@@ -76,7 +54,7 @@ class LPIPS(nn.Module):
             for _ in range(2 * len(block) + (block is not _VGG16[0])):
                 layer = next(layers)
                 x, y = layer(x), layer(y)
-            difference = (_normalised(x) - _normalised(y)).square()
+            difference = (_normalize_channels(x) - _normalize_channels(y)).square()
             total = total + (difference * weight[:, None, None]).sum(dim=1).mean(dim=(1, 2))
         return total
 
@@ -92,9 +70,9 @@ class Pyramid(nn.Module):
         super().__init__()
         self.levels = levels
 
-    def forward(self, images: Images, others: Images) -> Float[Tensor, " batch"]:
+    def forward(self, images: Images, targets: Images) -> Float[Tensor, " batch"]:
         """Compute the distance of each image to its target, both in [-1, 1]."""
-        error = (images - others).float()
+        error = (images - targets).float()
         total = error.new_zeros(len(error))
         for level in range(self.levels):
             if min(error.shape[-2:]) < 2:
@@ -105,15 +83,13 @@ class Pyramid(nn.Module):
         return total / self.levels
 
 
-def build_perceptual(config: PerceptualConfig) -> LPIPS | Pyramid:
-    """Build the perceptual loss with frozen weights.
+def load_lpips(config: LPIPSConfig) -> LPIPS:
+    """Load LPIPS with frozen weights.
 
     Raises:
         UserError: A weights file is missing, damaged, or has other contents.
     """
-    if isinstance(config, PyramidConfig):
-        return Pyramid(config.levels)
-    return lpips_of(read_tensors(config.vgg), read_tensors(config.linear or _packaged()))
+    return lpips_of(read_tensors(config.vgg), read_tensors(config.linear or _packaged_weights()))
 
 
 def lpips_of(vgg: Mapping[str, Tensor], linear: Mapping[str, Tensor]) -> LPIPS:
@@ -128,29 +104,29 @@ def lpips_of(vgg: Mapping[str, Tensor], linear: Mapping[str, Tensor]) -> LPIPS:
     """
     model = LPIPS()
     features = {name: value for name, value in vgg.items() if name.startswith("features.")}
-    weights = {
+    linear_weights = {
         f"linear.{number}": linear[name].flatten()
         for number in range(len(_VGG16))
         if (name := f"lin{number}.model.1.weight") in linear
     }
-    given = features | weights
-    check_names(given, model.state_dict(), "LPIPS on VGG-16")
+    weights = features | linear_weights
+    check_names(weights, model.state_dict(), "LPIPS on VGG-16")
     try:
-        model.load_state_dict(given)
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"LPIPS: the weights have other shapes than VGG-16's ({str(error)[:200]}).") from None
     return model.eval().requires_grad_(False)
 
 
-def _packaged() -> Path:
-    found = importlib.util.find_spec("lpips")
-    if found is None or not found.submodule_search_locations:
+def _packaged_weights() -> Path:
+    spec = importlib.util.find_spec("lpips")
+    if spec is None or not spec.submodule_search_locations:
         raise UserError(
             "perceptual.linear: the package lpips, which brings these weights, is not installed; install it, "
             "or name the file vgg.pth of its version 0.1."
         )
-    return Path(found.submodule_search_locations[0]) / "weights" / "v0.1" / "vgg.pth"
+    return Path(spec.submodule_search_locations[0]) / "weights" / "v0.1" / "vgg.pth"
 
 
-def _normalised(features: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch width h w"]:
+def _normalize_channels(features: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch width h w"]:
     return features / (features.square().sum(dim=1, keepdim=True).sqrt() + _EPSILON)

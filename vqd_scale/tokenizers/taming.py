@@ -7,52 +7,23 @@ module reads no files; `taming_config` converts the content of a published YAML 
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vqd_scale.core.config import validated
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.rng import Purpose, drawn_codes, uniforms
+from vqd_scale.core.rng import Purpose, sample_codes, uniforms
 from vqd_scale.tokenizers.autoencoder import Autoencoder, Pointwise, Reconstruction, StraightThrough
-from vqd_scale.tokenizers.base import Draws
+from vqd_scale.tokenizers.base import SamplingKey
 from vqd_scale.tokenizers.codebook.quantizer import chunks, nearest_codes
-from vqd_scale.tokenizers.convolutions import ConvolutionsConfig
+from vqd_scale.tokenizers.config import TamingGumbelConfig, TamingVQConfig
 
 _SMALLEST = 1e-30
 """Lower bound that keeps the logarithms of Gumbel noise finite."""
-
-
-class _TamingConfig(ConvolutionsConfig):
-    codebook_size: PositiveInt
-    code_dim: PositiveInt = 256
-    attention: tuple[int, ...] = (3,)
-    mid_attention: bool = True
-    latent_channels: PositiveInt | None = 256
-
-
-class TamingVQConfig(_TamingConfig):
-    """Architecture of a published VQ-GAN with a nearest-vector codebook; f8 by default."""
-
-    kind: Literal["taming_vq"] = "taming_vq"
-
-
-class TamingGumbelConfig(_TamingConfig):
-    """Architecture of a published VQ-GAN with a Gumbel codebook; f8 by default."""
-
-    kind: Literal["taming_gumbel"] = "taming_gumbel"
-
-
-OPENIMAGES_GUMBEL_F8 = TamingGumbelConfig(codebook_size=8192)
-"""``vqgan_gumbel_f8``; VQ-Diffusion's COCO, CUB-200 and CC models use it with 2887 remaining codes."""
-IMAGENET_F16 = TamingVQConfig(codebook_size=16384, channel_multipliers=(1, 1, 2, 2, 4), attention=(4,))
-"""``vqgan_imagenet_f16_16384``; VQ-Diffusion's ImageNet model uses it with 974 remaining codes."""
-FFHQ_F16 = TamingVQConfig(codebook_size=1024, channel_multipliers=(1, 1, 2, 2, 4), attention=(4,))
-"""First stage of the published FFHQ transformer; the architecture of ``vqgan_imagenet_f16_1024``."""
 
 
 class LearnedCodebook(nn.Module):
@@ -108,14 +79,14 @@ class GumbelCodebook(nn.Module):
         return torch.cat([self._logits(part).argmax(dim=1) for part in chunks(vectors, self.codes)])
 
     def sample(
-        self, vectors: Float[Tensor, "count width"], drawn: Float[Tensor, " count"]
+        self, vectors: Float[Tensor, "count width"], uniform_numbers: Float[Tensor, " count"]
     ) -> Int[Tensor, " count"]:
         """Sample each vector's code from its probabilities, with one uniform number per vector."""
         parts = chunks(vectors, self.codes)
-        numbers = drawn.split(len(parts[0]))
+        numbers = uniform_numbers.split(len(parts[0]))
         return torch.cat(
             [
-                drawn_codes(self._logits(part).softmax(dim=1), number)
+                sample_codes(self._logits(part).softmax(dim=1), number)
                 for part, number in zip(parts, numbers, strict=True)
             ]
         )
@@ -124,17 +95,17 @@ class GumbelCodebook(nn.Module):
         """Return the vectors of code ids."""
         return self.embed(ids)
 
-    def relaxed(
+    def gumbel_softmax(
         self,
         vectors: Float[Tensor, "count width"],
-        drawn: Float[Tensor, "count codes"],
+        uniform_numbers: Float[Tensor, "count codes"],
         temperature: Float[Tensor, ""],
     ) -> tuple[Float[Tensor, "count width"], Int[Tensor, " count"], Float[Tensor, " count"]]:
         """Sample codes by straight-through Gumbel softmax (Jang et al., arXiv 1611.01144).
 
         Args:
             vectors: Latents.
-            drawn: Uniform numbers in [0, 1), one per vector and code.
+            uniform_numbers: Uniform numbers in [0, 1), one per vector and code.
             temperature: Softmax temperature of the mixtures that gradients pass through; lower is closer to
                 one-hot.
 
@@ -142,7 +113,7 @@ class GumbelCodebook(nn.Module):
             The vectors of the sampled codes, the codes, and KL(q(code) ‖ uniform) in nats.
         """
         logits = self._logits(vectors)
-        exponential = -drawn.clamp(min=_SMALLEST).log()
+        exponential = -uniform_numbers.clamp(min=_SMALLEST).log()
         noise = -exponential.clamp(min=_SMALLEST).log()
         mixture = ((logits + noise) / temperature).softmax(dim=1)
         ids = mixture.argmax(dim=1)
@@ -167,7 +138,6 @@ class TamingVQ(StraightThrough[LearnedCodebook]):
 
     def __init__(self, config: TamingVQConfig) -> None:
         super().__init__(config, config.code_dim, LearnedCodebook(config.codebook_size, config.code_dim))
-        self.config = config
 
 
 class TamingGumbel(Autoencoder[GumbelCodebook]):
@@ -179,34 +149,43 @@ class TamingGumbel(Autoencoder[GumbelCodebook]):
 
     def __init__(self, config: TamingGumbelConfig) -> None:
         super().__init__(config, config.code_dim, GumbelCodebook(config.codebook_size, config.code_dim))
-        self.config = config
 
     def forward(
-        self, images: Float[Tensor, "batch 3 height width"], draws: Draws, temperature: Float[Tensor, ""]
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        sampling_key: SamplingKey,
+        temperature: Float[Tensor, ""],
     ) -> Reconstruction:
         """Reconstruct images from sampled codes, as in the training of the published models.
 
         Args:
             images: Float images in [-1, 1]; height and width multiples of `factor`.
-            draws: Key of the random numbers used to sample codes.
-            temperature: See `GumbelCodebook.relaxed`.
+            sampling_key: Key of the random numbers used to sample codes.
+            temperature: See `GumbelCodebook.gumbel_softmax`.
         """
         z = self.latents(images)
         shape = (z.shape[0], z.shape[2], z.shape[3])
         flat = z.permute(0, 2, 3, 1).flatten(0, 2)
-        places = len(flat) // shape[0]
-        count = places * self.codes
-        drawn = uniforms(draws.seed, Purpose.GUMBEL, draws.slots, count).view(len(flat), self.codes)
-        chosen, ids, divergence = self.quantize.relaxed(flat, drawn, temperature)
-        made = self.reconstruct(chosen.unflatten(0, shape).permute(0, 3, 1, 2))
-        none = z.new_zeros(len(z))
-        return Reconstruction(made, flat, ids, none, divergence=divergence.view(shape[0], -1).mean(dim=1))
+        count = len(flat) // shape[0] * self.codes
+        uniform_numbers = uniforms(sampling_key.seed, Purpose.GUMBEL, sampling_key.slots, count).view(
+            len(flat), self.codes
+        )
+        vectors, ids, divergence = self.quantize.gumbel_softmax(flat, uniform_numbers, temperature)
+        reconstructed = self.reconstruct(vectors.unflatten(0, shape).permute(0, 3, 1, 2))
+        commitment = z.new_zeros(len(z))
+        return Reconstruction(
+            reconstructed, flat, ids, commitment, divergence=divergence.view(shape[0], -1).mean(dim=1)
+        )
 
-    def _sampled(self, vectors: Float[Tensor, "count width"], draws: Draws) -> Int[Tensor, " count"]:
-        places = len(vectors) // len(draws.slots)
+    def _sample_codes(
+        self, vectors: Float[Tensor, "count width"], sampling_key: SamplingKey
+    ) -> Int[Tensor, " count"]:
+        positions = len(vectors) // len(sampling_key.slots)
         # float64: float32 is too coarse for the rarest codes.
-        drawn = uniforms(draws.seed, Purpose.ENCODING, draws.slots, places, dtype=torch.float64)
-        return self.quantize.sample(vectors, drawn.flatten())
+        uniform_numbers = uniforms(
+            sampling_key.seed, Purpose.ENCODING, sampling_key.slots, positions, dtype=torch.float64
+        )
+        return self.quantize.sample(vectors, uniform_numbers.flatten())
 
 
 def taming_config(values: Mapping[str, Any], source: str) -> TamingVQConfig | TamingGumbelConfig:
@@ -233,14 +212,14 @@ def taming_config(values: Mapping[str, Any], source: str) -> TamingVQConfig | Ta
     missing = sorted((required - shape.keys()) | ({"embed_dim", "n_embed"} - params.keys()))
     if missing:
         raise UserError(f"{source}: the model's params lack {', '.join(missing)}.")
-    only = {
+    required_values = {
         "double_z": False,
         "in_channels": 3,
         "out_ch": 3,
         "resamp_with_conv": True,
         "attn_type": "vanilla",
     }
-    for key, value in only.items():
+    for key, value in required_values.items():
         if shape.get(key, value) != value:
             raise UserError(f"{source}: ddconfig.{key} must be {value!r} here, not {shape[key]!r}.")
     if shape["ch_mult"][0] != 1:
@@ -250,7 +229,7 @@ def taming_config(values: Mapping[str, Any], source: str) -> TamingVQConfig | Ta
         for level in range(len(shape["ch_mult"]))
         if shape["resolution"] // 2**level in shape["attn_resolutions"]
     ]
-    described = {
+    fields = {
         "codebook_size": params["n_embed"],
         "code_dim": params["embed_dim"],
         "channels": shape["ch"],
@@ -259,11 +238,11 @@ def taming_config(values: Mapping[str, Any], source: str) -> TamingVQConfig | Ta
         "attention": attends,
         "latent_channels": shape["z_channels"],
     }
-    return validated(kinds[name], described, source)
+    return validated(kinds[name], fields, source)
 
 
 def _mapping(values: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:
-    found = values.get(key)
-    if not isinstance(found, Mapping):
+    section = values.get(key)
+    if not isinstance(section, Mapping):
         raise UserError(f"{source}: holds no mapping '{key}' as a VQ-GAN's YAML file does.")
-    return cast(Mapping[str, Any], found)
+    return cast(Mapping[str, Any], section)

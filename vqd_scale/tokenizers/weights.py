@@ -15,16 +15,12 @@ from vqd_scale.core.tensors import check_names
 
 _RESIDUAL = ("norm1", "conv1", "norm2", "conv2")
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-_EARLIER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """diffusers' attention names at the time of the ITHQ model's publication, to the current names."""
+_LINEAR = re.compile(r".+\.attentions\.\d+\.to_(q|k|v|out\.0)\.weight")
+"""Names of diffusers' linear layers that are 1x1 convolutions here."""
 _MOVING_AVERAGES = ("quantize.cluster_size", "quantize.embedding_avg")
 _CODEBOOK = "quantize.embedding.weight"
-
-
-class _Entry(NamedTuple):
-    ours: str
-    theirs: str
-    is_linear: bool
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -36,14 +32,14 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         UserError: Entries are unknown or missing; all are listed.
     """
-    given = {name: value for name, value in state.items() if name not in _MOVING_AVERAGES}
-    if "quantize.embedding" in given:
-        given[_CODEBOOK] = given.pop("quantize.embedding")
-    entries = list(_entries(_shape_of(given, "encoder.down.{}.block.{}.", "encoder.down.{}.attn.")))
-    check_names(given, [entry.ours for entry in entries], "a VQ-GAN")
+    weights = {name: value for name, value in state.items() if name not in _MOVING_AVERAGES}
+    if "quantize.embedding" in weights:
+        weights[_CODEBOOK] = weights.pop("quantize.embedding")
+    names = dict(_names(_shape_of(weights, "encoder.down.{}.block.{}.", "encoder.down.{}.attn.")))
+    check_names(weights, names, "a VQ-GAN")
     return {
-        entry.theirs: given[entry.ours][:, :, 0, 0].contiguous() if entry.is_linear else given[entry.ours]
-        for entry in entries
+        target: weights[name][:, :, 0, 0].contiguous() if _LINEAR.fullmatch(target) else weights[name]
+        for name, target in names.items()
     }
 
 
@@ -53,15 +49,13 @@ def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         UserError: Entries are unknown or missing; all are listed.
     """
-    given = {_renewed(name): value for name, value in state.items()}
+    weights = {_current_name(name): value for name, value in state.items()}
     pattern = "encoder.down_blocks.{}.resnets.{}.", "encoder.down_blocks.{}.attentions."
-    entries = list(_entries(_shape_of(given, *pattern)))
-    check_names(given, [entry.theirs for entry in entries], "diffusers' VQModel")
+    names = dict(_names(_shape_of(weights, *pattern)))
+    check_names(weights, names.values(), "diffusers' VQModel")
     return {
-        entry.ours: given[entry.theirs].unsqueeze(-1).unsqueeze(-1)
-        if entry.is_linear
-        else given[entry.theirs]
-        for entry in entries
+        name: weights[source][:, :, None, None] if _LINEAR.fullmatch(source) else weights[source]
+        for name, source in names.items()
     }
 
 
@@ -94,7 +88,7 @@ def _shape_of(state: Mapping[str, Tensor], block: str, attention: str) -> _Shape
     Inconsistent entries are later reported as missing.
     """
     pattern = re.compile(re.escape(block).replace(r"\{\}", r"(\d+)"))
-    numbers = [tuple(map(int, found.groups())) for name in state if (found := pattern.match(name))]
+    numbers = [tuple(map(int, match.groups())) for name in state if (match := pattern.match(name))]
     levels = len({level for level, _ in numbers})
     first = [state.get(block.format(level, 0) + "conv1.weight") for level in range(levels)]
     shapes = [() if weight is None else tuple(weight.shape[:2]) for weight in first]
@@ -105,60 +99,64 @@ def _shape_of(state: Mapping[str, Tensor], block: str, attention: str) -> _Shape
     )
 
 
-def _entries(shape: _Shape) -> Iterator[_Entry]:
+def _names(shape: _Shape) -> Iterator[tuple[str, str]]:
+    """Return the name here and the name in diffusers of every weight."""
     last = len(shape.widths) - 1
     for side in ("encoder", "decoder"):
-        yield from _both(f"{side}.conv_in", f"{side}.conv_in")
+        yield from _weight_and_bias(f"{side}.conv_in", f"{side}.conv_in")
         for number in range(2):
             yield from _residual(
                 f"{side}.mid.block_{number + 1}", f"{side}.mid_block.resnets.{number}", has_shortcut=False
             )
         yield from _attention(f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0")
-        yield from _both(f"{side}.norm_out", f"{side}.conv_norm_out")
-        yield from _both(f"{side}.conv_out", f"{side}.conv_out")
-    for level, (before, width) in enumerate(shape.widths):
-        ours, theirs = f"encoder.down.{level}", f"encoder.down_blocks.{level}"
-        yield from _level(ours, theirs, shape.blocks, before != width, shape.attends[level])
+        yield from _weight_and_bias(f"{side}.norm_out", f"{side}.conv_norm_out")
+        yield from _weight_and_bias(f"{side}.conv_out", f"{side}.conv_out")
+    for level, (in_width, width) in enumerate(shape.widths):
+        taming, diffusers = f"encoder.down.{level}", f"encoder.down_blocks.{level}"
+        yield from _level(taming, diffusers, shape.blocks, in_width != width, shape.attends[level])
         if level < last:
-            yield from _both(f"{ours}.downsample.conv", f"{theirs}.downsamplers.0.conv")
-        ours, theirs = f"decoder.up.{level}", f"decoder.up_blocks.{last - level}"
+            yield from _weight_and_bias(f"{taming}.downsample.conv", f"{diffusers}.downsamplers.0.conv")
+        taming, diffusers = f"decoder.up.{level}", f"decoder.up_blocks.{last - level}"
         coarser = shape.widths[min(level + 1, last)][1]
-        yield from _level(ours, theirs, shape.blocks + 1, coarser != width, shape.attends[level])
+        yield from _level(taming, diffusers, shape.blocks + 1, coarser != width, shape.attends[level])
         if level > 0:
-            yield from _both(f"{ours}.upsample.conv", f"{theirs}.upsamplers.0.conv")
-    yield from _both("quant_conv", "quant_conv")
-    yield from _both("post_quant_conv", "post_quant_conv")
-    yield _Entry(_CODEBOOK, _CODEBOOK, is_linear=False)
+            yield from _weight_and_bias(f"{taming}.upsample.conv", f"{diffusers}.upsamplers.0.conv")
+    yield from _weight_and_bias("quant_conv", "quant_conv")
+    yield from _weight_and_bias("post_quant_conv", "post_quant_conv")
+    yield _CODEBOOK, _CODEBOOK
 
 
-def _level(ours: str, theirs: str, blocks: int, widens: bool, attends: bool) -> Iterator[_Entry]:
+def _level(
+    taming: str, diffusers: str, blocks: int, has_shortcut: bool, attends: bool
+) -> Iterator[tuple[str, str]]:
     for number in range(blocks):
         yield from _residual(
-            f"{ours}.block.{number}", f"{theirs}.resnets.{number}", has_shortcut=widens and number == 0
+            f"{taming}.block.{number}",
+            f"{diffusers}.resnets.{number}",
+            has_shortcut=has_shortcut and number == 0,
         )
         if attends:
-            yield from _attention(f"{ours}.attn.{number}", f"{theirs}.attentions.{number}")
+            yield from _attention(f"{taming}.attn.{number}", f"{diffusers}.attentions.{number}")
 
 
-def _residual(ours: str, theirs: str, *, has_shortcut: bool) -> Iterator[_Entry]:
+def _residual(taming: str, diffusers: str, *, has_shortcut: bool) -> Iterator[tuple[str, str]]:
     for name in _RESIDUAL:
-        yield from _both(f"{ours}.{name}", f"{theirs}.{name}")
+        yield from _weight_and_bias(f"{taming}.{name}", f"{diffusers}.{name}")
     if has_shortcut:
-        yield from _both(f"{ours}.nin_shortcut", f"{theirs}.conv_shortcut")
+        yield from _weight_and_bias(f"{taming}.nin_shortcut", f"{diffusers}.conv_shortcut")
 
 
-def _attention(ours: str, theirs: str) -> Iterator[_Entry]:
-    for mine, their in _ATTENTION.items():
-        yield _Entry(f"{ours}.{mine}.weight", f"{theirs}.{their}.weight", is_linear=mine != "norm")
-        yield _Entry(f"{ours}.{mine}.bias", f"{theirs}.{their}.bias", is_linear=False)
+def _attention(taming: str, diffusers: str) -> Iterator[tuple[str, str]]:
+    for taming_part, diffusers_part in _ATTENTION.items():
+        yield from _weight_and_bias(f"{taming}.{taming_part}", f"{diffusers}.{diffusers_part}")
 
 
-def _both(ours: str, theirs: str) -> Iterator[_Entry]:
+def _weight_and_bias(taming: str, diffusers: str) -> Iterator[tuple[str, str]]:
     for kind in ("weight", "bias"):
-        yield _Entry(f"{ours}.{kind}", f"{theirs}.{kind}", is_linear=False)
+        yield f"{taming}.{kind}", f"{diffusers}.{kind}"
 
 
-def _renewed(name: str) -> str:
+def _current_name(name: str) -> str:
     head, dot, kind = name.rpartition(".")
     stem, _, part = head.rpartition(".")
-    return f"{stem}.{_EARLIER[part]}{dot}{kind}" if part in _EARLIER else name
+    return f"{stem}.{_OLD_ATTENTION[part]}{dot}{kind}" if part in _OLD_ATTENTION else name

@@ -1,4 +1,4 @@
-"""The kernels are compiled for GPUs that this machine need not have, down to machine code."""
+"""Compilation of the kernels to machine code for GPUs that may be absent."""
 
 from pathlib import Path
 
@@ -20,11 +20,11 @@ def test_kernels_compile_for_each_generation(
     from vqd_scale.diffusion.kernels import philox
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kinds = {"true": "*i64", "seen": "*i64", "slots": "*i64", "correct": "*i1", "logits": f"*{logits}"}
+    kinds = {"true": "*i64", "observed": "*i64", "slots": "*i64", "correct": "*i1", "logits": f"*{logits}"}
     kinds |= {"key": "i64", "draw": "i64"}
     sizes = {"row_stride", "code_stride", "out_row_stride", "out_code_stride", "codes", "count"}
-    constants = {"width": 4096, "each": 2 if sums == "fp64" else 1, "blocks": 128}
-    for kernel in (rows._read, rows._gradient, philox._uniforms):  # pyright: ignore[reportPrivateUsage]
+    constants = {"width": 4096, "words_per_number": 2 if sums == "fp64" else 1, "blocks": 128}
+    for kernel in (rows._statistics_kernel, rows._gradient_kernel, philox._uniforms):  # pyright: ignore[reportPrivateUsage]
         signature = {
             name: "constexpr"
             if name in constants

@@ -1,4 +1,4 @@
-"""Checkpoints laid out as Microsoft's, of random weights: names and shapes from their description alone."""
+"""Checkpoints in Microsoft's layout with random weights: names and shapes from their description."""
 
 import math
 from dataclasses import dataclass
@@ -8,9 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tests.tokenizers.published import Published, build
-from vqd_scale.tokenizers.taming import OPENIMAGES_GUMBEL_F8, TamingVQConfig
-from vqd_scale.tokenizers.vqgan import ITHQ
+from tests.tokenizers.plain_implementation import Published, build
+from vqd_scale.tokenizers.config import ITHQ, OPENIMAGES_GUMBEL_F8, TamingVQConfig
 
 State = dict[str, Tensor]
 
@@ -25,7 +24,7 @@ VQ_SLIM = TamingVQConfig(codebook_size=9, **SLIM)  # pyright: ignore[reportArgum
 
 @dataclass(frozen=True)
 class Kind:
-    """Which of the published models: text (ITHQ, COCO), class (ImageNet), none (FFHQ)."""
+    """Variant of the published models: text (ITHQ, COCO), class (ImageNet), none (FFHQ)."""
 
     condition: Literal["text", "class", "none"] = "text"
     feed_forward: Literal["fc", "conv"] = "fc"
@@ -129,7 +128,7 @@ def schedule_tables(codes: int) -> State:
 
 
 def random_state(kind: Kind, seed: int, *, learned: bool) -> State:
-    """What ``ema`` holds: network, CLIP where there is text, schedule, embedding of no caption."""
+    """Return the contents of ``ema``: network, CLIP for text models, schedule, embedding of no caption."""
     torch.manual_seed(seed)
     shapes = network_shapes(kind) | (clip_shapes() if kind.condition == "text" else {})
     state = {
@@ -143,7 +142,7 @@ def random_state(kind: Kind, seed: int, *, learned: bool) -> State:
 
 
 def checkpoint_of(kind: Kind, codec: Published, *, learned: bool = True) -> dict[str, Any]:
-    """A whole checkpoint, in which ``ema`` and ``model`` differ as they do after training."""
+    """Return a full checkpoint in which ``ema`` and ``model`` differ as after training."""
     last = {f"transformer.{name}": value for name, value in random_state(kind, 1, learned=learned).items()}
     ends = {"encoder": ["enc"], "quant_conv": ["enc"], "quantize": ["enc", "dec"]}
     for name, value in codec_state(codec).items():
@@ -169,7 +168,7 @@ def checkpoint_of(kind: Kind, codec: Published, *, learned: bool = True) -> dict
 
 
 def codec_state(codec: Published) -> State:
-    """A tokenizer's random weights under the names of its authors."""
+    """Return a tokenizer's random weights under its authors' names."""
     return dict(build(codec, seed=3).state_dict())
 
 

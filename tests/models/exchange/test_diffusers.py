@@ -1,4 +1,4 @@
-"""Folders of diffusers' VQDiffusionPipeline: in, out, and the same pictures (trap 32)."""
+"""Import and export of folders of diffusers' VQDiffusionPipeline, with equal images."""
 
 import importlib
 import json
@@ -14,20 +14,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.models.exchange.microsoft_files import GUMBEL_SLIM, ITHQ_SLIM, VQ_SLIM
-from tests.tokenizers.published import build
+from tests.tokenizers.plain_implementation import build
 from vqd_scale.core.errors import UserError
-from vqd_scale.diffusion.guidance import ConstantGuidance, guided_pair
-from vqd_scale.diffusion.samplers import LegacyDiffusers
+from vqd_scale.diffusion.config import ConstantGuidance, LegacyDiffusers, Paper, Released
+from vqd_scale.diffusion.guidance import apply_guidance
 from vqd_scale.diffusion.sampling_plan import SamplerContext, SamplerNoise
-from vqd_scale.diffusion.schedule import Paper, Released
-from vqd_scale.models.bundle import Bundle, BundleConfig, Model
+from vqd_scale.models.bundle import Bundle, Model
 from vqd_scale.models.conditions import conditions_of
+from vqd_scale.models.config import BundleConfig
 from vqd_scale.models.exchange.diffusers import plan_diffusers
 from vqd_scale.models.exchange.export import export_diffusers
-from vqd_scale.models.pipeline import TextToImage, picture_slots
-from vqd_scale.nn.denoiser import ClassCondition, DenoiserConfig, NoCondition, TextCondition
-from vqd_scale.nn.layers import Convolutional, FullyConnected
-from vqd_scale.text.clip import Tower
+from vqd_scale.models.pipeline import TextToImage, image_slots
+from vqd_scale.nn.config import (
+    ClassCondition,
+    Convolutional,
+    DenoiserConfig,
+    FullyConnected,
+    NoCondition,
+    TextCondition,
+)
+from vqd_scale.text.config import Tower
 from vqd_scale.tokenizers.codebook.reduction import Reduced
 
 STEPS, CODES, SIDE = 12, 9, 8
@@ -56,8 +62,8 @@ def random_bundle(config: BundleConfig = CONFIG, codec: Any = VQ_SLIM) -> Bundle
     return Bundle(config, model, build(codec))
 
 
-def their_pipeline(folder: Path) -> Any:
-    """Loaded quietly: it warns of its own deprecated use of itself."""
+def load_diffusers_pipeline(folder: Path) -> Any:
+    """Load diffusers' pipeline without its deprecation warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipeline = importlib.import_module("diffusers").VQDiffusionPipeline.from_pretrained(folder)
@@ -66,55 +72,61 @@ def their_pipeline(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module", params=[CONFIG, WITHOUT_NULL], ids=["learned", "empty"])
-def sides(
+def pipelines(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Bundle, Any, Path]:
-    """A model of random weights, and the same through a folder in diffusers."""
+    """Return a model with random weights, and the same model loaded by diffusers."""
     folder = tmp_path_factory.mktemp("exported") / "pipeline"
     bundle = random_bundle(request.param)
     export_diffusers(bundle, folder)
-    return bundle, their_pipeline(folder), folder
+    return bundle, load_diffusers_pipeline(folder), folder
 
 
 Sides = tuple[Bundle, Any, Path]
 
 
-def test_the_network_gives_the_same_log_probabilities(sides: Sides) -> None:
-    bundle, theirs, _ = sides
+def test_network_log_probabilities_equal_diffusers(pipelines: Sides) -> None:
+    bundle, diffusers_pipeline, _ = pipelines
     tokens = torch.randint(0, CODES + 1, (3, SIDE * SIDE), generator=torch.Generator().manual_seed(0))
     text = torch.randn(3, 24, 16)
     for t in (0, 5, STEPS - 1):
         with torch.no_grad():
-            ours = bundle.model.denoiser(tokens, torch.full((3,), t), text).log_softmax(-1)
-            expected = theirs.transformer(tokens, encoder_hidden_states=text, timestep=torch.tensor(t)).sample
-        assert ours.std() > 0.5
-        torch.testing.assert_close(ours.transpose(1, 2), expected, atol=1e-5, rtol=0)
+            log_probabilities = bundle.model.denoiser(tokens, torch.full((3,), t), text).log_softmax(-1)
+            expected = diffusers_pipeline.transformer(
+                tokens, encoder_hidden_states=text, timestep=torch.tensor(t)
+            ).sample
+        assert log_probabilities.std() > 0.5
+        torch.testing.assert_close(log_probabilities.transpose(1, 2), expected, atol=1e-5, rtol=0)
 
 
-def test_the_decoder_gives_the_same_pixels_and_the_encoder_the_same_latents(sides: Sides) -> None:
-    bundle, theirs, _ = sides
+def test_decoder_pixels_and_encoder_latents_equal_diffusers(pipelines: Sides) -> None:
+    bundle, diffusers_pipeline, _ = pipelines
     tokens = torch.arange(2 * SIDE**2).remainder(CODES).view(2, SIDE, SIDE)
     with torch.no_grad():
-        vectors = theirs.vqvae.quantize.get_codebook_entry(tokens.flatten(), shape=(2, SIDE, SIDE, 4))
-        expected = theirs.vqvae.decode(vectors, force_not_quantize=True).sample
-        ours = bundle.tokenizer.decode(tokens)
-        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
-        latents = theirs.vqvae.encode(ours.clamp(-1, 1)).latents
-        torch.testing.assert_close(bundle.tokenizer.latents(ours.clamp(-1, 1)), latents, atol=1e-5, rtol=0)  # pyright: ignore
+        vectors = diffusers_pipeline.vqvae.quantize.get_codebook_entry(
+            tokens.flatten(), shape=(2, SIDE, SIDE, 4)
+        )
+        expected = diffusers_pipeline.vqvae.decode(vectors, force_not_quantize=True).sample
+        images = bundle.tokenizer.decode(tokens)
+        torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+        latents = diffusers_pipeline.vqvae.encode(images.clamp(-1, 1)).latents
+        torch.testing.assert_close(bundle.tokenizer.latents(images.clamp(-1, 1)), latents, atol=1e-5, rtol=0)  # pyright: ignore
 
 
-def test_captions_have_the_same_ids_and_features(sides: Sides) -> None:
-    bundle, theirs, _ = sides
+def test_caption_ids_and_features_equal_diffusers(pipelines: Sides) -> None:
+    bundle, diffusers_pipeline, _ = pipelines
     ids = bundle.model.text.tokenizer(PROMPTS)
     length = bundle.model.text.tokenizer.context_length
-    expected = theirs.tokenizer(PROMPTS, padding="max_length", max_length=length).input_ids
-    # Trap 15: filled up with token 0. Too long a caption loses its end there, and is not compared.
+    expected = diffusers_pipeline.tokenizer(PROMPTS, padding="max_length", max_length=length).input_ids
+    # Padded with token 0. diffusers drops the end token of long captions, so these are not compared.
     assert [list(row) for row in ids[:3]] == expected[:3]
     conditions = conditions_of(bundle, PROMPTS[:2], None)
-    features = theirs._encode_prompt(PROMPTS[:2], 1, True)
-    assert conditions.given is not None
-    assert conditions.absent is not None
-    torch.testing.assert_close(torch.cat([conditions.absent, conditions.given]), features, atol=1e-4, rtol=0)
+    features = diffusers_pipeline._encode_prompt(PROMPTS[:2], 1, True)
+    assert conditions.prompt is not None
+    assert conditions.negative is not None
+    torch.testing.assert_close(
+        torch.cat([conditions.negative, conditions.prompt]), features, atol=1e-4, rtol=0
+    )
 
 
 def states_of(bundle: Bundle) -> dict[str, Tensor]:
@@ -124,14 +136,14 @@ def states_of(bundle: Bundle) -> dict[str, Tensor]:
     }
 
 
-def test_trap_32_there_and_back_is_bit_equal(sides: Sides) -> None:
-    bundle, _, folder = sides
+def test_export_import_round_trip_is_bit_equal(pipelines: Sides) -> None:
+    bundle, _, folder = pipelines
     back = plan_diffusers(folder).bundle()
     before, after = states_of(bundle), states_of(back)
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert torch.equal(after[name], value), name
-    # Where training would have begun, and where the weights come from, is not what they are.
+    # Initialization settings and origin do not describe the weights.
     started = back.config.denoiser.model_copy(update={"init_std": 0.2})
     assert (
         back.config.model_copy(update={"denoiser": started, "origin": bundle.config.origin}) == bundle.config
@@ -139,16 +151,16 @@ def test_trap_32_there_and_back_is_bit_equal(sides: Sides) -> None:
     assert back.tokenizer.config == bundle.tokenizer.config  # pyright: ignore
 
 
-def test_trap_32_what_diffusers_saves_again_is_bit_equal(sides: Sides, tmp_path: Path) -> None:
-    bundle, theirs, _ = sides
-    theirs.save_pretrained(tmp_path / "again")
+def test_resaved_diffusers_folder_is_bit_equal(pipelines: Sides, tmp_path: Path) -> None:
+    bundle, diffusers_pipeline, _ = pipelines
+    diffusers_pipeline.save_pretrained(tmp_path / "again")
     after = states_of(plan_diffusers(tmp_path / "again").bundle())
     for name, value in states_of(bundle).items():
         assert torch.equal(after[name], value), name
 
 
 @pytest.mark.parametrize("codec", [ITHQ_SLIM, GUMBEL_SLIM], ids=["ithq", "gumbel"])
-def test_other_codebooks_keep_their_pictures(tmp_path: Path, codec: Any) -> None:
+def test_other_codebooks_decode_equal_images(tmp_path: Path, codec: Any) -> None:
     bundle = random_bundle(CONFIG.model_copy(update={"codebook_size": codec.codebook_size}), codec)
     export_diffusers(bundle, tmp_path / "pipeline")
     back = plan_diffusers(tmp_path / "pipeline").bundle()
@@ -156,7 +168,7 @@ def test_other_codebooks_keep_their_pictures(tmp_path: Path, codec: Any) -> None
     assert torch.equal(back.tokenizer.decode(tokens), bundle.tokenizer.decode(tokens))
 
 
-def test_a_reduced_codebook_keeps_its_pictures(tmp_path: Path) -> None:
+def test_reduced_codebook_decodes_equal_images(tmp_path: Path) -> None:
     reduced = Reduced(build(GUMBEL_SLIM), CODES)
     bundle = replace(random_bundle(), tokenizer=reduced)
     export_diffusers(bundle, tmp_path / "pipeline")
@@ -166,7 +178,7 @@ def test_a_reduced_codebook_keeps_its_pictures(tmp_path: Path) -> None:
 
 
 class RecordedNoise:
-    """diffusers' Gumbel noise, kept so that ours can be the same."""
+    """Recorded Gumbel noise of diffusers, for the package's sampler."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps: list[Tensor] = []
@@ -181,18 +193,18 @@ class RecordedNoise:
 
         def same(noise: SamplerNoise, states: int) -> Tensor:
             numbers = self.steps[noise.draw].transpose(1, 2)
-            # Ours has a row for the mask in the last step, too, which cannot be drawn.
+            # The package's last step has a row for the mask as well, which has probability 0.
             return nn.functional.pad(numbers, (0, states - numbers.shape[-1]))
 
         monkeypatch.setattr(SamplerNoise, "gumbel", same)
 
 
-def test_from_the_same_tokens_and_noise_every_step_is_that_of_diffusers(
-    sides: Sides, monkeypatch: pytest.MonkeyPatch
+def test_every_step_equals_diffusers_for_equal_tokens_and_noise(
+    pipelines: Sides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle, theirs, _ = sides
+    bundle, diffusers_pipeline, _ = pipelines
     RecordedNoise(monkeypatch)
-    # So many pictures that one token in ten thousand may differ in a step.
+    # Enough images that one token in ten thousand may differ in a step.
     prompts = [*PROMPTS[:2], "a cat", "a hat"] * 40
     count = len(prompts)
     visited = [torch.full((count, SIDE * SIDE), CODES)]
@@ -201,7 +213,7 @@ def test_from_the_same_tokens_and_noise_every_step_is_that_of_diffusers(
         del step, t
         visited.append(tokens.clone())
 
-    expected = theirs(
+    expected = diffusers_pipeline(
         prompts,
         num_inference_steps=STEPS,
         guidance_scale=5.0,
@@ -210,15 +222,16 @@ def test_from_the_same_tokens_and_noise_every_step_is_that_of_diffusers(
         output_type="np",
     ).images
     pipe = TextToImage(bundle)
-    predict = guided_pair(
+    predict = apply_guidance(
         *pipe.predictions(conditions_of(bundle, prompts, None)), ConstantGuidance(scale=5.0)
     )
-    sampler = LegacyDiffusers(steps=STEPS)
+    config = LegacyDiffusers(steps=STEPS)
+    sampler = config.build()
     plan = sampler.plan(pipe.transition, STEPS - 1)
-    slots = picture_slots(0, count)
+    slots = image_slots(0, count)
     for number, step in enumerate(plan):
         tokens = visited[number]
-        moment = SamplerContext(
+        context = SamplerContext(
             pipe.transition,
             step,
             SamplerNoise(0, slots, SIDE * SIDE, number),
@@ -226,17 +239,17 @@ def test_from_the_same_tokens_and_noise_every_step_is_that_of_diffusers(
             first_masks=torch.full((count,), SIDE * SIDE),
             first=STEPS - 1,
         )
-        drawn = sampler.advance(tokens, predict(tokens, step.network_time), moment)
-        equal = (drawn == visited[number + 1]).double().mean()
+        next_tokens = sampler.advance(tokens, predict(tokens, step.network_time), context)
+        equal = (next_tokens == visited[number + 1]).double().mean()
         assert equal >= 0.9999, f"step {number}"
-        # The steps are worth comparing: tokens are drawn, and not all are the same.
+        # The comparison is not trivial: tokens are sampled and vary.
         assert number == 0 or (tokens != CODES).any()
     assert visited[-1].unique().numel() > CODES // 2
 
-    pictures = pipe.draw(prompts, slots, sampler, guidance=ConstantGuidance(scale=5.0))
+    images = pipe.generate_batch(prompts, slots, config, guidance=ConstantGuidance(scale=5.0))
     levels = torch.from_numpy(np.round(expected * 255)).permute(0, 3, 1, 2)
-    same = (pictures.double() - levels).abs().amax((1, 2, 3)) <= 1
-    # A single token that falls otherwise changes all that is drawn after it, in its own picture.
+    same = (images.double() - levels).abs().amax((1, 2, 3)) <= 1
+    # A single differing token changes all later tokens of its own image.
     assert same.float().mean() >= 0.9
 
 
@@ -251,7 +264,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "pipeline"
 
 
-def test_the_published_folder_without_null_embeddings_is_one_sentence(folder: Path) -> None:
+def test_published_folder_without_null_embeddings_is_refused(folder: Path) -> None:
     name = "learned_classifier_free_sampling_embeddings"
     index = json.loads((folder / "model_index.json").read_text())
     del index[name]
@@ -285,7 +298,7 @@ def test_the_published_folder_without_null_embeddings_is_one_sentence(folder: Pa
         ("vqvae/config.json", {"norm_type": "spatial"}, "norm_type is 'spatial'"),
     ],
 )
-def test_a_folder_of_another_model_is_one_sentence(
+def test_folder_of_another_model_is_refused(
     folder: Path, path: str, change: dict[str, Any], sentence: str
 ) -> None:
     broken(folder, path, change)
@@ -340,7 +353,7 @@ def test_half_precision_weights_are_read_as_float32(folder: Path) -> None:
         ({"text": CONFIG.text.model_copy(update={"normalize": False})}, "a text tower but CLIP's"),  # pyright: ignore
     ],
 )
-def test_what_diffusers_has_no_counterpart_of_is_refused(
+def test_settings_without_diffusers_counterpart_are_refused(
     tmp_path: Path, change: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence):
@@ -348,7 +361,7 @@ def test_what_diffusers_has_no_counterpart_of_is_refused(
     assert not (tmp_path / "pipeline").exists()
 
 
-def test_a_tokenizer_that_diffusers_does_not_know_is_refused(tmp_path: Path) -> None:
+def test_tokenizer_unsupported_by_diffusers_is_refused(tmp_path: Path) -> None:
     plain = VQ_SLIM.model_copy(update={"norm": "none"})
     with pytest.raises(UserError, match="of this tokenizer"):
         export_diffusers(random_bundle(codec=plain), tmp_path / "pipeline")

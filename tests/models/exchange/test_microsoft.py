@@ -1,4 +1,4 @@
-"""Checkpoints laid out as Microsoft's become models (traps 32 and 39 of converting)."""
+"""Conversion of checkpoints in Microsoft's layout."""
 
 from pathlib import Path
 from typing import Any
@@ -8,14 +8,14 @@ import torch
 
 from tests.models.exchange import microsoft_files as files
 from tests.models.exchange.microsoft_files import GUMBEL_SLIM, HEADS, ITHQ_SLIM, VQ_SLIM, Kind
-from tests.tokenizers.published import decoded, vectors_of
+from tests.tokenizers.plain_implementation import decoded, vectors_of
 from vqd_scale.core.errors import UserError
 from vqd_scale.models.bundle import load_bundle
 from vqd_scale.models.exchange.conversion import ModelPlan, TokenizerPlan
 from vqd_scale.models.exchange.microsoft import MicrosoftOptions, plan_microsoft
 from vqd_scale.models.pipeline import TextToImage
 from vqd_scale.tokenizers.codebook.reduction import Reduced
-from vqd_scale.tokenizers.registry import ReducedConfig
+from vqd_scale.tokenizers.config import ReducedConfig
 
 OPTIONS = MicrosoftOptions(heads=HEADS)
 
@@ -25,7 +25,7 @@ def converted(path: Path, out: Path, options: MicrosoftOptions = OPTIONS) -> Tex
     return TextToImage.load(out, device="cpu")
 
 
-def test_trap_32_every_weight_of_the_average_arrives_bit_for_bit(tmp_path: Path) -> None:
+def test_every_ema_weight_is_imported_bit_equal(tmp_path: Path) -> None:
     checkpoint = files.checkpoint_of(Kind(), ITHQ_SLIM)
     plan_microsoft(files.write(tmp_path, checkpoint), OPTIONS).save(tmp_path / "bundle")
     model = load_bundle(tmp_path / "bundle").model.state_dict()
@@ -44,23 +44,23 @@ def test_trap_32_every_weight_of_the_average_arrives_bit_for_bit(tmp_path: Path)
         ),
         "text.tower.positional_embedding": "condition_emb.positional_embedding",
     }
-    for ours, theirs in pairs.items():
-        assert torch.equal(model[ours], average[theirs]), ours
-        assert not torch.equal(model[ours], checkpoint["model"][f"transformer.{theirs}"]), ours
+    for package_name, original_name in pairs.items():
+        assert torch.equal(model[package_name], average[original_name]), package_name
+        assert not torch.equal(model[package_name], checkpoint["model"][f"transformer.{original_name}"]), (
+            package_name
+        )
     assert model["text.null"].dtype == torch.float32
     assert torch.equal(model["text.null"], average["empty_text_embed"].float())
-    # All of it: as many numbers as theirs, less those dropped by name.
+    # Complete: as many numbers as the checkpoint, minus the dropped names.
     dropped = ("mask", "log_", "Lt_", "text_projection")
-    theirs = sum(
+    original_name = sum(
         value.numel() for name, value in average.items() if not any(part in name for part in dropped)
     )
-    assert sum(value.numel() for value in model.values()) == theirs
+    assert sum(value.numel() for value in model.values()) == original_name
 
 
 @pytest.mark.parametrize("codec", [ITHQ_SLIM, VQ_SLIM], ids=["ithq", "vq"])
-def test_tokens_decode_to_the_pixels_of_the_plain_implementation(
-    tmp_path: Path, codec: files.Published
-) -> None:
+def test_tokens_decode_to_pixels_of_plain_implementation(tmp_path: Path, codec: files.Published) -> None:
     checkpoint = files.checkpoint_of(Kind(), codec)
     pipe = converted(files.write(tmp_path, checkpoint), tmp_path / "bundle")
     tokens = torch.arange(16).remainder(9).view(1, 4, 4)
@@ -70,9 +70,9 @@ def test_tokens_decode_to_the_pixels_of_the_plain_implementation(
     assert pipe("a red circle", steps=3, progress=False)[0].size == (8, 8)
 
 
-def test_a_reduced_codebook_needs_its_map_and_decodes_through_it(tmp_path: Path) -> None:
+def test_reduced_codebook_requires_its_map(tmp_path: Path) -> None:
     path = files.write(tmp_path, files.checkpoint_of(Kind(codes=5), GUMBEL_SLIM))
-    with pytest.raises(UserError, match=r"5 codes, but the tokenizer 13; name the map .* --reduction"):
+    with pytest.raises(UserError, match=r"5 codes, but the tokenizer 13; give the map .* --reduction"):
         plan_microsoft(path, OPTIONS)
     torch.save(torch.tensor([0, 1, 0, 0, 2, 0, 3, 0, 0, 0, 0, 0, 0]), tmp_path / "other.pt")
     with pytest.raises(UserError, match=r"leads to the ids 0\.\.3, but the model has 5 codes"):
@@ -89,7 +89,7 @@ def test_a_reduced_codebook_needs_its_map_and_decodes_through_it(tmp_path: Path)
 
 
 @pytest.mark.parametrize("condition", ["class", "none"])
-def test_models_of_classes_and_of_nothing_are_read_off_their_weights(tmp_path: Path, condition: Any) -> None:
+def test_class_and_unconditional_models_are_detected_from_weights(tmp_path: Path, condition: Any) -> None:
     kind = Kind(condition=condition, feed_forward="conv", side=2, positions=4)
     path = files.write(tmp_path, files.checkpoint_of(kind, VQ_SLIM))
     options = MicrosoftOptions(heads=HEADS, grid=(2, 2))
@@ -97,30 +97,30 @@ def test_models_of_classes_and_of_nothing_are_read_off_their_weights(tmp_path: P
     config = pipe.bundle.config
     assert config.text is None
     assert config.denoiser.condition.kind == condition
-    # Trap 19: the published models lay 16x16 tokens into position tables of 32x32.
+    # The published models place 16x16 tokens in position tables of 32x32.
     assert config.denoiser.kind == "transformer"
     assert config.denoiser.position_grid == (4, 4)
     prompts = [0, 4, 5] if condition == "class" else ["", "", ""]
-    pictures = pipe(prompts, steps=3, progress=False)
-    assert pictures.tensor.shape == (3, 3, 4, 4)
+    images = pipe(prompts, steps=3, progress=False)
+    assert images.tensor.shape == (3, 3, 4, 4)
 
 
-def test_the_grid_is_that_of_a_picture_of_256_pixels_where_no_mask_says_it(tmp_path: Path) -> None:
+def test_grid_defaults_to_256_pixels_without_attention_mask(tmp_path: Path) -> None:
     kind = Kind(condition="none", feed_forward="conv", positions=128)
     plan = plan_microsoft(files.write(tmp_path, files.checkpoint_of(kind, VQ_SLIM)), OPTIONS)
     assert isinstance(plan, ModelPlan)
     assert plan.config.grid == (128, 128)
 
 
-def test_what_stands_for_no_caption_can_be_chosen(tmp_path: Path) -> None:
+def test_null_condition_is_selectable(tmp_path: Path) -> None:
     path = files.write(tmp_path, files.checkpoint_of(Kind(), ITHQ_SLIM))
-    empty = converted(path, tmp_path / "a", MicrosoftOptions(heads=HEADS, no_caption="empty"))
+    empty = converted(path, tmp_path / "a", MicrosoftOptions(heads=HEADS, null_condition="empty"))
     assert empty.bundle.model.text.null is None
     older = files.write(tmp_path, files.checkpoint_of(Kind(), ITHQ_SLIM, learned=False), "ithq.pth")
     assert converted(older, tmp_path / "b").bundle.model.text.null is None
 
 
-def test_without_an_average_the_last_weights_are_taken(tmp_path: Path) -> None:
+def test_weights_without_ema_are_used(tmp_path: Path) -> None:
     checkpoint = files.checkpoint_of(Kind(), ITHQ_SLIM)
     del checkpoint["ema"]
     model = converted(files.write(tmp_path, checkpoint), tmp_path / "bundle").bundle.model.state_dict()
@@ -128,11 +128,11 @@ def test_without_an_average_the_last_weights_are_taken(tmp_path: Path) -> None:
     assert torch.equal(model["denoiser.head.weight"], last)
 
 
-def test_a_file_without_a_tokenizer_takes_a_bundle(tmp_path: Path) -> None:
-    whole = files.checkpoint_of(Kind(), ITHQ_SLIM)
-    average = {"ema": whole["ema"]}
+def test_checkpoint_without_tokenizer_takes_a_bundle(tmp_path: Path) -> None:
+    checkpoint = files.checkpoint_of(Kind(), ITHQ_SLIM)
+    average = {"ema": checkpoint["ema"]}
     path = files.write(tmp_path, average, "average.pth")
-    with pytest.raises(UserError, match="holds no tokenizer; name the bundle of one with --tokenizer"):
+    with pytest.raises(UserError, match="contains no tokenizer; give a tokenizer bundle with --tokenizer"):
         plan_microsoft(path, OPTIONS)
     alone = files.write(tmp_path, {"model": files.codec_state(ITHQ_SLIM)}, "ithq_vqvae.pth")
     plan = plan_microsoft(alone, OPTIONS)
@@ -143,13 +143,13 @@ def test_a_file_without_a_tokenizer_takes_a_bundle(tmp_path: Path) -> None:
             path, MicrosoftOptions(tokenizer=tmp_path / "tokenizer", reduction=tmp_path / "map.pt")
         )
     pipe = converted(path, tmp_path / "a", MicrosoftOptions(heads=HEADS, tokenizer=tmp_path / "tokenizer"))
-    both = converted(files.write(tmp_path, whole), tmp_path / "b")
+    with_tokenizer = converted(files.write(tmp_path, checkpoint), tmp_path / "b")
     assert torch.equal(
-        pipe(["x"], steps=2, progress=False).tensor, both(["x"], steps=2, progress=False).tensor
+        pipe(["x"], steps=2, progress=False).tensor, with_tokenizer(["x"], steps=2, progress=False).tensor
     )
 
 
-def test_trap_39_another_schedule_than_the_released_one_is_refused(tmp_path: Path) -> None:
+def test_other_noise_schedule_is_refused(tmp_path: Path) -> None:
     checkpoint = files.checkpoint_of(Kind(), ITHQ_SLIM)
     checkpoint["ema"]["log_cumprod_ct"][:100] = torch.linspace(0.009, 0.9, 100).log()
     with pytest.raises(UserError, match=r"another schedule than the released one .log_cumprod_ct differs"):
@@ -176,7 +176,7 @@ def test_missing_unknown_and_misshapen_weights_are_listed(tmp_path: Path) -> Non
     assert "unknown adapter.weight" in plan.exchange.lines()
 
 
-def test_the_mapping_can_be_read_before_anything_is_written(tmp_path: Path) -> None:
+def test_mapping_is_available_before_writing(tmp_path: Path) -> None:
     plan = plan_microsoft(files.write(tmp_path, files.checkpoint_of(Kind(), ITHQ_SLIM)), OPTIONS)
     lines = plan.exchange.lines()
     assert "transformer.to_logits.1.bias -> model.denoiser.head.bias [9]" in lines
@@ -187,14 +187,14 @@ def test_the_mapping_can_be_read_before_anything_is_written(tmp_path: Path) -> N
     assert "Lt_history is dropped" in lines
 
 
-def test_what_is_no_checkpoint_of_vq_diffusion_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds neither 'ema' nor 'model'"):
+def test_foreign_checkpoint_raises_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="contains neither 'ema' nor 'model'"):
         plan_microsoft(files.write(tmp_path, {"state_dict": {"w": torch.zeros(1)}}), OPTIONS)
     with pytest.raises(UserError, match=r"has no weight 'transformer.content_emb.emb.weight'"):
         plan_microsoft(files.write(tmp_path, {"ema": {"w": torch.zeros(1)}}), OPTIONS)
 
 
-def test_a_reduced_tokenizer_says_so_in_its_bundle(tmp_path: Path) -> None:
+def test_reduced_tokenizer_is_recorded_in_bundle(tmp_path: Path) -> None:
     path = files.write(tmp_path, files.checkpoint_of(Kind(codes=3), GUMBEL_SLIM))
     torch.save(torch.tensor([0, 1, 2] + [0] * 10), tmp_path / "map.pt")
     plan = plan_microsoft(path, MicrosoftOptions(heads=HEADS, reduction=tmp_path / "map.pt"))

@@ -1,4 +1,4 @@
-"""Checkpoints laid out as taming-transformers' become tokenizers."""
+"""Conversion of checkpoints in taming-transformers' layout."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from tests.models.exchange.microsoft_files import GUMBEL_SLIM, VQ_SLIM, codec_state
-from tests.tokenizers.published import Published, decoded, vectors_of
+from tests.tokenizers.plain_implementation import Published, decoded, vectors_of
 from vqd_scale.core.errors import UserError
 from vqd_scale.models.bundle import load_tokenizer
 from vqd_scale.models.exchange.autoencoders import plan_taming
@@ -17,7 +17,7 @@ TARGETS = {"taming_vq": "taming.models.vqgan.VQModel", "taming_gumbel": "taming.
 
 
 def description_of(codec: Published) -> dict[str, Any]:
-    """The YAML file that lies beside a published checkpoint."""
+    """Return the contents of a published checkpoint's YAML file."""
     return {
         "model": {
             "base_learning_rate": 4.5e-6,
@@ -44,13 +44,13 @@ def description_of(codec: Published) -> dict[str, Any]:
 
 
 def wrapped(description: dict[str, Any]) -> dict[str, Any]:
-    """That of the transformer whose first stage it is."""
+    """Return the description of a transformer with this first stage."""
     first = description["model"]
     target = "taming.models.cond_transformer.Net2NetTransformer"
     return {"model": {"target": target, "params": {"first_stage_config": first, "cond_stage_config": "none"}}}
 
 
-def written(folder: Path, codec: Published, *, net2net: bool = False) -> tuple[Path, Path]:
+def write_published(folder: Path, codec: Published, *, net2net: bool = False) -> tuple[Path, Path]:
     loss = {"loss.discriminator.main.0.weight": torch.zeros(2), "loss.logvar": torch.zeros(())}
     state: dict[str, Any] = codec_state(codec) | loss
     description = description_of(codec)
@@ -65,10 +65,10 @@ def written(folder: Path, codec: Published, *, net2net: bool = False) -> tuple[P
 
 @pytest.mark.parametrize("net2net", [False, True])
 @pytest.mark.parametrize("codec", [VQ_SLIM, GUMBEL_SLIM], ids=["vq", "gumbel"])
-def test_tokens_decode_to_the_pixels_of_the_plain_implementation(
+def test_tokens_decode_to_pixels_of_plain_implementation(
     tmp_path: Path, codec: Published, net2net: bool
 ) -> None:
-    plan_taming(*written(tmp_path, codec, net2net=net2net)).save(tmp_path / "tokenizer")
+    plan_taming(*write_published(tmp_path, codec, net2net=net2net)).save(tmp_path / "tokenizer")
     tokenizer = load_tokenizer(tmp_path / "tokenizer", torch.device("cpu"))
     assert tokenizer.config == codec
     state = codec_state(codec)
@@ -78,26 +78,28 @@ def test_tokens_decode_to_the_pixels_of_the_plain_implementation(
     torch.testing.assert_close(tokenizer.decode(tokens), pixels, atol=1e-5, rtol=0)
 
 
-def test_the_mapping_says_what_is_dropped(tmp_path: Path) -> None:
-    lines = plan_taming(*written(tmp_path, VQ_SLIM, net2net=True)).exchange.lines()
+def test_mapping_lists_dropped_weights(tmp_path: Path) -> None:
+    lines = plan_taming(*write_published(tmp_path, VQ_SLIM, net2net=True)).exchange.lines()
     assert "first_stage_model.quant_conv.bias -> quant_conv.bias [4]" in lines
     assert "first_stage_model.loss.logvar is dropped" in lines
     assert "transformer.tok_emb.weight is dropped" in lines
     assert not [line for line in lines if "unknown" in line or "nothing found" in line]
 
 
-def test_weights_of_another_shape_than_the_yaml_file_says_are_listed(tmp_path: Path) -> None:
-    checkpoint, _ = written(tmp_path, VQ_SLIM)
-    other = VQ_SLIM.model_copy(update={"codebook_size": 7, "num_res_blocks": 1})
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump(description_of(other)))
-    with pytest.raises(UserError, match=r"weights do not fit: .*unknown encoder\.down\.0\.block\.1") as found:
+def test_weights_that_contradict_the_yaml_are_listed(tmp_path: Path) -> None:
+    checkpoint, _ = write_published(tmp_path, VQ_SLIM)
+    other_config = VQ_SLIM.model_copy(update={"codebook_size": 7, "num_res_blocks": 1})
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(description_of(other_config)))
+    with pytest.raises(
+        UserError, match=r"weights do not fit: .*unknown encoder\.down\.0\.block\.1"
+    ) as raised:
         plan_taming(checkpoint, tmp_path / "other.yaml").save(tmp_path / "tokenizer")
-    assert "last.ckpt" in str(found.value)
+    assert "last.ckpt" in str(raised.value)
     assert not (tmp_path / "tokenizer").exists()
 
 
-def test_a_checkpoint_of_something_else_is_said(tmp_path: Path) -> None:
-    _, description = written(tmp_path, VQ_SLIM)
+def test_foreign_checkpoint_raises_user_error(tmp_path: Path) -> None:
+    _, description = write_published(tmp_path, VQ_SLIM)
     torch.save({"model": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(UserError, match="holds no 'state_dict'"):
+    with pytest.raises(UserError, match="contains no 'state_dict'"):
         plan_taming(tmp_path / "other.ckpt", description)

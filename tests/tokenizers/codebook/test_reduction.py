@@ -9,28 +9,29 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.tokenizers.base import Draws, ImageTokenizer
+from vqd_scale.tokenizers.base import ImageTokenizer, SamplingKey
 from vqd_scale.tokenizers.codebook.reduction import (
     Reduced,
     check_map,
     inverse,
-    kept_codes,
     map_from_counts,
     map_to_nearest,
     read_map,
+    used_codes,
 )
-from vqd_scale.tokenizers.taming import TamingGumbel, TamingGumbelConfig
+from vqd_scale.tokenizers.config import TamingGumbelConfig
+from vqd_scale.tokenizers.taming import TamingGumbel
 
 
 def published_like_map() -> Tensor:
-    """8,192 codes of which 2,886 are used, the first among the unused."""
+    """Return a map of 8,192 codes of which 2,886 are used; the first is unused."""
     generator = torch.Generator().manual_seed(0)
     counts = torch.zeros(8192, dtype=torch.int64)
     counts[1 + torch.randperm(8191, generator=generator)[:2886]] = 1
     return map_from_counts(counts)
 
 
-def test_trap_22_full_to_reduced_and_back() -> None:
+def test_full_to_reduced_round_trip() -> None:
     map = published_like_map()
     back = inverse(map)
     used = map.nonzero()[:, 0]
@@ -45,9 +46,7 @@ def test_trap_22_full_to_reduced_and_back() -> None:
 
 
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=40), st.integers(1, 4))
-def test_trap_22_used_codes_keep_their_order_and_unused_ones_share_id_0(
-    counts: list[int], least: int
-) -> None:
+def test_used_codes_keep_their_order_and_unused_ones_share_id_0(counts: list[int], least: int) -> None:
     used = [code for code, count in enumerate(counts) if count >= least]
     unused = [code for code, count in enumerate(counts) if count < least]
     if not used or not unused:
@@ -82,7 +81,7 @@ def reduced() -> Reduced:
     return tokenizer
 
 
-def test_trap_22_unused_codes_become_0_and_decode_as_the_first_of_them() -> None:
+def test_unused_codes_become_0_and_decode_as_the_first_of_them() -> None:
     full, tokenizer = gumbel(), reduced()
     protocol: ImageTokenizer = tokenizer
     images = torch.rand(3, 3, 16, 12) * 2 - 1
@@ -100,7 +99,7 @@ def test_trap_22_unused_codes_become_0_and_decode_as_the_first_of_them() -> None
         tokenizer.decode(torch.full((1, 2, 2), 6))
 
 
-def test_trap_22_the_map_is_state_and_moves_with_the_model() -> None:
+def test_map_is_state_and_moves_with_the_model() -> None:
     tokenizer = reduced()
     assert torch.equal(tokenizer.state_dict()["map"], tokenizer.map)
     assert tokenizer.to("meta").map.device.type == "meta"
@@ -120,40 +119,43 @@ def test_trap_22_the_map_is_state_and_moves_with_the_model() -> None:
         ([0, 1, 0, 2, 0, 0, 2, 0, 4, 0, 5, 0], r"no code leads to 1 of the ids 0\.\.5"),
     ],
 )
-def test_trap_22_a_map_of_another_model_is_refused_when_it_is_loaded(map: list[int], message: str) -> None:
+def test_map_of_another_model_is_refused_on_load(map: list[int], message: str) -> None:
     tokenizer = reduced()
     state = tokenizer.state_dict() | {"map": torch.tensor(map)}
     with pytest.raises(UserError, match=message):
         tokenizer.load_state_dict(state)
 
 
-def test_trap_22_the_map_of_974_does_not_fit_a_codebook_of_1024() -> None:
+def test_map_of_974_does_not_fit_a_codebook_of_1024() -> None:
     map = published_like_map()
     with pytest.raises(UserError, match="maps 8192 codes, but the tokenizer has 1024"):
         check_map(map, 1024, 2887, "imagenet.pt")
     with pytest.raises(UserError, match=r"ids 0\.\.2886, but the model has 974 codes"):
         check_map(map, 8192, 974, "imagenet.pt")
-    with pytest.raises(UserError, match="12 codes cannot be left"):
+    with pytest.raises(UserError, match="give 1 to 12"):
         Reduced(gumbel(), codes=13)
 
 
-def test_sampling_goes_through_to_the_tokenizer() -> None:
+def test_sampling_passes_through_to_the_tokenizer() -> None:
     full, tokenizer = gumbel(), reduced()
-    images, draws = torch.rand(2, 3, 8, 8) * 2 - 1, Draws(seed=3, slots=torch.tensor([4, 9]))
-    assert torch.equal(tokenizer.encode(images, draws), tokenizer.map[full.encode(images, draws)])
-    assert not torch.equal(tokenizer.encode(images, draws), tokenizer.encode(images))
-    state = tokenizer.compute_in(torch.bfloat16).state_dict()
+    images, sampling_key = torch.rand(2, 3, 8, 8) * 2 - 1, SamplingKey(seed=3, slots=torch.tensor([4, 9]))
+    assert torch.equal(
+        tokenizer.encode(images, sampling_key), tokenizer.map[full.encode(images, sampling_key)]
+    )
+    assert not torch.equal(tokenizer.encode(images, sampling_key), tokenizer.encode(images))
+    tokenizer.compute_in(torch.bfloat16)
+    state = tokenizer.state_dict()
     assert state["full.encoder.conv_in.weight"].dtype == torch.bfloat16
 
 
-def test_maps_are_read_from_both_kinds_of_file(tmp_path: Path) -> None:
+def test_maps_are_read_from_both_file_formats(tmp_path: Path) -> None:
     map = published_like_map()
     torch.save(map, tmp_path / "map.pt")
     save_file({"map": map.int()}, tmp_path / "map.safetensors")
     for name in ("map.pt", "map.safetensors"):
-        found = read_map(tmp_path / name)
-        assert found.dtype == torch.int64
-        assert torch.equal(found, map)
+        loaded_map = read_map(tmp_path / name)
+        assert loaded_map.dtype == torch.int64
+        assert torch.equal(loaded_map, map)
 
 
 class Planted:
@@ -164,7 +166,7 @@ class Planted:
         return Path.touch, (self.witness,)
 
 
-def test_what_is_no_map_is_refused_and_never_run(tmp_path: Path) -> None:
+def test_invalid_map_is_refused_and_not_executed(tmp_path: Path) -> None:
     witness = tmp_path / "witness"
     torch.save(Planted(witness), tmp_path / "planted.pt")
     with pytest.raises(UserError, match="nothing in it was executed"):
@@ -180,28 +182,28 @@ def test_what_is_no_map_is_refused_and_never_run(tmp_path: Path) -> None:
         read_map(tmp_path / "absent.pt")
 
 
-def test_without_a_bucket_used_codes_decode_as_before_and_unused_ones_join_the_nearest() -> None:
-    """Trap 22's lossless kin: an unused code comes first here, and its id still means the used one."""
+def test_without_bucket_unused_codes_join_the_nearest() -> None:
+    """Lossless reduction: the first code is unused, and its id still means the nearest used one."""
     full = gumbel()
     counts = torch.tensor([0, 3, 0, 1, 0, 0, 9, 0, 2, 0, 5, 0])
     vectors = full.code_vectors()
     map = map_to_nearest(counts, vectors)
-    kept = kept_codes(counts)
-    assert kept.tolist() == [1, 3, 6, 8, 10]
-    assert map[kept].tolist() == [0, 1, 2, 3, 4]
+    kept_codes = used_codes(counts)
+    assert kept_codes.tolist() == [1, 3, 6, 8, 10]
+    assert map[kept_codes].tolist() == [0, 1, 2, 3, 4]
     for code in range(12):
-        distances = (vectors[code] - vectors[kept]).square().sum(dim=1)
+        distances = (vectors[code] - vectors[kept_codes]).square().sum(dim=1)
         assert int(map[code]) == int(distances.argmin())
     tokenizer = Reduced(full, codes=5, unused="nearest")
-    tokenizer.load_state_dict(tokenizer.state_dict() | {"map": map, "kept": kept})
-    assert (inverse(map) != kept).any()
+    tokenizer.load_state_dict(tokenizer.state_dict() | {"map": map, "kept": kept_codes})
+    assert (inverse(map) != kept_codes).any()
     tokens = torch.randint(0, 5, (1, 4, 4), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(tokenizer.decode(tokens), full.decode(kept[tokens]))
-    assert torch.equal(tokenizer.decode(map[kept[tokens]]), full.decode(kept[tokens]))
-    assert torch.equal(tokenizer.code_vectors(), vectors[kept])
+    assert torch.equal(tokenizer.decode(tokens), full.decode(kept_codes[tokens]))
+    assert torch.equal(tokenizer.decode(map[kept_codes[tokens]]), full.decode(kept_codes[tokens]))
+    assert torch.equal(tokenizer.code_vectors(), vectors[kept_codes])
 
 
-def test_kept_codes_that_do_not_belong_to_the_map_are_refused() -> None:
+def test_kept_codes_that_contradict_the_map_are_refused() -> None:
     tokenizer = Reduced(gumbel(), codes=5, unused="nearest")
     state = tokenizer.state_dict()
     with pytest.raises(UserError, match="no inverse of the map"):

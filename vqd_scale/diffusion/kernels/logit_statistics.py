@@ -20,53 +20,53 @@ _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 class TritonRows:
     """Triton version of `logit_statistics.TorchRows`; a token outside the codebook makes its row NaN."""
 
-    keeps_softmax = False
+    stores_softmax = False
 
-    def read(
+    def compute_statistics(
         self,
         logits: Float[Tensor, "tokens codes"],
         rows: LogitRows,
-        into: LogitStatistics,
-        kept: Float[Tensor, "tokens codes"] | None,
+        statistics: LogitStatistics,
+        buffer: Float[Tensor, "tokens codes"] | None,
     ) -> None:
-        """Compute the statistics of each row; the softmax is not kept."""
+        """Compute the statistics of each row; the softmax is not stored."""
         with torch.cuda.device_of(logits):
-            _read[(len(logits),)](
+            _statistics_kernel[(len(logits),)](
                 logits,
                 logits.stride(0),
                 logits.stride(1),
                 rows.true,
-                rows.seen,
+                rows.observed,
                 rows.reach,
                 rows.log_ratio,
-                into.log_true,
-                into.log_seen,
-                into.code_sum,
-                into.correct,
+                statistics.log_true,
+                statistics.log_observed,
+                statistics.code_sum,
+                statistics.correct,
                 logits.shape[1],
                 **_launch(logits.shape[1]),
             )
 
-    def gradient(
+    def compute_gradient(
         self,
         logits: Float[Tensor, "tokens codes"],
         rows: LogitRows,
         factors: LossFactors,
         out: Float[Tensor, "tokens codes"] | None,
         *,
-        kept: bool,
+        has_softmax: bool,
     ) -> Float[Tensor, "tokens codes"]:
         """Compute the gradient of each row's logits; overwrites the logits without ``out``."""
         out = logits if out is None else out
         with torch.cuda.device_of(logits):
-            _gradient[(len(logits),)](
+            _gradient_kernel[(len(logits),)](
                 logits,
                 logits.stride(0),
                 logits.stride(1),
                 rows.true,
-                rows.seen,
+                rows.observed,
                 factors.of_true.contiguous(),
-                factors.of_seen.contiguous(),
+                factors.of_observed.contiguous(),
                 factors.of_sum.contiguous(),
                 factors.ratio,
                 factors.slope,
@@ -86,16 +86,16 @@ def _launch(codes: int) -> dict[str, int]:
 
 
 @triton.jit
-def _read(
+def _statistics_kernel(
     logits: tl.tensor,
     row_stride: tl.tensor,
     code_stride: tl.tensor,
     true: tl.tensor,
-    seen: tl.tensor,
+    observed: tl.tensor,
     reach: tl.tensor,
     log_ratio: tl.tensor,
     log_true: tl.tensor,
-    log_seen: tl.tensor,
+    log_observed: tl.tensor,
     code_sum: tl.tensor,
     correct: tl.tensor,
     codes: tl.tensor,
@@ -103,39 +103,39 @@ def _read(
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     code = tl.arange(0, width)
-    reachable = tl.load(reach + row)
+    reach_value = tl.load(reach + row)
     line = tl.load(logits + row * row_stride + code * code_stride, mask=code < codes, other=float("-inf"))
-    line = line.to(reachable.dtype)
-    at_true, at_seen = tl.load(true + row), tl.load(seen + row)
+    line = line.to(reach_value.dtype)
+    at_true, at_observed = tl.load(true + row), tl.load(observed + row)
     top = tl.max(line, 0)
     line -= top + tl.log(tl.sum(tl.exp(line - top), 0))
-    chance = tl.exp(line)
-    found_true, found_seen = _at(line, code, at_true, codes), _at(line, code, at_seen, codes)
-    share = reachable * tl.exp(found_seen) + tl.sum(tl.where(code == at_seen, 0.0, chance), 0)
-    log_share = tl.log(tl.maximum(share, _TINY))
-    ratio = tl.exp(tl.minimum(tl.load(log_ratio + row) - log_share, _LOG_HUGE))
-    tl.store(log_true + row, found_true)
-    tl.store(log_seen + row, found_seen)
-    tl.store(code_sum + row, tl.sum(tl.log(1 + ratio * chance), 0))
-    tl.store(correct + row, found_true > tl.max(tl.where(code == at_true, float("-inf"), line), 0))
+    p = tl.exp(line)
+    log_p_true, log_p_observed = _at(line, code, at_true, codes), _at(line, code, at_observed, codes)
+    mass = reach_value * tl.exp(log_p_observed) + tl.sum(tl.where(code == at_observed, 0.0, p), 0)
+    log_mass = tl.log(tl.maximum(mass, _TINY))
+    ratio = tl.exp(tl.minimum(tl.load(log_ratio + row) - log_mass, _LOG_HUGE))
+    tl.store(log_true + row, log_p_true)
+    tl.store(log_observed + row, log_p_observed)
+    tl.store(code_sum + row, tl.sum(tl.log(1 + ratio * p), 0))
+    tl.store(correct + row, log_p_true > tl.max(tl.where(code == at_true, float("-inf"), line), 0))
 
 
 @triton.jit
-def _at(line: tl.tensor, code: tl.tensor, place: tl.tensor, codes: tl.tensor) -> tl.tensor:
+def _at(line: tl.tensor, code: tl.tensor, index: tl.tensor, codes: tl.tensor) -> tl.tensor:
     # An index out of range becomes NaN: raising an error would require a device synchronization.
-    found = tl.sum(tl.where(code == place, line, 0.0), 0)
-    return tl.where((place >= 0) & (place < codes), found, float("nan"))
+    value = tl.sum(tl.where(code == index, line, 0.0), 0)
+    return tl.where((index >= 0) & (index < codes), value, float("nan"))
 
 
 @triton.jit
-def _gradient(
+def _gradient_kernel(
     logits: tl.tensor,
     row_stride: tl.tensor,
     code_stride: tl.tensor,
     true: tl.tensor,
-    seen: tl.tensor,
+    observed: tl.tensor,
     of_true: tl.tensor,
-    of_seen: tl.tensor,
+    of_observed: tl.tensor,
     of_sum: tl.tensor,
     ratio: tl.tensor,
     slope: tl.tensor,
@@ -151,13 +151,13 @@ def _gradient(
     line = tl.load(logits + row * row_stride + code * code_stride, mask=code < codes, other=float("-inf"))
     line = line.to(gamma.dtype)
     top = tl.max(line, 0)
-    chance = tl.exp(line - top)
-    chance /= tl.sum(chance, 0)
-    inverse = 1 / (1 + gamma * chance)
+    p = tl.exp(line - top)
+    p /= tl.sum(p, 0)
+    inverse = 1 / (1 + gamma * p)
     # d Σ log(1 + γ p_k) / d log p_k = γ p_k / (1 + γ p_k)
-    total = tl.sum(gamma * chance * inverse, 0)
-    for_seen = tl.load(of_seen + row) + for_sum * total * tl.load(slope + row)
-    to_line = chance * (for_sum * gamma * inverse - (for_true + for_seen + for_sum * total))
+    total = tl.sum(gamma * p * inverse, 0)
+    for_observed = tl.load(of_observed + row) + for_sum * total * tl.load(slope + row)
+    to_line = p * (for_sum * gamma * inverse - (for_true + for_observed + for_sum * total))
     to_line += tl.where(code == tl.load(true + row), for_true, 0.0)
-    to_line += tl.where(code == tl.load(seen + row), for_seen, 0.0)
+    to_line += tl.where(code == tl.load(observed + row), for_observed, 0.0)
     tl.store(out + row * out_row_stride + code * out_code_stride, to_line, mask=code < codes)

@@ -28,14 +28,20 @@ def uniforms(
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "batch count"]:
     """Return uniform numbers in [0, 1), a row per slot; arguments and errors as in `vqd_scale.core.rng`."""
-    each = words_of(dtype)
+    words_per_number = words_of(dtype)
     low, high = key_of(seed, purpose)
     out = torch.empty(len(slots), count, dtype=dtype, device=slots.device)
-    blocks = triton.cdiv(each * count, 4)
+    blocks = triton.cdiv(words_per_number * count, 4)
     if out.numel():
         with torch.cuda.device_of(slots):
             _uniforms[(len(slots), triton.cdiv(blocks, _BLOCKS))](
-                out, slots.contiguous(), count, high << 32 | low, draw, each=each, blocks=_BLOCKS
+                out,
+                slots.contiguous(),
+                count,
+                high << 32 | low,
+                draw,
+                words_per_number=words_per_number,
+                blocks=_BLOCKS,
             )
     return out
 
@@ -47,28 +53,28 @@ def _uniforms(
     count: tl.tensor,
     key: tl.int64,
     draw: tl.int64,
-    each: tl.constexpr,
+    words_per_number: tl.constexpr,
     blocks: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
     block = tl.program_id(1) * blocks + tl.arange(0, blocks)
-    nothing = block * 0
+    zeros = block * 0
     words = tl.philox(
         key,
         block.to(tl.uint32),
-        (nothing + draw).to(tl.uint32),
-        (nothing + (slot & _WORD)).to(tl.uint32),
-        (nothing + (slot >> 32)).to(tl.uint32),
+        (zeros + draw).to(tl.uint32),
+        (zeros + (slot & _WORD)).to(tl.uint32),
+        (zeros + (slot >> 32)).to(tl.uint32),
     )
     first = out + row * count
-    if each == 1:
+    if words_per_number == 1:
         for number in tl.static_range(4):
-            place = 4 * block + number
-            tl.store(first + place, (words[number] >> 8).to(tl.float32) * 2.0**-24, mask=place < count)
+            index = 4 * block + number
+            tl.store(first + index, (words[number] >> 8).to(tl.float32) * 2.0**-24, mask=index < count)
     else:
         for number in tl.static_range(2):
-            place = 2 * block + number
+            index = 2 * block + number
             high, low = words[2 * number] >> 5, words[2 * number + 1] >> 6
             value = (high.to(tl.float64) * 67108864.0 + low.to(tl.float64)) * 2.0**-53
-            tl.store(first + place, value, mask=place < count)
+            tl.store(first + index, value, mask=index < count)

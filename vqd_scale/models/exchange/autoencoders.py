@@ -1,6 +1,5 @@
 """Import of published tokenizers, with the architecture from their weights or their YAML file."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,13 +8,13 @@ from torch import Tensor
 from vqd_scale.core.config import read_yaml
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.safe_load import read_saved, tensors_in
-from vqd_scale.models.exchange.conversion import TokenizerPlan, wanted_tokenizer
-from vqd_scale.models.exchange.key_mapping import Exchange
-from vqd_scale.tokenizers.taming import TamingGumbelConfig, TamingVQConfig, taming_config
-from vqd_scale.tokenizers.vqgan import VQGANConfig
+from vqd_scale.models.exchange.conversion import TokenizerPlan, tokenizer_weights
+from vqd_scale.models.exchange.key_mapping import Exchange, count_numbered
+from vqd_scale.tokenizers.config import TamingGumbelConfig, TamingVQConfig, VQGANConfig
+from vqd_scale.tokenizers.taming import taming_config
 from vqd_scale.tokenizers.weights import from_taming
 
-_NOT_OURS = (
+_DROPPED = (
     # GAN losses, and the transformer of which the tokenizer is the first stage.
     r"loss\..+",
     r"(transformer|cond_stage_model)\..+",
@@ -31,10 +30,10 @@ def plan_taming(path: Path, description: Path) -> TokenizerPlan:
     """
     config = taming_config(read_yaml(description), str(description))
     loaded = read_saved(path)
-    found = tensors_in(loaded.get("state_dict")) if isinstance(loaded, dict) else {}
-    if not found:
-        raise UserError(f"{path}: holds no 'state_dict' as taming's checkpoints do.")
-    exchange = Exchange(str(path), found, wanted_tokenizer(config), from_taming, _NOT_OURS)
+    source_weights = tensors_in(loaded.get("state_dict")) if isinstance(loaded, dict) else {}
+    if not source_weights:
+        raise UserError(f"{path}: contains no 'state_dict', as taming's checkpoints do.")
+    exchange = Exchange(str(path), source_weights, tokenizer_weights(config), from_taming, _DROPPED)
     return TokenizerPlan(config, exchange)
 
 
@@ -49,23 +48,17 @@ def autoencoder_config(
 
     def shape(name: str) -> list[int]:
         if name not in state:
-            raise UserError(
-                f"{source}: its tokenizer has no weight '{name}', so that its shape is not known."
-            )
+            raise UserError(f"{source}: the tokenizer has no weight '{name}', which determines its shape.")
         return list(state[name].shape)
 
-    def count(pattern: str) -> int:
-        found = [re.match(pattern, name) for name in state]
-        return 1 + max((int(match[1]) for match in found if match), default=-1)
-
     channels = shape("encoder.conv_in.weight")[0]
-    levels = count(r"encoder\.down\.(\d+)\.")
+    levels = count_numbered(state, r"encoder\.down\.(\d+)\.")
     convolutions = {
         "channels": channels,
         "channel_multipliers": [
             shape(f"encoder.down.{level}.block.0.conv1.weight")[0] // channels for level in range(levels)
         ],
-        "num_res_blocks": count(r"encoder\.down\.0\.block\.(\d+)\."),
+        "num_res_blocks": count_numbered(state, r"encoder\.down\.0\.block\.(\d+)\."),
         "attention": [
             level for level in range(levels) if f"encoder.down.{level}.attn.0.norm.weight" in state
         ],

@@ -9,17 +9,16 @@ from torch import Tensor, nn
 
 from vqd_scale.models.bundle import (
     Bundle,
-    BundleConfig,
     Model,
     TokenizerWeights,
     load_tokenizer,
     save_bundle,
     save_tokenizer,
 )
+from vqd_scale.models.config import BundleConfig
 from vqd_scale.models.exchange.key_mapping import Exchange, part_of, under
-from vqd_scale.nn.network import build_network
 from vqd_scale.text.clip import TextEncoder
-from vqd_scale.tokenizers.registry import TokenizerConfig, build_tokenizer
+from vqd_scale.tokenizers.config import TokenizerConfig
 
 MODEL = "model."
 TOKENIZER = "tokenizer."
@@ -51,7 +50,7 @@ class ModelPlan:
         model.load_state_dict(part_of(weights, MODEL))
         if isinstance(self.tokenizer, Path):
             return Bundle(self.config, model, load_tokenizer(self.tokenizer, torch.device("cpu")))
-        tokenizer = build_tokenizer(self.tokenizer)
+        tokenizer = self.tokenizer.build()
         tokenizer.load_state_dict(part_of(weights, TOKENIZER))
         return Bundle(self.config, model, tokenizer)
 
@@ -92,20 +91,20 @@ class TokenizerPlan:
 Plan = ModelPlan | TokenizerPlan
 
 
-def wanted_tokenizer(config: TokenizerConfig) -> dict[str, Tensor]:
+def tokenizer_weights(config: TokenizerConfig) -> dict[str, Tensor]:
     """Return a tokenizer's state dictionary of meta tensors: names and shapes without values."""
     with torch.device("meta"):
-        return build_tokenizer(config).state_dict()
+        return config.build().state_dict()
 
 
-def wanted_weights(config: BundleConfig, tokenizer: TokenizerConfig | Path) -> dict[str, Tensor]:
+def model_weights(config: BundleConfig, tokenizer: TokenizerConfig | Path) -> dict[str, Tensor]:
     """Return names and shapes of a model's weights, and of its tokenizer's unless that is a bundle."""
     # The text encoder is built on a real device, because its constructor tokenizes a text.
     text = {} if config.text is None else TextEncoder(config.text).state_dict()
     with torch.device("meta"):
-        network = build_network(config.denoiser, config.codebook_size, config.grid, config.diffusion.steps)
+        network = config.denoiser.build(config.codebook_size, config.grid, config.diffusion.steps)
     return {
         **under(f"{MODEL}text.", text),
         **under(f"{MODEL}denoiser.", cast(nn.Module, network).state_dict()),
-        **under(TOKENIZER, {} if isinstance(tokenizer, Path) else wanted_tokenizer(tokenizer)),
+        **under(TOKENIZER, {} if isinstance(tokenizer, Path) else tokenizer_weights(tokenizer)),
     }

@@ -14,14 +14,16 @@ from vqd_scale.core.atomic_io import read_json
 from vqd_scale.core.config import validated
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.tensors import read_tensors
-from vqd_scale.diffusion.schedule import Released
-from vqd_scale.models.bundle import Bundle, BundleConfig
-from vqd_scale.models.exchange.conversion import MODEL, TOKENIZER, ModelPlan, wanted_weights
+from vqd_scale.diffusion.config import Released
+from vqd_scale.models.bundle import Bundle
+from vqd_scale.models.config import BundleConfig
+from vqd_scale.models.exchange.conversion import MODEL, TOKENIZER, ModelPlan, model_weights
 from vqd_scale.models.exchange.key_mapping import Exchange, Prefixes, part_of, under
-from vqd_scale.nn.denoiser import DenoiserConfig, TextCondition
-from vqd_scale.text.clip import CaptionTokenizer, Tower
+from vqd_scale.nn.config import DenoiserConfig, TextCondition
+from vqd_scale.text.clip import CaptionTokenizer
+from vqd_scale.text.config import Tower
 from vqd_scale.text.weights import from_transformers
-from vqd_scale.tokenizers.taming import TamingVQConfig
+from vqd_scale.tokenizers.config import TamingVQConfig
 from vqd_scale.tokenizers.weights import from_diffusers
 
 INDEX = "model_index.json"
@@ -48,9 +50,14 @@ TRANSFORMER = Prefixes(
     ("blocks.*.ln1_1.", "transformer_blocks.*.norm2."),
     ("blocks.*.ln2.", "transformer_blocks.*.norm3."),
     *(
-        (f"blocks.*.attn{number}.{ours}.", f"transformer_blocks.*.attn{number}.{theirs}.")
+        (f"blocks.*.attn{number}.{name}.", f"transformer_blocks.*.attn{number}.{diffusers_name}.")
         for number in (1, 2)
-        for ours, theirs in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj", "to_out.0"))
+        for name, diffusers_name in (
+            ("query", "to_q"),
+            ("key", "to_k"),
+            ("value", "to_v"),
+            ("proj", "to_out.0"),
+        )
     ),
     ("blocks.*.mlp.0.", "transformer_blocks.*.ff.net.0.proj."),
     ("blocks.*.mlp.2.", "transformer_blocks.*.ff.net.2."),
@@ -58,8 +65,24 @@ TRANSFORMER = Prefixes(
     ("head.", "out."),
 )
 
+SCHEDULE_KEYS = {
+    "steps": "num_train_timesteps",
+    "keep_first": "alpha_cum_start",
+    "keep_last": "alpha_cum_end",
+    "mask_first": "gamma_cum_start",
+    "mask_last": "gamma_cum_end",
+}
+"""Keys of `Released`, and their names in diffusers' scheduler."""
+_TOWER_KEYS = {
+    "width": "hidden_size",
+    "heads": "num_attention_heads",
+    "layers": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+}
+"""Keys of `Tower`, and their names in transformers' ``CLIPTextModel``."""
+
 _ORIGIN = (
-    "Converted from the diffusers folder '{name}'; the licence of these weights is that under which they "
+    "Converted from the diffusers folder '{name}'; the license of these weights is that under which they "
     "were published."
 )
 _FIXED: Mapping[str, Mapping[str, Any]] = {
@@ -102,22 +125,8 @@ _REQUIRED: Mapping[str, tuple[str, ...]] = {
         "latent_channels",
         "num_vq_embeddings",
     ),
-    "text_encoder": (
-        "hidden_size",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "max_position_embeddings",
-        "vocab_size",
-        "hidden_act",
-    ),
-    "scheduler": (
-        "num_vec_classes",
-        "num_train_timesteps",
-        "alpha_cum_start",
-        "alpha_cum_end",
-        "gamma_cum_start",
-        "gamma_cum_end",
-    ),
+    "text_encoder": (*_TOWER_KEYS.values(), "vocab_size", "hidden_act"),
+    "scheduler": ("num_vec_classes", *SCHEDULE_KEYS.values()),
     NULL: ("learnable",),
 }
 
@@ -150,15 +159,17 @@ def plan_diffusers(folder: Path) -> ModelPlan:
         origin=_ORIGIN.format(name=folder.resolve().name),
     )
     tokenizer = _autoencoder(folder)
-    found: dict[str, Tensor] = {}
+    source_weights: dict[str, Tensor] = {}
     for component in ("transformer", "vqvae", "text_encoder", NULL):
-        found |= under(f"{component}/", _weights_of(folder / component))
+        source_weights |= under(f"{component}/", _weights_of(folder / component))
     # Older versions of transformers also save the position ids 0, 1, 2, ...
     dropped = [r"text_encoder/(text_model\.)?embeddings\.position_ids"]
     if not learned:
         dropped.append(f"{NULL}/embeddings")
-    wanted = wanted_weights(config, tokenizer)
-    return ModelPlan(config, tokenizer, Exchange(str(folder), found, wanted, _to_ours, dropped))
+    target_weights = model_weights(config, tokenizer)
+    return ModelPlan(
+        config, tokenizer, Exchange(str(folder), source_weights, target_weights, _convert, dropped)
+    )
 
 
 def read_diffusers(folder: Path) -> Bundle:
@@ -170,14 +181,14 @@ def read_diffusers(folder: Path) -> Bundle:
     return plan_diffusers(folder).bundle()
 
 
-def _to_ours(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    null = part_of(found, f"{NULL}/")
+def _convert(source_weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    null = part_of(source_weights, f"{NULL}/")
     text = {"null": null["embeddings"]} if "embeddings" in null else {}
-    text |= under("tower.", from_transformers(part_of(found, "text_encoder/")))
+    text |= under("tower.", from_transformers(part_of(source_weights, "text_encoder/")))
     return {
-        **under(f"{MODEL}denoiser.", TRANSFORMER.to_ours(part_of(found, "transformer/"))),
+        **under(f"{MODEL}denoiser.", TRANSFORMER.from_foreign(part_of(source_weights, "transformer/"))),
         **under(f"{MODEL}text.", text),
-        **under(TOKENIZER, from_diffusers(part_of(found, "vqvae/"))),
+        **under(TOKENIZER, from_diffusers(part_of(source_weights, "vqvae/"))),
     }
 
 
@@ -194,38 +205,28 @@ def _denoiser(folder: Path) -> DenoiserConfig:
 
 def _tower(folder: Path, *, learned: bool) -> Tower:
     config = _config_of(folder, "text_encoder")
-    described = {
-        "width": config["hidden_size"],
-        "heads": config["num_attention_heads"],
-        "layers": config["num_hidden_layers"],
-        "context_length": config["max_position_embeddings"],
+    values = {key: config[name] for key, name in _TOWER_KEYS.items()} | {
         "bpe_merges": config["vocab_size"] - CaptionTokenizer(merges=0).vocabulary,
         "null_condition": "learned" if learned else "empty",
     }
-    return validated(Tower, described, f"{folder}/text_encoder/config.json")
+    return validated(Tower, values, f"{folder}/text_encoder/config.json")
 
 
 def _schedule(folder: Path) -> Released:
     config = _config_of(folder, "scheduler")
-    described = {
-        "steps": config["num_train_timesteps"],
-        "keep_first": config["alpha_cum_start"],
-        "keep_last": config["alpha_cum_end"],
-        "mask_first": config["gamma_cum_start"],
-        "mask_last": config["gamma_cum_end"],
-    }
-    trained = _config_of(folder, "transformer")
-    if trained["num_embeds_ada_norm"] != described["steps"]:
+    values = {key: config[name] for key, name in SCHEDULE_KEYS.items()}
+    transformer = _config_of(folder, "transformer")
+    if transformer["num_embeds_ada_norm"] != values["steps"]:
         raise UserError(
-            f"{folder}: the scheduler has {described['steps']} timesteps, but the transformer was trained "
-            f"with {trained['num_embeds_ada_norm']}; they do not belong together."
+            f"{folder}: the scheduler has {values['steps']} timesteps, but the transformer was trained "
+            f"with {transformer['num_embeds_ada_norm']}; they do not belong together."
         )
-    if config["num_vec_classes"] != trained["num_vector_embeds"]:
+    if config["num_vec_classes"] != transformer["num_vector_embeds"]:
         raise UserError(
             f"{folder}: the scheduler has {config['num_vec_classes']} classes, but the transformer was "
-            f"trained with {trained['num_vector_embeds']}; they do not belong together."
+            f"trained with {transformer['num_vector_embeds']}; they do not belong together."
         )
-    return validated(Released, described, f"{folder}/scheduler/scheduler_config.json")
+    return validated(Released, values, f"{folder}/scheduler/scheduler_config.json")
 
 
 def _autoencoder(folder: Path) -> TamingVQConfig:
@@ -234,7 +235,7 @@ def _autoencoder(folder: Path) -> TamingVQConfig:
     attention = [n for n, kind in enumerate(config["down_block_types"]) if kind == "AttnDownEncoderBlock2D"]
     if any(width % widths[0] for width in widths):
         raise UserError(f"{folder}/vqvae/config.json: block_out_channels must be multiples of the first.")
-    described = {
+    values = {
         "codebook_size": config["num_vq_embeddings"],
         "code_dim": config.get("vq_embed_dim") or config["latent_channels"],
         "channels": widths[0],
@@ -243,7 +244,7 @@ def _autoencoder(folder: Path) -> TamingVQConfig:
         "attention": attention,
         "latent_channels": config["latent_channels"],
     }
-    return validated(TamingVQConfig, described, f"{folder}/vqvae/config.json")
+    return validated(TamingVQConfig, values, f"{folder}/vqvae/config.json")
 
 
 def _config_of(folder: Path, component: str) -> dict[str, Any]:

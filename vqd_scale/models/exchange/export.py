@@ -10,20 +10,24 @@ from torch import Tensor, nn
 from vqd_scale.core.atomic_io import publish_json, publish_text, published_folder
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.tensors import write_tensors
-from vqd_scale.diffusion.schedule import Released
+from vqd_scale.diffusion.config import Released
 from vqd_scale.models.bundle import Bundle
-from vqd_scale.models.exchange.diffusers import COMPONENTS, INDEX, NULL, PAD, TRANSFORMER
+from vqd_scale.models.exchange.diffusers import COMPONENTS, INDEX, NULL, PAD, SCHEDULE_KEYS, TRANSFORMER
 from vqd_scale.models.exchange.key_mapping import part_of
-from vqd_scale.nn.denoiser import DenoiserConfig, TextCondition
+from vqd_scale.nn.config import DenoiserConfig, TextCondition
 from vqd_scale.text.clip import CaptionTokenizer, TextEncoder
+from vqd_scale.text.open_clip import open_clip_module
 from vqd_scale.text.weights import to_transformers
+from vqd_scale.tokenizers.base import ImageTokenizer
 from vqd_scale.tokenizers.codebook.reduction import Reduced
-from vqd_scale.tokenizers.convolutions import ConvolutionsConfig
-from vqd_scale.tokenizers.registry import Tokenizer
+from vqd_scale.tokenizers.config import ConvolutionsConfig
 from vqd_scale.tokenizers.taming import TamingGumbel, TamingVQ
 from vqd_scale.tokenizers.vqgan import VQGAN
 from vqd_scale.tokenizers.weights import to_diffusers
 
+_SHAPE_KEYS = {"width", "heads", "layers", "condition"}
+_TRAINING_KEYS = {"attention", "init_std", "gradient_checkpointing", "adaln_zero"}
+"""Keys of the denoiser that may have any value in an export, with `_SHAPE_KEYS`."""
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -38,13 +42,13 @@ def export_diffusers(bundle: Bundle, folder: Path) -> None:
     """
     config, text = bundle.config, bundle.model.text if bundle.config.text is not None else None
     network, schedule, shape = config.denoiser, config.diffusion, _convolutions(bundle.tokenizer)
-    if not isinstance(network, DenoiserConfig) or text is None or not _is_theirs(network):
+    if not isinstance(network, DenoiserConfig) or text is None or not _is_exportable(network):
         raise UserError(
-            "diffusers has no counterpart of this network: it knows text-conditional transformers with fully "
+            "diffusers has no counterpart of this network: it has text-conditional transformers with fully "
             "connected blocks of four times their width and a learned table of timesteps, nothing else."
         )
     if not isinstance(schedule, Released) or config.grid[0] != config.grid[1]:
-        raise UserError("diffusers knows the schedule of kind 'released' and square grids only.")
+        raise UserError("diffusers has the schedule of kind 'released' and square grids only.")
     if (
         shape is None
         or shape.norm != "group"
@@ -53,21 +57,21 @@ def export_diffusers(bundle: Bundle, folder: Path) -> None:
         or not shape.latent_channels
     ):
         raise UserError(
-            "diffusers has no counterpart of this tokenizer: it knows VQ-GANs with group norm, attention in "
+            "diffusers has no counterpart of this tokenizer: it has VQ-GANs with group norm, attention in "
             "the middle and 1x1 convolutions at the codebook only."
         )
-    if not text.normalise or not _is_quick(text):
+    if not text.normalize or not _has_quick_gelu(text):
         raise UserError(
             "diffusers has no counterpart of a text tower but CLIP's: QuickGELU, features of length 1."
         )
     states = {
-        "transformer": TRANSFORMER.to_theirs(part_of(bundle.model.state_dict(), "denoiser.")),
+        "transformer": TRANSFORMER.to_foreign(part_of(bundle.model.state_dict(), "denoiser.")),
         "vqvae": to_diffusers(_autoencoder(bundle.tokenizer)),
         "text_encoder": to_transformers(text.network.state_dict()),
         # diffusers represents embeddings that are not learned by an empty tensor.
         NULL: {"embeddings": torch.zeros(0) if text.null is None else text.null.detach()},
     }
-    described = {
+    configs = {
         "transformer": _transformer(network, config.codebook_size, config.grid[0], config.diffusion.steps),
         "vqvae": _vqvae(shape, bundle.tokenizer),
         "text_encoder": _text_encoder(text),
@@ -76,7 +80,7 @@ def export_diffusers(bundle: Bundle, folder: Path) -> None:
     with published_folder(folder) as partial:
         publish_json(partial / INDEX, {"_class_name": "VQDiffusionPipeline", **COMPONENTS})
         for component, state in states.items():
-            publish_json(partial / component / "config.json", described[component])
+            publish_json(partial / component / "config.json", configs[component])
             name = "model" if component == "text_encoder" else "diffusion_pytorch_model"
             single = {key: value.float() for key, value in state.items()}
             write_tensors(partial / component / f"{name}.safetensors", single, {"format": "pt"})
@@ -86,37 +90,30 @@ def export_diffusers(bundle: Bundle, folder: Path) -> None:
         _write_tokenizer(partial / "tokenizer", text.tokenizer)
 
 
-def _is_theirs(network: DenoiserConfig) -> bool:
-    plain = DenoiserConfig(
-        width=network.width,
-        heads=network.heads,
-        layers=network.layers,
-        condition=network.condition,
-        attention=network.attention,
-        init_std=network.init_std,
-        gradient_checkpointing=network.gradient_checkpointing,
-        adaln_zero=network.adaln_zero,
+def _is_exportable(network: DenoiserConfig) -> bool:
+    required_defaults = DenoiserConfig.model_fields.keys() - _SHAPE_KEYS - _TRAINING_KEYS
+    defaults = DenoiserConfig()
+    return isinstance(network.condition, TextCondition) and all(
+        getattr(network, key) == getattr(defaults, key) for key in required_defaults
     )
-    return network == plain and isinstance(network.condition, TextCondition)
 
 
-def _is_quick(text: TextEncoder) -> bool:
-    from open_clip.transformer import QuickGELU
+def _has_quick_gelu(text: TextEncoder) -> bool:
+    quick_gelu = open_clip_module("transformer").QuickGELU
+    return any(isinstance(module, quick_gelu) for module in text.network.modules())
 
-    return any(isinstance(module, QuickGELU) for module in text.network.modules())
 
-
-def _convolutions(tokenizer: Tokenizer) -> ConvolutionsConfig | None:
+def _convolutions(tokenizer: ImageTokenizer) -> ConvolutionsConfig | None:
     full = tokenizer.full if isinstance(tokenizer, Reduced) else tokenizer
     return full.config if isinstance(full, VQGAN | TamingVQ | TamingGumbel) else None
 
 
-def _autoencoder(tokenizer: Tokenizer) -> dict[str, Tensor]:
+def _autoencoder(tokenizer: ImageTokenizer) -> dict[str, Tensor]:
     """Return the weights of encoder and decoder, with ``code_vectors`` as the codebook."""
     full = tokenizer.full if isinstance(tokenizer, Reduced) else tokenizer
     state = cast(nn.Module, full).state_dict()
-    kept = {name: value for name, value in state.items() if not name.startswith("quantize.")}
-    return {**kept, "quantize.embedding.weight": tokenizer.code_vectors()}
+    network_weights = {name: value for name, value in state.items() if not name.startswith("quantize.")}
+    return {**network_weights, "quantize.embedding.weight": tokenizer.code_vectors()}
 
 
 def _transformer(network: DenoiserConfig, codes: int, side: int, steps: int) -> dict[str, Any]:
@@ -135,7 +132,7 @@ def _transformer(network: DenoiserConfig, codes: int, side: int, steps: int) -> 
     }
 
 
-def _vqvae(shape: ConvolutionsConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+def _vqvae(shape: ConvolutionsConfig, tokenizer: ImageTokenizer) -> dict[str, Any]:
     attends = [level in shape.attention for level in range(len(shape.channel_multipliers))]
     return {
         "_class_name": "VQModel",
@@ -180,21 +177,17 @@ def _scheduler(schedule: Released, codes: int) -> dict[str, Any]:
     return {
         "_class_name": "VQDiffusionScheduler",
         "num_vec_classes": codes + 1,
-        "num_train_timesteps": schedule.steps,
-        "alpha_cum_start": schedule.keep_first,
-        "alpha_cum_end": schedule.keep_last,
-        "gamma_cum_start": schedule.mask_first,
-        "gamma_cum_end": schedule.mask_last,
+        **{name: getattr(schedule, key) for key, name in SCHEDULE_KEYS.items()},
     }
 
 
 def _write_tokenizer(folder: Path, tokenizer: CaptionTokenizer) -> None:
     """Write CLIP's byte pairs in transformers' format, truncated to this tokenizer's merges."""
-    from open_clip.tokenizer import SimpleTokenizer
-
-    whole = SimpleTokenizer()
-    entries = sorted(whole.encoder, key=lambda entry: whole.encoder[entry])[: tokenizer.vocabulary - 2]
-    merges = [" ".join(pair) for pair in list(whole.bpe_ranks)[: tokenizer.merges]]
+    tokenizer_data = open_clip_module("tokenizer").SimpleTokenizer()
+    entries = sorted(tokenizer_data.encoder, key=lambda entry: tokenizer_data.encoder[entry])[
+        : tokenizer.vocabulary - 2
+    ]
+    merges = [" ".join(pair) for pair in list(tokenizer_data.bpe_ranks)[: tokenizer.merges]]
     vocabulary = {entry: number for number, entry in enumerate([*entries, _START, _END])}
     publish_text(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
     publish_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges]) + "\n")

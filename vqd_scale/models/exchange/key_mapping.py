@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vqd_scale.core.errors import UserError
 
-_LISTED = 20
+_MAX_LISTED = 20
 
 Convert = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 """A pure function between state dictionaries; it renames, splits and joins tensors, without arithmetic."""
@@ -19,18 +19,18 @@ class Prefixes:
     """Bidirectional mapping of name prefixes.
 
     Args:
-        table: Pairs (ours, theirs); the first match applies. ``*`` matches a number, equal on both sides.
-            Names without a match are dropped.
+        table: Pairs (name in this package, foreign name); the first match applies. ``*`` matches a number,
+            equal on both sides. Names without a match are dropped.
     """
 
     def __init__(self, *table: tuple[str, str]) -> None:
         self._table = table
 
-    def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def from_foreign(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rename a foreign state to this package's names."""
-        return _renamed(state, [(theirs, ours) for ours, theirs in self._table])
+        return _renamed(state, [(foreign, name) for name, foreign in self._table])
 
-    def to_theirs(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def to_foreign(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rename a state of this package to the foreign names."""
         return _renamed(state, self._table)
 
@@ -39,13 +39,18 @@ def _renamed(state: Mapping[str, Tensor], table: Sequence[tuple[str, str]]) -> d
     patterns = [
         (re.compile(re.escape(old).replace(r"\*", r"(\d+)")), new.replace("*", r"\1")) for old, new in table
     ]
-    renamed: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        found = next(((match, new) for pattern, new in patterns if (match := pattern.match(name))), None)
-        if found is not None:
-            match, new = found
-            renamed[match.expand(new) + name[match.end() :]] = tensor
-    return renamed
+        for pattern, new in patterns:
+            if match := pattern.match(name):
+                result[match.expand(new) + name[match.end() :]] = tensor
+                break
+    return result
+
+
+def count_numbered(state: Mapping[str, Tensor], pattern: str) -> int:
+    """Return the number of parts that a pattern's group numbers from 0; 0 without a match."""
+    return 1 + max((int(match[1]) for name in state if (match := re.match(pattern, name))), default=-1)
 
 
 def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -64,39 +69,43 @@ class Exchange:
 
     Attributes:
         source: File or folder, for error messages.
-        found: Foreign weights.
-        wanted: Target weights by name; only the shapes are used.
+        source_weights: Foreign weights.
+        target_weights: Target weights by name; only the shapes are used.
         convert: Conversion from the foreign state to the target state.
         dropped: Regular expressions of foreign names to drop.
     """
 
     source: str
-    found: Mapping[str, Tensor]
-    wanted: Mapping[str, Tensor]
+    source_weights: Mapping[str, Tensor]
+    target_weights: Mapping[str, Tensor]
     convert: Convert
     dropped: Sequence[str] = ()
 
     def lines(self) -> list[str]:
         """Describe the mapping, one line per weight: converted ones, dropped ones, problems."""
         origins = self._origins()
-        taken = [
-            f"{' + '.join(origins[name])} -> {name} {list(wanted.shape)}"
-            for name, wanted in self.wanted.items()
+        converted = [
+            f"{' + '.join(origins[name])} -> {name} {list(target.shape)}"
+            for name, target in self.target_weights.items()
             if name in origins
         ]
-        return [*taken, *(f"{name} is dropped" for name in self._dropped()), *self.problems()]
+        return [*converted, *(f"{name} is dropped" for name in self._dropped_names()), *self.problems()]
 
     def problems(self) -> list[str]:
         """List missing, unknown and misshapen weights."""
-        origins, taken = self._origins(), self._converted(self.found)
-        used = {part for name in self.wanted for part in origins.get(name, [])}
-        unknown = [name for name in self.found if name not in used and name not in set(self._dropped())]
-        misshapen = [
-            f"{' + '.join(origins[name])} has the shape {list(taken[name].shape)}, not {list(wanted.shape)}"
-            for name, wanted in self.wanted.items()
-            if name in taken and taken[name].shape != wanted.shape
+        origins, converted = self._origins(), self._convert(self.source_weights)
+        used = {part for name in self.target_weights for part in origins.get(name, [])}
+        unknown = [
+            name
+            for name in self.source_weights
+            if name not in used and name not in set(self._dropped_names())
         ]
-        missing = [name for name in self.wanted if name not in taken]
+        misshapen = [
+            f"{' + '.join(origins[name])} has the shape {list(tensor.shape)}, not {list(target.shape)}"
+            for name, target in self.target_weights.items()
+            if (tensor := converted.get(name)) is not None and tensor.shape != target.shape
+        ]
+        missing = [name for name in self.target_weights if name not in converted]
         return [
             *(f"nothing found for {name}" for name in missing),
             *(f"unknown {name}" for name in unknown),
@@ -110,8 +119,8 @@ class Exchange:
             UserError: Weights are missing, unknown or of another shape; the message lists them.
         """
         self.check()
-        taken = self._converted(self.found)
-        return {name: _single(taken[name]) for name in self.wanted}
+        converted = self._convert(self.source_weights)
+        return {name: _to_float32(converted[name]) for name in self.target_weights}
 
     def check(self) -> None:
         """Check that there are no problems.
@@ -121,40 +130,39 @@ class Exchange:
         """
         problems = self.problems()
         if problems:
-            more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-            raise UserError(
-                f"{self.source}: {len(problems)} weights do not fit: {'; '.join(problems[:_LISTED])}{more}."
-            )
+            omitted = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
+            listed = "; ".join(problems[:_MAX_LISTED])
+            raise UserError(f"{self.source}: {len(problems)} weights do not fit: {listed}{omitted}.")
 
-    def _dropped(self) -> list[str]:
+    def _dropped_names(self) -> list[str]:
         patterns = [re.compile(pattern) for pattern in self.dropped]
-        return [name for name in self.found if any(pattern.fullmatch(name) for pattern in patterns)]
+        return [name for name in self.source_weights if any(pattern.fullmatch(name) for pattern in patterns)]
 
     def _origins(self) -> dict[str, list[str]]:
         """Return the foreign names that each target weight consists of.
 
         The conversion runs on tensors filled with the index of their name.
         """
-        names = list(self.found)
+        names = list(self.source_weights)
         numbered = {
-            name: torch.tensor(float(number)).expand(self.found[name].shape)
+            name: torch.tensor(float(number)).expand(self.source_weights[name].shape)
             for number, name in enumerate(names)
         }
         return {
-            ours: [names[int(number)] for number in dict.fromkeys(_first_of_rows(tensor).tolist())]
-            for ours, tensor in self._converted(numbered).items()
+            name: [names[int(number)] for number in dict.fromkeys(_first_column(tensor).tolist())]
+            for name, tensor in self._convert(numbered).items()
         }
 
-    def _converted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _convert(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:
             return self.convert(state)
         except UserError as error:
             raise UserError(f"{self.source}: {error}") from None
 
 
-def _single(tensor: Tensor) -> Tensor:
+def _to_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _first_of_rows(tensor: Tensor) -> Tensor:
+def _first_column(tensor: Tensor) -> Tensor:
     return tensor[(slice(None), *([0] * (tensor.ndim - 1)))] if tensor.ndim else tensor[None]

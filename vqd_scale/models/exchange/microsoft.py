@@ -6,7 +6,6 @@ last training weights.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ from torch import Tensor
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.safe_load import read_saved, tensors_in
-from vqd_scale.diffusion.schedule import Released
+from vqd_scale.diffusion.config import Released
 from vqd_scale.diffusion.transition import MaskAndReplace
-from vqd_scale.models.bundle import BundleConfig, load_tokenizer
+from vqd_scale.models.bundle import load_tokenizer
+from vqd_scale.models.config import BundleConfig
 from vqd_scale.models.exchange.autoencoders import autoencoder_config
 from vqd_scale.models.exchange.conversion import (
     MODEL,
@@ -27,15 +27,24 @@ from vqd_scale.models.exchange.conversion import (
     ModelPlan,
     Plan,
     TokenizerPlan,
-    wanted_tokenizer,
-    wanted_weights,
+    model_weights,
+    tokenizer_weights,
 )
-from vqd_scale.models.exchange.key_mapping import Exchange, Prefixes, part_of, under
-from vqd_scale.nn.denoiser import ClassCondition, Condition, DenoiserConfig, NoCondition, TextCondition
-from vqd_scale.nn.layers import Convolutional, FeedForwardConfig, FullyConnected
-from vqd_scale.text.clip import CaptionTokenizer, Tower
+from vqd_scale.models.exchange.key_mapping import Exchange, Prefixes, count_numbered, part_of, under
+from vqd_scale.nn.config import (
+    ClassCondition,
+    Condition,
+    Convolutional,
+    DenoiserConfig,
+    FeedForwardConfig,
+    FullyConnected,
+    NoCondition,
+    TextCondition,
+)
+from vqd_scale.text.clip import CaptionTokenizer
+from vqd_scale.text.config import Tower
 from vqd_scale.tokenizers.codebook.reduction import check_map, read_map
-from vqd_scale.tokenizers.registry import ReducedConfig, TokenizerConfig
+from vqd_scale.tokenizers.config import ReducedConfig, TokenizerConfig
 
 _NETWORK = "transformer."
 _TEXT = "condition_emb."
@@ -43,7 +52,7 @@ _NULL = "empty_text_embed"
 _CODEC = "content_codec."
 _MAP = "reduction map"
 
-_OURS = Prefixes(
+_MODEL_PREFIXES = Prefixes(
     ("denoiser.content_emb.", "transformer.content_emb."),
     ("denoiser.blocks.*.attn1.", "transformer.blocks.*.attn."),
     ("denoiser.blocks.*.mlp.0.", "transformer.blocks.*.mlp.conv1."),
@@ -54,7 +63,7 @@ _OURS = Prefixes(
     ("text.tower.", _TEXT),
     ("text.null", _NULL),
 )
-_CODEC_OURS = Prefixes(
+_CODEC_PREFIXES = Prefixes(
     ("", "enc."), ("decoder.", "dec.decoder."), ("post_quant_conv.", "dec.post_quant_conv.")
 )
 _DROPPED: Sequence[str] = (
@@ -73,8 +82,8 @@ _IMAGENET_WITH_NULL = 1001
 _PIXELS = 256
 
 _ORIGIN = (
-    "Converted from Microsoft's VQ-Diffusion checkpoint '{name}'; its code is under the MIT licence, the "
-    "licence of the weights is that under which they were published."
+    "Converted from Microsoft's VQ-Diffusion checkpoint '{name}'; its code is under the MIT license, the "
+    "license of the weights is that under which they were published."
 )
 
 
@@ -86,7 +95,7 @@ class MicrosoftOptions:
         heads: Number of attention heads; 16 in every published model.
         grid: Token grid (rows, columns). Default: from the file's attention masks, or the tokenizer's grid
             for 256 x 256 pixels.
-        no_caption: Null condition. Every newer file has a learned "no caption" embedding, but only models
+        null_condition: Null condition. Every newer file has a learned "no caption" embedding, but only models
             with ``learnable`` in their names use it. Default: learned if the file has the embedding.
         reduction: Map to fewer codes, for models with a reduced codebook.
         tokenizer: Tokenizer bundle, for files without a tokenizer.
@@ -94,7 +103,7 @@ class MicrosoftOptions:
 
     heads: int = 16
     grid: tuple[int, int] | None = None
-    no_caption: Literal["learned", "empty"] | None = None
+    null_condition: Literal["learned", "empty"] | None = None
     reduction: Path | None = None
     tokenizer: Path | None = None
 
@@ -105,53 +114,55 @@ def plan_microsoft(path: Path, options: MicrosoftOptions) -> Plan:
     Raises:
         UserError: The file is missing, damaged, or not a VQ-Diffusion checkpoint; or an option is missing.
     """
-    found = _weights_in(path)
-    if "encoder.conv_in.weight" in found:
-        shape = autoencoder_config(found, str(path))
-        return TokenizerPlan(shape, Exchange(str(path), found, wanted_tokenizer(shape), dict, [r"loss\..+"]))
-    codes, width = _table(found, f"{_NETWORK}content_emb.emb.weight", path)
-    tokenizer = _tokenizer(found, codes - 1, options, path)
+    weights = _weights_in(path)
+    if "encoder.conv_in.weight" in weights:
+        shape = autoencoder_config(weights, str(path))
+        return TokenizerPlan(
+            shape, Exchange(str(path), weights, tokenizer_weights(shape), dict, [r"loss\..+"])
+        )
+    codes, width = _table(weights, f"{_NETWORK}content_emb.emb.weight", path)
+    tokenizer = _tokenizer(weights, codes - 1, options, path)
     if options.reduction is not None and isinstance(tokenizer, ReducedConfig):
-        found[_MAP] = read_map(options.reduction)
-        check_map(found[_MAP], len(found[_MAP]), codes - 1, str(options.reduction))
-    grid = options.grid or _grid(found, tokenizer)
+        weights[_MAP] = read_map(options.reduction)
+        check_map(weights[_MAP], len(weights[_MAP]), codes - 1, str(options.reduction))
+    grid = options.grid or _grid(weights, tokenizer)
     rows, columns = (
-        _table(found, f"{_NETWORK}content_emb.{side}_emb.weight", path)[0] for side in ("height", "width")
+        _table(weights, f"{_NETWORK}content_emb.{side}_emb.weight", path)[0] for side in ("height", "width")
     )
-    condition = _condition(found)
-    no_caption = options.no_caption or ("learned" if _NULL in found else "empty")
+    condition = _condition(weights)
+    null_condition = options.null_condition or ("learned" if _NULL in weights else "empty")
     config = BundleConfig(
         codebook_size=codes - 1,
         grid=grid,
         denoiser=DenoiserConfig(
             width=width,
             heads=options.heads,
-            layers=_count(found, rf"{_NETWORK}blocks\.(\d+)\."),
-            feed_forward=_feed_forward(found, width),
+            layers=count_numbered(weights, rf"{_NETWORK}blocks\.(\d+)\."),
+            feed_forward=_feed_forward(weights, width),
             condition=condition,
-            timestep_embedding="learned" if f"{_NETWORK}blocks.0.ln1.emb.weight" in found else "sinusoidal",
+            timestep_embedding="learned" if f"{_NETWORK}blocks.0.ln1.emb.weight" in weights else "sinusoidal",
             position_grid=None if (rows, columns) == grid else (rows, columns),
         ),
-        text=_tower(found, no_caption, path) if isinstance(condition, TextCondition) else None,
-        diffusion=_schedule(found, codes - 1, path),
+        text=_tower(weights, null_condition, path) if isinstance(condition, TextCondition) else None,
+        diffusion=_schedule(weights, codes - 1, path),
         origin=_ORIGIN.format(name=path.name),
     )
     dropped = list(_DROPPED)
-    if config.text is None or no_caption == "empty":
+    if config.text is None or null_condition == "empty":
         dropped.append(_NULL)
     if options.tokenizer is not None:
         dropped.append(r"content_codec\..+")
-    exchange = Exchange(str(path), found, wanted_weights(config, tokenizer), _to_ours, dropped)
+    exchange = Exchange(str(path), weights, model_weights(config, tokenizer), _convert, dropped)
     return ModelPlan(config, tokenizer, exchange)
 
 
 def _weights_in(path: Path) -> dict[str, Tensor]:
     """Return the network's EMA weights (else its training weights) and all weights outside it."""
-    loaded = read_saved(path)
-    checkpoint = cast(Mapping[str, object], loaded) if isinstance(loaded, Mapping) else {}
+    saved = read_saved(path)
+    checkpoint = cast(Mapping[str, object], saved) if isinstance(saved, Mapping) else {}
     last, average = tensors_in(checkpoint.get("model")), tensors_in(checkpoint.get("ema"))
     if not last and not average:
-        raise UserError(f"{path}: holds neither 'ema' nor 'model' as VQ-Diffusion's checkpoints do.")
+        raise UserError(f"{path}: contains neither 'ema' nor 'model', as VQ-Diffusion's checkpoints do.")
     if "encoder.conv_in.weight" in last:
         return last
     return (average or part_of(last, "transformer.")) | {
@@ -159,50 +170,45 @@ def _weights_in(path: Path) -> dict[str, Tensor]:
     }
 
 
-def _to_ours(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    tokenizer = _CODEC_OURS.to_ours(part_of(found, _CODEC))
-    if _MAP in found:
-        tokenizer = {**under("full.", tokenizer), "map": found[_MAP]}
-    return under(MODEL, _OURS.to_ours(found)) | under(TOKENIZER, tokenizer)
+def _convert(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tokenizer = _CODEC_PREFIXES.from_foreign(part_of(weights, _CODEC))
+    if _MAP in weights:
+        tokenizer = {**under("full.", tokenizer), "map": weights[_MAP]}
+    return under(MODEL, _MODEL_PREFIXES.from_foreign(weights)) | under(TOKENIZER, tokenizer)
 
 
-def _table(found: Mapping[str, Tensor], name: str, path: Path) -> list[int]:
+def _table(weights: Mapping[str, Tensor], name: str, path: Path) -> list[int]:
     """Return the shape of a weight that is required to infer the architecture."""
-    if name not in found:
+    if name not in weights:
         raise UserError(f"{path}: has no weight '{name}' as VQ-Diffusion's checkpoints do.")
-    return list(found[name].shape)
-
-
-def _count(found: Mapping[str, Tensor], pattern: str) -> int:
-    numbers = [re.match(pattern, name) for name in found]
-    return 1 + max((int(match[1]) for match in numbers if match), default=-1)
+    return list(weights[name].shape)
 
 
 def _tokenizer(
-    found: Mapping[str, Tensor], codes: int, options: MicrosoftOptions, path: Path
+    weights: Mapping[str, Tensor], codes: int, options: MicrosoftOptions, path: Path
 ) -> TokenizerConfig | Path:
     if options.tokenizer is not None and options.reduction is not None:
-        raise UserError("give --tokenizer or --reduction, not both: a tokenizer's bundle holds its own map.")
+        raise UserError("give --tokenizer or --reduction, not both: a tokenizer bundle contains its own map.")
     if options.tokenizer is not None:
         return options.tokenizer
-    state = _CODEC_OURS.to_ours(part_of(found, _CODEC))
+    state = _CODEC_PREFIXES.from_foreign(part_of(weights, _CODEC))
     if not state:
-        raise UserError(f"{path}: holds no tokenizer; name the bundle of one with --tokenizer.")
+        raise UserError(f"{path}: contains no tokenizer; give a tokenizer bundle with --tokenizer.")
     full = autoencoder_config(state, str(path))
     if options.reduction is not None:
         return ReducedConfig(codebook_size=codes, full=full)
     if full.codebook_size != codes:
         raise UserError(
-            f"{path}: the network has {codes} codes, but the tokenizer {full.codebook_size}; name the map "
-            "from these to those with --reduction (taming_vqvae_2887.pt or taming_vqvae_974.pt, "
-            "published beside it)."
+            f"{path}: the network has {codes} codes, but the tokenizer {full.codebook_size}; give the map "
+            "from the tokenizer's codes to the network's with --reduction (taming_vqvae_2887.pt or "
+            "taming_vqvae_974.pt, published beside the checkpoint)."
         )
     return full
 
 
-def _grid(found: Mapping[str, Tensor], tokenizer: TokenizerConfig | Path) -> tuple[int, int]:
+def _grid(weights: Mapping[str, Tensor], tokenizer: TokenizerConfig | Path) -> tuple[int, int]:
     """Infer the token grid from the cross-attention masks, or from the tokenizer at 256 x 256 pixels."""
-    mask = found.get(f"{_NETWORK}blocks.0.attn2.mask")
+    mask = weights.get(f"{_NETWORK}blocks.0.attn2.mask")
     if mask is not None:
         side = math.isqrt(mask.shape[-1])
     elif isinstance(tokenizer, Path):
@@ -212,49 +218,49 @@ def _grid(found: Mapping[str, Tensor], tokenizer: TokenizerConfig | Path) -> tup
     return side, side
 
 
-def _condition(found: Mapping[str, Tensor]) -> Condition:
+def _condition(weights: Mapping[str, Tensor]) -> Condition:
     block = f"{_NETWORK}blocks.0."
-    if f"{block}attn2.key.weight" in found:
-        return TextCondition(width=found[f"{block}attn2.key.weight"].shape[1])
-    if f"{block}ln2.emb.weight" in found:
-        rows = found[f"{block}ln2.emb.weight"].shape[0]
+    if f"{block}attn2.key.weight" in weights:
+        return TextCondition(width=weights[f"{block}attn2.key.weight"].shape[1])
+    if f"{block}ln2.emb.weight" in weights:
+        rows = weights[f"{block}ln2.emb.weight"].shape[0]
         # ImageNet's 1,000 classes, plus a null row if the model was trained for classifier-free guidance.
         is_learned = rows == _IMAGENET_WITH_NULL
-        return ClassCondition(classes=rows - is_learned, null="learned" if is_learned else "mean")
+        return ClassCondition(classes=rows - is_learned, null_condition="learned" if is_learned else "mean")
     return NoCondition()
 
 
-def _feed_forward(found: Mapping[str, Tensor], width: int) -> FeedForwardConfig:
-    convolution = found.get(f"{_NETWORK}blocks.0.mlp.conv1.weight")
+def _feed_forward(weights: Mapping[str, Tensor], width: int) -> FeedForwardConfig:
+    convolution = weights.get(f"{_NETWORK}blocks.0.mlp.conv1.weight")
     if convolution is not None:
         return Convolutional(mlp_ratio=convolution.shape[0] // width)
-    linear = found.get(f"{_NETWORK}blocks.0.mlp.0.weight")
-    return FullyConnected() if linear is None else FullyConnected(mlp_ratio=linear.shape[0] // width)
+    dense = weights.get(f"{_NETWORK}blocks.0.mlp.0.weight")
+    return FullyConnected() if dense is None else FullyConnected(mlp_ratio=dense.shape[0] // width)
 
 
-def _tower(found: Mapping[str, Tensor], no_caption: Literal["learned", "empty"], path: Path) -> Tower:
-    vocabulary, width = _table(found, f"{_TEXT}token_embedding.weight", path)
+def _tower(weights: Mapping[str, Tensor], null_condition: Literal["learned", "empty"], path: Path) -> Tower:
+    vocabulary, width = _table(weights, f"{_TEXT}token_embedding.weight", path)
     return Tower(
-        context_length=_table(found, f"{_TEXT}positional_embedding", path)[0],
+        context_length=_table(weights, f"{_TEXT}positional_embedding", path)[0],
         width=width,
         heads=max(1, width // _HEAD_WIDTH_OF_CLIP),
-        layers=_count(found, rf"{_TEXT}transformer\.resblocks\.(\d+)\."),
+        layers=count_numbered(weights, rf"{_TEXT}transformer\.resblocks\.(\d+)\."),
         bpe_merges=vocabulary - CaptionTokenizer(merges=0).vocabulary,
-        null_condition=no_caption,
+        null_condition=null_condition,
     )
 
 
-def _schedule(found: Mapping[str, Tensor], codes: int, path: Path) -> Released:
+def _schedule(weights: Mapping[str, Tensor], codes: int, path: Path) -> Released:
     """Return the released noise schedule; the file's own tables must match it."""
-    steps = _table(found, "log_at", path)[0]
+    steps = _table(weights, "log_at", path)[0]
     schedule = Released(steps=steps)
-    chances = MaskAndReplace(schedule, codes).rates.at(torch.arange(steps))
-    for ours, name in ((chances.keep, "log_cumprod_at"), (chances.mask, "log_cumprod_ct")):
-        if _table(found, name, path)[0] != steps + 1 or not torch.allclose(
-            found[name][:steps].double(), ours.log(), rtol=0, atol=_TOLERANCE
+    probabilities = MaskAndReplace(schedule, codes).rates.at(torch.arange(steps))
+    for name, expected in (("log_cumprod_at", probabilities.keep), ("log_cumprod_ct", probabilities.mask)):
+        if _table(weights, name, path)[0] != steps + 1 or not torch.allclose(
+            weights[name][:steps].double(), expected.log(), rtol=0, atol=_TOLERANCE
         ):
             raise UserError(
-                f"{path}: was trained under another schedule than the released one ({name} differs), and "
-                "sampling under the released one would give pictures of no meaning."
+                f"{path}: was trained with another schedule than the released one ({name} differs), and "
+                "sampling with the released one would give meaningless images."
             )
     return schedule

@@ -49,14 +49,14 @@ class Codebook(nn.Module):
         codes: K.
         width: Dimension of a code's vector.
         decay: EMA decay: weight of the old averages in each update.
-        revival_share: Dead-code threshold, as a fraction of the mean cluster size. A code below the threshold
-            is replaced by an encoder output.
+        reset_fraction: Dead-code threshold, as a fraction of the mean cluster size. A code below it is
+            replaced by an encoder output.
     """
 
-    def __init__(self, codes: int, width: int, decay: float, revival_share: float) -> None:
+    def __init__(self, codes: int, width: int, decay: float, reset_fraction: float) -> None:
         super().__init__()
         self.decay = decay
-        self.revival_share = revival_share
+        self.reset_fraction = reset_fraction
         self.register_buffer("embedding", torch.zeros(codes, width))
         self.register_buffer("cluster_size", torch.zeros(codes))
         self.register_buffer("embedding_avg", torch.zeros(codes, width))
@@ -78,7 +78,7 @@ class Codebook(nn.Module):
         return nn.functional.embedding(ids, self.embedding)
 
     @torch.no_grad()
-    def initialise(self, vectors: Float[Tensor, "count width"], seed: int) -> None:
+    def initialize(self, vectors: Float[Tensor, "count width"], seed: int) -> None:
         """Initialize the codes with the k-means centers of encoder outputs.
 
         k-means runs in one thread: with several, the order of summation would make two equal runs differ.
@@ -91,12 +91,12 @@ class Codebook(nn.Module):
             means: Any = KMeans(self.codes, n_init=1, max_iter=20, random_state=seed)  # pyright: ignore
             means.fit(vectors.cpu().numpy())
         counts = torch.bincount(torch.from_numpy(means.labels_).long(), minlength=self.codes)
-        self.place(torch.from_numpy(means.cluster_centers_), counts)
+        self.set_codes(torch.from_numpy(means.cluster_centers_), counts)
 
     @torch.no_grad()
-    def place(self, centres: Float[Tensor, "codes width"], sizes: Tensor) -> None:
-        """Set the codes to ``centres``, and the EMA statistics as if each had ``sizes`` vectors."""
-        self.embedding.copy_(centres)
+    def set_codes(self, centers: Float[Tensor, "codes width"], sizes: Tensor) -> None:
+        """Set the codes to ``centers``, and the EMA statistics as if each had ``sizes`` vectors."""
+        self.embedding.copy_(centers)
         self.cluster_size.copy_(sizes)
         self.embedding_avg.copy_(self.embedding * self.cluster_size[:, None])
 
@@ -115,7 +115,9 @@ class Codebook(nn.Module):
         self.embedding.copy_(self.embedding_avg / smoothed[:, None])
 
     @torch.no_grad()
-    def revive(self, candidates: Float[Tensor, "count width"], seed: int, draw: int) -> Int[Tensor, ""]:
+    def reset_dead_codes(
+        self, candidates: Float[Tensor, "count width"], seed: int, draw: int
+    ) -> Int[Tensor, ""]:
         """Replace dead codes by encoder outputs.
 
         Args:
@@ -126,12 +128,12 @@ class Codebook(nn.Module):
         Returns:
             Number of replaced codes.
         """
-        even_share = self.cluster_size.sum() / self.codes
-        dead = self.cluster_size < self.revival_share * even_share
-        places = torch.zeros(1, dtype=torch.int64, device=candidates.device)
-        picked = uniforms(seed, Purpose.CODEBOOK, places, self.codes, draw=draw)[0] * len(candidates)
-        replacements = candidates[picked.long()].float()
+        mean_size = self.cluster_size.sum() / self.codes
+        dead = self.cluster_size < self.reset_fraction * mean_size
+        slots = torch.zeros(1, dtype=torch.int64, device=candidates.device)
+        positions = uniforms(seed, Purpose.CODEBOOK, slots, self.codes, draw=draw)[0] * len(candidates)
+        replacements = candidates[positions.long()].float()
         self.embedding.copy_(torch.where(dead[:, None], replacements, self.embedding))
-        self.cluster_size.copy_(torch.where(dead, even_share, self.cluster_size))
-        self.embedding_avg.copy_(torch.where(dead[:, None], replacements * even_share, self.embedding_avg))
+        self.cluster_size.copy_(torch.where(dead, mean_size, self.cluster_size))
+        self.embedding_avg.copy_(torch.where(dead[:, None], replacements * mean_size, self.embedding_avg))
         return dead.sum()

@@ -13,30 +13,27 @@ With "nearest", the tokens of the counted dataset decode as before, and a new im
 """
 
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.tensors import read_tensors
-from vqd_scale.tokenizers.base import Draws, ImageTokenizer, check_tokens
+from vqd_scale.tokenizers.base import ImageTokenizer, SamplingKey, check_tokens
 from vqd_scale.tokenizers.codebook.quantizer import nearest_codes
-
-Unused = Literal["bucket", "nearest"]
-"""Id of unused codes: one common id (as published), or the id of the nearest used code."""
+from vqd_scale.tokenizers.config import Unused
 
 
-class Reduced(nn.Module):
+class Reduced(ImageTokenizer):
     """Tokenizer with a reduced codebook; the map is part of its state.
 
     The unused bucket, id 0, decodes as the first code in it, as in the published models. The initial map,
     before weights are loaded, keeps the last codes.
 
     Args:
-        full: Tokenizer with all codes; an `nn.Module`.
+        full: Tokenizer with all codes.
         codes: K, the number of reduced ids, including the unused bucket.
         unused: Treatment of unused codes.
 
@@ -47,7 +44,7 @@ class Reduced(nn.Module):
     def __init__(self, full: ImageTokenizer, codes: int, unused: Unused = "bucket") -> None:
         super().__init__()
         if not 0 < codes <= full.codes:
-            raise UserError(f"codes: {codes} of the tokenizer's {full.codes} codes cannot be left.")
+            raise UserError(f"codes: give 1 to {full.codes}, the codes of the tokenizer, not {codes}.")
         self.codes = codes
         self.factor = full.factor
         self.full = full
@@ -60,24 +57,24 @@ class Reduced(nn.Module):
         self.register_load_state_dict_post_hook(_check_loaded)
 
     def encode(
-        self, images: Float[Tensor, "batch 3 height width"], draws: Draws | None = None
+        self, images: Float[Tensor, "batch 3 height width"], sampling_key: SamplingKey | None = None
     ) -> Int[Tensor, "batch rows columns"]:
         """Encode images in [-1, 1] to reduced codes; see `ImageTokenizer`."""
-        return self.map[self.full.encode(images, draws)]
+        return self.map[self.full.encode(images, sampling_key)]
 
     def decode(self, tokens: Int[Tensor, "batch rows columns"]) -> Float[Tensor, "batch 3 height width"]:
         """Decode reduced codes to float32 images in about [-1, 1]."""
         check_tokens(tokens, self.codes)
-        return self.full.decode(self.meant[tokens])
+        return self.full.decode(self.full_codes[tokens])
 
     @property
-    def meant(self) -> Int[Tensor, " codes"]:
+    def full_codes(self) -> Int[Tensor, " codes"]:
         """Full code that each reduced code decodes as."""
         return cast(Tensor, self.kept) if hasattr(self, "kept") else inverse(self.map)
 
     def code_vectors(self) -> Float[Tensor, "codes width"]:
         """Return the vector that each reduced code decodes as."""
-        return self.full.code_vectors()[self.meant]
+        return self.full.code_vectors()[self.full_codes]
 
     def latents(
         self, images: Float[Tensor, "batch 3 height width"]
@@ -85,62 +82,58 @@ class Reduced(nn.Module):
         """Return the vectors that the full tokenizer quantizes."""
         return self.full.latents(images)
 
-    def compute_in(self, dtype: torch.dtype) -> Self:
+    def compute_in(self, dtype: torch.dtype) -> None:
         """Set the compute dtype; see `Autoencoder.compute_in`."""
         self.full.compute_in(dtype)
-        return self
 
 
 def _check_loaded(module: nn.Module, _: object) -> None:
     if isinstance(module, Reduced):
         check_map(module.map, module.full.codes, module.codes, "map")
-        if not torch.equal(module.map[module.meant.clamp(0, len(module.map) - 1)], _ids(module)):
+        ids = torch.arange(module.codes, device=module.map.device)
+        if not torch.equal(module.map[module.full_codes.clamp(0, len(module.map) - 1)], ids):
             raise UserError("kept: is no inverse of the map; the tokenizer's bundle is damaged.")
 
 
-def _ids(module: Reduced) -> Int[Tensor, " codes"]:
-    return torch.arange(module.codes, device=module.map.device)
-
-
-def map_from_counts(counts: Int[Tensor, " full"], least: int = 1) -> Int[Tensor, " full"]:
+def map_from_counts(counts: Int[Tensor, " full"], min_count: int = 1) -> Int[Tensor, " full"]:
     """Compute the map with an unused bucket.
 
     Args:
         counts: Number of occurrences of each code of the full codebook.
-        least: Minimum number of occurrences of a used code.
+        min_count: Minimum number of occurrences of a used code.
 
     Raises:
         UserError: No code is used, or all are.
     """
-    used = counts >= least
+    used = counts >= min_count
     if not used.any() or used.all():
         raise UserError(
-            f"codes: {int(used.sum())} of {len(used)} codes occur at least {least} times, so that there is "
-            f"nothing to reduce; count on more data or choose another threshold."
+            f"codes: {int(used.sum())} of {len(used)} codes occur at least {min_count} times: nothing to "
+            f"reduce; count on more data or choose another threshold."
         )
     return torch.where(used, used.long().cumsum(0), 0)
 
 
 def map_to_nearest(
-    counts: Int[Tensor, " full"], vectors: Float[Tensor, "full width"], least: int = 1
+    counts: Int[Tensor, " full"], vectors: Float[Tensor, "full width"], min_count: int = 1
 ) -> Int[Tensor, " full"]:
     """Compute the map without a bucket: an unused code gets the id of the nearest used code.
 
     Args:
         counts: Number of occurrences of each code of the full codebook.
         vectors: Vector that each code decodes as.
-        least: Minimum number of occurrences of a used code.
+        min_count: Minimum number of occurrences of a used code.
 
     Raises:
         UserError: No code is used, or all are.
     """
-    is_used = map_from_counts(counts, least) > 0
+    is_used = map_from_counts(counts, min_count) > 0
     return nearest_codes(vectors, vectors[is_used]).where(~is_used, is_used.long().cumsum(0) - 1)
 
 
-def kept_codes(counts: Int[Tensor, " full"], least: int = 1) -> Int[Tensor, " codes"]:
+def used_codes(counts: Int[Tensor, " full"], min_count: int = 1) -> Int[Tensor, " codes"]:
     """Return the full codes that are used, in their order."""
-    return (counts >= least).nonzero()[:, 0]
+    return (counts >= min_count).nonzero()[:, 0]
 
 
 def inverse(map: Int[Tensor, " full"]) -> Int[Tensor, " codes"]:
@@ -167,9 +160,11 @@ def check_map(map: Int[Tensor, " full"], full: int, codes: int, source: str) -> 
             f"{source}: leads to the ids {int(map.min())}..{int(map.max())}, but the model has {codes} "
             f"codes, 0..{codes - 1}; take the map that the model was trained with."
         )
-    absent = codes - len(map.unique())
-    if absent:
-        raise UserError(f"{source}: no code leads to {absent} of the ids 0..{codes - 1}; the map is damaged.")
+    unassigned = codes - len(map.unique())
+    if unassigned:
+        raise UserError(
+            f"{source}: no code leads to {unassigned} of the ids 0..{codes - 1}; the map is damaged."
+        )
 
 
 def read_map(path: Path) -> Int[Tensor, " full"]:

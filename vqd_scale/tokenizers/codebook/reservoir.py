@@ -26,7 +26,6 @@ class Reservoir:
         self.seed = seed
         self.vectors = torch.zeros(0, 0)
         self.keys = torch.zeros(0, dtype=torch.float64)
-        self.seen = 0
 
     def add(self, vectors: Float[Tensor, "count width"], slots: Int[Tensor, " images"]) -> None:
         """Add the vectors of some images, in the order of ``slots`` and equally many per image.
@@ -35,27 +34,24 @@ class Reservoir:
             vectors: Vectors of the images, image by image.
             slots: Unique index of each image.
         """
-        each = len(vectors) // len(slots)
-        keys = uniforms(self.seed, Purpose.RESERVOIR, slots, each, dtype=torch.float64).flatten()
-        self.seen += len(vectors)
-        self._keep(vectors.detach().float(), keys)
-
-    def pooled(self, concatenated: Callable[[Tensor], Tensor]) -> Float[Tensor, "pool width"]:
-        """Return the sample over all ranks, equal on all of them; fewer than P vectors if fewer were seen.
-
-        Args:
-            concatenated: All-gather that concatenates the ranks' tensors, which have equal shapes.
-        """
-        lacking = self.size - len(self.keys)
-        filling = self.vectors.new_zeros(lacking, self.vectors.shape[1])
-        keys = torch.cat([self.keys, self.keys.new_full((lacking,), torch.inf)])
-        vectors = concatenated(torch.cat([self.vectors, filling]))
-        keys = concatenated(keys)
-        order = keys.argsort(stable=True)[: self.size]
-        return vectors[order[keys[order].isfinite()]]
-
-    def _keep(self, vectors: Tensor, keys: Tensor) -> None:
+        per_image = len(vectors) // len(slots)
+        keys = uniforms(self.seed, Purpose.RESERVOIR, slots, per_image, dtype=torch.float64).flatten()
+        vectors = vectors.detach().float()
         if len(self.keys):
             vectors, keys = torch.cat([self.vectors, vectors]), torch.cat([self.keys, keys])
         order = keys.argsort(stable=True)[: self.size]
         self.vectors, self.keys = vectors[order], keys[order]
+
+    def gather(self, all_gather: Callable[[Tensor], Tensor]) -> Float[Tensor, "pool width"]:
+        """Return the sample over all ranks, equal on all of them; fewer than P vectors if fewer were seen.
+
+        Args:
+            all_gather: All-gather that concatenates the ranks' tensors, which have equal shapes.
+        """
+        missing = self.size - len(self.keys)
+        padding = self.vectors.new_zeros(missing, self.vectors.shape[1])
+        keys = torch.cat([self.keys, self.keys.new_full((missing,), torch.inf)])
+        vectors = all_gather(torch.cat([self.vectors, padding]))
+        keys = all_gather(keys)
+        order = keys.argsort(stable=True)[: self.size]
+        return vectors[order[keys[order].isfinite()]]

@@ -20,9 +20,7 @@ from torch import Tensor
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
-
-CHAIN = 200
-"""Length of AFK-MC² Markov chains, as in its authors' code and in VQ-DDM."""
+from vqd_scale.tokenizers.config import CHAIN
 
 
 @dataclass(frozen=True)
@@ -30,11 +28,11 @@ class Seeding:
     """Initial points of k-means.
 
     Attributes:
-        chosen: Indices of the seeds among all points, [seeds].
+        indices: Indices of the seeds among all points, [seeds].
         distances: Number of distances computed to find the seeds.
     """
 
-    chosen: Int[Tensor, " seeds"]
+    indices: Int[Tensor, " seeds"]
     distances: int
 
 
@@ -42,11 +40,11 @@ class Clusters(NamedTuple):
     """Result of k-means.
 
     Attributes:
-        centres: Cluster centers [clusters, width], float32.
+        centers: Cluster centers [clusters, width], float32.
         sizes: Number of points assigned to each center; at least 1.
     """
 
-    centres: Float[Tensor, "clusters width"]
+    centers: Float[Tensor, "clusters width"]
     sizes: Int[Tensor, " clusters"]
 
 
@@ -66,25 +64,27 @@ def afkmc2(points: Float[Tensor, "count width"], seeds: int, seed: int, chain: i
     count = len(points)
     rows = torch.arange(seeds, device=points.device)
     # One row per seed: a proposal and an acceptance number for every state of its chain.
-    drawn = uniforms(seed, Purpose.SEEDING, rows, 2 * chain, dtype=torch.float64)
-    chosen = [int(drawn[0, 0] * count)]
-    squared = _squared_distances(points, points[chosen])[:, 0]
-    measured = count
+    uniform_numbers = uniforms(seed, Purpose.SEEDING, rows, 2 * chain, dtype=torch.float64)
+    indices = [int(uniform_numbers[0, 0] * count)]
+    squared = _squared_distances(points, points[indices])[:, 0]
+    distances = count
     proposal = squared / squared.sum().clamp(min=torch.finfo(squared.dtype).tiny) / 2 + 0.5 / count
     cumulative = proposal.cumsum(0)
     for number in range(1, seeds):
-        places = torch.searchsorted(cumulative, drawn[number, :chain] * cumulative[-1], right=True)
-        places = places.clamp(max=count - 1)
-        nearest = _squared_distances(points[places], points[chosen]).amin(dim=1)
-        measured += chain * len(chosen)
+        candidates = torch.searchsorted(
+            cumulative, uniform_numbers[number, :chain] * cumulative[-1], right=True
+        )
+        candidates = candidates.clamp(max=count - 1)
+        nearest = _squared_distances(points[candidates], points[indices]).amin(dim=1)
+        distances += chain * len(indices)
         # Weight of a state: squared distance / proposal probability.
-        weights = (nearest / proposal[places]).tolist()
+        weights = (nearest / proposal[candidates]).tolist()
         state = 0
-        for step, accepted in enumerate(drawn[number, chain + 1 :].tolist(), start=1):
+        for step, accepted in enumerate(uniform_numbers[number, chain + 1 :].tolist(), start=1):
             if weights[step] > accepted * weights[state]:
                 state = step
-        chosen.append(int(places[state]))
-    return Seeding(torch.tensor(chosen, device=points.device), measured)
+        indices.append(int(candidates[state]))
+    return Seeding(torch.tensor(indices, device=points.device), distances)
 
 
 def kmeans_plus_plus(points: Float[Tensor, "count width"], seeds: int, seed: int) -> Seeding:
@@ -95,19 +95,21 @@ def kmeans_plus_plus(points: Float[Tensor, "count width"], seeds: int, seed: int
     """
     _check(points, seeds)
     rows = torch.arange(seeds, device=points.device)
-    drawn = uniforms(seed, Purpose.SEEDING, rows, 1, dtype=torch.float64)[:, 0]
-    chosen = [int(drawn[0] * len(points))]
+    uniform_numbers = uniforms(seed, Purpose.SEEDING, rows, 1, dtype=torch.float64)[:, 0]
+    indices = [int(uniform_numbers[0] * len(points))]
     nearest = torch.full((len(points),), torch.inf, dtype=torch.float64, device=points.device)
     for number in range(1, seeds):
-        nearest = torch.minimum(nearest, _squared_distances(points, points[chosen[-1:]])[:, 0])
+        nearest = torch.minimum(nearest, _squared_distances(points, points[indices[-1:]])[:, 0])
         cumulative = nearest.cumsum(0)
-        place = torch.searchsorted(cumulative, drawn[number] * cumulative[-1], right=True)
-        chosen.append(int(place.clamp(max=len(points) - 1)))
-    return Seeding(torch.tensor(chosen, device=points.device), len(points) * (seeds - 1))
+        index = torch.searchsorted(cumulative, uniform_numbers[number] * cumulative[-1], right=True)
+        indices.append(int(index.clamp(max=len(points) - 1)))
+    return Seeding(torch.tensor(indices, device=points.device), len(points) * (seeds - 1))
 
 
 def kmeans(
-    points: Float[Tensor, "count width"], starts: Float[Tensor, "clusters width"], iterations: int = 300
+    points: Float[Tensor, "count width"],
+    initial_centers: Float[Tensor, "clusters width"],
+    iterations: int = 300,
 ) -> Clusters:
     """Run Lloyd's iterations from given centers; every resulting center has at least one point.
 
@@ -115,7 +117,7 @@ def kmeans(
 
     Args:
         points: Points to cluster.
-        starts: Initial centers.
+        initial_centers: Initial centers.
         iterations: Maximum number of iterations.
 
     Raises:
@@ -124,23 +126,28 @@ def kmeans(
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
-    _check(points, len(starts))
-    values = points.detach().float().cpu()
+    _check(points, len(initial_centers))
+    points = points.detach().float().cpu()
     with threadpool_limits(limits=1), warnings.catch_warnings():
         # scikit-learn warns about duplicate points; `_without_empty` handles them.
         warnings.simplefilter("ignore")
         # The stub omits array and number arguments.
         build = cast(Any, KMeans)
-        means = build(len(starts), init=starts.detach().float().cpu().numpy(), n_init=1, max_iter=iterations)
-        means.fit(values.numpy())
-    centres = torch.from_numpy(means.cluster_centers_).float()
-    return _without_empty(values, centres)
+        clustering = build(
+            len(initial_centers),
+            init=initial_centers.detach().float().cpu().numpy(),
+            n_init=1,
+            max_iter=iterations,
+        )
+        clustering.fit(points.numpy())
+    centers = torch.from_numpy(clustering.cluster_centers_).float()
+    return _without_empty(points, centers)
 
 
-def cost(points: Float[Tensor, "count width"], centres: Float[Tensor, "clusters width"]) -> float:
+def cost(points: Float[Tensor, "count width"], centers: Float[Tensor, "clusters width"]) -> float:
     """Compute the k-means objective: the sum of squared distances of points to their nearest centers."""
-    parts = points.split(max(1, _CHUNK // len(centres)))
-    return sum(float(_squared_distances(part, centres).amin(dim=1).sum()) for part in parts)
+    parts = points.split(max(1, _CHUNK // len(centers)))
+    return sum(float(_squared_distances(part, centers).amin(dim=1).sum()) for part in parts)
 
 
 _CHUNK = 1 << 22
@@ -148,49 +155,49 @@ _CHUNK = 1 << 22
 
 
 def _without_empty(
-    points: Float[Tensor, "count width"], centres: Float[Tensor, "clusters width"]
+    points: Float[Tensor, "count width"], centers: Float[Tensor, "clusters width"]
 ) -> Clusters:
     """Move each center without points to the point farthest from its nearest center."""
-    for _ in range(len(centres)):
-        nearest, labels = _nearest(points, centres)
-        sizes = torch.bincount(labels, minlength=len(centres))
+    for _ in range(len(centers)):
+        nearest, labels = _nearest(points, centers)
+        sizes = torch.bincount(labels, minlength=len(centers))
         empty = (sizes == 0).nonzero()[:, 0]
         if not len(empty):
-            return Clusters(centres, sizes)
+            return Clusters(centers, sizes)
         if not nearest.any():
             break
-        centres[empty[0]] = points[nearest.argmax()]
+        centers[empty[0]] = points[nearest.argmax()]
     raise UserError(
-        f"codes: there are fewer than {len(centres)} different vectors among the {len(points)} of the pool; "
+        f"codes: there are fewer than {len(centers)} different vectors among the {len(points)} of the pool; "
         f"ask for fewer codes, or take a larger pool."
     )
 
 
 def _nearest(
-    points: Float[Tensor, "count width"], centres: Float[Tensor, "clusters width"]
+    points: Float[Tensor, "count width"], centers: Float[Tensor, "clusters width"]
 ) -> tuple[Float[Tensor, " count"], Int[Tensor, " count"]]:
-    found = [
-        _squared_distances(part, centres).min(dim=1) for part in points.split(_CHUNK // len(centres) or 1)
+    minima = [
+        _squared_distances(part, centers).min(dim=1) for part in points.split(_CHUNK // len(centers) or 1)
     ]
-    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+    return torch.cat([part.values for part in minima]), torch.cat([part.indices for part in minima])
 
 
 def _squared_distances(
-    points: Float[Tensor, "count width"], others: Float[Tensor, "seeds width"]
+    points: Float[Tensor, "count width"], centers: Float[Tensor, "seeds width"]
 ) -> Float[Tensor, "count seeds"]:
     """Compute squared distances from differences in float64.
 
     The distance of a point to itself is exactly 0, so no point is sampled twice.
     """
-    exact = torch.cdist(points.double(), others.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    exact = torch.cdist(points.double(), centers.double(), compute_mode="donot_use_mm_for_euclid_dist")
     return exact.square()
 
 
-def _check(points: Float[Tensor, "count width"], wanted: int) -> None:
-    if wanted > len(points):
+def _check(points: Float[Tensor, "count width"], seeds: int) -> None:
+    if seeds > len(points):
         raise UserError(
-            f"codes: {wanted} codes cannot be placed at {len(points)} vectors; take a larger pool, or ask "
+            f"codes: {seeds} codes cannot be placed at {len(points)} vectors; take a larger pool, or ask "
             f"for fewer codes."
         )
     if not bool(points.isfinite().all()):
-        raise UserError("pool: a vector of the pool is not finite; check the tokenizer and its pictures.")
+        raise UserError("pool: a vector of the pool is not finite; check the tokenizer and its images.")

@@ -34,8 +34,8 @@ def usage_of(counts: Int[Tensor, " codes"]) -> Usage:
     """Compute usage statistics from code counts."""
     counts = counts.double()
     total = counts.sum()
-    shares = counts / total.clamp(min=1)
-    entropy = -torch.special.xlogy(shares, shares).sum()
+    frequencies = counts / total.clamp(min=1)
+    entropy = -torch.special.xlogy(frequencies, frequencies).sum()
     return Usage(
         codes=len(counts),
         tokens=int(total),

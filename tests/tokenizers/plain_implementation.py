@@ -1,4 +1,4 @@
-"""The published tokenizers' architecture and names, written a second time from their description alone.
+"""The published tokenizers' architecture and names, implemented independently from their description.
 
 The plain implementation knows names of weights and arithmetic, no modules: what it and the package agree on
 is the architecture.
@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vqd_scale.tokenizers.convolutions import ConvolutionsConfig
-from vqd_scale.tokenizers.taming import (
+from vqd_scale.tokenizers.config import (
     IMAGENET_F16,
+    ITHQ,
     OPENIMAGES_GUMBEL_F8,
-    TamingGumbel,
+    ConvolutionsConfig,
     TamingGumbelConfig,
-    TamingVQ,
     TamingVQConfig,
+    VQGANConfig,
 )
-from vqd_scale.tokenizers.vqgan import ITHQ, VQGAN, VQGANConfig
+from vqd_scale.tokenizers.taming import TamingGumbel, TamingVQ
+from vqd_scale.tokenizers.vqgan import VQGAN
 
 Published = VQGANConfig | TamingVQConfig | TamingGumbelConfig
 State = dict[str, Tensor]
@@ -101,8 +102,8 @@ def attention(state: State, name: str, x: Tensor) -> Tensor:
     h = norm(state, f"{name}.norm", x)
     q, k, v = (conv(state, f"{name}.{part}", h).view(batch, width, -1) for part in "qkv")
     weights = torch.einsum("bci,bcj->bij", q, k).div(math.sqrt(width)).softmax(-1)
-    seen = torch.einsum("bij,bcj->bci", weights, v).view(batch, width, height, breadth)
-    return x + conv(state, f"{name}.proj_out", seen)
+    attended = torch.einsum("bij,bcj->bci", weights, v).view(batch, width, height, breadth)
+    return x + conv(state, f"{name}.proj_out", attended)
 
 
 def middle(state: State, side: str, x: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ def decoded(state: State, config: ConvolutionsConfig, z: Tensor) -> Tensor:
 
 
 def codes_of(state: State, z: Tensor) -> Tensor:
-    """The most probable code where there is a classifier, the nearest where there is none."""
+    """Return the most probable code with a classifier, and the nearest code without one."""
     if "quantize.proj.weight" in state:
         return conv(state, "quantize.proj", z).argmax(1)
     vectors = state["quantize.embedding" if "quantize.embedding" in state else "quantize.embedding.weight"]
@@ -157,28 +158,28 @@ def vectors_of(state: State, tokens: Tensor) -> Tensor:
 
 
 def names(config: Published) -> Iterator[str]:
-    def both(stem: str) -> Iterator[str]:
+    def shared_names(stem: str) -> Iterator[str]:
         yield from (f"{stem}.weight", f"{stem}.bias")
 
     def block(stem: str, width: int, following: int) -> Iterator[str]:
         for part in ("norm1", "conv1", "norm2", "conv2", *(["nin_shortcut"] if width != following else [])):
-            yield from both(f"{stem}.{part}")
+            yield from shared_names(f"{stem}.{part}")
 
     def attends(stem: str) -> Iterator[str]:
         for part in ("norm", "q", "k", "v", "proj_out"):
-            yield from both(f"{stem}.{part}")
+            yield from shared_names(f"{stem}.{part}")
 
     levels = range(len(config.channel_multipliers))
-    for side, folder, more in (("encoder", "down", 0), ("decoder", "up", 1)):
+    for side, folder, extra_blocks in (("encoder", "down", 0), ("decoder", "up", 1)):
         for stem in ("conv_in", "norm_out", "conv_out"):
-            yield from both(f"{side}.{stem}")
+            yield from shared_names(f"{side}.{stem}")
         for stem in ("mid.block_1", "mid.block_2"):
             yield from block(f"{side}.{stem}", 1, 1)
         yield from attends(f"{side}.mid.attn_1")
         for level in levels:
-            neighbour = max(level - 1, 0) if side == "encoder" else min(level + 1, levels[-1])
-            width = config.channel_multipliers[neighbour]
-            for number in range(config.num_res_blocks + more):
+            neighbor = max(level - 1, 0) if side == "encoder" else min(level + 1, levels[-1])
+            width = config.channel_multipliers[neighbor]
+            for number in range(config.num_res_blocks + extra_blocks):
                 yield from block(
                     f"{side}.{folder}.{level}.block.{number}", width, config.channel_multipliers[level]
                 )
@@ -186,8 +187,8 @@ def names(config: Published) -> Iterator[str]:
                 if level in config.attention:
                     yield from attends(f"{side}.{folder}.{level}.attn.{number}")
         for level in levels[:-1] if side == "encoder" else levels[1:]:
-            yield from both(
+            yield from shared_names(
                 f"{side}.{folder}.{level}.{'downsample' if side == 'encoder' else 'upsample'}.conv"
             )
-    yield from both("quant_conv")
-    yield from both("post_quant_conv")
+    yield from shared_names("quant_conv")
+    yield from shared_names("post_quant_conv")
