@@ -22,7 +22,7 @@ from vqd_scale.models.bundle import (
     BundleConfig,
     Model,
 )
-from vqd_scale.models.pipeline import TextToImage, picture_slots
+from vqd_scale.models.pipeline import TextToImage, image_slots
 from vqd_scale.nn.autoregressive import AutoregressiveConfig
 from vqd_scale.nn.denoiser import DenoiserConfig, TextCondition
 from vqd_scale.text.clip import Tower
@@ -159,15 +159,15 @@ def _drawings(
     )
     diffusion = TextToImage(Bundle(denoising, Model(denoising).eval(), tokenizer))
     ar = AutoregressiveTextToImage(Bundle(in_order, AutoregressiveModel(in_order).eval(), tokenizer))
-    prompts, slots = ["a red bus in the rain"] * problem.batch, picture_slots(0, problem.batch)
+    prompts, slots = ["a red bus in the rain"] * problem.batch, image_slots(0, problem.batch)
     alone = ConstantGuidance(scale=1.0)
 
     def steps(count: int) -> Callable[[], Tensor]:
-        return lambda: diffusion.draw(prompts, slots, Strided(steps=count), guidance=alone)
+        return lambda: diffusion.generate_batch(prompts, slots, Strided(steps=count), guidance=alone)
 
     drawings: dict[str, Callable[[], Tensor]] = {_steps_name(count): steps(count) for count in problem.steps}
-    drawings[KEPT] = lambda: ar.draw(prompts, slots, guidance=alone)
-    drawings[AGAIN] = lambda: ar.draw(prompts, slots, guidance=alone, keep_seen=False)
+    drawings[KEPT] = lambda: ar.generate_batch(prompts, slots, guidance=alone)
+    drawings[AGAIN] = lambda: ar.generate_batch(prompts, slots, guidance=alone, use_cache=False)
     counted = {
         "diffusion": sum(value.numel() for value in diffusion.bundle.model.parameters()),
         "ar": sum(value.numel() for value in ar.bundle.model.parameters()),

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress
-from vqd_scale.diffusion.guidance import ConstantGuidance, guided_pair
+from vqd_scale.diffusion.guidance import ConstantGuidance, apply_guidance
 from vqd_scale.diffusion.samplers import LegacyDiffusers
 from vqd_scale.diffusion.sampling_plan import SamplerContext, SamplerNoise
 from vqd_scale.diffusion.schedule import Released
@@ -27,7 +27,7 @@ from vqd_scale.models.bundle import Bundle, BundleConfig, Model
 from vqd_scale.models.conditions import conditions_of
 from vqd_scale.models.exchange.diffusers import read_diffusers
 from vqd_scale.models.exchange.export import export_diffusers
-from vqd_scale.models.pipeline import TextToImage, picture_slots
+from vqd_scale.models.pipeline import TextToImage, image_slots
 from vqd_scale.nn.denoiser import DenoiserConfig, TextCondition
 from vqd_scale.text.clip import Tower
 from vqd_scale.tokenizers.taming import TamingVQ, TamingVQConfig
@@ -201,14 +201,14 @@ def equal_tokens(folder: Path, problem: SampleProblem) -> float:
         output_type="np",
     )
     conditions = conditions_of(pipe.bundle, [problem.prompt], None)
-    predict = guided_pair(*pipe.predictions(conditions), ConstantGuidance(scale=problem.guidance))
+    predict = apply_guidance(*pipe.predictions(conditions), ConstantGuidance(scale=problem.guidance))
     sampler, generator = LegacyDiffusers(steps=problem.steps), torch.Generator().manual_seed(0)
     plan = sampler.plan(pipe.transition, pipe.transition.steps - 1)
     equal = 0
     for number, step in enumerate(plan):
         # Its last step has no row for the mask.
         drawn = torch.rand(1, states - (step.s < 0), length, generator=generator)
-        noise = _SameNoise(0, picture_slots(0, 1), length, number, drawn)
+        noise = _SameNoise(0, image_slots(0, 1), length, number, drawn)
         free = torch.ones(1, length, dtype=torch.bool)
         moment = SamplerContext(pipe.transition, step, noise, free, free.sum(-1), pipe.transition.steps - 1)
         tokens = sampler.advance(visited[number], predict(visited[number], step.network_time), moment)

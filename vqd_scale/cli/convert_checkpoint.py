@@ -18,7 +18,7 @@ from vqd_scale.models.exchange.conversion import Plan
 from vqd_scale.models.exchange.diffusers import COMPONENTS, plan_diffusers
 from vqd_scale.models.exchange.export import export_diffusers
 from vqd_scale.models.exchange.microsoft import MicrosoftOptions, plan_microsoft
-from vqd_scale.models.s3_download import fetched
+from vqd_scale.models.s3_download import local_folder
 from vqd_scale.training.checkpoint.manager import consolidated, newest_whole
 from vqd_scale.training.engine import imported_weights
 
@@ -114,7 +114,7 @@ def _diffusers() -> Tool:
     _add_out(parser)
 
     def command(arguments: argparse.Namespace) -> None:
-        with fetched(arguments.folder, tuple(COMPONENTS)) as folder:
+        with local_folder(arguments.folder, tuple(COMPONENTS)) as folder:
             _carry_out(plan_diffusers(folder), arguments)
 
     return parser, command
@@ -210,4 +210,4 @@ def _carry_out(plan: Plan, arguments: argparse.Namespace) -> None:
         plan.exchange.check()
         return
     plan.save(arguments.out)
-    print(f"{arguments.out}: {len(plan.exchange.wanted):,} weights from {plan.exchange.source}")
+    print(f"{arguments.out}: {len(plan.exchange.target_weights):,} weights from {plan.exchange.source}")

@@ -32,7 +32,7 @@ from vqd_scale.evaluation.resumable_chunks import ResumableChunks
 from vqd_scale.evaluation.scene_reader import alignment_score, attributes_right
 from vqd_scale.models.autoregressive_sampling import AutoregressiveTextToImage
 from vqd_scale.models.generate import Pipeline
-from vqd_scale.models.pipeline import picture_slots
+from vqd_scale.models.pipeline import image_slots
 from vqd_scale.nn.denoiser import ClassCondition
 from vqd_scale.reports.plots import publish_image
 
@@ -168,7 +168,7 @@ def evaluate(
     }
     parts = ResumableChunks(out / "parts", len(prompts), config.sampling.batch_size)
     parts.begin(description, world)
-    slots = picture_slots(config.sampling.seed, len(prompts))
+    slots = image_slots(config.sampling.seed, len(prompts))
 
     def make(numbers: range) -> dict[str, Tensor]:
         own = [prompts[number] for number in numbers]
@@ -217,8 +217,8 @@ def draw(
             raise UserError(
                 "sampling.guidance: a model that draws token by token takes kind 'constant' only."
             )
-        return pipe.draw(texts, slots, guidance=config.guidance, truncation=config.truncation)
-    return pipe.draw(texts, slots, config.sampler, guidance=config.guidance, truncation=config.truncation)
+        return pipe.generate_batch(texts, slots, guidance=config.guidance, truncation=config.truncation)
+    return pipe.generate_batch(texts, slots, config.sampler, guidance=config.guidance, truncation=config.truncation)
 
 
 def statistics_of(parts: ResumableChunks, dimension: int, world: World) -> FeatureStatistics:

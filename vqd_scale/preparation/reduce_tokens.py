@@ -28,7 +28,7 @@ from vqd_scale.tokenizers.codebook.reduction import (
     Reduced,
     Unused,
     check_map,
-    kept_codes,
+    used_codes,
     map_from_counts,
     map_to_nearest,
 )
@@ -80,7 +80,7 @@ def reduce_tokenizer(
     if unused == "bucket":
         return _save(tokenizer, out, map_from_counts(counts, min_count), unused)
     map = map_to_nearest(counts, tokenizer.code_vectors(), min_count)
-    return _save(tokenizer, out, map, unused, kept_codes(counts, min_count))
+    return _save(tokenizer, out, map, unused, used_codes(counts, min_count))
 
 
 def reduce_by_map(full: Path, out: Path, map: Int[Tensor, " full"]) -> Reduced:

@@ -40,7 +40,7 @@ from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, read_shard
 from vqd_scale.data.transforms import NearCenterCrop, RandomResizedCrop, fitted
 from vqd_scale.models.bundle import load_tokenizer, tokenizer_fingerprint
 from vqd_scale.text.clip import CaptionTokenizer
-from vqd_scale.tokenizers.base import Draws, to_signal
+from vqd_scale.tokenizers.base import SamplingKey, to_signal
 from vqd_scale.tokenizers.codebook.usage import usage_of
 from vqd_scale.tokenizers.registry import Tokenizer
 
@@ -378,8 +378,8 @@ class _ShardEncoder:
         signal = to_signal(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device))
         slots = torch.tensor([view.number for view in padded], device=self.device)
         seed = self.config.encoding.sample_codes
-        draws = None if seed is None else Draws(seed, slots)
-        codes = self.tokenizer.encode(signal, draws).flatten(1)[: len(views)].cpu().numpy()
+        sampling_key = None if seed is None else SamplingKey(seed, slots)
+        codes = self.tokenizer.encode(signal, sampling_key).flatten(1)[: len(views)].cpu().numpy()
         return codes.astype(np.uint16 if self.tokenizer.codes <= _UINT16_CODES else np.uint32)
 
 
