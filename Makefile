@@ -12,7 +12,7 @@ UV := $(BIN)/uv pip
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup checked demo test test-all test-s3 test-cluster test-pythons test-machines test-lowest chaos test-gpu lint types lock
+.PHONY: help setup checked demo test test-all test-s3 test-cluster test-pythons test-machines test-lowest chaos test-gpu lint types docs lock
 
 # What a machine happens to keep in local folders must not decide which versions are installed.
 unexport PIP_FIND_LINKS UV_FIND_LINKS
@@ -26,7 +26,7 @@ help: ## this list
 setup: $(if $(filter-out file,$(origin PYTHON) $(origin TORCH)),checked) $(DONE)/project $(DONE)/bytecode
 setup: ## install the locked versions into .venv, of PYTHON=python3 and around its torch with TORCH=site
 
-demo: setup ## shards -> tokenizer -> tokens -> training -> pictures -> score; FAST=1 for the short form
+demo: setup ## shards -> tokenizer -> tokens -> training -> samples -> metrics; FAST=1 for the short form
 	$(BIN)/python tools/demo.py $(if $(FAST),--fast)
 
 # Files in their order: xdist's own, by number of tests, leaves the demo's few long ones to the end, alone on a core.
@@ -57,7 +57,7 @@ chaos: setup ## a run on two ranks, ended twenty times at random moments, agains
 
 test-gpu: setup ## what needs a GPU: kernels against their slow twins, ZeRO-3 over NCCL, figures as JSON
 	$(BIN)/python -m pytest tests/gpu -m gpu
-	$(BIN)/python tools/benchmark.py step --json runs/benchmarks/step-gpu.json
+	$(BIN)/python tools/benchmark.py step --output runs/benchmarks/step-gpu.json
 
 lint: setup ## formatting and lint rules; shellcheck where it is installed
 	$(BIN)/ruff format --check
@@ -66,6 +66,10 @@ lint: setup ## formatting and lint rules; shellcheck where it is installed
 
 types: setup ## pyright, strict
 	$(BIN)/pyright
+
+docs: setup ## write the generated parts of docs/: the graph of the folders and configuration.md
+	$(BIN)/python tests/architecture/test_picture.py
+	$(BIN)/python tools/_configuration_page.py
 
 lock: $(DONE)/uv ## resolve pyproject.toml anew into requirements.lock
 	$(UV) compile --quiet --universal --python-version 3.10 --all-extras --upgrade \

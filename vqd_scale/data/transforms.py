@@ -1,27 +1,25 @@
 """Image transforms to the network's square input; random numbers are passed as arguments."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import numpy as np
-import torch
 from pydantic import Discriminator, Field, Tag
-from torch.nn import functional
 
 from vqd_scale.core.config import Config, kind_or
-from vqd_scale.data.shards.decode import Pixels
+
+if TYPE_CHECKING:
+    from vqd_scale.data.shards.decode import Pixels
 
 
 class CenterCrop(Config):
-    """Resize of the short side to ``size`` and center crop, as used in evaluation.
-
-    Attributes:
-        size: Height and width of the result in pixels.
-    """
+    """Resize of the short side to ``size`` and center crop, as used in evaluation."""
 
     kind: Literal["center"] = "center"
     size: int = Field(default=256, ge=1)
+    """Height and width of the result in pixels."""
 
     draws: ClassVar[int] = 0
     """Number of uniform random numbers per image."""
@@ -44,13 +42,11 @@ class NearCenterCrop(Config):
     resized to a random side between ``size`` and 9/8 ``size`` (at most its own side if that is larger than
     ``size``). A random ``size`` square is cut from the result. There is no flip because captions contain
     "left" and "right".
-
-    Attributes:
-        size: Height and width of the result in pixels.
     """
 
     kind: Literal["near_center"] = "near_center"
     size: int = Field(default=256, ge=1)
+    """Height and width of the result in pixels."""
 
     draws: ClassVar[int] = 5
     """Number of uniform random numbers per image."""
@@ -76,18 +72,15 @@ class NearCenterCrop(Config):
 
 
 class RandomResizedCrop(Config):
-    """Crop of random area and aspect ratio, resized to a square (Szegedy et al., 2014).
-
-    Attributes:
-        size: Height and width of the result in pixels.
-        scale: Minimum and maximum crop area, as a fraction of the image area.
-        ratio: Minimum and maximum aspect ratio (width / height) of the crop.
-    """
+    """Crop of random area and aspect ratio, resized to a square (Szegedy et al., 2014)."""
 
     kind: Literal["random_resized"] = "random_resized"
     size: int = Field(default=256, ge=1)
+    """Height and width of the result in pixels."""
     scale: tuple[float, float] = (0.8, 1.0)
+    """Minimum and maximum crop area, as a fraction of the image area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Minimum and maximum aspect ratio (width / height) of the crop. (1, 1) avoids distortion."""
 
     tries: ClassVar[int] = 10
     draws: ClassVar[int] = 2 * tries + 2
@@ -142,6 +135,10 @@ def resized(pixels: Pixels, height: int, width: int) -> Pixels:
     Both round to bytes between the row pass and the column pass. For images much taller than wide, Pillow
     resizes the columns first, and the sharpest edges can differ by more than two levels.
     """
+    import numpy as np
+    import torch
+    from torch.nn import functional
+
     if pixels.shape[:2] == (height, width):
         return pixels
     planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]

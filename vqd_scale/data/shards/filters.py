@@ -11,10 +11,12 @@ from vqd_scale.core.errors import UserError
 
 
 class Bounds(Config):
-    """Closed range of numbers; a bound of None is open."""
+    """Closed range of numbers; a bound of ``null`` is open."""
 
     min: float | None = None
+    """Smallest allowed number."""
     max: float | None = None
+    """Largest allowed number."""
 
     def hold(self, number: float) -> bool:
         """Return whether a number lies within the bounds; false for nan if a bound is given."""
@@ -27,25 +29,21 @@ class Bounds(Config):
 
 
 class Filters(Config):
-    """Sample filters; a sample must satisfy all conditions.
-
-    Attributes:
-        columns: Bounds of numeric columns, such as ``similarity``, ``punsafe``, ``pwatermark``,
-            ``aesthetic``, ``width``, ``original_width``. A sample with a null value is rejected if the column
-            has a bound.
-        labels: Allowed values of text columns, such as ``NSFW``.
-        aspect: Bounds of the ratio of longer to shorter side, from the columns ``width`` and ``height``.
-        words: Bounds of the number of words in the caption.
-        any_of: Words or phrases of which at least one must occur in the caption, case-insensitive.
-        none_of: Words or phrases that must not occur in the caption, case-insensitive.
-    """
+    """Sample filters; a sample must satisfy all conditions."""
 
     columns: dict[str, Bounds] = Field(default={})
+    """Bounds of numeric columns, such as ``similarity``, ``punsafe``, ``pwatermark``, ``aesthetic``,
+    ``width``, ``original_width``. A sample with a null value is rejected if the column has a bound."""
     labels: dict[str, tuple[str, ...]] = Field(default={})
+    """Allowed values of text columns, such as ``NSFW``."""
     aspect: Bounds = Bounds()
+    """Bounds of the ratio of longer to shorter side, from the columns ``width`` and ``height``."""
     words: Bounds = Bounds()
+    """Bounds of the number of words in the caption."""
     any_of: tuple[str, ...] = ()
+    """Words or phrases of which at least one must occur in the caption, case-insensitive."""
     none_of: tuple[str, ...] = ()
+    """Words or phrases that must not occur in the caption, case-insensitive."""
 
     @property
     def read_metadata(self) -> bool:
