@@ -49,7 +49,7 @@ def test_pictures_without_captions_are_compared_with_the_whole_set() -> None:
     steps = ROOT / "configs" / "vq-ddm" / "steps.yaml"
     assert load_config(SweepConfig, steps.with_name("shapes-steps.yaml")).evaluation.name == "shapes-steps"
     assert load_config(SweepConfig, steps).evaluation.reference.images == "all"
-    with pytest.raises(UserError, match=r"no picture is a prompt's own; set reference\.images to all"):
+    with pytest.raises(UserError, match=r"prompts have no images; set reference\.images to all"):
         load_config(SweepConfig, steps, ["evaluation.reference.images=prompted"])
 
 

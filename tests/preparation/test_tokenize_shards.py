@@ -159,7 +159,7 @@ def test_trap_23_sampled_codes_are_asked_for_repeat_and_are_said(
     assert digests[2] == digests[3]
     assert not set(digests[0]) & set(digests[2])
     assert TokenSetMeta.of(ShardSet.open(best.output)).encoding == "best codes, fp32"
-    assert TokenSetMeta.of(ShardSet.open(drawn.output)).encoding == "codes drawn with seed 3, fp32"
+    assert TokenSetMeta.of(ShardSet.open(drawn.output)).encoding == "codes sampled with seed 3, fp32"
     with pytest.raises(UserError, match="another"):
         tokenize_shards(best.model_copy(update={"encoding": EncodingConfig(sample_codes=3)}), CPU)
     with pytest.raises(UserError, match="VQGAN gives no probabilities"):

@@ -46,7 +46,7 @@ class Purpose(IntEnum):
     SAMPLING = 10
     PRIOR = 11
     UNMASKING = 12
-    INITIALISATION = 13
+    INITIALIZATION = 13
     CODEBOOK = 14
     EVALUATION = 15
     GUMBEL = 16
@@ -168,7 +168,7 @@ def words_of(dtype: torch.dtype) -> int:
     import torch
 
     if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"uniforms are drawn in float32 or float64, not {dtype}")
+        raise ValueError(f"uniform numbers are float32 or float64, not {dtype}")
     return dtype.itemsize // 4
 
 

@@ -221,7 +221,7 @@ class EvaluationConfig(Config):
     @model_validator(mode="after")
     def _reference_fits_prompts(self) -> Self:
         if self.reference.images == "prompted" and not isinstance(self.prompts, Captions):
-            raise ValueError("without captions no picture is a prompt's own; set reference.images to all")
+            raise ValueError("without captions, prompts have no images; set reference.images to all")
         return self
 
 

@@ -43,7 +43,7 @@ def ssim(
     if min(originals.shape[-2:]) < _WINDOW:
         height, width = originals.shape[-2:]
         raise UserError(
-            f"SSIM: pictures of {width}x{height} pixels are smaller than its window of {_WINDOW}."
+            f"SSIM: images of {width}x{height} pixels are smaller than its window of {_WINDOW}."
         )
     x, y = originals.double(), reconstructions.double()
     mean_x, mean_y = _windowed(x), _windowed(y)
@@ -73,4 +73,4 @@ def _check(originals: Tensor, reconstructions: Tensor) -> None:
             f"{tuple(reconstructions.shape)}"
         )
     if originals.dtype != torch.uint8 or reconstructions.dtype != torch.uint8:
-        raise ValueError(f"expected uint8 pictures, got {originals.dtype} and {reconstructions.dtype}")
+        raise ValueError(f"expected uint8 images, got {originals.dtype} and {reconstructions.dtype}")

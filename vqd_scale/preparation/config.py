@@ -30,7 +30,7 @@ class EncodingConfig(Config):
 
     def __str__(self) -> str:
         """Return the short description stored in token shards."""
-        codes = "best codes" if self.sample_codes is None else f"codes drawn with seed {self.sample_codes}"
+        codes = "best codes" if self.sample_codes is None else f"codes sampled with seed {self.sample_codes}"
         return f"{codes}, {self.precision}"
 
 

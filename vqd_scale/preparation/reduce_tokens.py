@@ -28,9 +28,9 @@ from vqd_scale.tokenizers.codebook.reduction import (
     Reduced,
     Unused,
     check_map,
-    used_codes,
     map_from_counts,
     map_to_nearest,
+    used_codes,
 )
 from vqd_scale.tokenizers.registry import FullTokenizer, ReducedConfig
 
