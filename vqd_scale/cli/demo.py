@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from vqd_scale.cli.base import run_tool, tool_parser
 from vqd_scale.core.atomic_io import publish_json, read_json
+from vqd_scale.core.environment import computes_bfloat16
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.world import computes_bfloat16
 from vqd_scale.launchers.local import run_locally
 from vqd_scale.reports.html import FiguresSection, ImageSection, TextSection, html_report
 from vqd_scale.reports.plots import Series, plot_curves

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from vqd_scale.cli.base import add_config_arguments, config_from, run_tool, tool_parser
+from vqd_scale.core.environment import place_among_ranks
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.world import place_among_ranks
 from vqd_scale.data.shards.parallel_writer import Worker
 from vqd_scale.preparation.tokenize_shards import TokenizeConfig, tokenize_shards
 

@@ -1,12 +1,10 @@
 """Distributed setup: rank and device of this process, and the collective operations between ranks."""
 
-import functools
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,14 +12,12 @@ import torch.distributed as distributed
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
+from vqd_scale.core.environment import is_srun_task, place_among_ranks
 from vqd_scale.core.errors import FirstRankError, UserError
 
 _PATIENCE = timedelta(hours=1)
 """Timeout of a collective operation: longer than the package's watchdogs, which report the position of each
 rank."""
-
-_FIRST_SPECIAL_STEP = 0xFFFFFFF0
-"""First of Slurm's special step IDs, which are not srun steps: a batch script, an interactive shell."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ def join_world() -> World:
         ValueError: Another launcher did not set the rendezvous; torch names the missing variable.
     """
     rank, size, local_rank = place_among_ranks()
-    if size > 1 and "MASTER_ADDR" not in os.environ and _is_srun_task():
+    if size > 1 and "MASTER_ADDR" not in os.environ and is_srun_task():
         raise UserError(
             "MASTER_ADDR is not set, so that the ranks cannot meet: `source slurm/env.sh` in the shell that "
             "calls srun."
@@ -117,15 +113,6 @@ def join_world() -> World:
     return World(rank, size, device)
 
 
-def place_among_ranks() -> tuple[int, int, int]:
-    """Return rank, world size and local rank from the launcher's environment variables."""
-    return (
-        _from_environment("RANK", "SLURM_PROCID", 0),
-        _from_environment("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1),
-        _from_environment("LOCAL_RANK", "SLURM_LOCALID", 0),
-    )
-
-
 def leave_world() -> None:
     """Destroy the process group; `join_world` may be called again afterwards."""
     if not distributed.is_initialized():
@@ -136,28 +123,3 @@ def leave_world() -> None:
         deepspeed.destroy_process_group()
     else:
         distributed.destroy_process_group()
-
-
-def computes_bfloat16() -> bool:
-    """Return whether the CPU multiplies bfloat16 in hardware, several times faster than without."""
-    return not processor_features().isdisjoint(("avx512_bf16", "amx_bf16", "bf16", "svebf16"))
-
-
-@functools.cache
-def processor_features() -> frozenset[str]:
-    """Return the CPU feature flags by their Linux names, which torch 2.10 does not expose."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        name, _, features = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return frozenset(features.split())
-    return frozenset()
-
-
-def _from_environment(torchrun: str, slurm: str, alone: int) -> int:
-    return int(os.environ.get(torchrun, os.environ.get(slurm, alone) if _is_srun_task() else alone))
-
-
-def _is_srun_task() -> bool:
-    """Return whether srun started this process, as opposed to a batch script or an interactive shell."""
-    step = os.environ.get("SLURM_STEP_ID", "")
-    return step.isdigit() and int(step) < _FIRST_SPECIAL_STEP

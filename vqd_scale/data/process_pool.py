@@ -1,12 +1,11 @@
 """Ordered parallel map over processes."""
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
-
-import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -43,4 +42,5 @@ def map_in_processes(
 def _init_worker() -> None:
     # Ctrl-C reaches every process of the terminal; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    # One thread per process, for the libraries that the process imports after this line, torch among them.
+    os.environ["OMP_NUM_THREADS"] = "1"

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.atomic_io import Location
@@ -24,15 +24,15 @@ from vqd_scale.data.shards.shard_index import Shard, ShardSet
 from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, read_shard, write_shard_set
 from vqd_scale.models.bundle import load_tokenizer, save_tokenizer, tokenizer_fingerprint
 from vqd_scale.preparation.tokenize_shards import TokenSetMeta, code_counts
+from vqd_scale.tokenizers.autoencoder import Autoencoder
 from vqd_scale.tokenizers.codebook.reduction import (
     Reduced,
-    Unused,
     check_map,
     map_from_counts,
     map_to_nearest,
     used_codes,
 )
-from vqd_scale.tokenizers.registry import FullTokenizer, ReducedConfig
+from vqd_scale.tokenizers.config import FullTokenizerConfig, ReducedConfig, Unused
 
 _TOKENS = "tokens.npy"
 _CPU = torch.device("cpu")
@@ -111,9 +111,7 @@ def remap_shards(tokens: Location, out: Location, full: Path, reduced: Path) -> 
     meta = TokenSetMeta.of(source)
     meta.check(full, None, tokens)
     tokenizer, target = _full(full), load_tokenizer(reduced, _CPU)
-    if not isinstance(target, Reduced) or not _is_same(
-        cast(nn.Module, target.full).state_dict(), tokenizer.state_dict()
-    ):
+    if not isinstance(target, Reduced) or not _is_same(target.full.state_dict(), tokenizer.state_dict()):
         raise UserError(
             f"{reduced}: is not a reduction of the tokenizer in {full}, so its map does not fit; reduce "
             f"this tokenizer, or name the one that was reduced."
@@ -142,15 +140,15 @@ def _tokens(sample: Sample, shard: Shard) -> NDArray[Any]:
         ) from None
 
 
-def _full(folder: Path) -> FullTokenizer:
+def _full(folder: Path) -> Autoencoder[Any]:
     tokenizer = load_tokenizer(folder, _CPU)
-    if isinstance(tokenizer, Reduced):
+    if not isinstance(tokenizer, Autoencoder):
         raise UserError(f"{folder}: this tokenizer is reduced already; name the one with all its codes.")
     return tokenizer
 
 
 def _save(
-    tokenizer: FullTokenizer,
+    tokenizer: Autoencoder[Any],
     out: Path,
     map: Int[Tensor, " full"],
     unused: Unused,
@@ -160,7 +158,9 @@ def _save(
     reduced = Reduced(tokenizer, codes, unused)
     inner = {} if used is None else {"kept": used}
     reduced.load_state_dict({**reduced.state_dict(), "map": map, **inner})
-    config = ReducedConfig(codebook_size=codes, unused=unused, full=tokenizer.config)
+    config = ReducedConfig(
+        codebook_size=codes, unused=unused, full=cast(FullTokenizerConfig, tokenizer.config)
+    )
     save_tokenizer(out, config, reduced.state_dict())
     return reduced
 

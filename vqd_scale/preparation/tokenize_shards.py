@@ -6,16 +6,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Int64
-from pydantic import Field, NonNegativeInt, PositiveInt
 
 from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.atomic_io import Location, publish_json
-from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.data.shards.decode import (
@@ -39,10 +37,10 @@ from vqd_scale.data.shards.shard_index import (
 from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, read_shard
 from vqd_scale.data.transforms import NearCenterCrop, RandomResizedCrop, fitted
 from vqd_scale.models.bundle import load_tokenizer, tokenizer_fingerprint
+from vqd_scale.preparation.config import EncodingConfig, TokenizeConfig
 from vqd_scale.text.clip import CaptionTokenizer
-from vqd_scale.tokenizers.base import SamplingKey, to_signal
+from vqd_scale.tokenizers.base import ImageTokenizer, SamplingKey, to_signal
 from vqd_scale.tokenizers.codebook.usage import usage_of
-from vqd_scale.tokenizers.registry import Tokenizer
 
 STATISTICS = "statistics.json"
 """File name of a token dataset's statistics."""
@@ -51,63 +49,6 @@ CENTER = "center"
 """Value of `TokenSetMeta.views` for center crops, the crop that evaluation uses."""
 
 _UINT16_CODES = 1 << 16
-
-
-class CaptionsConfig(Config):
-    """Caption vocabulary; must match the text tower to be trained."""
-
-    context_length: PositiveInt = 77
-    bpe_merges: NonNegativeInt = CaptionTokenizer().merges
-
-
-class EncodingConfig(Config):
-    """Encoding options of the tokenizer; stored in token shards, because they determine the codes."""
-
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the convolutions; bf16 is faster on GPUs and changes a few codes."""
-    sample_codes: int | None = Field(default=None, ge=0, lt=2**32)
-    """Seed to sample codes from a Gumbel tokenizer's probabilities, as its published code does. ``None``:
-    the most probable codes."""
-
-    def __str__(self) -> str:
-        """Return the short description stored in token shards."""
-        codes = "best codes" if self.sample_codes is None else f"codes drawn with seed {self.sample_codes}"
-        return f"{codes}, {self.precision}"
-
-
-class ViewsConfig(Config):
-    """Random crops of each image instead of its center crop; each crop is a sample."""
-
-    count: PositiveInt
-    """Number of crops per image; multiplies the length of an epoch."""
-    crop: Literal["near_center", "random_resized"] = "near_center"
-    seed: int = Field(default=0, ge=0, lt=2**32)
-
-    def __str__(self) -> str:
-        """Return the short description stored in token shards."""
-        return f"{self.count} {self.crop} crops by seed {self.seed}"
-
-
-class TokenizeConfig(Config):
-    """Tokenization job: input images, tokenizer and output tokens."""
-
-    images: Location
-    """Folder of image shards, local or in S3."""
-    output: Location
-    """Output folder for token shards, local or in S3; finished shards are skipped."""
-    tokenizer: Path
-    """Tokenizer bundle."""
-    size: PositiveInt = 256
-    """Side of the square that images are cropped and resized to, in pixels."""
-    augmented_views: ViewsConfig | None = None
-    """Random crops to encode. ``None``: the center crop only."""
-    captions: CaptionsConfig | None = CaptionsConfig()
-    """Vocabulary of the caption ids; a sample without a caption is then invalid. ``null`` for datasets
-    without captions."""
-    encoding: EncodingConfig = EncodingConfig()
-    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    """Maximum fraction of unusable samples before the job aborts."""
-    batch_size: PositiveInt = 64
 
 
 @dataclass(frozen=True)
@@ -312,7 +253,7 @@ class _ShardEncoder:
     def __init__(
         self,
         config: TokenizeConfig,
-        tokenizer: Tokenizer,
+        tokenizer: ImageTokenizer,
         captions: CaptionTokenizer | None,
         device: torch.device,
     ) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.rng import Purpose, uniforms
+from vqd_scale.data.config import DecodeConfig
 from vqd_scale.data.loading.batch import ImageBatch, TokenBatch
 from vqd_scale.data.shards.decode import (
     BadSample,
-    DecodeConfig,
     decode_arrays,
     decode_image,
     decode_json,

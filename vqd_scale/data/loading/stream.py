@@ -8,19 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Literal, cast
+from typing import Generic
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
-from typing_extensions import Self
 
 from vqd_scale.core.arrays import NDArray
-from vqd_scale.core.atomic_io import Location
-from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.core.s3 import S3Path
+from vqd_scale.data.config import StreamConfig
 from vqd_scale.data.loading.batch import Batch, BatchType
 from vqd_scale.data.loading.prefetch import in_processes, in_thread
 from vqd_scale.data.loading.sample_readers import Columns, SampleKind, SampleLocation, Slots
@@ -28,7 +25,7 @@ from vqd_scale.data.order.balance import BalancedOrder, classes_of
 from vqd_scale.data.order.mixture import shares
 from vqd_scale.data.order.plan import LaneOrder, Order, Plan, SampleLocations, names_of, owned_lanes
 from vqd_scale.data.shards.quarantine import Quarantine
-from vqd_scale.data.shards.ranged_reader import RangedReadConfig, RangedReader
+from vqd_scale.data.shards.ranged_reader import RangedReader
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.shards.shard_io import ShardReader
 
@@ -47,69 +44,6 @@ OPENED_AT_ONCE = 16
 
 SLOTS_AT_ONCE = 2048
 """Maximum number of slots planned per call (approximate)."""
-
-
-class SourceConfig(Config):
-    """One dataset of a mixture.
-
-    Attributes:
-        path: Folder of the shards, local or in S3.
-        weight: Weight of the dataset relative to the other weights. Its share of the slots follows exactly.
-    """
-
-    path: Location
-    weight: float = Field(default=1.0, gt=0)
-
-
-class StreamConfig(Config):
-    """Training datasets and the order of their samples.
-
-    Attributes:
-        path: Folder of the shards, local or in S3.
-        sources: Datasets of a weighted mixture, in place of ``path``.
-        global_batch_size: Samples in a batch, over all ranks. The plan cuts an epoch into this many lanes,
-            and a batch takes one sample from each lane. Part of the order.
-        shuffle_window: Number of neighboring samples of a lane among which a sample is shuffled. Part of the
-            order.
-        captions: Caption of an image that has several: the ``first``, a ``random`` one at each visit, or
-            ``each``, which makes every caption an item, so that an epoch visits the image once per caption.
-        class_balanced: Sample classes equally often instead of every sample once per epoch. Reads at random
-            offsets, so shards should be local.
-        num_workers: Reading processes per rank; 0 reads in a thread of the rank. Not part of the order.
-        prefetch_batches: Batches read ahead.
-        max_bad_fraction: Largest fraction of unusable samples in an epoch; above it the run stops.
-        ranged_reads: Ranged reads of shards in S3. Not part of the order.
-    """
-
-    path: Location | None = None
-    sources: tuple[SourceConfig, ...] | None = Field(default=None, min_length=1)
-    global_batch_size: int = Field(default=128, ge=1)
-    shuffle_window: int = Field(default=256, ge=1)
-    captions: Literal["first", "random", "each"] = "first"
-    class_balanced: bool = False
-    num_workers: int = Field(default=0, ge=0, le=64)
-    prefetch_batches: int = Field(default=4, ge=1)
-    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    ranged_reads: RangedReadConfig = RangedReadConfig()
-
-    @model_validator(mode="after")
-    def _either_one_or_several(self) -> Self:
-        if (self.path is None) == (self.sources is None):
-            raise ValueError("give either path, one set of shards, or sources, several that are mixed")
-        # Fail here, at configuration time, on weights that cannot be represented exactly.
-        shares([source.weight for source in self.mixed], self.global_batch_size)
-        return self
-
-    @model_validator(mode="after")
-    def _no_captions_where_classes_count(self) -> Self:
-        if self.class_balanced and self.captions == "each":
-            raise ValueError("captions=each and class_balanced=true define an epoch differently; give one")
-        return self
-
-    @property
-    def mixed(self) -> tuple[SourceConfig, ...]:
-        """Datasets of the mixture; a single one if ``path`` is given."""
-        return self.sources or (SourceConfig(path=cast(Location, self.path)),)
 
 
 class Stream(Generic[BatchType]):

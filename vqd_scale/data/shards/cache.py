@@ -15,27 +15,13 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pydantic import Field
-
 from vqd_scale.core.atomic_io import PARTIAL, published, read_in_order, writing
-from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
+from vqd_scale.data.config import CacheConfig
 from vqd_scale.data.shards.shard_index import Shard
 
 _LOCKS = 64
 _SUFFIX = ".tar"
-
-
-class CacheConfig(Config):
-    """Local disk cache of S3 shards.
-
-    Attributes:
-        folder: Folder on a local disk, which all runs of a machine may share.
-        max_gigabytes: Largest size; a shard that does not fit beside the shards in use is not cached.
-    """
-
-    folder: Path
-    max_gigabytes: float = Field(gt=0)
 
 
 class ShardCache:

@@ -11,14 +11,12 @@ from itertools import compress
 from typing import Any, cast
 
 import numpy as np
-import torch
 from jaxtyping import UInt8
 from numpy.lib import format as npy
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pydantic import Field
 
 from vqd_scale.core.arrays import NDArray
-from vqd_scale.core.config import Config
+from vqd_scale.data.config import DecodeConfig
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 
@@ -47,21 +45,6 @@ def image_extension(extensions: Container[str]) -> str:
         if extension in extensions:
             return extension
     raise BadSample("has no image")
-
-
-class DecodeConfig(Config):
-    """Image decoding.
-
-    Attributes:
-        max_pixels: Maximum number of pixels; larger images are rejected before they are decoded. The default
-            is a quarter of a gigabyte as RGB; the largest allowed value is Pillow's own limit.
-        dct_scaled: Decode a JPEG at a half, quarter or eighth of its size if the transform needs no more.
-            About twice as fast, but some pixels differ by tens of levels from a full decode plus resize.
-            Disable to reproduce published results.
-    """
-
-    max_pixels: int = Field(default=89_478_485, ge=1, le=178_956_970)
-    dct_scaled: bool = False
 
 
 def decode_image(
@@ -111,6 +94,7 @@ def decode_image(
 def _decoded_jpeg(data: bytes) -> Pixels:
     """Decode a JPEG with torchvision: the same pixels as Pillow in three quarters of the time."""
     # Imported here: the import takes a second, which token readers avoid.
+    import torch
     from torchvision.io import ImageReadMode, decode_jpeg
 
     # Copied: torch has no read-only tensors and would warn.

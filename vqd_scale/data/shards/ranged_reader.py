@@ -14,13 +14,12 @@ from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int64
-from pydantic import Field
 
 from vqd_scale.core.arrays import NDArray
-from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.s3 import PIECE_BYTES, PIECES_AHEAD, PartialDownload, S3Object, S3Path
-from vqd_scale.data.shards.cache import CacheConfig, ShardCache
+from vqd_scale.data.config import RangedReadConfig
+from vqd_scale.data.shards.cache import ShardCache
 from vqd_scale.data.shards.shard_index import Shard, ShardSet
 
 TURNS_AHEAD = 8
@@ -30,18 +29,6 @@ _PARALLEL_DOWNLOADS = 2
 
 Extents = Int64[NDArray[np.int64], "count 2"]
 """Byte range [begin, end) of each sample of a shard."""
-
-
-class RangedReadConfig(Config):
-    """Reading of shards in S3; local shards are read in place.
-
-    Attributes:
-        buffer_megabytes: Memory for prefetched pieces, per reading process.
-        cache: Local disk cache of whole shards, for datasets that are read more than once.
-    """
-
-    buffer_megabytes: int = Field(default=512, ge=1)
-    cache: CacheConfig | None = None
 
 
 class SampleBytes(Protocol):

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int64
-from webdataset.writer import ShardWriter
 
 from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.atomic_io import Location, published, sha256_of
@@ -119,6 +118,9 @@ def write_shard(path: Location, samples: Iterable[Sample | SkippedSample]) -> In
     Raises:
         UserError: The folder cannot be written.
     """
+    # Imported here: webdataset imports torch.
+    from webdataset.writer import ShardWriter
+
     left_out: list[SkippedSample] = []
     # The pattern is unused: the opener returns the one open file, whose path may contain any character.
     with (

@@ -7,8 +7,6 @@ from collections.abc import Generator, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from webdataset.tariterators import base_plus_ext
-
 from vqd_scale.core.atomic_io import Location, read_in_order
 from vqd_scale.core.s3 import S3Object
 
@@ -67,6 +65,9 @@ class TarScan:
 
     def samples(self) -> Generator[TarSample]:
         """Yield the samples in order; of a damaged tar, only those that are certainly complete."""
+        # Imported here: webdataset imports torch.
+        from webdataset.tariterators import base_plus_ext
+
         keys = set[str]()
         sample: TarSample | None = None
         for member in self._members():
