@@ -2,8 +2,8 @@
 
 A read is a ranged GET that requires the object version of the first response (``If-Match``). The length is
 checked. After a broken connection, the read resumes at the byte after the last one received. A short read is
-never returned. s3fs's own readers give none of these guarantees together (docs/data.md); its writer and
-its listing do, with the retries of `S3Client`.
+never returned. s3fs's own readers each lack some of this (docs/data.md). Objects are written, listed and deleted
+by s3fs.
 """
 
 import functools
