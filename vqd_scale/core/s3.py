@@ -2,8 +2,8 @@
 
 A read is a ranged GET that requires the object version of the first response (``If-Match``). The length is
 checked. After a broken connection, the read resumes at the byte after the last one received. A short read is
-never returned. s3fs's own readers each lack some of this (docs/data.md). Objects are written, listed and deleted
-by s3fs.
+never returned. Each of s3fs's own readers lacks some of this (docs/data.md). s3fs writes, lists and deletes
+objects.
 """
 
 import functools
