@@ -1,11 +1,23 @@
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Generator
 
 import pytest
 from hypothesis import settings
 
-# A first example often pays for an import or a busy machine: no test here asserts how long anything takes.
+from vqd_scale.core.signals import STOP_SIGNALS
+
+# The first example may include an import or wait for a busy machine, and no test asserts a duration.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+@pytest.fixture(autouse=True)
+def _restored_signal_handlers() -> Generator[None]:
+    """Restore the signal handlers after each test, since a `StopFlag` replaces them for good."""
+    handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def _missing_ceph() -> str | None:
@@ -38,11 +50,11 @@ MISSING: dict[str, Callable[[], str | None]] = {
     "slurm": _missing_slurm,
     "gpu": _missing_gpu,
 }
-"""Why the tests of a marker cannot run on this machine; none where they can."""
+"""Functions that return why the tests of a marker cannot run on this machine, or ``None``."""
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Stop where a selected test cannot run: whoever selects a marker wants an answer, not a skipped test."""
+    """Stop if a selected test cannot run on this machine: a skipped test would pass for a result."""
     selected = {marker.name for item in session.items for marker in item.iter_markers()}
     reasons = [reason for name, find in MISSING.items() if name in selected and (reason := find())]
     if reasons:

@@ -1,14 +1,16 @@
-"""A model of random weights that draws 8 x 8 pixels, as a bundle."""
+"""A bundle with random weights that generates 8 x 8 pixels."""
 
 from pathlib import Path
 
 import torch
 
-from vqd_scale.diffusion.schedule import Paper
-from vqd_scale.models.bundle import BundleConfig, Model, save_bundle, save_tokenizer
-from vqd_scale.nn.denoiser import DenoiserConfig, TextCondition
-from vqd_scale.text.clip import Tower
-from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
+from vqd_scale.diffusion.config import Paper
+from vqd_scale.models.bundle import Model, save_bundle, save_tokenizer
+from vqd_scale.models.config import BundleConfig
+from vqd_scale.nn.config import DenoiserConfig, TextCondition
+from vqd_scale.text.config import Tower
+from vqd_scale.tokenizers.config import VQGANConfig
+from vqd_scale.tokenizers.vqgan import VQGAN
 
 CONFIG = BundleConfig(
     codebook_size=9,
@@ -23,7 +25,7 @@ SHAPE = VQGANConfig(
 
 
 def write_model(folder: Path) -> Path:
-    """Write the bundle, its tokenizer beside it."""
+    """Write the bundle and its tokenizer."""
     torch.manual_seed(0)
     vqgan = VQGAN(SHAPE)
     vqgan.quantize.embedding.copy_(torch.randn(9, 4))

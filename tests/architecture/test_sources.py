@@ -1,7 +1,7 @@
-"""What no source file of the package may contain, whatever it is about.
+"""Constructs that no source file of the package may contain.
 
-Each rule is a function from one parsed file to the lines that break it; it is tried on planted sources before
-it is held to the package.
+Each rule is a function from one parsed file to the lines that break it. It is tried on planted sources before
+it is applied to the package.
 """
 
 import ast
@@ -24,24 +24,26 @@ def calls(tree: ast.Module) -> Iterator[tuple[str, ast.Call]]:
             yield ast.unparse(node.func), node
 
 
-def given(call: ast.Call, name: str) -> object:
-    """The constant that a call gives to a keyword, if it gives one."""
+def keyword_value(call: ast.Call, name: str) -> object:
+    """Return the constant that a call passes to a keyword, or ``None``."""
     values = [word.value for word in call.keywords if word.arg == name]
     return values[0].value if values and isinstance(values[0], ast.Constant) else None
 
 
 def lenient_loading(tree: ast.Module) -> list[int]:
-    """`strict=False` loads whatever keys happen to match."""
-    return [call.lineno for name, call in calls(tree) if name != "zip" and given(call, "strict") is False]
+    """Return the lines with `strict=False`, which loads only the keys that match."""
+    return [
+        call.lineno for name, call in calls(tree) if name != "zip" and keyword_value(call, "strict") is False
+    ]
 
 
 def unsafe_loading(tree: ast.Module) -> list[int]:
-    """Reading somebody's weights must not run somebody's code."""
+    """Return the lines that unpickle: reading weights must not run code."""
     loads = [
         call.lineno
         for name, call in calls(tree)
-        if (name == "torch.load" and given(call, "weights_only") is not True)
-        or given(call, "allow_pickle") is True
+        if (name == "torch.load" and keyword_value(call, "weights_only") is not True)
+        or keyword_value(call, "allow_pickle") is True
     ]
     banned = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
     for node in ast.walk(tree):
@@ -59,26 +61,26 @@ def unsafe_loading(tree: ast.Module) -> list[int]:
 
 
 def shell(tree: ast.Module) -> list[int]:
-    """A file's name must not become a command."""
+    """Return the lines that start a shell: a file's name must not become a command."""
     return [
         call.lineno
         for name, call in calls(tree)
-        if name in ("os.system", "os.popen", "subprocess.getoutput") or given(call, "shell") is True
+        if name in ("os.system", "os.popen", "subprocess.getoutput") or keyword_value(call, "shell") is True
     ]
 
 
 def printing(tree: ast.Module) -> list[int]:
-    """A library returns what it found; its callers show it."""
+    """Return the lines that print: a library returns its results."""
     return [call.lineno for name, call in calls(tree) if name == "print"]
 
 
 def assertions(tree: ast.Module) -> list[int]:
-    """`python -O` drops them."""
+    """Return the lines with assertions, which `python -O` removes."""
     return [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
 
 
 def network_classes(tree: ast.Module) -> list[int]:
-    """The mathematics holds no weights."""
+    """Return the lines that define network classes: the mathematics has no weights."""
     return [
         node.lineno
         for node in ast.walk(tree)
@@ -88,7 +90,7 @@ def network_classes(tree: ast.Module) -> list[int]:
 
 
 def stubs(tree: ast.Module) -> list[int]:
-    """What is not there yet is left out, not promised."""
+    """Return the lines that raise NotImplementedError: unfinished functions are not merged."""
     return [
         node.lineno
         for node in ast.walk(tree)
@@ -97,7 +99,7 @@ def stubs(tree: ast.Module) -> list[int]:
 
 
 def undocumented(tree: ast.Module) -> list[int]:
-    """Every public class, function and method says what it is."""
+    """Return the lines of public classes, functions and methods without a docstring."""
     missing: list[int] = []
     pending: list[ast.Module | ast.ClassDef] = [tree]
     while pending:
@@ -160,16 +162,16 @@ def load(path):
 
 
 @pytest.mark.parametrize(("rule", "source"), BROKEN)
-def test_a_planted_offence_is_found(rule: Rule, source: str) -> None:
+def test_each_rule_finds_planted_offense(rule: Rule, source: str) -> None:
     assert rule(ast.parse(source))
 
 
 @pytest.mark.parametrize("rule", [*EVERYWHERE, printing, network_classes])
-def test_a_sound_source_passes(rule: Rule) -> None:
+def test_each_rule_passes_valid_source(rule: Rule) -> None:
     assert rule(ast.parse(SOUND)) == []
 
 
-def offences(rule: Rule, *folders: Path) -> list[str]:
+def offenses(rule: Rule, *folders: Path) -> list[str]:
     paths = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
     assert paths
     return [
@@ -178,25 +180,25 @@ def offences(rule: Rule, *folders: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("rule", EVERYWHERE)
-def test_the_package_obeys(rule: Rule) -> None:
-    assert offences(rule, PACKAGE) == []
+def test_package_satisfies_rule(rule: Rule) -> None:
+    assert offenses(rule, PACKAGE) == []
 
 
-def test_only_the_command_line_prints() -> None:
+def test_only_command_line_prints() -> None:
     library = [folder for folder in PACKAGE.iterdir() if (folder / "__init__.py").exists()]
-    assert offences(printing, *(folder for folder in library if folder.name != "cli")) == []
+    assert offenses(printing, *(folder for folder in library if folder.name != "cli")) == []
 
 
-def test_the_mathematics_has_no_networks() -> None:
-    assert offences(network_classes, PACKAGE / "diffusion") == []
+def test_diffusion_imports_no_networks() -> None:
+    assert offenses(network_classes, PACKAGE / "diffusion") == []
 
 
-def test_no_file_is_too_long() -> None:
+def test_file_length_limit() -> None:
     lengths = {path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
     assert {path: length for path, length in lengths.items() if length > LONGEST_FILE} == {}
 
 
-def test_every_folder_is_a_package_and_its_init_is_empty() -> None:
+def test_every_folder_is_a_package_with_empty_init() -> None:
     for path in PACKAGE.rglob("*.py"):
         assert (path.parent / "__init__.py").exists(), path
         if path.name == "__init__.py" and path.parent != PACKAGE:
@@ -216,11 +218,11 @@ LOCKED = re.compile(r"[a-z0-9-]+==[^\s:]+( ; [^:]+)?( \\\n    --hash=sha256:[0-9
         "-e .",
     ],
 )
-def test_a_line_that_locks_nothing_is_found(line: str) -> None:
+def test_unpinned_lock_line_is_found(line: str) -> None:
     assert LOCKED.fullmatch(line) is None
 
 
-def test_the_lock_names_exact_versions_by_hash_and_no_address() -> None:
+def test_lock_file_pins_versions_and_hashes_without_urls() -> None:
     entries = re.split(r"\n(?! )", (ROOT / "requirements.lock").read_text().strip())
     assert len(entries) > 50
     assert [entry for entry in entries if not LOCKED.fullmatch(entry)] == []

@@ -37,7 +37,7 @@ def names_in(folder: Path) -> list[str]:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Generator[Path]:
-    """A folder that takes no file of 64 KiB: a file system of its own where this user may mount one."""
+    """Folder without room for a file of 64 KiB: a small file system if this user may mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=32k", "none", str(folder)]
@@ -51,7 +51,7 @@ def small_disk(tmp_path: Path) -> Generator[Path]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_the_file_appears_whole_and_alone(tmp_path: Path) -> None:
+def test_published_file_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folders" / "file.txt"
     with published(path) as partial:
         partial.write_text("whole")
@@ -61,9 +61,7 @@ def test_the_file_appears_whole_and_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_an_exception_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, error: type[BaseException]
-) -> None:
+def test_exception_keeps_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "file.txt"
     publish_text(path, "old")
     with pytest.raises(error), published(path) as partial:
@@ -73,7 +71,7 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(
     assert names_in(tmp_path) == ["file.txt"]
 
 
-def test_a_kill_leaves_no_file_and_the_next_writer_replaces_what_it_left(tmp_path: Path) -> None:
+def test_killed_writer_leaves_no_file_and_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, str(path)], check=False)
     assert killed.returncode == -9
@@ -83,7 +81,7 @@ def test_a_kill_leaves_no_file_and_the_next_writer_replaces_what_it_left(tmp_pat
     assert path.read_text() == "whole"
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(small_disk: Path) -> None:
+def test_full_disk_raises_user_error_and_leaves_no_file(small_disk: Path) -> None:
     path = small_disk / "big.txt"
     publish_text(path, "old")
     reason = "the disk is full|the file would be larger than this file system or its limit allows"
@@ -93,15 +91,15 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(small_disk: Path) -> Non
     assert names_in(small_disk) == ["big.txt"]
 
 
-def test_where_nobody_may_write() -> None:
-    # Not even root makes folders in /sys.
+def test_unwritable_folder_raises_user_error() -> None:
+    # Even root cannot create folders in /sys.
     with pytest.raises(
         UserError, match=r"/sys/vqd/file: cannot be written: (permission was denied|the file system is)"
     ):
         publish_text(Path("/sys/vqd/file"), "text")
 
 
-def test_a_file_in_the_place_of_a_folder_and_the_reverse(tmp_path: Path) -> None:
+def test_file_in_place_of_folder_and_reverse(tmp_path: Path) -> None:
     publish_text(tmp_path / "file", "text")
     for path in (tmp_path / "file" / "below", tmp_path / "file" / "far" / "below"):
         with pytest.raises(UserError, match="a part of the path is a file, not a folder"):
@@ -127,19 +125,19 @@ json_values = st.recursive(
 
 
 @given(json_values)
-def test_json_is_read_back_equal(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
+def test_json_round_trip(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
     path = tmp_path_factory.getbasetemp() / "value.json"
     publish_json(path, value)
     assert read_json(path, "value") == value
 
 
-def test_a_json_file_holds_no_nan(tmp_path: Path) -> None:
+def test_json_rejects_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         publish_json(tmp_path / "value.json", float("nan"))
     assert names_in(tmp_path) == []
 
 
-def test_reading_what_is_absent_or_not_json(tmp_path: Path) -> None:
+def test_missing_and_invalid_json_raise_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.json: there is no index here"):
         read_json(tmp_path / "absent.json", "index")
     (tmp_path / "broken.json").write_text('{"a":')
@@ -148,15 +146,13 @@ def test_reading_what_is_absent_or_not_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1])
-def test_sha256_of_files_around_the_block_size(tmp_path: Path, size: int) -> None:
+def test_sha256_around_block_size(tmp_path: Path, size: int) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"x" * size)
     assert sha256_of(path) == hashlib.sha256(b"x" * size).hexdigest()
 
 
-def test_a_folder_may_be_renamed_as_soon_as_its_file_appears(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_may_be_renamed_once_file_is_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace = Path.replace
 
     def and_rename_the_folder(self: Path, target: Path) -> Path:
@@ -168,7 +164,7 @@ def test_a_folder_may_be_renamed_as_soon_as_its_file_appears(
     assert (tmp_path / "final" / "file").read_text() == "whole"
 
 
-def test_two_who_publish_one_file_at_the_same_time(tmp_path: Path) -> None:
+def test_concurrent_publishers_of_one_file(tmp_path: Path) -> None:
     path = tmp_path / "index.json"
     with published(path, shared=True) as first:
         first.write_text("first")

@@ -13,7 +13,7 @@ def test_leaves_have_dotted_paths_and_lists_are_leaves() -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "expected"),
+    ("changed", "expected"),
     [
         (TREE, []),
         ({}, [("a", TREE["a"], None), ("e", TREE["e"], None)]),
@@ -24,9 +24,9 @@ def test_leaves_have_dotted_paths_and_lists_are_leaves() -> None:
         ({"a": {"b": 1, "c": 3}, "e": [{"f": 2}]}, [("a.c", {"d": None}, 3)]),
     ],
 )
-def test_differences_name_both_values(other: dict[str, Any], expected: list[tuple[str, Any, Any]]) -> None:
-    assert list(differences(TREE, other)) == expected
-    assert sorted(path for path, _, _ in differences(other, TREE)) == [path for path, _, _ in expected]
+def test_differences_name_both_values(changed: dict[str, Any], expected: list[tuple[str, Any, Any]]) -> None:
+    assert list(differences(TREE, changed)) == expected
+    assert sorted(path for path, _, _ in differences(changed, TREE)) == [path for path, _, _ in expected]
 
 
 def test_a_value_is_set_at_its_path() -> None:

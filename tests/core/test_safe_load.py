@@ -1,4 +1,4 @@
-"""Trap 33: checkpoints of others are read, never executed."""
+"""Foreign checkpoints are read, never executed."""
 
 import argparse
 import builtins
@@ -23,7 +23,7 @@ from vqd_scale.core.safe_load import read_saved, tensors_in
 
 
 class Executes:
-    """An object whose unpickling calls ``function``."""
+    """Return an object whose unpickling calls ``function``."""
 
     def __init__(self, function: Callable[..., object], *arguments: object) -> None:
         self.function = function
@@ -50,7 +50,7 @@ def mapping_in(path: Path) -> dict[str, Any]:
         (os.mkdir, ("{victim}",)),
     ],
 )
-def test_a_planted_call_is_not_made(
+def test_planted_call_is_not_executed(
     tmp_path: Path, zipped: bool, function: Callable[..., object], arguments: tuple[object, ...]
 ) -> None:
     victim = tmp_path / "victim"
@@ -58,42 +58,44 @@ def test_a_planted_call_is_not_made(
     checkpoint = {"model": {"w": torch.ones(2)}, "optimizer": Executes(function, *placed)}
     path = tmp_path / "model.pth"
     torch.save(checkpoint, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match="nothing in it was executed") as found:
+    with pytest.raises(UserError, match="nothing in it was executed") as raised:
         read_saved(path)
     assert not victim.exists()
-    assert "trust" not in str(found.value)
-    # The trap is armed: an ordinary reader would have run it.
+    assert "trust" not in str(raised.value)
+    # An ordinary reader executes the planted call.
     torch.load(path, weights_only=False)
     assert victim.exists()
 
 
 def _foreign(name: str, *bases: type) -> type:
-    """A class that pickles name as ``module.Class`` of a library that is not installed here."""
+    """Return a class that pickles as ``module.Class`` of a library that is not installed."""
     module, _, short = name.rpartition(".")
     parts = module.split(".")
     for depth in range(1, len(parts) + 1):
         sys.modules.setdefault(".".join(parts[:depth]), ModuleType(".".join(parts[:depth])))
-    made = type(short, bases, {"__module__": module})
-    setattr(sys.modules[module], short, made)
-    return made
+    foreign_class = type(short, bases, {"__module__": module})
+    setattr(sys.modules[module], short, foreign_class)
+    return foreign_class
 
 
 @pytest.fixture
 def lightning_checkpoint(tmp_path: Path) -> Path:
-    """What taming's published files hold beside the weights."""
+    """Return a checkpoint with the settings that taming's published files hold beside the weights."""
     before = set(sys.modules)
     settings_kind = _foreign("omegaconf.dictconfig.DictConfig")
     hyper_parameters = _foreign("pytorch_lightning.utilities.parsing.AttributeDict", dict)
     callback = _foreign("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
-    held: Any = settings_kind()
-    held.__dict__.update(_content={"n_embed": 8}, _parent=None, _resolvers=defaultdict(dict, {"x": 1}))
+    foreign_settings: Any = settings_kind()
+    foreign_settings.__dict__.update(
+        _content={"n_embed": 8}, _parent=None, _resolvers=defaultdict(dict, {"x": 1})
+    )
     path = tmp_path / "last.ckpt"
     torch.save(
         {
             "epoch": 3,
             "state_dict": OrderedDict({"encoder.conv_in.weight": torch.arange(6.0).view(2, 3)}),
             "callbacks": {callback: {"best": torch.tensor(1.0), "where": PurePosixPath("logs/last.ckpt")}},
-            "hyper_parameters": hyper_parameters(config=held, rate=np.float64(4.5e-6)),
+            "hyper_parameters": hyper_parameters(config=foreign_settings, rate=np.float64(4.5e-6)),
             "arguments": argparse.Namespace(seed=23, any=Any, kinds=np.ones(3), choices=[dict, slice]),
         },
         path,
@@ -104,7 +106,7 @@ def lightning_checkpoint(tmp_path: Path) -> Path:
     return path
 
 
-def test_settings_of_libraries_that_are_not_here_do_not_stand_in_the_way(lightning_checkpoint: Path) -> None:
+def test_settings_of_absent_libraries_are_ignored(lightning_checkpoint: Path) -> None:
     checkpoint = mapping_in(lightning_checkpoint)
     weights = tensors_in(checkpoint["state_dict"])
     assert list(weights) == ["encoder.conv_in.weight"]
@@ -116,19 +118,19 @@ def test_settings_of_libraries_that_are_not_here_do_not_stand_in_the_way(lightni
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
-def test_a_damaged_file_is_one_sentence(tmp_path: Path, data: st.DataObject) -> None:
+def test_damaged_file_raises_user_error(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "model.pth"
     torch.save({"model": {"w": torch.arange(300.0)}, "name": "model"}, path)
-    whole = path.read_bytes()
+    file_bytes = path.read_bytes()
     if data.draw(st.booleans(), label="truncated"):
-        path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1), label="length")])
+        path.write_bytes(file_bytes[: data.draw(st.integers(0, len(file_bytes) - 1), label="length")])
         damaged = True
     else:
-        place = data.draw(st.integers(0, len(whole) - 1), label="place")
-        changed = bytearray(whole)
+        place = data.draw(st.integers(0, len(file_bytes) - 1), label="place")
+        changed = bytearray(file_bytes)
         changed[place] ^= data.draw(st.integers(1, 255), label="bits")
         path.write_bytes(changed)
-        # Padding and time stamps have no checksum: only a change that shows in the weights must be found.
+        # Padding and time stamps have no checksum: only a change of the weights must be detected.
         damaged = False
     try:
         weights = tensors_in(mapping_in(path).get("model"))
@@ -140,6 +142,6 @@ def test_a_damaged_file_is_one_sentence(tmp_path: Path, data: st.DataObject) -> 
         assert not weights or torch.equal(weights["w"], torch.arange(300.0))
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such file"):
         read_saved(tmp_path / "nothing.pth")

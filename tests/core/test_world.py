@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from tests.training.ranks import on_ranks
+from tests.training.rank_threads import on_ranks
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.world import World, join_world, leave_world
 
@@ -10,18 +10,18 @@ SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_
 
 
 @pytest.fixture(autouse=True)
-def nobody_started_this(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_launcher_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("SLURM_") or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
             monkeypatch.delenv(name)
-    # Set before they are deleted at the end, since joining sets them.
+    # Set first, so that the fixture also removes them after joining sets them.
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "0")
         monkeypatch.delenv(name)
 
 
 @pytest.mark.parametrize("step", [None, "batch", "4294967291", "4294967290"])
-def test_a_jobs_script_is_not_one_of_its_ranks(step: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_script_is_not_a_rank(step: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (SRUN | {"SLURM_STEP_ID": step, "SLURM_NTASKS": "2"}).items():
         if value is not None:
             monkeypatch.setenv(name, value)
@@ -30,19 +30,19 @@ def test_a_jobs_script_is_not_one_of_its_ranks(step: str | None, monkeypatch: py
     assert (world.rank, world.size) == (0, 1)
 
 
-def test_ranks_of_srun_that_cannot_meet_are_told_how(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_srun_without_rendezvous_raises_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SRUN.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"source slurm/env\.sh"):
         join_world()
 
 
-def test_what_the_first_rank_cannot_do_every_rank_learns_of() -> None:
+def test_first_rank_error_reaches_every_rank() -> None:
     def leave(world: World, failing: bool) -> str:
-        done: list[int] = []
+        completed_ranks: list[int] = []
 
         def act() -> None:
-            done.append(world.rank)
+            completed_ranks.append(world.rank)
             if failing:
                 raise UserError("The disk is full.")
 
@@ -50,8 +50,12 @@ def test_what_the_first_rank_cannot_do_every_rank_learns_of() -> None:
             world.on_first_rank(act)
         except UserError as error:
             return f"{type(error).__name__}: {error}"
-        return str(done)
+        return str(completed_ranks)
 
     assert on_ranks(3, lambda world: leave(world, False)) == ["[0]", "[]", "[]"]
-    told = "FirstRankError: The disk is full."
-    assert on_ranks(3, lambda world: leave(world, True)) == ["UserError: The disk is full.", told, told]
+    first_rank_error = "FirstRankError: The disk is full."
+    assert on_ranks(3, lambda world: leave(world, True)) == [
+        "UserError: The disk is full.",
+        first_rank_error,
+        first_rank_error,
+    ]

@@ -20,8 +20,8 @@ from vqd_scale.data.transforms import (
 )
 
 
-def places(height: int, width: int) -> Pixels:
-    """A picture whose colours say where in it they lie: red goes down, green goes right."""
+def position_image(height: int, width: int) -> Pixels:
+    """Return an image whose colors encode positions: red grows downwards, green to the right."""
     rows, columns = np.mgrid[0:height, 0:width]
     return np.stack([rows, columns, np.zeros_like(rows)], axis=-1).astype(np.uint8)
 
@@ -35,42 +35,42 @@ def draws(transform: NearCenterCrop | RandomResizedCrop, count: int) -> list[lis
 
 
 @given(st.integers(30, 60), st.integers(30, 60), st.integers(3, 50))
-def test_resizing_is_pillows(height: int, width: int, side: int) -> None:
+def test_resizing_equals_pillow(height: int, width: int, side: int) -> None:
     pixels = noise(height, width)
     rows, columns = side * height // 30, side * width // 30
-    theirs = np.asarray(Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BICUBIC))
-    ours = resized(pixels, rows, columns)
-    assert ours.shape == theirs.shape
-    assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 2
+    reference_pixels = np.asarray(Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BICUBIC))
+    resized_pixels = resized(pixels, rows, columns)
+    assert resized_pixels.shape == reference_pixels.shape
+    assert np.abs(resized_pixels.astype(int) - reference_pixels.astype(int)).max() <= 2
 
 
 @pytest.mark.parametrize("shape", [(20, 60), (30, 20), (33, 47), (16, 16), (5, 9)])
-def test_fitted_is_resize_and_center_crop(shape: tuple[int, int]) -> None:
-    picture = Image.fromarray(noise(*shape))
+def test_fitted_equals_resize_and_center_crop(shape: tuple[int, int]) -> None:
+    image = Image.fromarray(noise(*shape))
     resize = Resize(16, interpolation=InterpolationMode.BICUBIC)
-    theirs = np.asarray(TheirCenterCrop(16)(resize(picture)))
-    ours = fitted(np.array(picture), 16)
-    assert ours.shape == (16, 16, 3)
-    assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
+    reference_pixels = np.asarray(TheirCenterCrop(16)(resize(image)))
+    fitted_pixels = fitted(np.array(image), 16)
+    assert fitted_pixels.shape == (16, 16, 3)
+    assert np.abs(fitted_pixels.astype(int) - reference_pixels.astype(int)).max() <= 1
 
 
-def test_fitted_leaves_what_fits() -> None:
+def test_fitted_keeps_or_crops_matching_side() -> None:
     pixels = noise(16, 16)
     assert np.array_equal(fitted(pixels, 16), pixels)
     assert np.array_equal(fitted(noise(16, 40), 16), noise(16, 40)[:, 12:28])
 
 
-def released_crop(picture: Image.Image, size: int, numbers: list[float]) -> Image.Image:
-    """The published description word by word, with Pillow and five given numbers."""
-    width, height = picture.size
+def released_crop(image: Image.Image, size: int, numbers: list[float]) -> Image.Image:
+    """Apply the published preprocessing literally, with Pillow and five given numbers."""
+    width, height = image.size
     s = min(width, height)
     offsets: list[int] = []
     for number, long in zip(numbers, (height, width), strict=False):
         low = 3 * (long - s) // 8
         high = max(low + 1, 5 * (long - s) // 8)
         offsets.append(int(low + number * (high - low)))
-    top, left = offsets
-    square = picture.crop((left, top, left + s, top + s))
+    row, column = offsets
+    square = image.crop((column, row, column + s, row + s))
     t_max = max(size, min(s, round(9 / 8 * size)))
     t = int(size + numbers[2] * (t_max + 1 - size))
     zoomed = square.resize((t, t), Image.Resampling.BICUBIC)
@@ -79,30 +79,30 @@ def released_crop(picture: Image.Image, size: int, numbers: list[float]) -> Imag
 
 
 @pytest.mark.parametrize("shape", [(100, 160), (150, 90), (64, 64), (70, 64), (20, 30)])
-def test_trap_25_near_center_is_the_released_preprocessing(shape: tuple[int, int]) -> None:
+def test_near_center_equals_released_preprocessing(shape: tuple[int, int]) -> None:
     transform = NearCenterCrop(size=64)
     pixels = noise(*shape)
     for numbers in draws(transform, 20):
         expected = np.asarray(released_crop(Image.fromarray(pixels), 64, numbers)).astype(int)
-        ours = transform(pixels, numbers)
-        assert ours.shape == (64, 64, 3)
-        assert np.abs(ours.astype(int) - expected).max() <= 1
+        cropped_pixels = transform(pixels, numbers)
+        assert cropped_pixels.shape == (64, 64, 3)
+        assert np.abs(cropped_pixels.astype(int) - expected).max() <= 1
 
 
-def test_trap_25_near_center_keeps_its_bounds_and_reaches_them() -> None:
-    """256 pixels from 240 x 480 would be enlarged; 64 from 120 x 240 shows offsets and sizes by colours."""
+def test_near_center_crop_reaches_its_bounds() -> None:
+    """A crop of 64 pixels from 120 x 240 shows offsets and sizes by its colors."""
     transform = NearCenterCrop(size=64)
-    crops = [transform(places(120, 240), numbers).astype(float) for numbers in draws(transform, 600)]
-    # A square of 120 lies between columns 45 and 74 and is resized to 64 to 72: the crop shows 64 of those.
+    crops = [transform(position_image(120, 240), numbers).astype(float) for numbers in draws(transform, 600)]
+    # A square of 120 starts between columns 45 and 74 and is resized to 64 to 72, of which the crop shows 64.
     pixel = np.array([(crop[-1, 32, 0] - crop[0, 32, 0]) / 63 for crop in crops])
     assert pixel.min() == pytest.approx(120 / 72, abs=0.05)
     assert pixel.max() == pytest.approx(120 / 64, abs=0.05)
-    left = np.array([crop[32, 0, 1] for crop in crops])
-    assert 44 <= left.min() < 48
-    assert 80 < left.max() <= 75 + 14
-    top = np.array([crop[0, 32, 0] for crop in crops])
-    assert top.min() < 2
-    assert 11 < top.max() <= 14
+    columns = np.array([crop[32, 0, 1] for crop in crops])
+    assert 44 <= columns.min() < 48
+    assert 80 < columns.max() <= 75 + 14
+    rows = np.array([crop[0, 32, 0] for crop in crops])
+    assert rows.min() < 2
+    assert 11 < rows.max() <= 14
     # Never mirrored: columns grow to the right, rows downwards.
     assert all(crop[32, 60, 1] > crop[32, 4, 1] and crop[60, 32, 0] > crop[4, 32, 0] for crop in crops)
     sides = np.round(120 / pixel).astype(int)
@@ -110,19 +110,22 @@ def test_trap_25_near_center_keeps_its_bounds_and_reaches_them() -> None:
     assert np.bincount(sides - 64, minlength=9).min() > 600 / 9 / 2
 
 
-def test_trap_25_near_center_of_a_small_picture_enlarges() -> None:
+def test_near_center_enlarges_small_images() -> None:
     for numbers in draws(NearCenterCrop(size=64), 5):
-        made = NearCenterCrop(size=64)(places(20, 20), numbers)
-        assert np.array_equal(made, resized(places(20, 20), 64, 64))
+        cropped_pixels = NearCenterCrop(size=64)(position_image(20, 20), numbers)
+        assert np.array_equal(cropped_pixels, resized(position_image(20, 20), 64, 64))
 
 
-def test_random_resized_keeps_its_bounds() -> None:
+def test_random_resized_respects_bounds() -> None:
     transform = RandomResizedCrop(size=32, scale=(0.25, 1.0))
     shares: list[float] = []
     for numbers in draws(transform, 400):
-        made = transform(places(200, 160), numbers).astype(float)
-        assert made.shape == (32, 32, 3)
-        rows, columns = ((made[-1, 16, 0] - made[0, 16, 0]) / 31, (made[16, -1, 1] - made[16, 0, 1]) / 31)
+        cropped_pixels = transform(position_image(200, 160), numbers).astype(float)
+        assert cropped_pixels.shape == (32, 32, 3)
+        rows, columns = (
+            (cropped_pixels[-1, 16, 0] - cropped_pixels[0, 16, 0]) / 31,
+            (cropped_pixels[16, -1, 1] - cropped_pixels[16, 0, 1]) / 31,
+        )
         assert rows > 0
         assert columns > 0
         assert 0.7 < columns / rows < 1.4
@@ -131,23 +134,23 @@ def test_random_resized_keeps_its_bounds() -> None:
     assert 0.8 < max(shares) < 1.02
 
 
-def test_random_resized_where_no_try_fits_is_the_centre() -> None:
+def test_random_resized_falls_back_to_center() -> None:
     transform = RandomResizedCrop(size=16, scale=(1.0, 1.0))
     for numbers in draws(transform, 5):
         assert np.array_equal(transform(noise(16, 90), numbers), fitted(noise(16, 90), 16))
 
 
-def test_the_same_slot_has_the_same_crop() -> None:
+def test_crop_depends_on_slot_only() -> None:
     transform = NearCenterCrop(size=64)
-    one, again, other = (
+    one, again, other_slot_crop = (
         transform(noise(100, 100), numbers)
         for numbers in uniforms(3, Purpose.CROP, torch.tensor([7, 7, 8]), transform.draws).tolist()
     )
     assert np.array_equal(one, again)
-    assert not np.array_equal(one, other)
+    assert not np.array_equal(one, other_slot_crop)
 
 
-def test_smallest_sides_suffice() -> None:
+def test_smallest_side_of_each_transform() -> None:
     assert CenterCrop(size=256).smallest_side == 256
     assert NearCenterCrop(size=256).smallest_side == 288
     # A quarter of the area, three times as wide as high at the worst.
@@ -158,7 +161,7 @@ class Holder(Config):
     transform: Transform = CenterCrop()
 
 
-def test_a_choice_by_kind() -> None:
+def test_kind_selects_transform() -> None:
     assert load_config(Holder, overrides=["transform.size=32"]).transform == CenterCrop(size=32)
     config = load_config(Holder, overrides=["transform.kind=near_center", "transform.size=32"])
     assert config.transform == NearCenterCrop(size=32)

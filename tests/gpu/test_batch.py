@@ -6,7 +6,7 @@ from vqd_scale.data.loading.batch import TokenBatch
 pytestmark = pytest.mark.gpu
 
 
-def test_a_pinned_batch_is_the_same_batch() -> None:
+def test_pinned_batch_equals_the_batch() -> None:
     batch = TokenBatch(
         tokens=torch.arange(12).view(3, 4),
         text=torch.zeros(3, 0, dtype=torch.int64),

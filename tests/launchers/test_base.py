@@ -8,7 +8,7 @@ import pytest
 from vqd_scale.launchers.base import copy_source, rank_with_user_error, read_exit_codes, write_exit_code
 
 
-def test_ends_are_noted_by_rank(tmp_path: Path) -> None:
+def test_rank_results_are_recorded_by_rank(tmp_path: Path) -> None:
     ends = tmp_path / "ends"
     assert read_exit_codes(ends) == {}
     write_exit_code(ends, 10, 1)
@@ -20,19 +20,17 @@ def test_ends_are_noted_by_rank(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ends", "mistaken"), [({}, None), ({0: 75, 1: 137}, None), ({0: 137, 1: 2, 2: 2}, 1), ({0: 0}, None)]
 )
-def test_a_mistake_is_found_among_those_who_were_ended_for_it(
-    ends: dict[int, int], mistaken: int | None
-) -> None:
+def test_user_error_is_reported_among_terminated_ranks(ends: dict[int, int], mistaken: int | None) -> None:
     assert rank_with_user_error(ends) == mistaken
 
 
-def test_the_copy_is_what_its_tools_import(tmp_path: Path) -> None:
+def test_code_copy_is_what_its_tools_import(tmp_path: Path) -> None:
     code = copy_source(tmp_path / "code")
     (code / "vqd_scale" / "core" / "errors.py").write_text("raise SystemExit(9)\n")
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, str(code / "tools" / "train.py"), "--help"],
         env=os.environ | {"PYTHONPATH": str(code)},
         capture_output=True,
         check=False,
     )
-    assert done.returncode == 9
+    assert completed.returncode == 9

@@ -46,21 +46,21 @@ def wait_until_gone(pids: list[int]) -> None:
     assert not any(map(is_running, pids))
 
 
-def test_every_rank_knows_itself_and_one_meeting_place(tool: Path, tmp_path: Path) -> None:
+def test_every_rank_gets_its_number_and_one_rendezvous(tool: Path, tmp_path: Path) -> None:
     assert run_locally(tool, [str(tmp_path), "none"], ranks=2) == 0
     first, second = ((tmp_path / f"world-{rank}").read_text() for rank in (0, 1))
     assert first == second
     assert first.startswith("2 ")
 
 
-def test_one_failing_rank_ends_the_others(tool: Path, tmp_path: Path) -> None:
+def test_failing_rank_ends_the_others(tool: Path, tmp_path: Path) -> None:
     assert run_locally(tool, [str(tmp_path), "1"], ranks=2) == 7
     wait_until_gone([int((tmp_path / "pid-0").read_text())])
     assert (tmp_path / "asked-0").exists()
 
 
 def launcher(tool: Path, folder: Path) -> "subprocess.Popen[bytes]":
-    call = f"run_locally(Path({str(tool)!r}), [{str(folder)!r}, 'nobody'], 2)"
+    call = f"run_locally(Path({str(tool)!r}), [{str(folder)!r}, 'no-rank'], 2)"
     code = f"import sys; from pathlib import Path; from vqd_scale.launchers.local import *; sys.exit({call})"
     process = subprocess.Popen([sys.executable, "-c", code])
     while not all((folder / f"pid-{rank}").exists() for rank in (0, 1)):
@@ -70,18 +70,18 @@ def launcher(tool: Path, folder: Path) -> "subprocess.Popen[bytes]":
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_the_ranks_do_not_outlive_the_launcher(tool: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_ranks_end_with_the_launcher(tool: Path, tmp_path: Path, number: signal.Signals) -> None:
     process = launcher(tool, tmp_path)
     pids = [int((tmp_path / f"pid-{rank}").read_text()) for rank in (0, 1)]
     os.kill(process.pid, number)
     code = process.wait(timeout=20)
     wait_until_gone(pids)
-    # Asked to stop, the ranks are asked in turn and their own exit code is passed on.
+    # A stop signal is forwarded to the ranks, and their exit code is returned.
     assert code == (75 if number is signal.SIGTERM else -signal.SIGKILL)
     assert (tmp_path / "asked-0").exists() == (number is signal.SIGTERM)
 
 
-def test_cores_are_shared_out() -> None:
+def test_cores_are_divided_among_ranks() -> None:
     environment = rank_environment(1, 2, 1234)
     assert environment["OMP_NUM_THREADS"] == str(max(1, (os.cpu_count() or 1) // 2))
     assert (environment["RANK"], environment["MASTER_PORT"]) == ("1", "1234")

@@ -42,12 +42,12 @@ def outcome(launch: Launch) -> State:
         time.sleep(0.1)
 
 
-def test_every_rank_knows_itself_and_imports_the_copy(tmp_path: Path) -> None:
+def test_every_rank_gets_its_number_and_imports_the_copy(tmp_path: Path) -> None:
     launch = launched(tmp_path, "print('hello from', rank)")
     assert outcome(launch) == State("done", 0)
     for rank in (0, 1):
-        said = (tmp_path / f"start-0-rank-{rank}").read_text()
-        assert said == f"2 {rank} 127.0.0.1 {ROOT}"
+        rank_output = (tmp_path / f"start-0-rank-{rank}").read_text()
+        assert rank_output == f"2 {rank} 127.0.0.1 {ROOT}"
     output, _ = launch.logs(launch.jobs[0])
     assert "hello from 0" in output.read_text()
     assert newest_launch(tmp_path) == launch
@@ -68,22 +68,24 @@ sys.exit(1)
 
 
 @pytest.mark.parametrize(
-    ("body", "starts", "said", "code"),
+    ("body", "starts", "message", "code"),
     [
         ("sys.exit(75 if start == 0 else 0)", 2, "done", 0),
         (LOSES_A_RANK, 2, "done", 0),
         (FINDS_A_MISTAKE, 1, "it is gone.", 2),
-        ("sys.exit(76)", 2, "ended with exit code 76 after all 1 restarts that --requeues allows", 76),
+        ("sys.exit(76)", 2, "ended with exit code 76 after all 1 restarts that --max-requeues allows", 76),
     ],
 )
-def test_what_follows_on_how_ranks_end(tmp_path: Path, body: str, starts: int, said: str, code: int) -> None:
+def test_job_outcome_follows_exit_codes_of_ranks(
+    tmp_path: Path, body: str, starts: int, message: str, code: int
+) -> None:
     state = outcome(launched(tmp_path, body))
-    assert state.summary.startswith(said)
+    assert state.summary.startswith(message)
     assert state.code == code
     assert len(list(tmp_path.glob("start-*-rank-0"))) == starts
 
 
-def test_a_cancelled_job_saves_and_does_not_come_back(tmp_path: Path) -> None:
+def test_cancelled_job_saves_and_is_not_restarted(tmp_path: Path) -> None:
     body = (
         "signal.signal(signal.SIGTERM, lambda *_: ((folder / f'saved-{rank}').touch(), sys.exit(75)))\n"
         "(folder / f'ready-{rank}').touch()\ntime.sleep(100)"
@@ -97,12 +99,12 @@ def test_a_cancelled_job_saves_and_does_not_come_back(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("start-1-*"))
 
 
-def test_one_process_can_be_the_cluster(tmp_path: Path) -> None:
+def test_debug_cluster_runs_in_one_process(tmp_path: Path) -> None:
     launch = launched(tmp_path, "sys.exit(0)", Resources(cluster="debug"))
     assert outcome(launch) == State("done", 0)
 
 
-def test_without_slurm_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_slurm_raises_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", os.fspath(tmp_path))
     with pytest.raises(UserError, match="has no Slurm: launch with --cluster local"):
         launched(tmp_path, "", Resources())

@@ -17,7 +17,8 @@ from vqd_scale.models.bundle import load_tokenizer, save_tokenizer, tokenizer_fi
 from vqd_scale.preparation.reduce_tokens import count_codes, reduce_by_map, reduce_tokenizer, remap_shards
 from vqd_scale.preparation.tokenize_shards import TokenSetMeta
 from vqd_scale.tokenizers.codebook.reduction import Reduced
-from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
+from vqd_scale.tokenizers.config import VQGANConfig
+from vqd_scale.tokenizers.vqgan import VQGAN
 
 CODES = 10
 USED = [1, 4, 5, 8]
@@ -29,7 +30,7 @@ SHAPE = VQGANConfig(
 
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
-    """A tokenizer of 10 codes, of which the token shards beside it use 4."""
+    """Folder with a tokenizer of 10 codes, of which the token shards use 4."""
     tokenizer_at(tmp_path / "full", seed=0)
     meta = TokenSetMeta(CODES, (2, 3), tokenizer_fingerprint(tmp_path / "full"), "words", {"a.tar": "b"})
     recipes = [
@@ -60,9 +61,7 @@ def sample(shard: int, row: int) -> dict[str, object]:
 
 def tokens_of(folder: Path) -> torch.Tensor:
     shards = ShardSet.open(folder).shards
-    rows = [
-        decode_array(found["tokens.npy"]).astype(np.int64) for shard in shards for found in read_shard(shard)
-    ]
+    rows = [decode_array(row["tokens.npy"]).astype(np.int64) for shard in shards for row in read_shard(shard)]
     return torch.from_numpy(np.stack(rows))
 
 
@@ -73,8 +72,8 @@ def test_codes_are_counted_over_all_shards(world: Path) -> None:
 
 
 @pytest.mark.parametrize(("unused", "codes"), [("bucket", 5), ("nearest", 4)])
-def test_remapped_shards_decode_to_the_same_pictures(world: Path, unused: str, codes: int) -> None:
-    """The whole tool: what the tokenizer shows is the same bits, and all else in a sample is, too."""
+def test_remapped_shards_decode_to_equal_images(world: Path, unused: str, codes: int) -> None:
+    """Decoded images and all other members of a sample are bit equal after remapping."""
     full, fewer_codes, counted = (str(world / name) for name in ("full", "fewer", "counts.json"))
     for step in (
         ["count", str(world / "tokens"), counted],
@@ -82,26 +81,28 @@ def test_remapped_shards_decode_to_the_same_pictures(world: Path, unused: str, c
         ["remap", str(world / "tokens"), str(world / "out"), "--tokenizer", full, "--reduced", fewer_codes],
     ):
         main(step)
-    fewer, whole = load_tokenizer(world / "fewer", CPU), load_tokenizer(world / "full", CPU)
+    reduced_tokenizer, full_tokenizer = (
+        load_tokenizer(world / "fewer", CPU),
+        load_tokenizer(world / "full", CPU),
+    )
     before, after = tokens_of(world / "tokens"), tokens_of(world / "out")
-    assert fewer.codes == codes == int(after.max()) + 1
-    assert torch.equal(fewer.decode(after.view(-1, 2, 3)), whole.decode(before.view(-1, 2, 3)))
+    assert reduced_tokenizer.codes == codes == int(after.max()) + 1
+    assert torch.equal(
+        reduced_tokenizer.decode(after.view(-1, 2, 3)), full_tokenizer.decode(before.view(-1, 2, 3))
+    )
     meta = TokenSetMeta.of(ShardSet.open(world / "out"))
     meta.check(world / "fewer", None, world / "out")
     assert (meta.codes, meta.grid, meta.source) == (codes, (2, 3), {"a.tar": "b"})
-    kept = [
-        [
-            {name: value for name, value in found.items() if name != "tokens.npy"}
-            for found in read_shard(shard)
-        ]
+    other_members = [
+        [{name: value for name, value in row.items() if name != "tokens.npy"} for row in read_shard(shard)]
         for folder in ("tokens", "out")
         for shard in ShardSet.open(world / folder).shards
     ]
-    assert kept[:2] == kept[2:]
+    assert other_members[:2] == other_members[2:]
     assert read_json(world / "counts.json", "counts")["used"] == 0.4
 
 
-def test_rare_codes_fall_into_the_bucket(world: Path) -> None:
+def test_rare_codes_map_to_the_bucket(world: Path) -> None:
     counts = torch.tensor([0, 9, 0, 0, 2, 9, 0, 0, 9, 0])
     reduced = reduce_tokenizer(world / "full", world / "fewer", counts, min_count=3)
     remap_shards(world / "tokens", world / "out", world / "full", world / "fewer")
@@ -110,15 +111,15 @@ def test_rare_codes_fall_into_the_bucket(world: Path) -> None:
     assert torch.equal(after == 0, before == 4)
 
 
-def test_a_map_of_others_is_taken_or_refused(world: Path) -> None:
+def test_map_of_another_tokenizer_is_checked(world: Path) -> None:
     map = torch.tensor([0, 1, 0, 0, 2, 3, 0, 0, 4, 0])
     save_file({"map": map}, world / "map.safetensors")
     main(["reduce", str(world / "full"), str(world / "a"), "--map", str(world / "map.safetensors")])
     reduce_tokenizer(world / "full", world / "b", count_codes(world / "tokens"))
-    one, other = (load_tokenizer(world / name, CPU) for name in ("a", "b"))
-    assert isinstance(one, Reduced)
-    assert isinstance(other, Reduced)
-    assert torch.equal(one.map, other.map)
+    first, second = (load_tokenizer(world / name, CPU) for name in ("a", "b"))
+    assert isinstance(first, Reduced)
+    assert isinstance(second, Reduced)
+    assert torch.equal(first.map, second.map)
     with pytest.raises(UserError, match="maps 9 codes, but the tokenizer has 10"):
         reduce_by_map(world / "full", world / "c", map[:-1])
 
@@ -142,7 +143,7 @@ def reduce(world: Path, full: str, counted: int) -> None:
         (reduce, ("full", 10), "nothing to reduce"),
     ],
 )
-def test_a_map_that_does_not_fit_is_refused(
+def test_mismatched_map_is_refused(
     world: Path, refused: Callable[..., None], arguments: tuple[str | int, ...], message: str
 ) -> None:
     counts = count_codes(world / "tokens")
@@ -154,11 +155,14 @@ def test_a_map_that_does_not_fit_is_refused(
     assert not (world / "out").exists()
 
 
-def test_a_token_that_is_no_code_is_named(world: Path) -> None:
+def test_invalid_token_is_named(world: Path) -> None:
     meta = TokenSetMeta.of(ShardSet.open(world / "tokens"))
-    bad = {KEY: "odd", "tokens.npy": np.array([10], np.uint16)}
+    invalid_sample = {KEY: "odd", "tokens.npy": np.array([10], np.uint16)}
     write_shard_set(
-        world / "bad", {"kind": "tokens", **asdict(meta)}, [ShardRecipe("a.tar", 1, lambda: [bad])], "t"
+        world / "bad",
+        {"kind": "tokens", **asdict(meta)},
+        [ShardRecipe("a.tar", 1, lambda: [invalid_sample])],
+        "t",
     )
     with pytest.raises(UserError, match="'odd' has the token 10, but its tokenizer has 10 codes"):
         count_codes(world / "bad")

@@ -29,25 +29,25 @@ from vqd_scale.reports.plots import Series, comparison_grid, image_grid, plot_cu
 WHITE = np.array([255, 255, 255], dtype=np.uint8)
 
 
-def pictures(count: int, height: int = 8, width: int = 8) -> NDArray[np.uint8]:
-    """Noise without white or near-white pixels, so that a picture is told from the page."""
+def random_images(count: int, height: int = 8, width: int = 8) -> NDArray[np.uint8]:
+    """Return noise without near-white pixels, to distinguish images from the page."""
     return np.random.default_rng(count).integers(0, 200, (count, height, width, 3), dtype=np.uint8)
 
 
-def occurrences(canvas: NDArray[np.uint8], picture: NDArray[np.uint8]) -> list[tuple[int, int]]:
-    """Every (row, column) at which the picture is found in the canvas, pixel for pixel."""
-    height, width, _ = picture.shape
-    candidates = zip(*np.nonzero((canvas == picture[0, 0]).all(axis=-1)), strict=True)
+def occurrences(canvas: NDArray[np.uint8], image: NDArray[np.uint8]) -> list[tuple[int, int]]:
+    """Return every (row, column) at which the canvas contains the image exactly."""
+    height, width, _ = image.shape
+    candidates = zip(*np.nonzero((canvas == image[0, 0]).all(axis=-1)), strict=True)
     return [
         (int(row), int(column))
         for row, column in candidates
-        if np.array_equal(canvas[row : row + height, column : column + width], picture)
+        if np.array_equal(canvas[row : row + height, column : column + width], image)
     ]
 
 
 @given(count=st.integers(1, 9), columns=st.integers(1, 5), scale=st.integers(1, 3))
-def test_every_picture_is_there_once_in_reading_order(count: int, columns: int, scale: int) -> None:
-    images = pictures(count)
+def test_every_image_occurs_once_in_reading_order(count: int, columns: int, scale: int) -> None:
+    images = random_images(count)
     canvas = np.asarray(image_grid(images, columns=columns, scale=scale))
     enlarged = [np.kron(image, np.ones((scale, scale, 1), dtype=np.uint8)) for image in images]
     places = [occurrences(canvas, image) for image in enlarged]
@@ -58,16 +58,16 @@ def test_every_picture_is_there_once_in_reading_order(count: int, columns: int, 
     assert inked == count * 64 * scale**2
 
 
-def test_the_page_has_a_white_margin_on_every_side() -> None:
-    canvas = np.asarray(image_grid(pictures(3), ["a caption"] * 3, columns=2, scale=10))
+def test_grid_has_a_white_margin_on_every_side() -> None:
+    canvas = np.asarray(image_grid(random_images(3), ["a caption"] * 3, columns=2, scale=10))
     for edge in (canvas[:8], canvas[-8:], canvas[:, :8], canvas[:, -8:]):
         assert (edge == WHITE).all()
 
 
 @given(caption=st.text(st.characters(codec="latin-1", exclude_categories=["C"]), max_size=400))
-def test_a_caption_stays_under_its_own_picture(caption: str) -> None:
+def test_caption_is_below_its_own_image(caption: str) -> None:
     size = 96
-    images = pictures(3, size, size)
+    images = random_images(3, size, size)
     canvas = np.asarray(image_grid(images, ["", caption, ""], columns=3))
     [(top, column_start)] = occurrences(canvas, images[1])
     below = canvas[top + size :]
@@ -78,37 +78,37 @@ def test_a_caption_stays_under_its_own_picture(caption: str) -> None:
     assert below.shape[0] < 140
 
 
-def test_a_caption_that_is_too_long_is_cut_after_five_lines() -> None:
-    images = pictures(1, 96, 96)
+def test_long_caption_is_cut_after_five_lines() -> None:
+    images = random_images(1, 96, 96)
     heights = [image_grid(images, ["wordwordword " * words], columns=1).height for words in (1, 4, 5, 6, 100)]
     line = (heights[1] - heights[0]) // 3
     assert heights == [heights[0] + line * (lines - 1) for lines in (1, 4, 5, 5, 5)]
 
 
-def test_letters_beyond_ascii_are_drawn_and_differ() -> None:
-    grids = [np.asarray(image_grid(pictures(1, 64, 64), [letter], columns=1)) for letter in "äéжω"]
+def test_non_ascii_letters_are_rendered_distinctly() -> None:
+    grids = [np.asarray(image_grid(random_images(1, 64, 64), [letter], columns=1)) for letter in "äéжω"]
     assert len({grid.tobytes() for grid in grids}) == 4
 
 
-def test_a_pair_is_an_original_directly_above_its_reconstruction() -> None:
-    originals, reconstructions = pictures(4), pictures(5)[:4]
+def test_pair_is_an_original_above_its_reconstruction() -> None:
+    originals, reconstructions = random_images(4), random_images(5)[:4]
     canvas = np.asarray(comparison_grid(originals, reconstructions, columns=2))
     for original, reconstruction in zip(originals, reconstructions, strict=True):
         [(row, column)] = occurrences(canvas, original)
         assert occurrences(canvas, reconstruction) == [(row + 9, column)]
 
 
-def test_grids_of_nothing_or_of_unequal_sets() -> None:
+def test_empty_grids_and_unequal_sets_are_refused() -> None:
     with pytest.raises(ValueError, match="0 images"):
-        image_grid(pictures(1)[:0], columns=2)
+        image_grid(random_images(1)[:0], columns=2)
     with pytest.raises(ValueError, match="2 images with 1 captions"):
-        image_grid(pictures(2), ["one"], columns=2)
+        image_grid(random_images(2), ["one"], columns=2)
     with pytest.raises(ValueError, match="differ"):
-        comparison_grid(pictures(2), pictures(3), columns=2)
+        comparison_grid(random_images(2), random_images(3), columns=2)
 
 
-def test_a_published_image_is_read_back_equal(tmp_path: Path) -> None:
-    image = image_grid(pictures(2), columns=2)
+def test_published_image_round_trip(tmp_path: Path) -> None:
+    image = image_grid(random_images(2), columns=2)
     publish_image(tmp_path / "grid.png", image)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), np.asarray(image))
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
@@ -120,7 +120,7 @@ def curve_pixels(path: Path) -> Counter[tuple[int, int, int]]:
     return Counter((int(red), int(green), int(blue)) for red, green, blue in pixels)
 
 
-def test_curves_are_drawn_each_in_a_colour_of_its_own(tmp_path: Path) -> None:
+def test_curves_have_distinct_colors(tmp_path: Path) -> None:
     positions = list(range(0, 6400, 64))
     one = Series("loss", positions, [1 / (1 + position) for position in positions])
     two = Series("other", positions, [0.5] * len(positions))
@@ -128,21 +128,21 @@ def test_curves_are_drawn_each_in_a_colour_of_its_own(tmp_path: Path) -> None:
     for series, expected_colors in (([one], {blue}), ([one, two], {blue, orange})):
         plot_curves(tmp_path / "loss.png", series, title="Training", x_label="images", y_label="nats")
         pixels = curve_pixels(tmp_path / "loss.png")
-        assert {colour for colour in (blue, orange) if pixels[colour] > 100} == expected_colors
+        assert {color for color in (blue, orange) if pixels[color] > 100} == expected_colors
 
 
-def test_a_folder_that_cannot_be_written_to() -> None:
+def test_unwritable_folder_raises_user_error() -> None:
     with pytest.raises(UserError, match=r"/sys/vqd/loss\.png: cannot be written"):
         plot_curves(Path("/sys/vqd/loss.png"), [Series("a", [0], [1])], title="", x_label="", y_label="")
 
 
 class Page(HTMLParser):
-    """What a browser would find in a page: its text, its pictures, and whether its elements close."""
+    """Parsed page: its text, its images, and whether its elements close."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
         self.words: list[str] = []
-        self.pictures: list[dict[str, str | None]] = []
+        self.images: list[dict[str, str | None]] = []
         self.links: list[str] = []
         self.open: list[str] = []
         self.feed(source)
@@ -150,7 +150,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag == "img":
-            self.pictures.append(dict(attrs))
+            self.images.append(dict(attrs))
         elif tag != "meta":
             self.open.append(tag)
         self.links += [value or "" for name, value in attrs if name in ("href", "src")]
@@ -166,8 +166,8 @@ class Page(HTMLParser):
         return re.sub(r"\s+", " ", " ".join(self.words))
 
 
-def test_a_report_holds_everything_it_shows(tmp_path: Path) -> None:
-    grid = image_grid(pictures(2), columns=2)
+def test_report_embeds_everything_it_shows(tmp_path: Path) -> None:
+    grid = image_grid(random_images(2), columns=2)
     publish_image(tmp_path / "grid.png", grid)
     sections = [
         TextSection("About", "First.\n\nSecond."),
@@ -193,9 +193,9 @@ def test_a_report_holds_everything_it_shows(tmp_path: Path) -> None:
         assert words in page.text
     assert "A note." in page.text
     assert "Another note." in page.text
-    [picture] = page.pictures
-    assert picture["alt"] == "Samples"
-    kind, _, data = str(picture["src"]).partition(",")
+    [image_element] = page.images
+    assert image_element["alt"] == "Samples"
+    kind, _, data = str(image_element["src"]).partition(",")
     assert kind == "data:image/png;base64"
     with Image.open(io.BytesIO(base64.b64decode(data))) as embedded_image:
         assert np.array_equal(np.asarray(embedded_image), np.asarray(grid))
@@ -203,9 +203,9 @@ def test_a_report_holds_everything_it_shows(tmp_path: Path) -> None:
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1))
-def test_any_text_is_shown_as_it_is(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+def test_text_is_escaped(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     folder = tmp_path_factory.getbasetemp()
-    publish_image(folder / "grid.png", image_grid(pictures(1), columns=1))
+    publish_image(folder / "grid.png", image_grid(random_images(1), columns=1))
     sections = [
         TextSection(text, text),
         FiguresSection(text, {text: text}, text),
@@ -216,12 +216,12 @@ def test_any_text_is_shown_as_it_is(tmp_path_factory: pytest.TempPathFactory, te
     assert page.open == []
     # title and h1, then heading and paragraph, heading, name, value and note, heading and note
     assert page.words.count(text) == 10
-    assert page.pictures[0]["alt"] == text
+    assert page.images[0]["alt"] == text
 
 
 def test_a_script_in_a_caption_is_escaped(tmp_path: Path) -> None:
     caption = "<script>alert(1)</script>"
-    publish_image(tmp_path / "grid.png", image_grid(pictures(1), [caption], columns=1))
+    publish_image(tmp_path / "grid.png", image_grid(random_images(1), [caption], columns=1))
     sections = [
         TableSection("Captions", ["image", "caption"], [["0", caption]]),
         ImageSection(caption, tmp_path / "grid.png", caption),
@@ -237,6 +237,6 @@ def test_a_missing_value_of_a_template_is_an_error() -> None:
         render("report.html.j2", title="no sections")
 
 
-def test_importing_the_module_does_not_import_matplotlib() -> None:
+def test_import_does_not_load_matplotlib() -> None:
     source = "import sys, vqd_scale.reports.plots; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", source], check=False).returncode == 0

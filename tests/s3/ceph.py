@@ -19,7 +19,7 @@ from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from tests.daemons import ended_afterwards, free_ports
+from tests.background_programs import ended_afterwards, free_ports
 
 PROGRAMS = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
 PACKAGES = "ceph-common ceph-mon ceph-osd radosgw"
@@ -54,13 +54,13 @@ rgw thread pool size = 16
 
 
 def missing_programs() -> list[str]:
-    """Those of Ceph's programs that this machine lacks."""
+    """Return the programs of Ceph that this machine lacks."""
     return [program for program in PROGRAMS if shutil.which(program) is None]
 
 
 @contextmanager
 def s3_server(capacity: int = 4 << 30) -> Generator[dict[str, str]]:
-    """Run a server; gives the variables with which clients find it.
+    """Run a server and yield the environment variables for its clients.
 
     Args:
         capacity: Bytes of objects at most.
@@ -80,11 +80,11 @@ def s3_server(capacity: int = 4 << 30) -> Generator[dict[str, str]]:
 
         def run(program: str, *arguments: str) -> None:
             command = [program, "-c", str(configuration), *arguments]
-            done = subprocess.run(
+            completed = subprocess.run(
                 command, capture_output=True, text=True, check=False, timeout=SECONDS_TO_START
             )
-            if done.returncode != 0:
-                raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+            if completed.returncode != 0:
+                raise RuntimeError(f"{' '.join(command)}: {completed.stdout}{completed.stderr}")
 
         def start(program: str, *arguments: str) -> None:
             stack.enter_context(daemon(program, "-c", str(configuration), "-f", *arguments))
@@ -114,14 +114,14 @@ def s3_server(capacity: int = 4 << 30) -> Generator[dict[str, str]]:
 
 @contextmanager
 def daemon(*command: str) -> Generator[None]:
-    """Run a program in the background, and end it."""
+    """Run a program in the background during the block."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with ended_afterwards(process):
         yield
 
 
 def wait_for(url: str) -> None:
-    """Wait until a server answers."""
+    """Wait until a server responds."""
     deadline = time.monotonic() + SECONDS_TO_START
     while True:
         try:

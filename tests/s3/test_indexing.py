@@ -1,4 +1,4 @@
-"""Sets of others in S3: indexed where they are, from there to there, and sources packed into S3."""
+"""Datasets in S3: indexed in place and into another folder, and sources packed into S3."""
 
 import json
 import tarfile
@@ -45,21 +45,21 @@ def keys(shards: ShardSet) -> list[str]:
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.ranks)])
-def test_indexed_where_it_is_and_into_another_folder(folder: S3Path, tmp_path: Path, workers: int) -> None:
+def test_index_in_place_and_into_another_folder(folder: S3Path, tmp_path: Path, workers: int) -> None:
     for shard in range(2):
         upload(folder, f"{shard}.tar", list(small(5 * shard)), tmp_path)
-    beside = build_index(folder, config=IndexConfig(workers=workers))
-    assert keys(beside) == [str(number) for number in range(10)]
+    in_place_index = build_index(folder, config=IndexConfig(workers=workers))
+    assert keys(in_place_index) == [str(number) for number in range(10)]
     assert {INDEX, "0.npz", "1.npz"} < object_sizes(folder).keys()
     for elsewhere in (folder / "index", tmp_path / "index"):
-        wanted = SampleFilter(Filters(columns={"similarity": Bounds(min=0.4, max=0.7)}))
-        opened = build_index(folder, elsewhere, IndexConfig(wanted, workers=workers))
+        sample_filter = SampleFilter(Filters(columns={"similarity": Bounds(min=0.4, max=0.7)}))
+        opened = build_index(folder, elsewhere, IndexConfig(sample_filter, workers=workers))
         assert keys(opened) == ["4", "5", "6", "7"]
-        assert opened.digests == beside.digests
+        assert opened.digests == in_place_index.digests
         assert ShardSet.open(elsewhere) == opened
 
 
-def test_a_cut_tar_is_found(folder: S3Path, tmp_path: Path) -> None:
+def test_truncated_tar_is_detected(folder: S3Path, tmp_path: Path) -> None:
     path = upload(folder, "0.tar", list(small(0)), tmp_path)
     path.write_bytes(path.read_bytes()[:3000])
     write_object(folder / "0.tar", path)
@@ -69,7 +69,7 @@ def test_a_cut_tar_is_found(folder: S3Path, tmp_path: Path) -> None:
     assert "not a readable tar" in (folder / QUARANTINE).read_text()
 
 
-def test_of_large_members_only_the_headers_are_fetched(
+def test_large_members_fetch_headers_only(
     folder: S3Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = LARGE_MEMBER + 100_000
@@ -86,17 +86,17 @@ def test_of_large_members_only_the_headers_are_fetched(
     assert [sample["jpg"][0] for sample in read_shard(opened.shards[0])] == list(range(count))
 
 
-def test_commands_from_pictures_to_s3(
+def test_commands_from_images_to_s3(
     folder: S3Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    image_folder = tmp_path / "pictures"
+    image_folder.mkdir()
     for number in range(4):
         pixels = np.random.default_rng(number).integers(0, 256, (20, 20, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(pictures / f"{number}.png")
-        (pictures / f"{number}.txt").write_text(f"noise {number}")
-    (pictures / "3.png").write_bytes(b"no picture")
-    command = ["imagefolder", str(pictures), str(folder / "set"), "image_size=16", "max_bad_fraction=0.3"]
+        Image.fromarray(pixels).save(image_folder / f"{number}.png")
+        (image_folder / f"{number}.txt").write_text(f"noise {number}")
+    (image_folder / "3.png").write_bytes(b"no picture")
+    command = ["imagefolder", str(image_folder), str(folder / "set"), "image_size=16", "max_bad_fraction=0.3"]
     main(command)
     assert "3 samples in 1 shards" in capsys.readouterr().out
     before = {name: (folder / "set" / name).read_bytes() for name in object_sizes(folder / "set")}
@@ -104,6 +104,6 @@ def test_commands_from_pictures_to_s3(
     main(command)
     assert {name: (folder / "set" / name).read_bytes() for name in object_sizes(folder / "set")} == before
     capsys.readouterr()
-    main(["index", str(folder / "set"), "--out", str(tmp_path / "again")])
+    main(["index", str(folder / "set"), "--output", str(tmp_path / "again")])
     assert "3 samples in 1 shards" in capsys.readouterr().out
     assert keys(ShardSet.open(tmp_path / "again")) == keys(ShardSet.open(folder / "set"))

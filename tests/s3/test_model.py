@@ -1,4 +1,4 @@
-"""A model in a bucket is drawn from as one in a folder."""
+"""Sampling from a model in a bucket."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def upload(local: Path, folder: S3Path) -> None:
             write_object(folder / file.relative_to(local).as_posix(), file)
 
 
-def test_a_bundle_a_run_and_a_diffusers_folder_load_from_s3(folder: S3Path, tmp_path: Path) -> None:
+def test_bundle_run_and_diffusers_folder_load_from_s3(folder: S3Path, tmp_path: Path) -> None:
     path = write(tmp_path, checkpoint_of(Kind(), ITHQ_SLIM))
     plan_microsoft(path, MicrosoftOptions(heads=HEADS)).save(tmp_path / "bundle")
     export_diffusers(load_bundle(tmp_path / "bundle"), tmp_path / "theirs")
@@ -31,5 +31,5 @@ def test_a_bundle_a_run_and_a_diffusers_folder_load_from_s3(folder: S3Path, tmp_
     for name in ("bundle", "run", "theirs"):
         pipe = TextToImage.load(str(folder / name), device="cpu")
         assert torch.equal(pipe("a star", steps=3).tensor, expected), name
-    with pytest.raises(UserError, match="there is no model here"):
+    with pytest.raises(UserError, match="no model found"):
         TextToImage.load(str(folder / "nothing"), device="cpu")

@@ -1,9 +1,9 @@
 """A real Slurm on this machine: an authentication daemon, a controller, and a daemon for each node.
 
-Each node lives in a process namespace of its own, so that it can be lost as a machine is: at once and with
+Each node is a process namespace, so that it can be lost as a machine is: at once and with
 all that runs on it. Everything listens on the loopback device, keeps its files in a temporary folder and ends
-with the context. Names of nodes must have addresses, hence a few lines of /etc/hosts while it runs. To try
-something by hand, a command can be run beside a cluster:
+with the context. Names of nodes must have addresses, so /etc/hosts has a few more lines while it runs. A
+command can be run beside a cluster:
 
     python -m tests.slurm.cluster bash
 """
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from tests.daemons import ended_afterwards, free_ports
+from tests.background_programs import ended_afterwards, free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "unshare")
 PACKAGES = "slurm-wlm munge"
@@ -36,7 +36,7 @@ SECONDS_TO_NOTICE_A_LOST_NODE = 10
 NODES_ARE_CHECKED_EVERY = 30
 """Seconds between two looks of the controller at its nodes, and at the time limits of its jobs."""
 
-# A requeue waits for credentials to expire, hence cred_expire; no cgroups, which a container may lack.
+# A requeue waits for credentials to expire, so cred_expire is short. A container may lack cgroups.
 CONFIGURATION = """
 ClusterName=tests
 SlurmctldHost={machine}(127.0.0.1)
@@ -77,7 +77,7 @@ PartitionName=urgent Nodes=ALL MaxTime=60 State=UP PriorityTier=10 PreemptMode=O
 
 
 def missing() -> str | None:
-    """Why a cluster cannot be started here, if it cannot."""
+    """Return why a cluster cannot be started on this machine, or ``None``."""
     absent = [program for program in PROGRAMS if shutil.which(program, path=_path()) is None]
     if absent:
         return f"Slurm is not installed ({', '.join(absent)}): as root, apt-get install {PACKAGES}"
@@ -91,7 +91,7 @@ def missing() -> str | None:
 
 @dataclass(frozen=True)
 class Job:
-    """What the controller says of a job; ``scontrol show job`` has more.
+    """State of a job in the controller; ``scontrol show job`` has more.
 
     Attributes:
         state: Such as ``RUNNING``, ``COMPLETED``, ``FAILED``.
@@ -107,18 +107,18 @@ class Job:
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing more will come of it."""
+        """Return whether the job is in a final state."""
         return self.state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED")
 
 
 @dataclass
 class Cluster:
-    """A cluster that runs.
+    """A running cluster.
 
     Attributes:
         folder: Its configuration, state and logs.
         names: Its nodes.
-        variables: With which Slurm's commands, and what they start, find it.
+        variables: Environment of Slurm's commands and of the jobs.
     """
 
     folder: Path
@@ -127,45 +127,45 @@ class Cluster:
     _nodes: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict[str, "subprocess.Popen[bytes]"])
 
     def run(self, *command: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
-        """Run a command that talks to the cluster."""
-        done = subprocess.run(
+        """Run a command of the cluster."""
+        completed = subprocess.run(
             command, env=os.environ | self.variables, capture_output=True, text=True, check=False, timeout=120
         )
-        if check and done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
-        return done
+        if check and completed.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}: {completed.stdout}{completed.stderr}")
+        return completed
 
     def submit(self, *arguments: str, **variables: str) -> str:
-        """``sbatch``; returns the job's number."""
+        """Run ``sbatch`` and return the job's number."""
         command = ["sbatch", "--parsable", *arguments]
-        done = subprocess.run(
+        completed = subprocess.run(
             command,
             env=os.environ | self.variables | variables,
             capture_output=True,
             text=True,
             check=False,
         )
-        if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
-        return done.stdout.strip().partition(";")[0]
+        if completed.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}: {completed.stdout}{completed.stderr}")
+        return completed.stdout.strip().partition(";")[0]
 
     def job(self, number: str) -> Job:
-        """What has become of a job, or of a task of an array (``12_3``)."""
-        shown = self.run("scontrol", "--oneliner", "show", "job", number).stdout
+        """Return the state of a job, or of a task of an array (``12_3``)."""
+        description = self.run("scontrol", "--oneliner", "show", "job", number).stdout
 
         def value(key: str) -> str:
-            found = re.search(rf"\b{key}=(\S*)", shown)
-            return found.group(1) if found else ""
+            match = re.search(rf"\b{key}=(\S*)", description)
+            return match.group(1) if match else ""
 
         code, _, killed_by = value("ExitCode").partition(":")
         status = int(code or 0) or (128 + int(killed_by) if killed_by and int(killed_by) else 0)
         return Job(value("JobState"), int(value("Restarts") or 0), status, value("NodeList"))
 
     def until(self, happens: Callable[[], bool], seconds: float = 240, why: str = "") -> None:
-        """Wait for something that a job or the controller does.
+        """Wait for a condition of a job or of the controller.
 
         Raises:
-            TimeoutError: It did not.
+            TimeoutError: The condition was not met in time.
         """
         deadline = time.monotonic() + seconds
         while not happens():
@@ -173,29 +173,29 @@ class Cluster:
                 state = (
                     self.run("squeue", "--all", check=False).stdout + self.run("sinfo", check=False).stdout
                 )
-                told = (self.folder / "slurmctld.log").read_text().splitlines()[-20:]
-                raise TimeoutError("\n".join([f"not within {seconds} s: {why}", state, *told]))
+                log_lines = (self.folder / "slurmctld.log").read_text().splitlines()[-20:]
+                raise TimeoutError("\n".join([f"not within {seconds} s: {why}", state, *log_lines]))
             time.sleep(0.2)
 
     def finished(self, number: str, seconds: float = 300) -> Job:
-        """Wait until a job has ended for good."""
+        """Wait until a job is in a final state and return it."""
         self.until(lambda: self.job(number).has_ended, seconds, f"the end of job {number}")
         return self.job(number)
 
     def lose(self, name: str) -> None:
-        """A node is gone, with all its processes."""
+        """Kill a node with all its processes."""
         node = self._nodes.pop(name)
         node.kill()
         node.wait()
 
     def freeze(self, name: str) -> None:
-        """A node does nothing any more and says nothing, as behind a cut network."""
+        """Freeze a node, as behind a cut network."""
         for pid in self.processes(name):
             os.kill(pid, signal.SIGSTOP)
 
     @contextmanager
     def frozen(self, words: str) -> Generator[None]:
-        """What has a command line that begins so stands still; signals wait for the end of it."""
+        """Stop all processes whose command line begins with ``words`` during the block; signals wait."""
         pids = [pid for name in self._nodes for pid in self.processes(name, words)]
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
@@ -207,7 +207,7 @@ class Cluster:
                     os.kill(pid, signal.SIGCONT)
 
     def start(self, name: str) -> None:
-        """A node comes up, or back, and is waited for."""
+        """Start a node and wait until it is ready."""
         # `unshare` is the parent of the namespace's first process; with it all of the namespace ends.
         command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "slurmd", "-D", "-N", name]
         self._nodes[name] = _started(command, self.folder / f"{name}.out", self.variables)
@@ -215,13 +215,13 @@ class Cluster:
         self.until(lambda: self.state(name) in ready, SECONDS_TO_START, f"{name} is ready")
 
     def state(self, name: str) -> str:
-        """What the controller thinks of a node."""
+        """Return a node's state in the controller."""
         return self.run(
             "sinfo", "--noheader", "--nodes", name, "--format", "%T", "-p", "tests"
         ).stdout.strip()
 
     def processes(self, name: str, words: str = "") -> list[int]:
-        """Processes of a node whose command line begins with these words."""
+        """Return a node's processes whose command line begins with these words."""
         first = self._nodes[name].pid
         parents = {pid: _parent(pid) for pid in _all_processes()}
 
@@ -235,7 +235,7 @@ class Cluster:
         return [pid for pid in parents if pid != first and is_of_node(pid) and _words(pid).startswith(words)]
 
     def close(self) -> None:
-        """All nodes are gone."""
+        """Kill all nodes."""
         for name in list(self._nodes):
             self.lose(name)
 
@@ -269,12 +269,12 @@ def slurm_cluster(nodes: int = 2) -> Generator[Cluster]:
                 seconds_to_notice=SECONDS_TO_NOTICE_A_LOST_NODE,
             )
         )
-        # Eight devices that hold nothing stand for GPUs, so that scripts can ask for them.
+        # Eight dummy devices stand for GPUs, so that scripts can request them.
         for number in range(8):
             os.mknod(folder / f"gpu{number}", stat.S_IFCHR | 0o600, Path(os.devnull).stat().st_rdev)
         (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
         (folder / "state").mkdir()
-        # Gloo asks for the address of the machine's name otherwise, which need not have one.
+        # Otherwise Gloo resolves the machine's name, which may have no address.
         variables = {
             "SLURM_CONF": str(configuration),
             "PATH": _path(),
@@ -285,7 +285,7 @@ def slurm_cluster(nodes: int = 2) -> Generator[Cluster]:
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(128))
         munge = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket"]
-        munge += [f"--{what}-file={folder}/munged.{what}" for what in ("pid", "seed", "log")]
+        munge += [f"--{file_kind}-file={folder}/munged.{file_kind}" for file_kind in ("pid", "seed", "log")]
         stack.enter_context(_daemon(munge, folder / "munged.out", variables))
         cluster = Cluster(folder, names, variables)
         cluster.until((folder / "munge.socket").exists, SECONDS_TO_START, "munged answers")
@@ -302,7 +302,7 @@ def slurm_cluster(nodes: int = 2) -> Generator[Cluster]:
 
 @contextmanager
 def _named(addresses: dict[str, str], mark: str) -> Generator[None]:
-    """Give names their addresses in /etc/hosts for a while, in lines that end with a mark of one's own."""
+    """Add names to /etc/hosts during the block, in lines that end with a marker."""
     with _hosts() as file:
         _rewrite(file, [*file, *(f"{address} {name} {mark}\n" for name, address in addresses.items())])
     try:
@@ -339,7 +339,7 @@ def _started(command: list[str], output: Path, variables: dict[str, str]) -> "su
 
 
 def _path() -> str:
-    """Debian keeps the daemons where only root looks."""
+    """Return PATH with the folders in which Debian installs the daemons."""
     return f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 

@@ -17,34 +17,34 @@ ONE_RANK_PER_NODE = ("--gpus-per-node=1", "--cpus-per-gpu=1", "--time=10")
 
 @pytest.fixture(scope="session")
 def cluster() -> Generator[Cluster]:
-    """A real Slurm of two nodes."""
+    """Real Slurm cluster of two nodes."""
     with slurm_cluster(nodes=2) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded set's shards, tokenizer and tokens."""
+def shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with shards, tokenizer and tokens of the shapes dataset."""
     folder = tmp_path_factory.mktemp("embedded")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.slurm.embedded", str(folder)],
+    completed = subprocess.run(
+        [sys.executable, "-m", "tests.slurm.shapes_pipeline", str(folder)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
     return folder
 
 
 @pytest.fixture(scope="session")
-def by_torchrun(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of F's two runs as torchrun makes them on this machine, never disturbed."""
+def torchrun_runs(shapes_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of F's two runs, uninterrupted, by torchrun on this machine."""
     folder = tmp_path_factory.mktemp("torchrun")
-    write_recipe(folder, embedded, folder / "runs")
+    write_recipe(folder, shapes_folder, folder / "runs")
     for stage in ("pretrain", "finetune"):
-        done = subprocess.run(
+        completed = subprocess.run(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
                 *("--master-port", "29417", "tools/train.py", str(folder / f"{stage}.yaml")),
@@ -55,16 +55,16 @@ def by_torchrun(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
             text=True,
             check=False,
         )
-        assert done.returncode == 0, done.stderr
+        assert completed.returncode == 0, completed.stderr
     return folder / "runs"
 
 
 @dataclass
 class Submitted:
-    """A job of one of the scripts in ``slurm/``.
+    """Job of a script in ``slurm/``.
 
     Attributes:
-        cluster: Where it is.
+        cluster: Its cluster.
         number: The job's.
         folder: Of its configurations, runs and logs.
     """
@@ -75,28 +75,28 @@ class Submitted:
 
     @property
     def log(self) -> str:
-        """What the job's script said, over all of its starts."""
+        """Return the output of the job's script, over all of its starts."""
         return (self.folder / "job.log").read_text()
 
     def rank_log(self, stage: str, rank: int) -> str:
-        """What a rank said."""
+        """Return the output of a rank."""
         return (self.folder / "logs" / self.number / f"{stage}-rank-{rank}.log").read_text()
 
     def run(self, stage: str) -> Path:
-        """A stage's run folder."""
+        """Return a stage's run folder."""
         return self.folder / "runs" / stage
 
     def losses(self, stage: str) -> list[float]:
-        """Of a stage, up to now."""
+        """Return the losses of a stage so far."""
         return losses(self.run(stage))
 
     def step(self) -> str:
-        """The one that runs now, by the name that ``scancel`` takes."""
+        """Return the running job step, by the name that ``scancel`` takes."""
         listed = self.cluster.run("squeue", "--steps", "--noheader", "--format=%i", "--jobs", self.number)
         return next(name for name in listed.stdout.split() if name.rpartition(".")[2].isdigit())
 
     def until_steps(self, stage: str, steps: int) -> None:
-        """Wait until a stage has made so many steps."""
+        """Wait until a stage has made this number of steps."""
         self.cluster.until(
             lambda: len(self.losses(stage)) >= steps or self.cluster.job(self.number).has_ended,
             why=f"{steps} steps of {stage}",
@@ -104,17 +104,17 @@ class Submitted:
 
 
 def losses(run: Path) -> list[float]:
-    """A run's trace; every step of these runs writes a row."""
+    """Return a run's losses; every step of these runs writes a row."""
     return [row["loss"] for row in read_metrics(run / "metrics.jsonl")]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What ``tools/launch.py`` answered: its exit code, standard output and standard error."""
+    """Exit code, standard output and standard error of ``tools/launch.py``."""
 
     code: int
-    said: str
-    complained: str
+    output: str
+    errors: str
 
 
 Launch = Callable[..., Answer]
@@ -122,7 +122,7 @@ Launch = Callable[..., Answer]
 
 @pytest.fixture
 def launch(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Launch:
-    """``tools/launch.py``, in this process, which imports the package once."""
+    """Function that runs ``tools/launch.py`` in this process."""
     from vqd_scale.cli.launch import main
 
     monkeypatch.chdir(ROOT)
@@ -143,10 +143,10 @@ def launch(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 @dataclass
 class Submit:
-    """Submits the scripts in ``slurm/``, with the small configurations and a rank on each of two nodes.
+    """Submission of the scripts in ``slurm/`` with small configurations, one rank on each of two nodes.
 
     Attributes:
-        cluster: Where to.
+        cluster: Target cluster.
         folder: For configurations, runs and logs.
     """
 
@@ -163,18 +163,18 @@ class Submit:
             "LOGS": str(self.folder / "logs"),
             "PYTHON": sys.executable,
         }
-        given = ["--nodes=2", *ONE_RANK_PER_NODE, f"--output={self.folder / 'job.log'}", *options]
-        number = self.cluster.submit(*given, f"slurm/{script}", *arguments, **settings | variables)
+        sbatch_options = ["--nodes=2", *ONE_RANK_PER_NODE, f"--output={self.folder / 'job.log'}", *options]
+        number = self.cluster.submit(*sbatch_options, f"slurm/{script}", *arguments, **settings | variables)
         return Submitted(self.cluster, number, self.folder)
 
 
 @pytest.fixture
 def submit(
-    cluster: Cluster, embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, shapes_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Generator[Submit]:
-    """Submits from the project's top folder; what a test leaves behind does not disturb the next one."""
+    """Submission from the project's top folder; jobs are canceled after the test."""
     monkeypatch.chdir(ROOT)
-    write_recipe(tmp_path, embedded, tmp_path / "runs")
+    write_recipe(tmp_path, shapes_folder, tmp_path / "runs")
     cluster.until(lambda: all(cluster.state(name) == "idle" for name in cluster.names), why="idle nodes")
     yield Submit(cluster, tmp_path)
     cluster.run("scancel", "--user=root")

@@ -1,4 +1,4 @@
-"""Two training configurations of F's shape over the embedded set, small enough for seconds."""
+"""Two training configurations of F's shape on the shapes dataset, small enough for seconds."""
 
 from pathlib import Path
 from typing import Any
@@ -30,21 +30,21 @@ TRAINING = {
 }
 
 
-def write_recipe(folder: Path, embedded: Path, runs: Path) -> None:
-    """The two stages as ``pretrain.yaml`` and ``finetune.yaml``; the second starts from the first."""
-    common = TRAINING | {"tokenizer": str(embedded / "tokenizer" / "export")}
+def write_recipe(folder: Path, shapes_folder: Path, runs: Path) -> None:
+    """Write the stages ``pretrain.yaml`` and ``finetune.yaml``; the second starts from the first."""
+    common = TRAINING | {"tokenizer": str(shapes_folder / "tokenizer" / "export")}
     folder.mkdir(parents=True, exist_ok=True)
     stages = (("pretrain", "train", PRETRAINED), ("finetune", "held_out", FINETUNED))
     for stage, part, images in stages:
-        data = {"path": str(embedded / "tokens" / part), "global_batch_size": 8, "shuffle_window": 16}
+        data = {"path": str(shapes_folder / "tokens" / part), "global_batch_size": 8, "shuffle_window": 16}
         values: dict[str, Any] = common | {"run": str(runs / stage), "total_images": images, "data": data}
         if stage == "finetune":
             values["init_from"] = {"bundle": str(runs / "pretrain" / "export")}
-        written(folder / f"{stage}.yaml", values)
+        write_yaml(folder / f"{stage}.yaml", values)
 
 
-def written(path: Path, values: dict[str, Any]) -> Path:
-    """Write a YAML file; returns where."""
+def write_yaml(path: Path, values: dict[str, Any]) -> Path:
+    """Write a YAML file and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(values))
     return path

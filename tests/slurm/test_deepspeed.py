@@ -14,13 +14,13 @@ pytestmark = [pytest.mark.slurm, pytest.mark.long]
 
 
 @pytest.mark.parametrize("options", [[], ["--no_local_rank"]])
-def test_deepspeeds_launcher_starts_the_same_run(
-    options: list[str], embedded: Path, by_torchrun: Path, tmp_path: Path
+def test_deepspeed_launcher_starts_the_same_run(
+    options: list[str], shapes_folder: Path, torchrun_runs: Path, tmp_path: Path
 ) -> None:
-    write_recipe(tmp_path, embedded, tmp_path / "runs")
+    write_recipe(tmp_path, shapes_folder, tmp_path / "runs")
     (tmp_path / "hostfile").write_text("localhost slots=2\n")
     launcher = Path(sys.executable).with_name("deepspeed")
-    done = subprocess.run(
+    completed = subprocess.run(
         [
             *(sys.executable, str(launcher), "--hostfile", str(tmp_path / "hostfile"), "--no_ssh_check"),
             *(
@@ -39,5 +39,5 @@ def test_deepspeeds_launcher_starts_the_same_run(
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "runs" / "pretrain") == losses(by_torchrun / "pretrain")
+    assert completed.returncode == 0, completed.stderr
+    assert losses(tmp_path / "runs" / "pretrain") == losses(torchrun_runs / "pretrain")

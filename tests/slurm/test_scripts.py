@@ -1,4 +1,4 @@
-"""What the scripts do about jobs that end badly, with a tool that does nothing else; and what they show."""
+"""The scripts' handling of failing jobs, with a stub tool, and their output."""
 
 import os
 import subprocess
@@ -17,17 +17,17 @@ READS_CONFIG = 'case "$*" in *--print-config) exit 0 ;; esac'
 """What a stand-in for ranks does when the job only reads its configuration."""
 
 
-def stand_in(folder: Path, body: str, *, name: str = "stand-in") -> str:
-    """A program in python's place, given the tool and its arguments."""
+def stub_tool(folder: Path, body: str, *, name: str = "stand-in") -> str:
+    """Return a program in place of python that gets the tool and its arguments."""
     path = folder / name
     path.write_text(f"#!/bin/bash\n{body}\n")
     path.chmod(0o755)
     return str(path)
 
 
-def ranks_stand_in(folder: Path, body: str) -> str:
-    """The same for the ranks alone: it has no configuration to read."""
-    return stand_in(folder, f"{READS_CONFIG}\n{body}")
+def stub_ranks(folder: Path, body: str) -> str:
+    """Return such a program for ranks only, which reads no configuration."""
+    return stub_tool(folder, f"{READS_CONFIG}\n{body}")
 
 
 def run_script(script: str, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
@@ -43,8 +43,8 @@ def run_script(script: str, *arguments: str, **variables: str) -> "subprocess.Co
 
 
 @pytest.mark.slurm
-def test_restarts_are_counted_and_end(submit: Submit) -> None:
-    submitted = submit("train_f.sh", MAX_REQUEUES="1", PYTHON=ranks_stand_in(submit.folder, "exit 75"))
+def test_restarts_are_counted_and_limited(submit: Submit) -> None:
+    submitted = submit("train_f.sh", MAX_REQUEUES="1", PYTHON=stub_ranks(submit.folder, "exit 75"))
     job = submitted.cluster.finished(submitted.number)
     assert (job.state, job.exit_code, job.restarts) == ("FAILED", 75, 1)
     assert submitted.log.count("the job is queued again") == 1
@@ -53,9 +53,9 @@ def test_restarts_are_counted_and_end(submit: Submit) -> None:
 
 
 @pytest.mark.slurm
-def test_a_stage_that_is_done_is_not_started_again(submit: Submit) -> None:
+def test_finished_stage_is_not_restarted(submit: Submit) -> None:
     fails_once = 'case "$2" in *finetune*) [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || exit 76 ;; esac'
-    submitted = submit("train_f.sh", PYTHON=ranks_stand_in(submit.folder, fails_once))
+    submitted = submit("train_f.sh", PYTHON=stub_ranks(submit.folder, fails_once))
     job = submitted.cluster.finished(submitted.number)
     assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, 1), submitted.log
     assert submitted.log.count("pretrain: start") == 1
@@ -64,10 +64,10 @@ def test_a_stage_that_is_done_is_not_started_again(submit: Submit) -> None:
 
 
 @pytest.mark.slurm
-def test_a_mistake_of_one_rank_is_said_and_not_made_again(submit: Submit) -> None:
-    """Though the others, ended while they wait for that one, have higher exit codes."""
+def test_user_error_of_one_rank_is_reported_and_not_retried(submit: Submit) -> None:
+    """The reported rank is the failing one, although terminated ranks have higher exit codes."""
     body = 'if [ "$SLURM_PROCID" = 1 ]; then echo "data: it is gone." >&2; exit 2; fi; sleep 100'
-    submitted = submit("train_b.sh", PYTHON=ranks_stand_in(submit.folder, body))
+    submitted = submit("train_b.sh", PYTHON=stub_ranks(submit.folder, body))
     job = submitted.cluster.finished(submitted.number)
     assert (job.state, job.exit_code, job.restarts) == ("FAILED", 2, 0)
     assert "train: data: it is gone." in submitted.log
@@ -82,17 +82,17 @@ while true; do sleep 0.1; done
 """
 
 
-def waiting(submit: Submit) -> Submitted:
-    """A job of two ranks that save themselves when they are asked to stop."""
-    submitted = submit("train_b.sh", options=("--exclusive",), PYTHON=ranks_stand_in(submit.folder, SAVES))
+def job_of_waiting_ranks(submit: Submit) -> Submitted:
+    """Submit a job of two ranks that save on a stop signal."""
+    submitted = submit("train_b.sh", options=("--exclusive",), PYTHON=stub_ranks(submit.folder, SAVES))
     ready = [submit.folder / f"ready-{rank}" for rank in (0, 1)]
     submitted.cluster.until(lambda: all(path.exists() for path in ready), why="both ranks")
     return submitted
 
 
 @pytest.mark.slurm
-def test_a_more_urgent_job_takes_the_nodes_and_gives_them_back(submit: Submit) -> None:
-    submitted = waiting(submit)
+def test_preempted_job_requeues_and_resumes(submit: Submit) -> None:
+    submitted = job_of_waiting_ranks(submit)
     urgent = submitted.cluster.submit(
         "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"
     )
@@ -103,8 +103,8 @@ def test_a_more_urgent_job_takes_the_nodes_and_gives_them_back(submit: Submit) -
 
 
 @pytest.mark.slurm
-def test_a_cancelled_job_does_not_come_back(submit: Submit) -> None:
-    submitted = waiting(submit)
+def test_cancelled_job_is_not_restarted(submit: Submit) -> None:
+    submitted = job_of_waiting_ranks(submit)
     submitted.cluster.run("scancel", submitted.number)
     job = submitted.cluster.finished(submitted.number)
     assert (job.state, job.restarts) == ("CANCELLED", 0)
@@ -112,7 +112,7 @@ def test_a_cancelled_job_does_not_come_back(submit: Submit) -> None:
 
 
 @pytest.mark.slurm
-def test_a_mistake_in_the_configuration_ends_the_job_before_its_ranks(submit: Submit) -> None:
+def test_configuration_error_ends_job_before_its_ranks(submit: Submit) -> None:
     submitted = submit("train_b.sh", options=("--nodes=1",), CONFIG="/nowhere.yaml")
     job = submitted.cluster.finished(submitted.number)
     assert (job.state, job.exit_code, job.restarts) == ("FAILED", 2, 0), submitted.log
@@ -122,7 +122,7 @@ def test_a_mistake_in_the_configuration_ends_the_job_before_its_ranks(submit: Su
 
 
 @pytest.mark.slurm
-def test_mistakes_of_ranks_are_one_sentence_and_leave_nothing(submit: Submit) -> None:
+def test_user_errors_of_ranks_are_one_sentence(submit: Submit) -> None:
     submitted = submit("train_b.sh", "data.path=/nowhere", options=("--nodes=1",))
     job = submitted.cluster.finished(submitted.number)
     assert (job.state, job.exit_code, job.restarts) == ("FAILED", 2, 0), submitted.log
@@ -132,7 +132,7 @@ def test_mistakes_of_ranks_are_one_sentence_and_leave_nothing(submit: Submit) ->
 
 
 @pytest.mark.slurm
-def test_a_partition_that_is_not_there_is_refused(submit: Submit) -> None:
+def test_unknown_partition_is_refused(submit: Submit) -> None:
     with pytest.raises(RuntimeError, match="invalid partition specified: nowhere"):
         submit("train_b.sh", options=("--partition=nowhere",))
     assert not (submit.folder / "logs").exists()
@@ -143,11 +143,11 @@ RECORDS = 'echo "$@" >> "$(dirname "$0")/calls"'
 
 
 @pytest.mark.parametrize("script", JOBS, ids=lambda path: path.name)
-def test_a_dry_run_shows_what_would_run(script: Path, tmp_path: Path) -> None:
-    python = stand_in(tmp_path, f"{RECORDS}\necho seed: 3")
-    done = run_script(script.name, "--dry-run", "seed=3", PYTHON=python)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+def test_dry_run_prints_commands(script: Path, tmp_path: Path) -> None:
+    python = stub_tool(tmp_path, f"{RECORDS}\necho seed: 3")
+    completed = run_script(script.name, "--dry-run", "seed=3", PYTHON=python)
+    assert completed.returncode == 0, completed.stderr
+    lines = completed.stdout.splitlines()
     assert len(lines) == (2 if script.name == "train_f.sh" else 1)
     for line in lines:
         words = line.split()
@@ -155,7 +155,7 @@ def test_a_dry_run_shows_what_would_run(script: Path, tmp_path: Path) -> None:
         named = [word for word in words if word.startswith(("tools/", "configs/"))]
         assert named
         assert all((ROOT / word).is_file() for word in named), line
-    # The tool reads what the ranks would read, and nothing else is run.
+    # Only the tool runs, and it reads the ranks' configuration.
     commands = [line.split(python)[1].strip() for line in lines]
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls == [f"{command} --print-config" for command in commands]
@@ -170,17 +170,17 @@ def test_a_dry_run_shows_what_would_run(script: Path, tmp_path: Path) -> None:
         ("eval_coco.sh", "sampling.step=3", "eval_coco_fid.py: the overrides: sampling.step: unknown key"),
     ],
 )
-def test_a_dry_run_names_a_mistake_in_the_configuration(script: str, override: str, sentence: str) -> None:
-    done = run_script(script, "--dry-run", override, PYTHON=sys.executable)
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
+def test_dry_run_reports_configuration_error(script: str, override: str, sentence: str) -> None:
+    completed = run_script(script, "--dry-run", override, PYTHON=sys.executable)
+    assert (completed.returncode, completed.stdout) == (2, "")
+    (line,) = completed.stderr.splitlines()
     assert line.startswith(sentence)
 
 
-def test_a_dry_run_without_python_says_so() -> None:
-    done = run_script("train_s.sh", "--dry-run", PYTHON="/nowhere/python")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "/nowhere/python: no such program; run make setup first, or set PYTHON\n"
+def test_dry_run_without_python_exits_2() -> None:
+    completed = run_script("train_s.sh", "--dry-run", PYTHON="/nowhere/python")
+    assert (completed.returncode, completed.stdout) == (2, "")
+    assert completed.stderr == "/nowhere/python: no such program; run make setup first, or set PYTHON\n"
 
 
 @pytest.mark.parametrize(
@@ -194,17 +194,17 @@ def test_a_dry_run_without_python_says_so() -> None:
     ],
     ids=["right", "mistaken", "another failure", "a later start"],
 )
-def test_a_job_reads_its_configurations_once_before_its_ranks(
+def test_job_validates_configuration_once_before_its_ranks(
     restarts: str, status: int, code: int, calls: list[str], tmp_path: Path
 ) -> None:
-    """Without Slurm: its commands are stand-ins as well, and srun starts one rank."""
-    stand_in(tmp_path, 'while [ "$1" != bash ]; do shift; done; exec "$@"', name="srun")
-    stand_in(tmp_path, "echo n1", name="scontrol")
-    said = 'echo "train.py: it is wrong." >&2'
-    reads = f'case "$*" in *--print-config) {said}; exit {status} ;; esac'
-    done = run_script(
+    """Run without Slurm: stubs replace its commands, and srun starts one rank."""
+    stub_tool(tmp_path, 'while [ "$1" != bash ]; do shift; done; exec "$@"', name="srun")
+    stub_tool(tmp_path, "echo n1", name="scontrol")
+    print_error = 'echo "train.py: it is wrong." >&2'
+    reads = f'case "$*" in *--print-config) {print_error}; exit {status} ;; esac'
+    completed = run_script(
         "train_f.sh",
-        PYTHON=stand_in(tmp_path, f"{RECORDS}\n{reads}"),
+        PYTHON=stub_tool(tmp_path, f"{RECORDS}\n{reads}"),
         PATH=f"{tmp_path}:{os.environ['PATH']}",
         LOGS=str(tmp_path / "logs"),
         SLURM_JOB_ID="7",
@@ -213,17 +213,17 @@ def test_a_job_reads_its_configurations_once_before_its_ranks(
         SLURM_PROCID="0",
         SLURM_RESTART_COUNT=restarts,
     )
-    assert done.returncode == code, done.stderr
+    assert completed.returncode == code, completed.stderr
     assert (tmp_path / "calls").read_text().splitlines() == calls
-    assert "srun" not in done.stdout
+    assert "srun" not in completed.stdout
     if code:
-        assert done.stderr == "train.py: it is wrong.\n"
-        assert done.stdout == ""
+        assert completed.stderr == "train.py: it is wrong.\n"
+        assert completed.stdout == ""
         assert not (tmp_path / "logs").exists()
 
 
 @pytest.mark.parametrize("script", JOBS, ids=lambda path: path.name)
-def test_scripts_can_be_started_again_and_say_so_when_typed(script: Path) -> None:
+def test_scripts_are_restartable_and_print_usage(script: Path) -> None:
     text = script.read_text()
     for line in ("--requeue", "--open-mode=append", "--signal=USR2@", "--time=", "--output=slurm/logs/"):
         assert f"#SBATCH {line}" in text

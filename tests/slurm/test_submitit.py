@@ -1,4 +1,4 @@
-"""What follows on how a launched job's ranks end, on a real cluster, with a tool that does nothing else."""
+"""Outcomes of launched jobs by the exit codes of their ranks, on a real cluster, with a stub tool."""
 
 import time
 from pathlib import Path
@@ -20,34 +20,34 @@ time.sleep(100 if start == 0 else 0)
 
 
 @pytest.fixture(autouse=True)
-def on_the_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def started_on_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in cluster.variables.items():
         monkeypatch.setenv(name, value)
 
 
 @pytest.mark.parametrize(
-    ("body", "starts", "said", "state", "code"),
+    ("body", "starts", "message", "state", "code"),
     [
         (LOSES_A_RANK, 2, "done", "COMPLETED", 0),
         (FINDS_A_MISTAKE, 1, "it is gone.", "FAILED", 2),
         ("sys.exit(76)", 2, "ended with exit code 76 after all 1 restarts", "FAILED", 76),
     ],
 )
-def test_what_follows_on_how_ranks_end(
-    cluster: Cluster, tmp_path: Path, body: str, starts: int, said: str, state: str, code: int
+def test_job_outcome_follows_exit_codes_of_ranks(
+    cluster: Cluster, tmp_path: Path, body: str, starts: int, message: str, state: str, code: int
 ) -> None:
     launch = launched(tmp_path, body, TWO_NODES)
     (job,) = launch.jobs
     ended = cluster.finished(job)
     assert (ended.state, ended.exit_code, ended.restarts) == (state, code, starts - 1)
-    found = launch.states()[job]
-    assert found.summary.startswith(said)
-    assert found.code == code
+    final_state = launch.states()[job]
+    assert final_state.summary.startswith(message)
+    assert final_state.code == code
     assert len(list(tmp_path.glob("start-*-rank-1"))) == starts
     assert (tmp_path / "start-0-rank-1").read_text().split()[:3] == ["2", "0", "vqd1"]
 
 
-def test_a_cancelled_job_does_not_come_back(cluster: Cluster, tmp_path: Path) -> None:
+def test_cancelled_job_is_not_restarted(cluster: Cluster, tmp_path: Path) -> None:
     launch = launched(tmp_path, WAITS, TWO_NODES)
     (job,) = launch.jobs
     cluster.until(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)), why="both ranks")
@@ -60,7 +60,7 @@ def test_a_cancelled_job_does_not_come_back(cluster: Cluster, tmp_path: Path) ->
     assert launch.states()[job].summary.startswith("canceled")
 
 
-def test_a_preempted_job_comes_back(cluster: Cluster, tmp_path: Path) -> None:
+def test_preempted_job_is_requeued(cluster: Cluster, tmp_path: Path) -> None:
     launch = launched(tmp_path, WAITS, TWO_NODES)
     (job,) = launch.jobs
     cluster.until(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)), why="both ranks")

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from vqd_scale.tokenizers.config import VQGANConfig
 
 from tests.training import rank_processes
 from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, write_shard_set
 from vqd_scale.models.bundle import save_tokenizer, tokenizer_fingerprint
 from vqd_scale.preparation.tokenize_shards import TokenSetMeta
 from vqd_scale.text.clip import CaptionTokenizer
+from vqd_scale.tokenizers.config import VQGANConfig
 from vqd_scale.tokenizers.vqgan import VQGAN
 
 ROOT = Path(__file__).parents[2]

@@ -19,10 +19,15 @@ QUICK = {((2, 1), (3, 1)), ((1, 2), (1, 3))}
 """The cells of the matrix that `make test` runs: all four ways through both layouts."""
 
 
-@pytest.fixture(scope="module")
-def train(token_world: Path, run_tool: RunTool) -> Callable[..., None]:
+OPTIMIZERS = ["optim.kind=adamw", "optim={kind: lion, lr: 1e-5, warmup_images: 32}"]
+
+
+@pytest.fixture(scope="module", params=OPTIMIZERS, ids=["adamw", "lion"])
+def train(request: pytest.FixtureRequest, token_world: Path, run_tool: RunTool) -> Callable[..., None]:
+    """Train with each optimizer; Lion steps by the sign even of gradients that are only rounding errors."""
+
     def run(run: Path, ranks: int, stage: int, images: int) -> None:
-        overrides = [f"run={run}", f"total_images={images}", f"engine.zero.stage={stage}"]
+        overrides = [f"run={run}", f"total_images={images}", f"engine.zero.stage={stage}", request.param]
         # A constant rate: a schedule that ends with the run would differ for a shorter run.
         overrides += ["optim.schedule.kind=constant", "checkpoint.every_images=80"]
         completed = run_tool("train.py", str(token_world / "train.yaml"), *overrides, ranks=ranks)

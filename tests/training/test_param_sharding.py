@@ -16,7 +16,7 @@ from vqd_scale.launchers.local import rank_environment
 from vqd_scale.nn.config import Convolutional, DenoiserConfig, TextCondition
 from vqd_scale.nn.denoiser import Block, Denoiser
 from vqd_scale.nn.layers import init_from_codebook
-from vqd_scale.nn.param_sharding import NO_SHARDING, ParamSharding, Part
+from vqd_scale.nn.param_sharding import NO_SHARDING, ParamSharding, Part, sharded
 from vqd_scale.training.checkpoint.init_from import load_initial_weights
 from vqd_scale.training.config import AdamWConfig, EngineConfig, ZeroConfig
 from vqd_scale.training.engine import Engine, build_param_sharding
@@ -47,9 +47,11 @@ class Step(nn.Module):
 
 def build(sharding: ParamSharding, seed: int = 3, **changes: Any) -> Denoiser:
     torch.manual_seed(seed)
-    denoiser = Denoiser(CONFIG.model_copy(update=changes), 7, (3, 5), 9, sharding)
+    config = DenoiserConfig.model_validate(CONFIG.model_dump() | changes)
     vectors = torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
-    init_from_codebook(denoiser.code_embeddings, vectors, 0.5, sharding)
+    with sharded(sharding):
+        denoiser = Denoiser(config, 7, (3, 5), 9)
+        init_from_codebook(denoiser.code_embeddings, vectors, 0.5)
     return denoiser
 
 
@@ -78,16 +80,16 @@ def check_weights(world: World, config: EngineConfig, dtype: torch.dtype, **chan
     torchs = nn.functional.linear
     cut, plain = build(sharding, **changes), build(NO_SHARDING, **changes)
     assert nn.functional.linear is torchs
-    for (name, sharded), (_, expected) in zip(cut.named_parameters(), plain.named_parameters(), strict=True):
-        assert sharded.numel() == 0, name
-        piece: Tensor = sharded.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]
+    for (name, value), (_, expected) in zip(cut.named_parameters(), plain.named_parameters(), strict=True):
+        assert value.numel() == 0, name
+        piece: Tensor = value.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]
         assert piece.numel() == -(-expected.numel() // RANKS)
     with sharding.inner.gather(cut.parameters()):
-        for (name, sharded), (_, expected) in zip(
+        for (name, value), (_, expected) in zip(
             cut.named_parameters(), plain.named_parameters(), strict=True
         ):
-            assert sharded.dtype == dtype, name
-            assert torch.equal(sharded, expected.to(dtype)), name
+            assert value.dtype == dtype, name
+            assert torch.equal(value, expected.to(dtype)), name
 
 
 def losses(world: World, config: EngineConfig, denoiser: Denoiser, start: Path | None = None) -> Tensor:
@@ -122,7 +124,7 @@ def on_rank(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     world = join_world()
     exact = EngineConfig(precision="fp32", param_persistence_threshold=0)
-    check_weights(world, exact, torch.float32, zero_modulation=True)
+    check_weights(world, exact, torch.float32, adaln_zero=True)
     check_weights(world, exact.model_copy(update={"precision": "bf16"}), torch.bfloat16)
 
     sharding = build_param_sharding(exact, world)
@@ -130,7 +132,7 @@ def on_rank(rank: int, port: int, folder: Path) -> None:
     assert (expected[:4] - expected[-4:]).abs().min() > 1e-3
     stored = folder / f"{rank}.safetensors"
     save_file(build(NO_SHARDING).state_dict(), stored)
-    checkpointed = build(sharding, seed=4, checkpoint_blocks=True)
+    checkpointed = build(sharding, seed=4, gradient_checkpointing=True)
     some_whole = exact.model_copy(update={"param_persistence_threshold": 200})
     assert torch.equal(losses(world, some_whole, checkpointed, start=stored), expected)
     # Last, because DeepSpeed creates the hpZ groups once per process.

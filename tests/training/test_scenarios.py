@@ -131,10 +131,10 @@ def test_spike_is_skipped_counted_and_excluded(results: Callable[..., Results]) 
 
 def test_too_many_spikes_stop_or_rewind_the_run(results: Callable[..., Results]) -> None:
     health = results(*TWO)["health"]
-    assert "the 2. in a row" in health["spikes"]["error"]
+    assert "number 2 in a row" in health["spikes"]["error"]
     rewound = health["rewound"]
     assert rewound["error"] == ""
-    assert "the weights are those of 24 images again" in rewound["warnings"][-1]
+    assert "the run is rewound to the weights at 24 images" in rewound["warnings"][-1]
     assert [row["images"] for row in rewound["rows"]] == list(range(8, 65, 8))
 
 

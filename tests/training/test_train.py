@@ -198,7 +198,7 @@ def test_sigterm_saves_and_exits_with_requeue_code(
         (["optim.lr=fast"], "optim.lr: given 'fast'"),
         (["data.path=/nowhere"], "/nowhere"),
         (["tokenizer=/nowhere"], "no tokenizer bundle"),
-        (["text.bpe_merges=301"], "captions were tokenized otherwise"),
+        (["text.bpe_merges=301"], "captions were not tokenized with"),
         (["denoiser.condition.width=8"], "denoiser.condition"),
         (
             ["engine.gradient_accumulation_steps=3"],

@@ -20,7 +20,7 @@ from vqd_scale.core.progress import progress
 from vqd_scale.core.world import World
 from vqd_scale.nn.config import DenoiserConfig
 from vqd_scale.nn.denoiser import Block, Denoiser
-from vqd_scale.nn.param_sharding import NO_SHARDING, ParamSharding
+from vqd_scale.nn.param_sharding import NO_SHARDING, ParamSharding, sharded
 from vqd_scale.nn.sizes import SIZES, SizeName
 from vqd_scale.training.config import AdamWConfig, EMAConfig, EngineConfig
 from vqd_scale.training.ema import EMA
@@ -82,7 +82,8 @@ def _join(precision: str) -> tuple[World, EngineConfig]:
 
 def _denoiser(size: SizeName, sharding: ParamSharding) -> Denoiser:
     torch.manual_seed(0)
-    return Denoiser(DenoiserConfig(size=size), SIZES[size].codes, SIZES[size].grid, _STEPS, sharding)
+    with sharded(sharding):
+        return Denoiser(DenoiserConfig(size=size), SIZES[size].codes, SIZES[size].grid, _STEPS)
 
 
 def _built(size: SizeName, precision: str, *, is_cut: bool, trains: bool = False) -> dict[str, float]:

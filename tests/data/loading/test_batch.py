@@ -37,7 +37,7 @@ def contents(batch: Batch) -> list[list[object] | None]:
 
 
 def rows(batch: Batch, numbers: list[int]) -> list[list[object] | None]:
-    """The rows of every field, one at a time."""
+    """Return the rows of every field separately."""
     return [values and [values[number] for number in numbers] for values in contents(batch)]
 
 
@@ -69,10 +69,8 @@ def test_all_tensors_are_moved(batch: TokenBatch | ImageBatch) -> None:
 
 
 @BATCHES
-def test_all_tensors_are_pinned_and_nothing_else_changes(
-    monkeypatch: pytest.MonkeyPatch, batch: TokenBatch | ImageBatch
-) -> None:
-    """Memory is pinned where there is a GPU only (tests/gpu); here the calls are recorded."""
+def test_all_tensors_are_pinned(monkeypatch: pytest.MonkeyPatch, batch: TokenBatch | ImageBatch) -> None:
+    """Record the calls; memory is pinned only with a GPU (tests/gpu)."""
     recorded: list[Tensor] = []
 
     def record(tensor: Tensor) -> Tensor:

@@ -18,9 +18,10 @@ from PIL import Image
 
 from vqd_scale.core.config import load_config
 from vqd_scale.core.errors import UserError
+from vqd_scale.data.config import StreamConfig
 from vqd_scale.data.loading.batch import ImageBatch, TokenBatch
 from vqd_scale.data.loading.sample_readers import ImageSamples, TokenSamples
-from vqd_scale.data.loading.stream import Stream, StreamConfig
+from vqd_scale.data.loading.stream import Stream
 from vqd_scale.data.order.mixture import shares
 from vqd_scale.data.order.plan import LaneOrder
 from vqd_scale.data.shards.shard_index import ShardSet
@@ -87,8 +88,8 @@ def keys_by_batch(folder: Path, count: int, *, ranks: int, cursor: int = 0, seed
     return [[key for batch in batches for key in batch.keys] for batches in zip(*by_rank, strict=True)]
 
 
-def test_batches_are_the_plans(tokens: Path) -> None:
-    """The slow twin: read everything in order, then look up what the plan says."""
+def test_batches_follow_the_plan(tokens: Path) -> None:
+    """Return the plan's samples by a slow reference that reads everything first."""
     shards = ShardSet.open(tokens)
     everything = [list(read_shard(shard)) for shard in shards.shards]
     (share,) = shares([1], LANES)
@@ -109,9 +110,12 @@ def test_batches_are_the_plans(tokens: Path) -> None:
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(0, 9), st.integers(0, 5))
-def test_same_batches_at_any_ranks_from_any_cursor(tokens: Path, ranks: int, begin: int, seed: int) -> None:
-    whole = keys_by_batch(tokens, 12, ranks=1, seed=seed)
-    assert keys_by_batch(tokens, 3, ranks=ranks, cursor=begin * LANES, seed=seed) == whole[begin : begin + 3]
+def test_batches_do_not_depend_on_ranks_or_cursor(tokens: Path, ranks: int, begin: int, seed: int) -> None:
+    all_batches = keys_by_batch(tokens, 12, ranks=1, seed=seed)
+    assert (
+        keys_by_batch(tokens, 3, ranks=ranks, cursor=begin * LANES, seed=seed)
+        == all_batches[begin : begin + 3]
+    )
 
 
 def test_every_sample_once_per_epoch(tokens: Path) -> None:
@@ -120,8 +124,8 @@ def test_every_sample_once_per_epoch(tokens: Path) -> None:
     batches = keys_by_batch(tokens, -(-epochs * samples // LANES), ranks=2)
     keys = [key for batch in batches for key in batch]
     for epoch in range(epochs):
-        seen = sorted(keys[epoch * samples : (epoch + 1) * samples])
-        assert seen == [f"{number:04d}" for number in range(samples)]
+        epoch_keys = sorted(keys[epoch * samples : (epoch + 1) * samples])
+        assert epoch_keys == [f"{number:04d}" for number in range(samples)]
 
 
 @pytest.mark.parametrize("counts", [(1,), (2, 0, 1)])
@@ -130,28 +134,28 @@ def test_fewer_samples_than_lanes(tmp_path: Path, counts: tuple[int, ...]) -> No
     keys = [key for batch in keys_by_batch(folder, 4, ranks=3) for key in batch]
     samples = sum(counts)
     for epoch in range(len(keys) // samples):
-        seen = sorted(keys[epoch * samples : (epoch + 1) * samples])
-        assert seen == [f"{number:04d}" for number in range(samples)]
+        epoch_keys = sorted(keys[epoch * samples : (epoch + 1) * samples])
+        assert epoch_keys == [f"{number:04d}" for number in range(samples)]
 
 
-def test_reading_processes_change_nothing(tokens: Path) -> None:
+def test_reader_processes_give_equal_batches(tokens: Path) -> None:
     expected = first(stream(tokens, rank=1, ranks=2, cursor=24), 5)
-    found = first(stream(tokens, rank=1, ranks=2, cursor=24, num_workers=2), 5)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.keys == theirs.keys
-        assert torch.equal(ours.tokens, theirs.tokens)
-        assert torch.equal(ours.slots, theirs.slots)
+    worker_batches = first(stream(tokens, rank=1, ranks=2, cursor=24, num_workers=2), 5)
+    for batch, expected_batch in zip(worker_batches, expected, strict=True):
+        assert batch.keys == expected_batch.keys
+        assert torch.equal(batch.tokens, expected_batch.tokens)
+        assert torch.equal(batch.slots, expected_batch.slots)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 1), (1, 3), (2, 4), (3, 3), (12, 2)])
-def test_any_ranks_and_workers(tokens: Path, ranks: int, workers: int) -> None:
+def test_batches_do_not_depend_on_ranks_and_workers(tokens: Path, ranks: int, workers: int) -> None:
     parts = [first(stream(tokens, rank=rank, ranks=ranks, num_workers=workers), 4) for rank in range(ranks)]
     together = [[key for batch in batches for key in batch.keys] for batches in zip(*parts, strict=True)]
     assert together == keys_by_batch(tokens, 4, ranks=1)
 
 
-def test_the_thread_ends_with_the_iterator(tokens: Path) -> None:
+def test_thread_ends_with_iterator(tokens: Path) -> None:
     before = threading.active_count()
     with closing(iter(stream(tokens))) as iterator:
         next(iterator)
@@ -186,7 +190,7 @@ SPOILT: dict[str, tuple[Sample, str]] = {
 
 
 @pytest.mark.parametrize("fault", SPOILT)
-def test_a_bad_sample_keeps_its_slot(tokens: Path, tmp_path: Path, fault: str) -> None:
+def test_bad_sample_keeps_its_slot(tokens: Path, tmp_path: Path, fault: str) -> None:
     members, reason = SPOILT[fault]
     folder = write_tokens(tmp_path / "set", spoilt={7: {KEY: "0007", **members}})
     batches = first(stream(folder), 7)
@@ -204,11 +208,11 @@ def test_a_bad_sample_keeps_its_slot(tokens: Path, tmp_path: Path, fault: str) -
 
 
 @pytest.mark.parametrize("label", [b"9", b"-1", b"three", b""])
-def test_classes_are_read_where_a_model_is_told_of_them(tmp_path: Path, label: bytes) -> None:
-    """And captions are not; the sample with a label that is no class keeps its slot."""
+def test_classes_are_read_for_class_conditional_models(tmp_path: Path, label: bytes) -> None:
+    """Labels without captions; a sample with an invalid label keeps its slot."""
     codes = np.arange(6, dtype=np.uint16)
-    labelled = {n: {KEY: f"{n:04d}", "tokens.npy": codes, "cls": n % 9} for n in range(sum(COUNTS))}
-    folder = write_tokens(tmp_path / "set", spoilt=labelled | {7: labelled[7] | {"cls": label}})
+    labeled = {n: {KEY: f"{n:04d}", "tokens.npy": codes, "cls": n % 9} for n in range(sum(COUNTS))}
+    folder = write_tokens(tmp_path / "set", spoilt=labeled | {7: labeled[7] | {"cls": label}})
     config = StreamConfig(path=folder, global_batch_size=LANES, max_bad_fraction=0.1)
     batches = Stream(
         config,
@@ -229,7 +233,7 @@ def test_classes_are_read_where_a_model_is_told_of_them(tmp_path: Path, label: b
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.long)])
-def test_too_many_bad_samples_stop(tmp_path: Path, workers: int) -> None:
+def test_too_many_bad_samples_stop_the_stream(tmp_path: Path, workers: int) -> None:
     spoilt: dict[int, Sample] = {number: {KEY: f"{number:04d}", "txt": "alone"} for number in (1, 5, 9)}
     folder = write_tokens(tmp_path / "set", spoilt=spoilt)
     with pytest.raises(UserError, match=r"max_bad_fraction=0\.1.*quarantine-0"):
@@ -238,7 +242,7 @@ def test_too_many_bad_samples_stop(tmp_path: Path, workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.long)])
-def test_a_damaged_shard_is_one_sentence(tmp_path: Path, workers: int) -> None:
+def test_damaged_shard_raises_user_error(tmp_path: Path, workers: int) -> None:
     folder = write_tokens(tmp_path / "set")
     shutil.copy(folder / "000000.npz", folder / "000002.npz")
     with pytest.raises(UserError, match=r"^[^\n]*000002\.npz: not the table of this set's shard[^\n]*$"):
@@ -246,7 +250,7 @@ def test_a_damaged_shard_is_one_sentence(tmp_path: Path, workers: int) -> None:
 
 
 @pytest.mark.long
-def test_a_killed_reading_process_is_an_error_and_no_hang(tokens: Path) -> None:
+def test_killed_reader_process_raises_error(tokens: Path) -> None:
     with closing(iter(stream(tokens, num_workers=2))) as iterator:
         next(iterator)
         multiprocessing.active_children()[0].kill()
@@ -256,7 +260,7 @@ def test_a_killed_reading_process_is_an_error_and_no_hang(tokens: Path) -> None:
     assert not multiprocessing.active_children()
 
 
-def test_wrong_uses(tokens: Path, tmp_path: Path) -> None:
+def test_invalid_use_raises_user_error(tokens: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="set it to what the run began with"):
         stream(tokens, cursor=7)
     with pytest.raises(UserError, match="multiple of the ranks"):
@@ -267,29 +271,29 @@ def test_wrong_uses(tokens: Path, tmp_path: Path) -> None:
         load_config(StreamConfig, overrides=["path=x", "global_batch_size=0"])
 
 
-def picture(number: int) -> Image.Image:
+def image_of(number: int) -> Image.Image:
     image = Image.new("RGB", (20 + number, 20), (number, 2 * number, 255 - number))
     image.paste("white", (0, 0, 20 + number, 8))
     return image
 
 
-def picture_samples(count: int) -> Iterator[Sample]:
+def image_samples(count: int) -> Iterator[Sample]:
     for number in range(count):
         file = io.BytesIO()
-        picture(number).save(file, format=("PNG", "BMP")[number % 2])
+        image_of(number).save(file, format=("PNG", "BMP")[number % 2])
         content = file.getvalue() if number != 4 else file.getvalue()[:60]
         yield {KEY: f"{number:02d}", ("png", "bmp")[number % 2]: content, "txt": f" picture {number}\n"}
 
 
 def test_image_batches(tmp_path: Path) -> None:
-    recipe = ShardRecipe(shard_name(0), 10, functools.partial(picture_samples, 10))
+    recipe = ShardRecipe(shard_name(0), 10, functools.partial(image_samples, 10))
     write_shard_set(tmp_path / "set", {"content": "images"}, [recipe], "test")
     config = StreamConfig(path=tmp_path / "set", global_batch_size=5, max_bad_fraction=0.5)
     kind = ImageSamples(CenterCrop(size=16))
-    pictures: Stream[ImageBatch] = Stream(
+    image_shards: Stream[ImageBatch] = Stream(
         config, kind, seed=0, rank=0, ranks=1, cursor=0, quarantine=tmp_path / "bad.jsonl"
     )
-    with closing(iter(pictures)) as iterator:
+    with closing(iter(image_shards)) as iterator:
         batches = list(itertools.islice(iterator, 2))
     assert sorted(key for batch in batches for key in batch.keys) == [f"{number:02d}" for number in range(10)]
     for batch in batches:
@@ -299,6 +303,6 @@ def test_image_batches(tmp_path: Path) -> None:
             number = int(key)
             is_bad = number == 4
             assert bool(batch.valid[row]) != is_bad
-            expected = np.zeros((16, 16, 3), np.uint8) if is_bad else fitted(np.array(picture(number)), 16)
+            expected = np.zeros((16, 16, 3), np.uint8) if is_bad else fitted(np.array(image_of(number)), 16)
             assert batch.captions[row] == ("" if is_bad else f"picture {number}")
             assert np.array_equal(batch.images[row].permute(1, 2, 0).numpy(), expected)

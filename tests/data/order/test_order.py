@@ -1,4 +1,4 @@
-"""The same global batches whoever reads them: mixed sets, chosen captions, balanced classes, bad samples."""
+"""Global batches on any ranks and workers: mixtures, chosen captions, balanced classes, bad samples."""
 
 import functools
 import io
@@ -19,9 +19,10 @@ import vqd_scale.data.loading.stream
 from vqd_scale.core.config import load_config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, permutation
+from vqd_scale.data.config import StreamConfig
 from vqd_scale.data.loading.batch import ImageBatch, TokenBatch
 from vqd_scale.data.loading.sample_readers import ImageSamples, TokenSamples
-from vqd_scale.data.loading.stream import Stream, StreamConfig
+from vqd_scale.data.loading.stream import Stream
 from vqd_scale.data.order.balance import BalancedOrder
 from vqd_scale.data.order.mixture import shares
 from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, shard_name, write_shard_set
@@ -30,7 +31,7 @@ from vqd_scale.data.transforms import CenterCrop
 LANES = 24
 UNEVEN, ONE_SHARD = (5, 1, 0, 11, 8, 3), (40,)
 TOKENS = TokenSamples(length=4, codes=600, text_length=3)
-BAD = {7: {"tokens.npy": np.full(4, 600, np.uint16)}, 112: {"tokens.npy": b"cut"}}
+BAD_MEMBERS = {7: {"tokens.npy": np.full(4, 600, np.uint16)}, 112: {"tokens.npy": b"cut"}}
 """What is wrong with some samples, by number: those of the second set count from 100."""
 
 Row = tuple[str, tuple[int, ...], bool, int]
@@ -51,10 +52,10 @@ def token_samples(numbers: range) -> Iterator[Sample]:
         yield {
             KEY: f"{number:03d}",
             "tokens.npy": np.arange(number, number + 4, dtype=np.uint16),
-            "text.npy": np.array([[number, which, 1] for which in range(len(captions))], np.int32),
+            "text.npy": np.array([[number, caption, 1] for caption in range(len(captions))], np.int32),
             "txt": captions[0],
             "json": {"captions": captions, "class": class_of(number)},
-            **BAD.get(number, {}),
+            **BAD_MEMBERS.get(number, {}),
         }
 
 
@@ -85,7 +86,7 @@ MODES = ("uneven", "one_shard", "mixed", "random", "each", "balanced")
 def config_of(mode: str, folders: tuple[Path, Path], workers: int = 0) -> StreamConfig:
     uneven, one = ({"path": folder} for folder in folders)
     mixed = {"sources": [uneven | {"weight": 0.7}, one | {"weight": 0.3}]}
-    read: dict[str, Any] = {
+    stream_settings: dict[str, Any] = {
         "uneven": uneven,
         "one_shard": one,
         "mixed": mixed,
@@ -99,13 +100,13 @@ def config_of(mode: str, folders: tuple[Path, Path], workers: int = 0) -> Stream
             "shuffle_window": 4,
             "max_bad_fraction": 0.5,
             "num_workers": workers,
-            **read,
+            **stream_settings,
         }
     )
 
 
 def rows_of(config: StreamConfig, ranks: int, batches: int, begin: int, seed: int) -> list[list[Row]]:
-    """The global batches, put together from all ranks' parts."""
+    """Return the global batches, concatenated from all ranks' parts."""
     parts: list[list[TokenBatch]] = []
     for rank in range(ranks):
         stream = Stream(
@@ -134,7 +135,7 @@ def rows_of(config: StreamConfig, ranks: int, batches: int, begin: int, seed: in
 def in_this_process(
     producers: Sequence[Callable[[], Generator[Any]]], depth: int, is_closed: object
 ) -> Generator[Any]:
-    """`in_processes` without its processes: the same parts in the same order."""
+    """Return the parts of `in_processes` in the same order, without processes."""
     del depth, is_closed
     generators = [producer() for producer in producers]
     for generator in itertools.cycle(generators):
@@ -149,7 +150,7 @@ def in_this_process(
     st.integers(1, 9),
     st.integers(0, 2),
 )
-def test_any_ranks_and_workers_from_any_cursor(
+def test_batches_do_not_depend_on_ranks_workers_or_cursor(
     folders: tuple[Path, Path],
     monkeypatch: pytest.MonkeyPatch,
     mode: str,
@@ -158,12 +159,12 @@ def test_any_ranks_and_workers_from_any_cursor(
     stop: int,
     seed: int,
 ) -> None:
-    """A run that stops anywhere and goes on with other ranks and workers is the run that never stopped."""
+    """Resume at any batch with other ranks and workers, and compare with an uninterrupted run."""
     monkeypatch.setattr(vqd_scale.data.loading.stream, "in_processes", in_this_process)
-    whole = rows_of(config_of(mode, folders), 1, 12, 0, seed)
+    all_rows = rows_of(config_of(mode, folders), 1, 12, 0, seed)
     first = rows_of(config_of(mode, folders, before[1]), before[0], stop, 0, seed)
-    rest = rows_of(config_of(mode, folders, after[1]), after[0], 12 - stop, stop, seed)
-    assert first + rest == whole
+    remaining_rows = rows_of(config_of(mode, folders, after[1]), after[0], 12 - stop, stop, seed)
+    assert first + remaining_rows == all_rows
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,9 @@ def test_any_ranks_and_workers_from_any_cursor(
         ),
     ],
 )
-def test_real_processes(folders: tuple[Path, Path], mode: str, ranks: int, workers: int) -> None:
+def test_batches_of_real_processes_equal_one_process(
+    folders: tuple[Path, Path], mode: str, ranks: int, workers: int
+) -> None:
     expected = rows_of(config_of(mode, folders), 1, 3, 5, seed=1)
     assert rows_of(config_of(mode, folders, workers), ranks, 3, 5, seed=1) == expected
 
@@ -193,7 +196,7 @@ def sequence(mode: str, folders: tuple[Path, Path], batches: int = 30) -> list[R
 
 
 @pytest.mark.parametrize("mode", ["uneven", "one_shard", "mixed"])
-def test_every_sample_once_in_each_epoch_of_its_set(folders: tuple[Path, Path], mode: str) -> None:
+def test_every_sample_once_per_epoch_of_its_dataset(folders: tuple[Path, Path], mode: str) -> None:
     rows = sequence(mode, folders)
     assert [slot for _, _, _, slot in rows] == list(range(len(rows)))
     for counts, first in ((UNEVEN, 0), (ONE_SHARD, 100)):
@@ -203,65 +206,67 @@ def test_every_sample_once_in_each_epoch_of_its_set(folders: tuple[Path, Path], 
         assert all(sorted(epoch) == expected for epoch in epochs[:-1])
         assert len(set(epochs[-1])) == len(epochs[-1]) if epochs else mode != "mixed"
     for key, text, valid, _ in rows:
-        assert valid == (int(key) not in BAD)
+        assert valid == (int(key) not in BAD_MEMBERS)
         assert text == ((int(key), 0, 1) if valid else (0, 0, 0))
 
 
-def test_mixed_sets_are_in_their_proportions_after_every_batch(folders: tuple[Path, Path]) -> None:
-    seen = 0
+def test_mixture_proportions_hold_after_every_batch(folders: tuple[Path, Path]) -> None:
+    first_set_samples = 0
     for number, batch in enumerate(rows_of(config_of("mixed", folders), 1, 40, 0, seed=0), start=1):
-        seen += sum(int(key) < 100 for key, _, _, _ in batch)
-        assert abs(seen - 0.7 * number * LANES) < 1
+        first_set_samples += sum(int(key) < 100 for key, _, _, _ in batch)
+        assert abs(first_set_samples - 0.7 * number * LANES) < 1
 
 
-def test_each_caption_once_in_each_epoch(folders: tuple[Path, Path]) -> None:
+def test_each_caption_once_per_epoch(folders: tuple[Path, Path]) -> None:
     rows = sequence("each", folders)
     for counts, first in ((UNEVEN, 0), (ONE_SHARD, 100)):
         numbers = range(first, first + sum(counts))
         expected = Counter(number for number in numbers for _ in captions_of(number))
-        own = [row for row in rows if int(row[0]) in numbers]
-        for start in range(0, len(own) - expected.total() + 1, expected.total()):
-            epoch = own[start : start + expected.total()]
+        dataset_rows = [row for row in rows if int(row[0]) in numbers]
+        for start in range(0, len(dataset_rows) - expected.total() + 1, expected.total()):
+            epoch = dataset_rows[start : start + expected.total()]
             assert Counter(int(key) for key, _, _, _ in epoch) == expected
             texts = Counter(text for _, text, valid, _ in epoch if valid)
             assert texts == Counter(
-                (number, which, 1)
+                (number, caption, 1)
                 for number in numbers
-                if number not in BAD
-                for which in range(len(captions_of(number)))
+                if number not in BAD_MEMBERS
+                for caption in range(len(captions_of(number)))
             )
 
 
-def test_a_random_caption_each_time(folders: tuple[Path, Path]) -> None:
-    """The samples are those of ``first``; captions are drawn evenly, by the slot and the seed alone."""
+def test_random_caption_covers_all_captions(folders: tuple[Path, Path]) -> None:
+    """Samples equal those of ``first``; captions are uniform and depend on slot and seed only."""
     rows, first = sequence("random", folders, 100), sequence("mixed", folders, 100)
     assert [(key, valid) for key, _, valid, _ in rows] == [(key, valid) for key, _, valid, _ in first]
-    drawn = Counter(text[1] for key, text, valid, _ in rows if valid and int(key) % 3 == 2)
-    assert set(drawn) == {0, 1, 2}
-    assert min(drawn.values()) > 0.2 * drawn.total()
+    caption_counts = Counter(text[1] for key, text, valid, _ in rows if valid and int(key) % 3 == 2)
+    assert set(caption_counts) == {0, 1, 2}
+    assert min(caption_counts.values()) > 0.2 * caption_counts.total()
     for key, text, valid, _ in rows:
         assert not valid or text[1] <= int(key) % 3
 
 
 def slow_balance(numbers: Sequence[int], seed: int, slots: int) -> list[int]:
-    """Classes in rounds, each with its samples in an order of its own, by lists."""
+    """Return the order of balanced classes by lists: rounds of classes, each with its own sample order."""
     by_class = defaultdict[int, list[int]](list)
     for number in numbers:
         by_class[class_of(number)].append(number)
     classes = sorted(by_class)
-    found: list[int] = []
+    slot_samples: list[int] = []
     for round_number in itertools.count():
-        for which in permutation(seed, Purpose.CLASS_ORDER, round_number, len(classes)).tolist():
-            own = by_class[classes[which]]
-            epoch, place = divmod(round_number, len(own))
-            name = epoch * len(classes) + which
-            found.append(own[permutation(seed, Purpose.CLASS_MEMBERS, name, len(own))[place]])
-            if len(found) == slots:
-                return found
+        for class_index in permutation(seed, Purpose.CLASS_ORDER, round_number, len(classes)).tolist():
+            class_samples = by_class[classes[class_index]]
+            epoch, place = divmod(round_number, len(class_samples))
+            name = epoch * len(classes) + class_index
+            slot_samples.append(
+                class_samples[permutation(seed, Purpose.CLASS_MEMBERS, name, len(class_samples))[place]]
+            )
+            if len(slot_samples) == slots:
+                return slot_samples
     raise AssertionError
 
 
-def test_classes_are_drawn_equally_often(folders: tuple[Path, Path]) -> None:
+def test_balanced_classes_are_equally_frequent(folders: tuple[Path, Path]) -> None:
     numbers = [int(key) for key, _, _, _ in sequence("balanced", folders)]
     assert numbers == slow_balance(range(sum(UNEVEN)), 3, len(numbers))
     counts = Counter[int]()
@@ -269,15 +274,15 @@ def test_classes_are_drawn_equally_often(folders: tuple[Path, Path]) -> None:
         counts[class_of(number)] += 1
         assert max(counts.values()) - min(counts[of] for of in (0, 3, 4)) <= 1
     for of in (0, 3, 4):
-        own = [number for number in numbers if class_of(number) == of]
+        class_numbers = [number for number in numbers if class_of(number) == of]
         members = [number for number in range(sum(UNEVEN)) if class_of(number) == of]
-        for start in range(0, len(own) - len(members) + 1, len(members)):
-            assert sorted(own[start : start + len(members)]) == members
+        for start in range(0, len(class_numbers) - len(members) + 1, len(members)):
+            assert sorted(class_numbers[start : start + len(members)]) == members
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=20))
-def test_any_slot_of_balanced_classes_first(slots: list[int]) -> None:
+def test_balanced_order_is_random_access(slots: list[int]) -> None:
     classes = np.array([class_of(number) for number in range(sum(UNEVEN))], np.int32)
     (share,) = shares([1], LANES)
     order = BalancedOrder(classes, UNEVEN, share, seed=3)
@@ -287,7 +292,7 @@ def test_any_slot_of_balanced_classes_first(slots: list[int]) -> None:
     assert (begins[shards] + members).tolist() == [expected[slot] for slot in slots]
 
 
-def test_sets_without_what_is_asked_for(tmp_path: Path, folders: tuple[Path, Path]) -> None:
+def test_missing_captions_or_classes_raise_user_error(tmp_path: Path, folders: tuple[Path, Path]) -> None:
     def plain(numbers: range) -> Iterator[Sample]:
         for number in numbers:
             yield {
@@ -328,12 +333,12 @@ def rows_of_four(config: StreamConfig) -> list[TokenBatch]:
         (["path=a", "captions=each", "class_balanced=true"], "define an epoch differently"),
     ],
 )
-def test_wrong_settings(overrides: list[str], message: str) -> None:
+def test_invalid_settings(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(StreamConfig, overrides=overrides)
 
 
-def picture_samples(numbers: range) -> Iterator[Sample]:
+def image_samples(numbers: range) -> Iterator[Sample]:
     for number in numbers:
         with io.BytesIO() as file:
             Image.new("RGB", (8, 8), (number, 0, 0)).save(file, "PNG")
@@ -342,8 +347,8 @@ def picture_samples(numbers: range) -> Iterator[Sample]:
         yield {KEY: f"{number}", "png": content, "txt": captions[0], "json": {"captions": captions}}
 
 
-def test_each_caption_of_pictures(tmp_path: Path) -> None:
-    folder = write_set(tmp_path / "set", (4, 3), 0, picture_samples)
+def test_each_caption_of_images(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set", (4, 3), 0, image_samples)
     items = [caption for number in range(7) for caption in captions_of(number)]
     config = StreamConfig(path=folder, global_batch_size=1, captions="each")
     stream: Stream[ImageBatch] = Stream(
@@ -357,8 +362,8 @@ def test_each_caption_of_pictures(tmp_path: Path) -> None:
     )
     assert stream.items == len(items)
     with closing(iter(stream)) as batches:
-        read = list(itertools.islice(batches, len(items)))
-    assert sorted(batch.captions[0] for batch in read) == sorted(items)
-    for batch in read:
+        batch_list = list(itertools.islice(batches, len(items)))
+    assert sorted(batch.captions[0] for batch in batch_list) == sorted(items)
+    for batch in batch_list:
         assert batch.captions[0].startswith(f"{batch.keys[0]} called")
         assert int(batch.images[0, 0, 0, 0]) == int(batch.keys[0])

@@ -14,7 +14,8 @@ import pytest
 
 from vqd_scale.core.atomic_io import file_sizes
 from vqd_scale.core.errors import UserError
-from vqd_scale.data.shards.cache import CacheConfig, ShardCache
+from vqd_scale.data.config import CacheConfig
+from vqd_scale.data.shards.cache import ShardCache
 from vqd_scale.data.shards.shard_index import Shard
 
 SIZE = 1000
@@ -39,7 +40,7 @@ def content(number: int) -> bytes:
 
 
 def shard_of(folder: Path, number: int) -> Shard:
-    """A shard in a far place; here, the test's folder."""
+    """Return a remote shard, here in the test's folder."""
     path = folder / f"{number:06d}.tar"
     return Shard(path, path.with_suffix(".npz"), 1, SIZE, hashlib.sha256(content(number)).hexdigest())
 
@@ -49,7 +50,7 @@ def cache_of(folder: Path, shards: float) -> ShardCache:
 
 
 @pytest.fixture
-def far(tmp_path: Path) -> Path:
+def remote_shards(tmp_path: Path) -> Path:
     folder = tmp_path / "far"
     folder.mkdir()
     for number in range(8):
@@ -58,8 +59,8 @@ def far(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def held(cache: ShardCache, shard: Shard) -> Generator[bytes | None]:
-    """What a shard's file holds, kept open meanwhile; None if there was no room."""
+def opened_shard(cache: ShardCache, shard: Shard) -> Generator[bytes | None]:
+    """Open a shard's cached file and yield its bytes, or ``None`` if the cache has no room."""
     descriptor = cache.open(shard)
     try:
         yield None if descriptor is None else os.pread(descriptor, 2 * SIZE, 0)
@@ -68,115 +69,123 @@ def held(cache: ShardCache, shard: Shard) -> Generator[bytes | None]:
             os.close(descriptor)
 
 
-def read(cache: ShardCache, shard: Shard) -> bytes | None:
-    with held(cache, shard) as found:
-        return found
+def cached_bytes(cache: ShardCache, shard: Shard) -> bytes | None:
+    with opened_shard(cache, shard) as content_bytes:
+        return content_bytes
 
 
-def kept(folder: Path) -> int:
-    """Bytes of shards in a cache's folder, those that are being fetched among them."""
+def stored_bytes(folder: Path) -> int:
+    """Return the bytes of shards in a cache's folder, including partial downloads."""
     folder.mkdir(exist_ok=True)
     with (folder / "lock-of-room").open("w") as lock:
-        # Nothing is begun or deleted meanwhile; what is published under a new name counts once.
+        # No download starts or ends during the count; a renamed file counts once.
         fcntl.flock(lock, fcntl.LOCK_EX)
         sizes = file_sizes(folder).items()
     return sum({name.removesuffix(".partial"): size for name, size in sizes if ".tar" in name}.values())
 
 
-def test_a_shard_is_fetched_once(far: Path, tmp_path: Path) -> None:
+def test_shard_is_fetched_once(remote_shards: Path, tmp_path: Path) -> None:
     cache = cache_of(tmp_path / "near", shards=4)
-    assert read(cache, shard_of(far, 3)) == content(3)
-    (far / "000003.tar").unlink()
-    assert read(cache, shard_of(far, 3)) == content(3)
-    assert read(cache_of(tmp_path / "near", shards=4), shard_of(far, 3)) == content(3)
+    assert cached_bytes(cache, shard_of(remote_shards, 3)) == content(3)
+    (remote_shards / "000003.tar").unlink()
+    assert cached_bytes(cache, shard_of(remote_shards, 3)) == content(3)
+    assert cached_bytes(cache_of(tmp_path / "near", shards=4), shard_of(remote_shards, 3)) == content(3)
 
 
-def test_what_was_used_longest_ago_makes_room(far: Path, tmp_path: Path) -> None:
-    near = tmp_path / "near"
-    cache = cache_of(near, shards=3)
+def test_least_recently_used_shard_is_evicted(remote_shards: Path, tmp_path: Path) -> None:
+    cache_folder = tmp_path / "near"
+    cache = cache_of(cache_folder, shards=3)
     for number in (0, 1, 2, 0, 3, 0, 4):
-        assert read(cache, shard_of(far, number)) == content(number)
-        assert kept(near) <= 3 * SIZE
+        assert cached_bytes(cache, shard_of(remote_shards, number)) == content(number)
+        assert stored_bytes(cache_folder) <= 3 * SIZE
         time.sleep(0.01)
-    present = {number for number in range(8) if (near / f"{shard_of(far, number).sha256}.tar").exists()}
+    present = {
+        number
+        for number in range(8)
+        if (cache_folder / f"{shard_of(remote_shards, number).sha256}.tar").exists()
+    }
     assert present == {0, 3, 4}
 
 
-def test_what_is_being_read_stays_and_what_finds_no_room_is_not_kept(far: Path, tmp_path: Path) -> None:
-    near = tmp_path / "near"
-    cache = cache_of(near, shards=2)
+def test_shard_in_use_is_kept_and_oversized_shard_is_not_cached(remote_shards: Path, tmp_path: Path) -> None:
+    cache_folder = tmp_path / "near"
+    cache = cache_of(cache_folder, shards=2)
     with ExitStack() as stack:
         for number in (0, 1, 0):
-            assert stack.enter_context(held(cache, shard_of(far, number))) == content(number)
-        assert read(cache, shard_of(far, 2)) is None
-        assert read(cache, shard_of(far, 0)) == content(0)
-        assert kept(near) == 2 * SIZE
-    assert read(cache, shard_of(far, 2)) == content(2)
-    assert read(cache_of(tmp_path / "small", shards=0.5), shard_of(far, 2)) is None
+            assert stack.enter_context(opened_shard(cache, shard_of(remote_shards, number))) == content(
+                number
+            )
+        assert cached_bytes(cache, shard_of(remote_shards, 2)) is None
+        assert cached_bytes(cache, shard_of(remote_shards, 0)) == content(0)
+        assert stored_bytes(cache_folder) == 2 * SIZE
+    assert cached_bytes(cache, shard_of(remote_shards, 2)) == content(2)
+    assert cached_bytes(cache_of(tmp_path / "small", shards=0.5), shard_of(remote_shards, 2)) is None
 
 
-def test_a_shard_that_is_not_the_indexed_one_is_refused(far: Path, tmp_path: Path) -> None:
-    near = tmp_path / "near"
-    cache = cache_of(near, shards=4)
-    (far / "000001.tar").write_bytes(content(0))
+def test_shard_with_wrong_digest_is_refused(remote_shards: Path, tmp_path: Path) -> None:
+    cache_folder = tmp_path / "near"
+    cache = cache_of(cache_folder, shards=4)
+    (remote_shards / "000001.tar").write_bytes(content(0))
     with pytest.raises(UserError, match=r"000001\.tar: changed since it was indexed"):
-        cache.open(shard_of(far, 1))
-    (far / "000002.tar").unlink()
+        cache.open(shard_of(remote_shards, 1))
+    (remote_shards / "000002.tar").unlink()
     with pytest.raises(UserError, match=r"000002\.tar: missing, although the set's index lists it"):
-        cache.open(shard_of(far, 2))
-    assert kept(near) == 0
+        cache.open(shard_of(remote_shards, 2))
+    assert stored_bytes(cache_folder) == 0
 
 
-def test_a_set_without_digests(far: Path, tmp_path: Path) -> None:
+def test_dataset_without_digests(remote_shards: Path, tmp_path: Path) -> None:
     cache = cache_of(tmp_path / "near", shards=4)
     for number in (0, 1):
-        path = far / f"{number:06d}.tar"
-        assert read(cache, Shard(path, path.with_suffix(".npz"), 1, SIZE, "")) == content(number)
+        path = remote_shards / f"{number:06d}.tar"
+        assert cached_bytes(cache, Shard(path, path.with_suffix(".npz"), 1, SIZE, "")) == content(number)
 
 
 @pytest.mark.parametrize("following", [0, 1])
-def test_what_a_kill_leaves_is_no_shard_and_takes_no_room(far: Path, tmp_path: Path, following: int) -> None:
-    near = tmp_path / "near"
-    command = [sys.executable, "-c", KILLED_WHILE_FETCHING, str(near), str(far)]
+def test_partial_file_of_killed_process_is_ignored(
+    remote_shards: Path, tmp_path: Path, following: int
+) -> None:
+    cache_folder = tmp_path / "near"
+    command = [sys.executable, "-c", KILLED_WHILE_FETCHING, str(cache_folder), str(remote_shards)]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-    assert kept(near) == SIZE
-    cache = cache_of(near, shards=1)
-    assert read(cache, shard_of(far, following)) == content(following)
-    assert kept(near) == SIZE
+    assert stored_bytes(cache_folder) == SIZE
+    cache = cache_of(cache_folder, shards=1)
+    assert cached_bytes(cache, shard_of(remote_shards, following)) == content(following)
+    assert stored_bytes(cache_folder) == SIZE
 
 
-def test_one_that_is_being_fetched_is_waited_for_or_left_alone(far: Path, tmp_path: Path) -> None:
-    near = tmp_path / "near"
-    cache = cache_of(near, shards=1)
-    read(cache, shard_of(far, 0))
-    file = near / f"{shard_of(far, 0).sha256}.tar"
+def test_locked_shard_is_awaited_or_bypassed(remote_shards: Path, tmp_path: Path) -> None:
+    cache_folder = tmp_path / "near"
+    cache = cache_of(cache_folder, shards=1)
+    cached_bytes(cache, shard_of(remote_shards, 0))
+    file = cache_folder / f"{shard_of(remote_shards, 0).sha256}.tar"
     partial = file.rename(file.with_name(file.name + ".partial"))
-    lock = near / f"lock-{int(file.name[:8], 16) % 64:02d}"
-    with lock.open() as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        assert read(cache, shard_of(far, 1)) is None
+    lock = cache_folder / f"lock-{int(file.name[:8], 16) % 64:02d}"
+    with lock.open() as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
+        assert cached_bytes(cache, shard_of(remote_shards, 1)) is None
     assert partial.exists()
-    assert read(cache, shard_of(far, 1)) == content(1)
+    assert cached_bytes(cache, shard_of(remote_shards, 1)) == content(1)
     assert not partial.exists()
 
 
-def read_many(near: Path, far: Path, first: int) -> int:
-    """Read shards in an order of one's own; how many were kept at that moment."""
-    cache = cache_of(near, shards=3)
-    found = [read(cache, shard_of(far, (first + 3 * turn) % 8)) for turn in range(40)]
-    wrong = [turn for turn, data in enumerate(found) if data not in (None, content((first + 3 * turn) % 8))]
+def read_many(cache_folder: Path, remote_shards: Path, first: int) -> int:
+    """Read shards in a process-specific order; return how many were cached at that moment."""
+    cache = cache_of(cache_folder, shards=3)
+    reads = [cached_bytes(cache, shard_of(remote_shards, (first + 3 * turn) % 8)) for turn in range(40)]
+    wrong = [turn for turn, data in enumerate(reads) if data not in (None, content((first + 3 * turn) % 8))]
     if wrong:
         raise AssertionError(wrong)
-    return sum(data is not None for data in found)
+    return sum(data is not None for data in reads)
 
 
-def test_many_processes_share_a_folder(far: Path, tmp_path: Path) -> None:
-    near = tmp_path / "near"
+def test_many_processes_share_a_folder(remote_shards: Path, tmp_path: Path) -> None:
+    cache_folder = tmp_path / "near"
     with get_context("spawn").Pool(3) as pool:
-        waiting = pool.starmap_async(read_many, [(near, far, first) for first in range(3)])
+        waiting = pool.starmap_async(read_many, [(cache_folder, remote_shards, first) for first in range(3)])
         most = 0
         while not waiting.ready():
-            most = max(most, kept(near))
+            most = max(most, stored_bytes(cache_folder))
             time.sleep(0.001)
     assert all(count > 20 for count in waiting.get())
     assert 0 < most <= 3 * SIZE

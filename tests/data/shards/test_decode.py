@@ -10,9 +10,9 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 
 from vqd_scale.core.arrays import NDArray
+from vqd_scale.data.config import DecodeConfig
 from vqd_scale.data.shards.decode import (
     BadSample,
-    DecodeConfig,
     decode_array,
     decode_arrays,
     decode_image,
@@ -33,18 +33,18 @@ def gradient() -> Image.Image:
 
 
 def photograph(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Smooth colours with grain."""
+    """Return smooth colors with grain."""
     rng = np.random.default_rng(seed)
     waves = np.sin(np.mgrid[0:height, 0:width] * rng.uniform(0.01, 0.1, (2, 1, 1))).sum(axis=0)
-    colours = waves[..., None] * rng.uniform(20, 60, 3) + 128
-    return Image.fromarray((colours + rng.normal(0, 4, colours.shape)).clip(0, 255).astype(np.uint8))
+    colors = waves[..., None] * rng.uniform(20, 60, 3) + 128
+    return Image.fromarray((colors + rng.normal(0, 4, colors.shape)).clip(0, 255).astype(np.uint8))
 
 
-def difference(one: NDArray[np.uint8], other: Any) -> int:
-    return int(np.abs(one.astype(int) - np.asarray(other).astype(int)).max())
+def difference(one: NDArray[np.uint8], expected: Any) -> int:
+    return int(np.abs(one.astype(int) - np.asarray(expected).astype(int)).max())
 
 
-def test_rgb_is_kept() -> None:
+def test_rgb_is_unchanged() -> None:
     decoded = decode_image(file_of(gradient()))
     np.testing.assert_array_equal(decoded, np.asarray(gradient()))
 
@@ -60,26 +60,26 @@ JPEGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", JPEGS)
-def test_a_jpeg_is_what_pillow_makes_of_it(options: str) -> None:
+def test_jpeg_equals_pillow(options: str) -> None:
     data = file_of(photograph(70, 91), "JPEG", **JPEGS[options])
     assert difference(decode_image(data), Image.open(io.BytesIO(data))) <= 1
 
 
-def test_a_gray_jpeg() -> None:
+def test_gray_jpeg() -> None:
     data = file_of(photograph(70, 91).convert("L"), "JPEG")
     assert difference(decode_image(data), Image.open(io.BytesIO(data)).convert("RGB")) <= 1
 
 
 @pytest.mark.parametrize("missing", [1, 2, 200, 2000])
-def test_a_cut_jpeg(missing: int) -> None:
+def test_truncated_jpeg(missing: int) -> None:
     data = file_of(photograph(256, 256), "JPEG")
     with pytest.raises(BadSample, match="not a readable image"):
         decode_image(data[:-missing])
 
 
-def test_dct_scaling_is_a_smaller_picture_and_only_where_asked_for() -> None:
-    picture = photograph(512, 640)
-    data = file_of(picture, "JPEG")
+def test_dct_scaling_is_opt_in() -> None:
+    image = photograph(512, 640)
+    data = file_of(image, "JPEG")
     scaled = DecodeConfig(dct_scaled=True)
     assert decode_image(data).shape == (512, 640, 3)
     assert decode_image(data, scaled).shape == (512, 640, 3)
@@ -87,12 +87,12 @@ def test_dct_scaling_is_a_smaller_picture_and_only_where_asked_for() -> None:
     small = decode_image(data, scaled, smallest_side=100)
     assert small.shape == (128, 160, 3)
     assert decode_image(data, scaled, smallest_side=129).shape == (256, 320, 3)
-    assert decode_image(file_of(picture), scaled, smallest_side=64).shape == (512, 640, 3)
-    whole = np.asarray(picture.resize((160, 128), Image.Resampling.BOX)).astype(float)
-    assert np.abs(small - whole).mean() < 3
+    assert decode_image(file_of(image), scaled, smallest_side=64).shape == (512, 640, 3)
+    box_resized = np.asarray(image.resize((160, 128), Image.Resampling.BOX)).astype(float)
+    assert np.abs(small - box_resized).mean() < 3
     turned = Image.Exif()
     turned[0x0112] = 6
-    assert decode_image(file_of(picture, "JPEG", exif=turned), scaled, smallest_side=100).shape == (
+    assert decode_image(file_of(image, "JPEG", exif=turned), scaled, smallest_side=100).shape == (
         160,
         128,
         3,
@@ -102,8 +102,8 @@ def test_dct_scaling_is_a_smaller_picture_and_only_where_asked_for() -> None:
 def test_postscript_is_not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[object] = []
 
-    def interpreter(*given: object) -> None:
-        started.append(given)
+    def interpreter(*arguments: object) -> None:
+        started.append(arguments)
 
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", interpreter)
     with pytest.raises(BadSample, match="of no known kind"):
@@ -112,7 +112,7 @@ def test_postscript_is_not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_orientation_of_a_camera(kind: str) -> None:
+def test_exif_orientation(kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = file_of(gradient(), kind, exif=exif)
@@ -121,7 +121,7 @@ def test_orientation_of_a_camera(kind: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
-def test_transparent_is_white(mode: str) -> None:
+def test_transparent_pixels_become_white(mode: str) -> None:
     clear = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
     data = (
         file_of(clear) if mode == "RGBA" else file_of(clear.convert(mode), "TIFF" if mode == "PA" else "PNG")
@@ -142,7 +142,7 @@ def test_other_modes_and_first_frame() -> None:
     assert (decode_image(file_of(Image.new("CMYK", (2, 2)), "JPEG"))).min() > 250
     assert (decode_image(file_of(Image.new("L", (2, 2), 7)))).tolist() == [[[7] * 3] * 2] * 2
     assert (decode_image(file_of(Image.new("1", (2, 2), 1)))).min() == 255
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     animated = file_of(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert (decode_image(animated))[0, 0].tolist() == [255, 0, 0]
     with pytest.raises(BadSample, match="floating-point"):
@@ -150,7 +150,7 @@ def test_other_modes_and_first_frame() -> None:
 
 
 def png_of_zeros(width: int, height: int) -> bytes:
-    """A valid header and a body that would unpack to gigabytes."""
+    """Return a valid header and a body that would decompress to gigabytes."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
@@ -167,27 +167,27 @@ def test_pixel_bombs(size: tuple[int, int]) -> None:
         decode_image(png_of_zeros(*size))
 
 
-def test_the_bound_of_pixels_is_a_setting() -> None:
+def test_pixel_limit_is_configurable() -> None:
     data = file_of(gradient())
     assert decode_image(data, DecodeConfig(max_pixels=24 * 16)).shape == (16, 24, 3)
     with pytest.raises(BadSample, match="24 x 16 pixels, more than 383"):
         decode_image(data, DecodeConfig(max_pixels=383))
 
 
-# Pillow says of some damage that it is there before it gives up or goes on.
+# Pillow warns of some damage before it fails or continues.
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @settings(deadline=None)
 @given(st.data())
 def test_damaged_bytes_are_bad_samples(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"]))
-    whole = bytearray(file_of(gradient(), kind))
+    file_bytes = bytearray(file_of(gradient(), kind))
     for _ in range(data.draw(st.integers(0, 4))):
-        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
-    cut = bytes(whole[: data.draw(st.integers(0, len(whole)))])
+        file_bytes[data.draw(st.integers(0, len(file_bytes) - 1))] = data.draw(st.integers(0, 255))
+    cut = bytes(file_bytes[: data.draw(st.integers(0, len(file_bytes)))])
     try:
         assert decode_image(cut).shape[2] == 3
     except BadSample as error:
-        # Either outcome is right; any other exception is not. A report names a sample once, by its reason.
+        # Both outcomes are correct; any other exception is not. A report names a sample and its reason once.
         with pytest.raises(BadSample) as again:
             decode_image(bytes(cut))
         assert str(again.value) == str(error)
@@ -200,7 +200,7 @@ def test_damaged_bytes_are_bad_samples(data: st.DataObject) -> None:
         shape=arrays.array_shapes(max_dims=2),
     )
 )
-def test_arrays_as_numpy_reads_them(array: NDArray[Any]) -> None:
+def test_arrays_equal_numpy(array: NDArray[Any]) -> None:
     with io.BytesIO() as file:
         np.save(file, array)
         data = file.getvalue()
@@ -233,23 +233,23 @@ members = st.builds(
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(members, max_size=12))
-def test_arrays_decoded_at_once_are_those_decoded_one_by_one(contents: list[bytes]) -> None:
-    found: dict[int, Any] = {}
+def test_batch_decoding_equals_single_decoding(contents: list[bytes]) -> None:
+    decoded_members: dict[int, Any] = {}
     for numbers, decoded in decode_arrays(contents):
         for row, number in enumerate(numbers):
-            found[number] = decoded if isinstance(decoded, BadSample) else decoded[row, ...]
-    assert sorted(found) == list(range(len(contents)))
+            decoded_members[number] = decoded if isinstance(decoded, BadSample) else decoded[row, ...]
+    assert sorted(decoded_members) == list(range(len(contents)))
     for number, content in enumerate(contents):
         try:
             expected = decode_array(content)
         except BadSample as error:
-            assert str(found[number]) == str(error)
+            assert str(decoded_members[number]) == str(error)
         else:
-            assert found[number].dtype == expected.dtype
-            np.testing.assert_array_equal(found[number], expected)
+            assert decoded_members[number].dtype == expected.dtype
+            np.testing.assert_array_equal(decoded_members[number], expected)
 
 
-def test_arrays_of_objects_are_refused() -> None:
+def test_object_arrays_are_refused() -> None:
     with io.BytesIO() as file:
         np.save(file, np.array([{}], dtype=object), allow_pickle=True)
         data = file.getvalue()

@@ -39,8 +39,8 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
     return path
 
 
-def other_peoples_tars(folder: Path) -> None:
-    """Two shards as any webdataset user writes them, with a sample that lacks a member."""
+def third_party_tars(folder: Path) -> None:
+    """Write two webdataset shards, with a sample that lacks a member."""
     folder.mkdir()
     for shard in range(2):
         with TarWriter(str(folder / f"{shard:05d}.tar")) as writer:
@@ -54,8 +54,8 @@ def quarantine(folder: Path) -> list[tuple[str, str, str]]:
     return [(line["shard"], line["key"], line["reason"]) for line in map(json.loads, lines)]
 
 
-def test_index_of_other_peoples_tars(tmp_path: Path) -> None:
-    other_peoples_tars(tmp_path / "set")
+def test_index_of_third_party_tars(tmp_path: Path) -> None:
+    third_party_tars(tmp_path / "set")
     before = (tmp_path / "set" / "00000.tar").read_bytes()
     opened = build_index(tmp_path / "set")
     assert opened.count == 8
@@ -66,21 +66,21 @@ def test_index_of_other_peoples_tars(tmp_path: Path) -> None:
     assert (tmp_path / "set" / "00000.tar").read_bytes() == before
 
 
-def test_a_folder_that_must_not_be_written(tmp_path: Path) -> None:
-    other_peoples_tars(tmp_path / "set")
+def test_read_only_folder(tmp_path: Path) -> None:
+    third_party_tars(tmp_path / "set")
     before = sorted((tmp_path / "set").iterdir())
     opened = build_index(tmp_path / "set", tmp_path / "index")
     assert sorted((tmp_path / "set").iterdir()) == before
     assert ShardSet.open(tmp_path / "index") == opened
     assert sum(len(list(read_shard(shard))) for shard in opened.shards) == 8
-    other_peoples_tars(tmp_path / "other")
+    third_party_tars(tmp_path / "other")
     with pytest.raises(UserError, match=r"tars was .*set.*, now is .*other"):
         build_index(tmp_path / "other", tmp_path / "index")
 
 
 @pytest.mark.ranks
-def test_several_processes_index_the_same(tmp_path: Path) -> None:
-    other_peoples_tars(tmp_path / "set")
+def test_indexing_with_processes_gives_equal_index(tmp_path: Path) -> None:
+    third_party_tars(tmp_path / "set")
     one = build_index(tmp_path / "set", tmp_path / "one")
     two = build_index(tmp_path / "set", tmp_path / "two", IndexConfig(workers=2))
     assert one.digests == two.digests
@@ -89,22 +89,22 @@ def test_several_processes_index_the_same(tmp_path: Path) -> None:
 
 
 def test_indexed_shards_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other_peoples_tars(tmp_path / "set")
+    third_party_tars(tmp_path / "set")
     opened = build_index(tmp_path / "set")
     (tmp_path / "set" / "00001.npz").unlink()
-    read: list[str] = []
+    scanned_tars: list[str] = []
 
-    class Noting(TarScan):
-        def __init__(self, path: Path, wanted: frozenset[str]) -> None:
-            read.append(path.name)
-            super().__init__(path, wanted)
+    class RecordingScan(TarScan):
+        def __init__(self, path: Path, extensions: frozenset[str]) -> None:
+            scanned_tars.append(path.name)
+            super().__init__(path, extensions)
 
-    monkeypatch.setattr("vqd_scale.data.shards.index_builder.TarScan", Noting)
+    monkeypatch.setattr("vqd_scale.data.shards.index_builder.TarScan", RecordingScan)
     assert build_index(tmp_path / "set") == opened
-    assert read == ["00001.tar"]
+    assert scanned_tars == ["00001.tar"]
     os.utime(tmp_path / "set" / "00000.tar", ns=(1, 1))
     build_index(tmp_path / "set")
-    assert read == ["00001.tar", "00000.tar"]
+    assert scanned_tars == ["00001.tar", "00000.tar"]
 
 
 names = st.sampled_from(
@@ -115,55 +115,55 @@ names = st.sampled_from(
 @given(
     st.lists(st.tuples(names, st.binary(max_size=700)), max_size=12, unique_by=lambda pair: pair[0].lower())
 )
-def test_samples_are_webdatasets(tmp_path_factory: pytest.TempPathFactory, members: list[Any]) -> None:
-    """The slow twin: webdataset's own reading of the same tar."""
+def test_samples_equal_webdataset(tmp_path_factory: pytest.TempPathFactory, members: list[Any]) -> None:
+    """Compare with webdataset's own reader on the same tar."""
     path = write_tar(tmp_path_factory.mktemp("tar") / "one.tar", members)
     with path.open("rb") as file:
-        theirs = list(group_by_keys(tar_file_expander([{"url": "", "stream": file}])))
+        webdataset_samples = list(group_by_keys(tar_file_expander([{"url": "", "stream": file}])))
     scan = TarScan(path, frozenset({"jpg"}))
-    ours = [sample for sample in scan.samples() if not sample.fault]
-    whole = path.read_bytes()
-    # webdataset joins nothing that is not adjacent either, but does not mind a key that comes back.
-    seen: set[str] = set()
+    scanned_samples = [sample for sample in scan.samples() if not sample.fault]
+    tar_bytes = path.read_bytes()
+    # webdataset joins only adjacent members too, but accepts a repeated key.
+    known_keys: set[str] = set()
     expected: list[dict[str, Any]] = []
-    for sample in theirs:
-        if sample[KEY] not in seen:
-            seen.add(sample[KEY])
+    for sample in webdataset_samples:
+        if sample[KEY] not in known_keys:
+            known_keys.add(sample[KEY])
             expected.append({name: value for name, value in sample.items() if name[:2] != "__"})
-    found = [
-        {extension: whole[offset : offset + size] for extension, (offset, size) in sample.members.items()}
-        for sample in ours
+    contents = [
+        {extension: tar_bytes[offset : offset + size] for extension, (offset, size) in sample.members.items()}
+        for sample in scanned_samples
     ]
-    assert found == expected
+    assert contents == expected
     assert all(
         sample.contents == {k: v for k, v in content.items() if k == "jpg"}
-        for sample, content in zip(ours, found, strict=True)
+        for sample, content in zip(scanned_samples, contents, strict=True)
     )
     assert scan.damage == ""
     assert scan.sha256 == store.sha256_of(path)
-    assert scan.size == len(whole)
+    assert scan.size == len(tar_bytes)
 
 
 Damage = Callable[[bytes], bytes]
 DAMAGES: dict[str, Damage] = {
-    "at a member's boundary": lambda whole: whole[:8192],
-    "in a header": lambda whole: whole[:8292],
-    "in a member": lambda whole: whole[: 8192 + 515],
-    "by garbage for a header": lambda whole: whole[:8192] + b"\x07" * 512 + whole[8704:],
+    "at a member's boundary": lambda tar_bytes: tar_bytes[:8192],
+    "in a header": lambda tar_bytes: tar_bytes[:8292],
+    "in a member": lambda tar_bytes: tar_bytes[: 8192 + 515],
+    "by garbage for a header": lambda tar_bytes: tar_bytes[:8192] + b"\x07" * 512 + tar_bytes[8704:],
     "to nothing": lambda _: b"",
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_tar_is_named_and_never_a_shorter_one(tmp_path: Path, damage: str) -> None:
-    other_peoples_tars(tmp_path / "set")
+def test_damaged_tar_is_named(tmp_path: Path, damage: str) -> None:
+    third_party_tars(tmp_path / "set")
     path = tmp_path / "set" / "00001.tar"
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
     with pytest.raises(UserError, match=r"00001\.tar"):
         build_index(tmp_path / "set")
     with pytest.raises(UserError):
         ShardSet.open(tmp_path / "set")
-    # Tolerated, its certainly whole samples are used, and it is in the report.
+    # If tolerated, its complete samples are used, and the tar is reported.
     opened = build_index(tmp_path / "set", config=TOLERANT)
     assert opened.counts == (4, 0 if damage == "to nothing" else 1)
     ((shard, key, reason),) = quarantine(tmp_path / "set")
@@ -171,8 +171,8 @@ def test_a_damaged_tar_is_named_and_never_a_shorter_one(tmp_path: Path, damage: 
     assert "the tar" in reason or "not a readable tar" in reason
 
 
-def test_a_tar_that_lacks_what_was_counted(tmp_path: Path) -> None:
-    other_peoples_tars(tmp_path / "set")
+def test_tar_shorter_than_counted_is_refused(tmp_path: Path) -> None:
+    third_party_tars(tmp_path / "set")
     for shard, count in enumerate((4, 5)):
         (tmp_path / "set" / f"{shard:05d}_stats.json").write_text(
             json.dumps({"count": 9, "successes": count})
@@ -185,7 +185,7 @@ def test_a_tar_that_lacks_what_was_counted(tmp_path: Path) -> None:
     ]
 
 
-def test_unusable_samples_are_left_out_with_their_reasons(tmp_path: Path) -> None:
+def test_unusable_samples_are_skipped_with_reasons(tmp_path: Path) -> None:
     write_tar(
         tmp_path / "set" / "0.tar",
         [
@@ -242,14 +242,14 @@ FILTERS: list[tuple[Filters, list[int]]] = [
 
 @pytest.mark.parametrize(("filters", "numbers"), FILTERS)
 def test_filters(tmp_path: Path, filters: Filters, numbers: list[int]) -> None:
-    found = index_tar(metadata_tar(tmp_path / "0.tar"), tmp_path / "0.npz", SampleFilter(filters))
-    assert found.count == len(numbers)
-    assert found.filtered == 10 - len(numbers)
+    shard = index_tar(metadata_tar(tmp_path / "0.tar"), tmp_path / "0.npz", SampleFilter(filters))
+    assert shard.count == len(numbers)
+    assert shard.filtered == 10 - len(numbers)
     with np.load(tmp_path / "0.npz") as arrays:
         assert arrays["keys"].tolist() == [str(number).encode() for number in numbers]
 
 
-def test_a_filter_on_a_column_that_is_not_there_stops(tmp_path: Path) -> None:
+def test_filter_on_missing_column_is_refused(tmp_path: Path) -> None:
     metadata_tar(tmp_path / "set" / "0.tar")
     for filters in (Filters(columns={"punsafe": Bounds(max=0.5)}), Filters(labels={"punsafe": ("no",)})):
         with pytest.raises(UserError, match="no column 'punsafe'; it has NSFW, height, similarity, width"):
@@ -265,7 +265,7 @@ def test_a_filter_on_a_column_that_is_not_there_stops(tmp_path: Path) -> None:
         build_index(tmp_path / "bare", config=IndexConfig(SampleFilter(FILTERS[0][0])))
 
 
-def test_parquet_without_its_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_without_pyarrow_raises_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     write_tar(tmp_path / "set" / "0.tar", [("0.txt", b"words")])
     (tmp_path / "set" / "0.parquet").write_bytes(b"PAR1")
@@ -293,28 +293,28 @@ def test_metadata_from_parquet(tmp_path: Path) -> None:
 
 
 class FakeObject:
-    """A local file that answers as an object of S3 does, and notes what it was asked."""
+    """Local file with the interface of an S3 object, which records the requested ranges."""
 
-    asked: ClassVar[list[tuple[int, int]]] = []
+    requested_ranges: ClassVar[list[tuple[int, int]]] = []
     path = Path()
 
     def __init__(self, path: S3Path, size: int | None = None) -> None:
         self.size = self.path.stat().st_size
 
     def read(self, begin: int, end: int) -> bytes:
-        self.asked.append((begin, end))
+        self.requested_ranges.append((begin, end))
         return self.path.read_bytes()[begin:end]
 
     @classmethod
     def in_order(cls, path: S3Path) -> Iterator[bytes]:
-        whole = cls.path.read_bytes()
-        for begin in range(0, len(whole), 5000):
-            yield whole[begin : begin + 5000]
+        file_bytes = cls.path.read_bytes()
+        for begin in range(0, len(file_bytes), 5000):
+            yield file_bytes[begin : begin + 5000]
 
 
 @pytest.fixture
-def distant(monkeypatch: pytest.MonkeyPatch) -> type[FakeObject]:
-    FakeObject.asked = []
+def remote_files(monkeypatch: pytest.MonkeyPatch) -> type[FakeObject]:
+    FakeObject.requested_ranges = []
     monkeypatch.setattr(tar_module, "S3Object", FakeObject)
     monkeypatch.setattr(tar_module, "read_in_order", FakeObject.in_order)
     monkeypatch.setattr(tar_module, "LARGE_MEMBER", 3000)
@@ -322,36 +322,36 @@ def distant(monkeypatch: pytest.MonkeyPatch) -> type[FakeObject]:
 
 
 @pytest.mark.parametrize("size", [500, 20_000])
-def test_of_a_distant_tar_with_large_members_only_headers_are_fetched(
-    tmp_path: Path, distant: type[FakeObject], size: int
+def test_remote_tar_with_large_members_fetches_headers_only(
+    tmp_path: Path, remote_files: type[FakeObject], size: int
 ) -> None:
     members = [(f"{n}.{end}", bytes(size)) for n in range(20) for end in ("jpg", "png")]
     members += [("last.json", b"{}")]
-    distant.path = write_tar(tmp_path / "0.tar", members)
-    near, far = TarScan(distant.path), TarScan(S3Path.parse("s3://bucket/0.tar"), frozenset({"json"}))
+    remote_files.path = write_tar(tmp_path / "0.tar", members)
+    near, far = TarScan(remote_files.path), TarScan(S3Path.parse("s3://bucket/0.tar"), frozenset({"json"}))
     expected = [sample.members for sample in near.samples()]
-    found = list(far.samples())
-    assert [sample.members for sample in found] == expected
-    assert found[-1].contents == {"json": b"{}"}
+    distant_samples = list(far.samples())
+    assert [sample.members for sample in distant_samples] == expected
+    assert distant_samples[-1].contents == {"json": b"{}"}
     assert far.damage == ""
     if size == 500:
         assert far.sha256 == near.sha256
-        assert distant.asked == []
+        assert remote_files.requested_ranges == []
     else:
         assert far.sha256 == ""
-        assert len(distant.asked) <= len(members) - PROBED + 3
-        assert sum(end - begin for begin, end in distant.asked) < 2 * 1024 * len(members)
+        assert len(remote_files.requested_ranges) <= len(members) - PROBED + 3
+        assert sum(end - begin for begin, end in remote_files.requested_ranges) < 2 * 1024 * len(members)
 
 
-def test_a_large_tar_cut_far_away_is_found_by_its_headers(tmp_path: Path, distant: type[FakeObject]) -> None:
-    distant.path = write_tar(tmp_path / "0.tar", [(f"{n}.jpg", bytes(20_000)) for n in range(20)])
-    distant.path.write_bytes(distant.path.read_bytes()[:300_000])
+def test_truncated_large_tar_is_detected_by_headers(tmp_path: Path, remote_files: type[FakeObject]) -> None:
+    remote_files.path = write_tar(tmp_path / "0.tar", [(f"{n}.jpg", bytes(20_000)) for n in range(20)])
+    remote_files.path.write_bytes(remote_files.path.read_bytes()[:300_000])
     scan = TarScan(S3Path.parse("s3://bucket/0.tar"))
     assert len(list(scan.samples())) == 13
     assert "the tar ends within '14.jpg'" in scan.damage
 
 
-def test_wrong_uses(tmp_path: Path) -> None:
+def test_invalid_use_raises_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no \.tar"):
         build_index(tmp_path)
     metadata_tar(tmp_path / "set" / "0.tar")
@@ -359,7 +359,7 @@ def test_wrong_uses(tmp_path: Path) -> None:
         build_index(tmp_path / "set", config=IndexConfig(SampleFilter(Filters(any_of=("nothing",)))))
 
 
-def test_the_metas_of_two_indices_must_agree(tmp_path: Path) -> None:
+def test_metadata_of_two_indices_must_agree(tmp_path: Path) -> None:
     metadata_tar(tmp_path / "set" / "0.tar")
     make = functools.partial(build_index, tmp_path / "set", tmp_path / "index")
     make(meta={"filters": {"words": 3}})
@@ -368,7 +368,7 @@ def test_the_metas_of_two_indices_must_agree(tmp_path: Path) -> None:
         make(meta={"filters": {"words": 4}})
 
 
-def test_tables_hold_the_captions_counted(tmp_path: Path) -> None:
+def test_tables_record_caption_counts(tmp_path: Path) -> None:
     members = [(f"{n}.json", json.dumps({"captions": ["a"] * n}).encode()) for n in range(3)]
     write_tar(tmp_path / "set" / "0.tar", members)
     opened = build_index(tmp_path / "set")

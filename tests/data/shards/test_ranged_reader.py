@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from vqd_scale.core.atomic_io import Location
 from vqd_scale.core.s3 import PIECE_BYTES, S3Path
-from vqd_scale.data.shards.cache import CacheConfig
-from vqd_scale.data.shards.ranged_reader import TURNS_AHEAD, RangedReadConfig, RangedReader
+from vqd_scale.data.config import CacheConfig, RangedReadConfig
+from vqd_scale.data.shards.ranged_reader import TURNS_AHEAD, RangedReader
 from vqd_scale.data.shards.shard_index import Shard, ShardSet
 
 MEGABYTE = 1 << 20
@@ -27,42 +27,42 @@ def set_at(tars: Location, counts: tuple[int, ...], mean: int) -> ShardSet:
     window=st.integers(1, 5000),
     megabytes=st.integers(1, 4096),
 )
-def test_what_is_read_ahead_fits_into_memory(mean: int, lanes: int, window: int, megabytes: int) -> None:
+def test_read_ahead_fits_memory_limit(mean: int, lanes: int, window: int, megabytes: int) -> None:
     shards = set_at(S3Path("bucket", "set"), (1000, 10, 1), mean)
     config = RangedReadConfig(buffer_megabytes=megabytes)
     policy = RangedReader.in_lanes([shards], lanes, window, config).policy
     assert 1 <= policy.turns <= (window if policy.samples > 1 else TURNS_AHEAD)
     assert 1 <= policy.samples <= window
     if policy.samples > 1:
-        # A lane's own window, the next one, and the ends of the pieces that reach over them.
+        # A lane's window, the next one, and the ends of the pieces that extend beyond them.
         assert lanes * (2 * window + 2 * policy.samples) * mean <= megabytes * MEGABYTE
         assert policy.samples * mean <= PIECE_BYTES
     elif policy.turns > 1:
         assert lanes * (policy.turns + 1) * mean <= megabytes * MEGABYTE
 
 
-def test_pieces_are_large_where_lanes_are_few_and_single_samples_where_they_are_many() -> None:
+def test_piece_size_follows_lane_count() -> None:
     tokens = set_at(S3Path("bucket", "set"), (10_000,) * 4, 6000)
-    pictures = set_at(S3Path("bucket", "set"), (10_000,) * 4, 300_000)
+    image_shards = set_at(S3Path("bucket", "set"), (10_000,) * 4, 300_000)
     config = RangedReadConfig()
     assert RangedReader.in_lanes([tokens], 16, 256, config).policy.samples == 256
-    assert RangedReader.in_lanes([pictures], 2, 256, config).policy.samples == PIECE_BYTES // 300_000
-    assert RangedReader.in_lanes([pictures], 128, 256, config).policy.samples == 1
+    assert RangedReader.in_lanes([image_shards], 2, 256, config).policy.samples == PIECE_BYTES // 300_000
+    assert RangedReader.in_lanes([image_shards], 128, 256, config).policy.samples == 1
 
 
-def test_nothing_is_read_ahead_from_a_file_system(tmp_path: Path) -> None:
+def test_local_files_are_not_read_ahead(tmp_path: Path) -> None:
     shards = set_at(tmp_path, (1000,), 6000)
     assert RangedReader.in_lanes([shards], 16, 256, RangedReadConfig()).policy.turns == 0
 
 
-def test_whole_shards_are_asked_for_a_window_ahead(tmp_path: Path) -> None:
+def test_cached_shards_are_requested_one_window_ahead(tmp_path: Path) -> None:
     shards = set_at(S3Path("bucket", "set"), (1000,), 6000)
     config = RangedReadConfig(cache=CacheConfig(folder=tmp_path, max_gigabytes=1))
     assert RangedReader.in_lanes([shards], 16, 256, config).policy.turns == 256
 
 
 @pytest.mark.parametrize("size", [0, 1, PIECE_BYTES, 100 * PIECE_BYTES])
-def test_a_shard_in_order_is_read_in_large_pieces(size: int) -> None:
+def test_sequential_shard_is_read_in_large_pieces(size: int) -> None:
     path = S3Path("bucket", "set") / "000000.tar"
     policy = RangedReader.in_order(Shard(path, path.with_suffix(".npz"), 1000, size, "")).policy
     assert policy.samples >= 1

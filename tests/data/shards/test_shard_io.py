@@ -28,7 +28,7 @@ from vqd_scale.data.shards.shard_io import (
 META = {"content": "tokens", "source": {"seed": 0, "of": ["a", "b"]}}
 
 
-def made(numbers: range) -> Iterator[Sample]:
+def samples_of(numbers: range) -> Iterator[Sample]:
     for number in numbers:
         tokens = np.arange(number, number + 5, dtype=np.uint16)
         yield {KEY: f"{number:04d}", "tokens.npy": tokens, "txt": f"number {number} é", "json": {"n": number}}
@@ -37,7 +37,7 @@ def made(numbers: range) -> Iterator[Sample]:
 def recipes(counts: tuple[int, ...] = (3, 4, 2)) -> list[ShardRecipe]:
     ends = np.cumsum(counts).tolist()
     return [
-        ShardRecipe(shard_name(shard), count, functools.partial(made, range(end - count, end)))
+        ShardRecipe(shard_name(shard), count, functools.partial(samples_of, range(end - count, end)))
         for shard, (count, end) in enumerate(zip(counts, ends, strict=True))
     ]
 
@@ -47,9 +47,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    written = write_shard_set(tmp_path, META, recipes(), "test")
+    written_set = write_shard_set(tmp_path, META, recipes(), "test")
     opened = ShardSet.open(tmp_path)
-    assert opened == written
+    assert opened == written_set
     assert opened.count == 9
     assert opened.meta == META
     assert [shard.count for shard in opened.shards] == [3, 4, 2]
@@ -61,34 +61,34 @@ def test_round_trip(tmp_path: Path) -> None:
         assert json.loads(sample["json"]) == {"n": number}
 
 
-def test_webdataset_and_tar_read_the_same(tmp_path: Path) -> None:
+def test_webdataset_and_tar_read_equal_samples(tmp_path: Path) -> None:
     opened = write_shard_set(tmp_path, META, recipes(), "test")
     paths = [str(shard.path) for shard in opened.shards]
-    theirs = list(WebDataset(paths, shardshuffle=False))
-    ours = [sample for shard in opened.shards for sample in read_shard(shard)]
-    assert len(theirs) == len(ours) == 9
-    for their, our in zip(theirs, ours, strict=True):
-        assert {name: their[name] for name in our} == our
+    webdataset_samples = list(WebDataset(paths, shardshuffle=False))
+    package_samples = [sample for shard in opened.shards for sample in read_shard(shard)]
+    assert len(webdataset_samples) == len(package_samples) == 9
+    for webdataset_sample, package_sample in zip(webdataset_samples, package_samples, strict=True):
+        assert {name: webdataset_sample[name] for name in package_sample} == package_sample
     listed = subprocess.run(["tar", "-t", "-f", paths[0]], check=True, capture_output=True, text=True).stdout
     assert listed.split()[:3] == ["0000.json", "0000.tokens.npy", "0000.txt"]
 
 
-def test_table_points_at_the_bytes(tmp_path: Path) -> None:
+def test_table_offsets_match_bytes(tmp_path: Path) -> None:
     (shard,) = write_shard_set(tmp_path, META, recipes((3,)), "test").shards
-    table, reader, whole = read_table(shard), ShardReader(shard), shard.path.read_bytes()
+    table, reader, tar_bytes = read_table(shard), ShardReader(shard), shard.path.read_bytes()
     with tarfile.open(tmp_path / shard_name(0)) as archive:
         for member in archive:
             key, _, extension = member.name.partition(".")
             row, column = int(key), table.extensions.index(extension)
             assert table.offsets[row, column] == member.offset_data
             assert table.sizes[row, column] == member.size
-            expected = whole[member.offset_data : member.offset_data + member.size]
+            expected = tar_bytes[member.offset_data : member.offset_data + member.size]
             assert reader.read(row, extension) == expected
     with pytest.raises(BadSample, match="no 'jpg'"):
         reader.read(0, "jpg")
 
 
-def test_same_samples_same_bytes(tmp_path: Path) -> None:
+def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
     write_shard_set(tmp_path / "one", META, recipes(), "test")
     write_shard_set(tmp_path / "two", META, recipes(), "test")
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -97,12 +97,12 @@ def test_same_samples_same_bytes(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """Not an Exception, as a signal is not."""
+    """A BaseException, as signals raise."""
 
 
 def killed_in(shard: int) -> list[ShardRecipe]:
     def dying() -> Iterator[Sample]:
-        yield from made(range(1))
+        yield from samples_of(range(1))
         raise Killed
 
     complete = recipes()
@@ -114,7 +114,7 @@ def unused() -> Iterator[Sample]:
 
 
 @pytest.mark.parametrize("shard", [0, 1, 2])
-def test_goes_on_after_a_kill(tmp_path: Path, shard: int) -> None:
+def test_resume_after_kill(tmp_path: Path, shard: int) -> None:
     write_shard_set(tmp_path / "whole", META, recipes(), "test")
     with pytest.raises(Killed):
         write_shard_set(tmp_path / "cut", META, killed_in(shard), "test")
@@ -129,7 +129,7 @@ def test_goes_on_after_a_kill(tmp_path: Path, shard: int) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".npz"])
-def test_goes_on_after_a_kill_between_tar_and_table(tmp_path: Path, suffix: str) -> None:
+def test_resume_after_kill_between_tar_and_table(tmp_path: Path, suffix: str) -> None:
     write_shard_set(tmp_path, META, recipes(), "test")
     before = contents(tmp_path)
     (tmp_path / shard_name(1)).with_suffix(suffix).unlink()
@@ -137,7 +137,7 @@ def test_goes_on_after_a_kill_between_tar_and_table(tmp_path: Path, suffix: str)
     assert contents(tmp_path) == before
 
 
-def test_a_finished_shard_that_changed_is_made_again(tmp_path: Path) -> None:
+def test_changed_finished_shard_is_rewritten(tmp_path: Path) -> None:
     write_shard_set(tmp_path, META, recipes(), "test")
     before = contents(tmp_path)
     damaged = bytearray(before[shard_name(1)])
@@ -147,16 +147,16 @@ def test_a_finished_shard_that_changed_is_made_again(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-def test_another_config_is_refused(tmp_path: Path) -> None:
+def test_different_config_is_refused(tmp_path: Path) -> None:
     write_shard_set(tmp_path, META, recipes(), "test")
     before = contents(tmp_path)
-    other = {"content": "tokens", "source": {"seed": 1, "of": ["a", "b"]}}
+    other_meta = {"content": "tokens", "source": {"seed": 1, "of": ["a", "b"]}}
     with pytest.raises(UserError, match=r"source\.seed was 0, now is 1"):
-        write_shard_set(tmp_path, other, recipes(), "test")
+        write_shard_set(tmp_path, other_meta, recipes(), "test")
     assert contents(tmp_path) == before
 
 
-def test_wrong_uses(tmp_path: Path) -> None:
+def test_invalid_use_raises_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no set of shards"):
         ShardSet.open(tmp_path)
     (tmp_path / INDEX).write_text('{"something": "else"}')
@@ -178,7 +178,7 @@ def test_wrong_uses(tmp_path: Path) -> None:
         list(read_shard(opened.shards[2]))
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_no_shard(
+def test_full_disk_raises_user_error_and_leaves_no_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class FullDisk(TarWriter):
@@ -188,12 +188,12 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_shard(
     begin_set(tmp_path, META)
     monkeypatch.setattr("webdataset.writer.TarWriter", FullDisk)
     with pytest.raises(UserError, match="disk is full"):
-        shards_module.write_shard(tmp_path / shard_name(0), made(range(3)))
+        shards_module.write_shard(tmp_path / shard_name(0), samples_of(range(3)))
     assert [path.name for path in tmp_path.iterdir()] == [INDEX]
 
 
 def with_left_out(numbers: range) -> Iterator[Sample | SkippedSample]:
-    for number, sample in zip(numbers, made(numbers), strict=True):
+    for number, sample in zip(numbers, samples_of(numbers), strict=True):
         if number % 4 == 1:
             yield SkippedSample(f"source {number}", "is bad")
         elif number % 4 == 3:
@@ -209,7 +209,7 @@ def leaving_out() -> list[ShardRecipe]:
     ]
 
 
-def test_what_is_left_out_is_reported_and_not_counted(tmp_path: Path) -> None:
+def test_skipped_samples_are_reported_and_not_counted(tmp_path: Path) -> None:
     opened = write_shard_set(tmp_path, META, leaving_out(), "test", max_bad_fraction=0.25)
     assert opened.counts == (2, 2, 2)
     assert json.loads((tmp_path / INDEX).read_text())["left_out"] == {
@@ -217,14 +217,14 @@ def test_what_is_left_out_is_reported_and_not_counted(tmp_path: Path) -> None:
         "near_duplicates": 3,
         "filtered": 0,
     }
-    bad = [json.loads(line) for line in (tmp_path / QUARANTINE).read_text().splitlines()]
-    assert bad == [
+    quarantine_lines = [json.loads(line) for line in (tmp_path / QUARANTINE).read_text().splitlines()]
+    assert quarantine_lines == [
         {"shard": shard_name(shard), "key": f"source {4 * shard + 1}", "reason": "is bad"}
         for shard in range(3)
     ]
-    alike = [json.loads(line)["key"] for line in (tmp_path / DUPLICATES).read_text().splitlines()]
-    assert alike == ["source 3", "source 7", "source 11"]
-    # The reports of shards that are done come from their tables.
+    duplicate_samples = [json.loads(line)["key"] for line in (tmp_path / DUPLICATES).read_text().splitlines()]
+    assert duplicate_samples == ["source 3", "source 7", "source 11"]
+    # Reports of finished shards come from their tables.
     (tmp_path / QUARANTINE).unlink()
     before = contents(tmp_path)
     write_shard_set(tmp_path, META, leaving_out(), "test", max_bad_fraction=0.25)
@@ -233,7 +233,7 @@ def test_what_is_left_out_is_reported_and_not_counted(tmp_path: Path) -> None:
     assert after == before
 
 
-def test_too_much_that_is_bad_stops(tmp_path: Path) -> None:
+def test_too_many_bad_samples_stop_writing(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"more than max_bad_fraction=0\.2 of the 12 .* 'source 1' for one is bad"
     ):
@@ -243,7 +243,7 @@ def test_too_much_that_is_bad_stops(tmp_path: Path) -> None:
 
 
 @pytest.mark.ranks
-def test_several_processes_write_the_same(tmp_path: Path) -> None:
+def test_processes_write_equal_shards(tmp_path: Path) -> None:
     one = write_shard_set(tmp_path / "one", META, leaving_out(), "test", max_bad_fraction=0.25)
     two = write_shard_set(tmp_path / "two", META, leaving_out(), "test", max_bad_fraction=0.25, workers=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -255,7 +255,7 @@ def captioned(numbers: range) -> Iterator[Sample]:
         yield {KEY: str(number), "json": {"captions": ["one", "two"][: number % 3], "class": number}}
 
 
-def test_columns_of_a_table(tmp_path: Path) -> None:
+def test_table_columns(tmp_path: Path) -> None:
     recipe = ShardRecipe(shard_name(0), 4, functools.partial(captioned, range(4)))
     opened = write_shard_set(tmp_path, META, [recipe], "test")
     columns = read_table(opened.shards[0]).columns
@@ -274,14 +274,14 @@ def test_shards_as_a_sequence(tmp_path: Path) -> None:
         opened.shards[3]
 
 
-def test_quarantine_reports_once_and_survives_half_a_line(tmp_path: Path) -> None:
+def test_quarantine_reports_once_and_survives_partial_line(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "bad.jsonl"
     Quarantine(path).add("000000.tar", "a", "is bad")
-    whole = path.read_text()
-    path.write_text(whole + '{"shard": "0000')
+    quarantine_text = path.read_text()
+    path.write_text(quarantine_text + '{"shard": "0000')
     again = Quarantine(path)
     again.add("000000.tar", "a", "is bad")
-    assert path.read_text() == whole
+    assert path.read_text() == quarantine_text
     again.add("000000.tar", "b", "is bad")
     assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["a", "b"]
     assert len(again) == 2

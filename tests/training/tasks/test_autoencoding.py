@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vqd_scale.tokenizers.config import DiscriminatorConfig, FSQConfig, TamingVQConfig
 
 from tests.training import rank_processes
 from tests.training.tokenizer_scenarios import COMPARED, KINDS, SIDE, VQGAN, config_of, write_images
@@ -25,6 +24,7 @@ from vqd_scale.core.world import World
 from vqd_scale.data.loading.batch import ImageBatch
 from vqd_scale.models.bundle import load_tokenizer, save_tokenizer
 from vqd_scale.tokenizers.base import to_signal
+from vqd_scale.tokenizers.config import DiscriminatorConfig, FSQConfig, TamingVQConfig
 from vqd_scale.tokenizers.discriminator import Discriminator, adaptive_weight, hinge
 from vqd_scale.tokenizers.fsq import FSQ
 from vqd_scale.tokenizers.perceptual import Pyramid

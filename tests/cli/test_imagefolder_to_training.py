@@ -1,4 +1,4 @@
-"""A user's own pictures, none of them of the embedded set, through the same commands."""
+"""A user's image folder, from shards to a trained model, through the command line."""
 
 import subprocess
 import sys
@@ -42,8 +42,8 @@ DENOISER = {
 }
 
 
-def draw_pictures(folder: Path) -> None:
-    """Gradients and noise of uneven sizes in two formats, one with transparency, each with a caption."""
+def write_images(folder: Path) -> None:
+    """Write gradients and noise of different sizes in two formats, one with transparency, with captions."""
     generator = np.random.default_rng(0)
     for number in range(24):
         height, width = 20 + number, 44 - number
@@ -57,10 +57,10 @@ def draw_pictures(folder: Path) -> None:
         (folder / f"{number:02d}.txt").write_text(f"gradient number {number}\n")
 
 
-def test_a_folder_of_pictures_takes_the_whole_road(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    draw_pictures(pictures)
+def test_imagefolder_to_trained_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image_folder = tmp_path / "pictures"
+    image_folder.mkdir()
+    write_images(image_folder)
     monkeypatch.chdir(ROOT)
     (tmp_path / "tokenizer.yaml").write_text(yaml.safe_dump(TOKENIZER))
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(DENOISER))
@@ -70,7 +70,7 @@ def test_a_folder_of_pictures_takes_the_whole_road(tmp_path: Path, monkeypatch: 
     def tool(name: str, *arguments: str) -> None:
         subprocess.run([sys.executable, f"tools/{name}", *arguments], cwd=ROOT, check=True)
 
-    make_shards.main(["imagefolder", str(pictures), str(shards), "image_size=16"])
+    make_shards.main(["imagefolder", str(image_folder), str(shards), "image_size=16"])
     tool("train_tokenizer.py", f"{tmp_path}/tokenizer.yaml", f"run={tokenizer}", f"data.path={shards}")
     (tmp_path / "tokenize.yaml").write_text(
         yaml.safe_dump({"size": 16, "captions": {"context_length": 8, "bpe_merges": 300}})
@@ -79,13 +79,13 @@ def test_a_folder_of_pictures_takes_the_whole_road(tmp_path: Path, monkeypatch: 
     tokenize_shards.main([f"{tmp_path}/tokenize.yaml", *paths])
     paths = [f"run={model}", f"data.path={tokens}", f"tokenizer={tokenizer}/export"]
     tool("train.py", f"{tmp_path}/train.yaml", *paths)
-    sample.main([str(model), "gradient number 3", "--steps", "5", "--out", str(tmp_path / "drawn")])
+    sample.main([str(model), "gradient number 3", "--steps", "5", "--output", str(tmp_path / "drawn")])
     assert Image.open(tmp_path / "drawn" / "000000.png").size == (16, 16)
     assert Image.open(tmp_path / "drawn" / "grid.png").size[0] > 16
 
 
-def test_pictures_without_captions_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    draw_pictures(tmp_path)
+def test_images_without_captions_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images(tmp_path)
     (tmp_path / "05.txt").unlink()
     with pytest.raises(SystemExit) as stopped:
         make_shards.main(["imagefolder", str(tmp_path), str(tmp_path / "shards")])

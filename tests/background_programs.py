@@ -10,7 +10,7 @@ _SECONDS_TO_END = 10
 
 @contextmanager
 def ended_afterwards(process: "subprocess.Popen[bytes]") -> Generator[None]:
-    """Ask a program to end when the block is left, and end it by force if it does not."""
+    """Terminate a program at the end of the block, and kill it if it does not end."""
     try:
         yield
     finally:
@@ -23,7 +23,7 @@ def ended_afterwards(process: "subprocess.Popen[bytes]") -> Generator[None]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on."""
+    """Return unused ports of 127.0.0.1."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

@@ -1,4 +1,4 @@
-"""An array of jobs that share the shards of one set out, one of them killed while it writes."""
+"""An array of jobs that share the shards of one dataset, one of them killed during a write."""
 
 import sys
 from pathlib import Path
@@ -7,13 +7,13 @@ import pytest
 
 from tests.slurm.conftest import Launch, Submit
 from tests.slurm.test_launch import jobs_of
-from tests.slurm.test_scripts import stand_in
+from tests.slurm.test_scripts import stub_tool
 from vqd_scale.data.shards.shard_index import ShardSet
 
 pytestmark = pytest.mark.slurm
 WORKERS = 4
 
-# A shard is flushed before it gets its name: then it is whole, but nobody may take it for that yet.
+# A shard is flushed before it is renamed: at that moment it is complete but not yet valid.
 KILLED_MID_SHARD = f"""
 if [ "$SLURM_ARRAY_TASK_ID" = 2 ] && [ "${{SLURM_RESTART_COUNT:-0}}" = 0 ]; then
     exec {sys.executable} -c '
@@ -33,32 +33,32 @@ exec {sys.executable} "$@"
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Of the set's tars, as its index says; the set is whole."""
+    """Return the digests of a complete dataset's tars from its index."""
     return {shard.path.name: shard.sha256 for shard in ShardSet.open(folder).shards}
 
 
-def test_an_array_of_four_with_one_killed_makes_the_same_set(submit: Submit, embedded: Path) -> None:
+def test_array_of_four_with_a_killed_task_writes_equal_shards(submit: Submit, shapes_folder: Path) -> None:
     out, cluster = submit.folder / "tokens", submit.cluster
     submitted = submit(
         "tokenize_laion.sh",
         f"output={out}",
         options=("--nodes=1", f"--array=0-{WORKERS - 1}", f"--output={submit.folder / 'job-%a.log'}"),
-        CONFIG=str(embedded / "tokenize-train.yaml"),
-        PYTHON=stand_in(submit.folder, KILLED_MID_SHARD),
+        CONFIG=str(shapes_folder / "tokenize-train.yaml"),
+        PYTHON=stub_tool(submit.folder, KILLED_MID_SHARD),
     )
     for worker in range(WORKERS):
         job = cluster.finished(f"{submitted.number}_{worker}")
         log = (submit.folder / f"job-{worker}.log").read_text()
         assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, int(worker == 2)), log
-    assert digests(out) == digests(embedded / "tokens" / "train")
+    assert digests(out) == digests(shapes_folder / "tokens" / "train")
     assert not list(out.glob("*.tar.partial"))
 
 
-def test_launched_through_submitit(submit: Submit, launch: Launch, embedded: Path) -> None:
+def test_launch_through_submitit(submit: Submit, launch: Launch, shapes_folder: Path) -> None:
     out = submit.folder / "tokens"
-    config = str(embedded / "tokenize-train.yaml")
-    done = launch("tokenize", config, f"output={out}", "--workers", "2")
-    assert done.code == 0, done.complained
-    for job in jobs_of(done.said):
+    config = str(shapes_folder / "tokenize-train.yaml")
+    answer = launch("tokenize", config, f"output={out}", "--num-workers", "2")
+    assert answer.code == 0, answer.errors
+    for job in jobs_of(answer.output):
         assert submit.cluster.finished(job).state == "COMPLETED"
-    assert digests(out) == digests(embedded / "tokens" / "train")
+    assert digests(out) == digests(shapes_folder / "tokens" / "train")

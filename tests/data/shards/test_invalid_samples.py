@@ -1,4 +1,4 @@
-"""A set with one of each thing that goes wrong in sets of millions."""
+"""A dataset with one sample of each known defect."""
 
 import io
 import itertools
@@ -15,13 +15,14 @@ from PIL import Image
 
 from vqd_scale.cli.make_shards import main
 from vqd_scale.core.errors import UserError
+from vqd_scale.data.config import StreamConfig
 from vqd_scale.data.loading.batch import ImageBatch
 from vqd_scale.data.loading.sample_readers import ImageSamples
-from vqd_scale.data.loading.stream import Stream, StreamConfig
+from vqd_scale.data.loading.stream import Stream
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.transforms import NearCenterCrop
 
-GOOD = 24
+VALID_SAMPLES = 24
 """Sound samples in each of two tars."""
 
 
@@ -33,7 +34,7 @@ def jpeg(number: int) -> bytes:
 
 
 def png_bomb() -> bytes:
-    """40,000 x 40,000 pixels, nearly five gigabytes, by a header and a kilobyte."""
+    """Return a kilobyte whose header declares 40,000 x 40,000 pixels, nearly five gigabytes."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
@@ -90,51 +91,53 @@ def poisoned(tmp_path: Path) -> Path:
     folder = tmp_path / "work" / "set"
     folder.mkdir(parents=True)
     poison = [member for members in POISON.values() for member in members]
-    good = [[m for n in range(GOOD) for m in sample(f"{tar}-{n}", 100 * tar + n)] for tar in range(3)]
-    write_tar(folder / "00000.tar", good[0] + poison)
-    write_tar(folder / "00001.tar", good[1])
-    write_tar(folder / "00002.tar", good[2])
+    valid_members = [
+        [m for n in range(VALID_SAMPLES) for m in sample(f"{tar}-{n}", 100 * tar + n)] for tar in range(3)
+    ]
+    write_tar(folder / "00000.tar", valid_members[0] + poison)
+    write_tar(folder / "00001.tar", valid_members[1])
+    write_tar(folder / "00002.tar", valid_members[2])
     cut = folder / "00002.tar"
-    # In the picture of the ninth sample.
+    # In the image of the ninth sample.
     with tarfile.open(cut) as archive:
         place = archive.getmember("2-8.jpg").offset_data
     cut.write_bytes(cut.read_bytes()[: place + 100])
     return folder
 
 
-def test_each_is_counted_with_its_reason_and_the_rest_is_used(
+def test_invalid_samples_are_counted_by_reason(
     poisoned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(poisoned.parent)
     with pytest.raises(SystemExit):
-        main(["img2dataset", "set", "--out", "index"])
+        main(["img2dataset", "set", "--output", "index"])
     assert "more than max_bad_fraction=0.01" in capsys.readouterr().err
-    main(["img2dataset", "set", "--out", "index", "max_bad_fraction=0.5"])
+    main(["img2dataset", "set", "--output", "index", "max_bad_fraction=0.5"])
     assert "6 bad, listed in index/quarantine.jsonl" in capsys.readouterr().out
     lines = [json.loads(line) for line in Path("index/quarantine.jsonl").read_text().splitlines()]
-    found = {line["key"]: line["reason"] for line in lines if line["key"]}
-    assert found == IN_THE_INDEX
+    index_reasons = {line["key"]: line["reason"] for line in lines if line["key"]}
+    assert index_reasons == IN_THE_INDEX
     assert {line["shard"] for line in lines if line["key"]} == {"00000.tar"}
     (cut,) = [line for line in lines if not line["key"]]
     assert cut["shard"] == "00002.tar"
     assert cut["reason"] == "the tar ends within '2-8.jpg'; 7 samples were found"
 
     shards = ShardSet.open(Path("index"))
-    assert shards.counts == (GOOD + len(IN_THE_STREAM), GOOD, 7)
+    assert shards.counts == (VALID_SAMPLES + len(IN_THE_STREAM), VALID_SAMPLES, 7)
     batches = epoch(Path("index"), max_bad_fraction=0.2)
     assert Counter(key for batch in batches for key in batch.keys) == Counter(
-        [f"0-{n}" for n in range(GOOD)]
+        [f"0-{n}" for n in range(VALID_SAMPLES)]
         + list(IN_THE_STREAM)
-        + [f"1-{n}" for n in range(GOOD)]
+        + [f"1-{n}" for n in range(VALID_SAMPLES)]
         + [f"2-{n}" for n in range(7)]
     )
-    bad = {
+    quarantined = {
         key
         for batch in batches
         for key, valid in zip(batch.keys, batch.valid.tolist(), strict=True)
         if not valid
     }
-    assert bad == set(IN_THE_STREAM)
+    assert quarantined == set(IN_THE_STREAM)
     for batch in batches:
         assert not batch.images[~batch.valid].any()
     lines = [json.loads(line) for line in Path("bad.jsonl").read_text().splitlines()]
@@ -145,7 +148,7 @@ def test_each_is_counted_with_its_reason_and_the_rest_is_used(
     with pytest.raises(UserError, match=r"more than max_bad_fraction=0\.01"):
         epoch(Path("index"), max_bad_fraction=0.01)
 
-    # Nothing was written beside the folder in which all this happened, nor where the names point to.
+    # Nothing was written outside the dataset's folder, nor where the members' names point to.
     assert [path.name for path in tmp_path.iterdir()] == ["work"]
     assert sorted(path.name for path in poisoned.parent.iterdir()) == ["bad.jsonl", "index", "set"]
     assert not Path("/absolute.jpg").exists()
@@ -154,7 +157,7 @@ def test_each_is_counted_with_its_reason_and_the_rest_is_used(
 def epoch(folder: Path, max_bad_fraction: float) -> list[ImageBatch]:
     count = ShardSet.open(folder).count
     config = StreamConfig(path=folder, global_batch_size=1, max_bad_fraction=max_bad_fraction)
-    pictures: Stream[ImageBatch] = Stream(
+    image_stream: Stream[ImageBatch] = Stream(
         config,
         ImageSamples(NearCenterCrop(size=32)),
         seed=0,
@@ -163,5 +166,5 @@ def epoch(folder: Path, max_bad_fraction: float) -> list[ImageBatch]:
         cursor=0,
         quarantine=Path("bad.jsonl"),
     )
-    with closing(iter(pictures)) as batches:
+    with closing(iter(image_stream)) as batches:
         return list(itertools.islice(batches, count))

@@ -1,14 +1,14 @@
-"""The embedded set, a tokenizer of it, and its tokens.
+"""The shapes dataset, its tokenizer, and its tokens.
 
-A program, since what it calls takes a while to import and is best not imported into the tests' own process:
+A separate program, because its imports are slow and should stay out of the tests' process:
 
-    python -m tests.slurm.embedded FOLDER
+    python -m tests.slurm.shapes_pipeline FOLDER
 """
 
 import sys
 from pathlib import Path
 
-from tests.slurm.recipe import CAPTIONS, written
+from tests.slurm.recipe import CAPTIONS, write_yaml
 from vqd_scale.cli import make_shards, tokenize_shards, train_tokenizer
 
 CODES, SIDE = 32, 32
@@ -33,13 +33,13 @@ TOKENIZER = {
 }
 
 
-def write_embedded(folder: Path) -> None:
-    """Shards, a tokenizer, and tokens of both parts."""
+def write_shapes_pipeline(folder: Path) -> None:
+    """Write shards, a tokenizer, and tokens of both splits."""
     shards, tokenizer = folder / "shards", folder / "tokenizer"
     sizes = ["train_samples=256", "held_out_samples=96", "samples_per_shard=32", f"image_size={SIDE}"]
     make_shards.main(["shapes", str(shards), *sizes])
     data = {"path": str(shards / "train"), "global_batch_size": 16, "shuffle_window": 32}
-    path = written(folder / "tokenizer.yaml", TOKENIZER | {"run": str(tokenizer), "data": data})
+    path = write_yaml(folder / "tokenizer.yaml", TOKENIZER | {"run": str(tokenizer), "data": data})
     train_tokenizer.main([str(path)])
     for part in ("train", "held_out"):
         values = {
@@ -49,8 +49,8 @@ def write_embedded(folder: Path) -> None:
             "size": SIDE,
             "captions": CAPTIONS,
         }
-        tokenize_shards.main([str(written(folder / f"tokenize-{part}.yaml", values))])
+        tokenize_shards.main([str(write_yaml(folder / f"tokenize-{part}.yaml", values))])
 
 
 if __name__ == "__main__":
-    write_embedded(Path(sys.argv[1]))
+    write_shapes_pipeline(Path(sys.argv[1]))

@@ -1,9 +1,9 @@
-"""Workers that tokenize and are killed, forked from a process that has imported what they need.
+"""Workers that tokenize and are killed, forked from a process that has imported their modules.
 
-    python -m tests.preparation.killed CONFIG points FOLDER POINTS
-    python -m tests.preparation.killed CONFIG moments FOLDER KILLS
+    python -m tests.preparation.kill_points CONFIG points FOLDER POINTS
+    python -m tests.preparation.kill_points CONFIG moments FOLDER KILLS
 
-Each makes numbered sets in the folder, every one of which is to be what it is without a kill.
+Each writes numbered datasets to the folder, every one of which must equal that of an uninterrupted run.
 """
 
 import json
@@ -21,14 +21,15 @@ import torch
 
 from vqd_scale.core.config import load_config
 from vqd_scale.data.shards.parallel_writer import Worker
-from vqd_scale.preparation.tokenize_shards import TokenizeConfig, tokenize_shards
+from vqd_scale.preparation.config import TokenizeConfig
+from vqd_scale.preparation.tokenize_shards import tokenize_shards
 from vqd_scale.text.clip import CaptionTokenizer
 
 WORKERS = 2
 
 
-def started(config: TokenizeConfig, worker: int, prepare: Callable[[], None] = lambda: None) -> int:
-    """Fork a worker; returns its process id."""
+def start_worker(config: TokenizeConfig, worker: int, prepare: Callable[[], None] = lambda: None) -> int:
+    """Fork a worker and return its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -41,29 +42,29 @@ def started(config: TokenizeConfig, worker: int, prepare: Callable[[], None] = l
         os._exit(1)
 
 
-def ended(pid: int) -> int:
-    """Wait for a worker; its exit code, negative if it was killed."""
+def wait_for_worker(pid: int) -> int:
+    """Wait for a worker and return its exit code, negative if it was killed."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def run(config: TokenizeConfig, worker: int) -> None:
-    """Let a worker do what is left of its shards."""
-    if ended(started(config, worker)):
+    """Run a worker on its remaining shards."""
+    if wait_for_worker(start_worker(config, worker)):
         raise SystemExit(f"worker {worker} failed")
 
 
 def killed_before(point: int) -> Callable[[], None]:
-    """A worker that kills itself instead of flushing for the so-manyth time.
+    """Return a worker that kills itself instead of its flush number ``point``.
 
     A file is flushed before it is renamed, and its folder after that: these are all moments at which what a
     kill leaves on the disk differs.
     """
 
     def prepare() -> None:
-        flush, left = os.fsync, iter(range(point, -1, -1))
+        flush, remaining_calls = os.fsync, iter(range(point, -1, -1))
 
         def flush_or_die(descriptor: int) -> None:
-            if next(left) == 0:
+            if next(remaining_calls) == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             flush(descriptor)
 
@@ -73,30 +74,30 @@ def killed_before(point: int) -> Callable[[], None]:
 
 
 def points(config: TokenizeConfig, folder: Path, count: int) -> None:
-    """For each set kill the last worker at another moment, and start it again."""
+    """Kill the last worker at another point for each dataset, and restart it."""
     one = config.model_copy(update={"output": folder / "0"})
     run(one, 1)
     for point in reversed(range(count)):
         out = config.model_copy(update={"output": folder / str(point)})
         if point:
             shutil.copytree(folder / "0", folder / str(point))
-        print(ended(started(out, 0, killed_before(point))))
+        print(wait_for_worker(start_worker(out, 0, killed_before(point))))
         run(out, 0)
 
 
-def moments(config: TokenizeConfig, folder: Path, kills: int) -> None:
-    """Kill both workers at random moments until a set is whole; set after set, so many times altogether."""
+def random_moments(config: TokenizeConfig, folder: Path, kills: int) -> None:
+    """Kill both workers at random moments until a dataset is complete; repeat until ``kills`` in total."""
     generator = random.Random(0)
     began = time.monotonic()
     run(config.model_copy(update={"output": folder / "alone"}), 0)
     longest = time.monotonic() - began
-    done, number, out = 0, 0, config
-    while done < kills:
+    kill_count, number, out = 0, 0, config
+    while kill_count < kills:
         out = config.model_copy(update={"output": folder / str(number)})
-        for pid in [started(out, worker) for worker in range(WORKERS)]:
+        for pid in [start_worker(out, worker) for worker in range(WORKERS)]:
             time.sleep(generator.random() * longest / WORKERS)
             os.kill(pid, signal.SIGKILL)
-            done += ended(pid) == -signal.SIGKILL
+            kill_count += wait_for_worker(pid) == -signal.SIGKILL
         index = out.output / "index.json"
         if index.exists() and json.loads(index.read_text(encoding="utf-8"))["complete"]:
             number += 1
@@ -107,5 +108,5 @@ def moments(config: TokenizeConfig, folder: Path, kills: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     CaptionTokenizer()(["imported once, for all of them"])
-    what = {"points": points, "moments": moments}[sys.argv[2]]
-    what(load_config(TokenizeConfig, Path(sys.argv[1]), []), Path(sys.argv[3]), int(sys.argv[4]))
+    kill_mode = {"points": points, "moments": random_moments}[sys.argv[2]]
+    kill_mode(load_config(TokenizeConfig, Path(sys.argv[1]), []), Path(sys.argv[3]), int(sys.argv[4]))

@@ -1,4 +1,4 @@
-"""Sets as MSCOCO publishes them and as img2dataset leaves them, from the download to a trained model."""
+"""Datasets in MSCOCO's and img2dataset's layouts, from the download to a trained model."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from webdataset.writer import TarWriter
 from tests.data.sources.test_coco import IDS, captions_file
 from tests.data.sources.test_img2dataset import jpeg, metadata
 from tests.preparation.test_tokenize_shards import SHAPE
-from tests.training import forked
+from tests.training import rank_processes
 from vqd_scale.cli import make_shards, tokenize_shards
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.shards.shard_io import KEY
@@ -33,7 +33,7 @@ TRAIN = {
 
 
 def coco(folder: Path) -> Path:
-    """MSCOCO 2014's training part: its archives, unpacked."""
+    """Write the unpacked archives of MSCOCO 2014's training split."""
     names = {number: f"COCO_train2014_{number:012d}.jpg" for number in IDS}
     (folder / "annotations").mkdir(parents=True)
     (folder / "train2014").mkdir()
@@ -45,7 +45,7 @@ def coco(folder: Path) -> Path:
 
 
 def laion(folder: Path) -> Path:
-    """Two tars of img2dataset's, with statistics."""
+    """Write two tars and statistics as img2dataset does."""
     folder.mkdir()
     for shard in range(2):
         rows = [metadata(6 * shard + place) | {"width": 512, "height": 384} for place in range(6)]
@@ -57,7 +57,7 @@ def laion(folder: Path) -> Path:
     return folder
 
 
-def test_from_the_download_to_a_model_of_both(tmp_path: Path) -> None:
+def test_train_on_coco_and_laion_layouts(tmp_path: Path) -> None:
     torch.manual_seed(0)
     vqgan = VQGAN(SHAPE)
     vqgan.quantize.embedding.copy_(torch.randn(9, 4) * 0.1)
@@ -68,25 +68,27 @@ def test_from_the_download_to_a_model_of_both(tmp_path: Path) -> None:
 
     make_shards.main(["coco", str(coco(tmp_path / "coco")), str(shards["coco"]), "year=2014", "split=train"])
     art = ["--config", "configs/shards/laion-art.yaml"]
-    make_shards.main(["img2dataset", str(laion(tmp_path / "laion")), "--out", str(shards["laion"]), *art])
+    make_shards.main(["img2dataset", str(laion(tmp_path / "laion")), "--output", str(shards["laion"]), *art])
     for name in shards:
         for worker in range(2):
             paths = [f"images={shards[name]}", f"output={tokens[name]}", f"tokenizer={tmp_path}/tokenizer"]
-            which = ["--worker", str(worker), "--workers", "2"]
-            tokenize_shards.main([str(tmp_path / "tokenize.yaml"), *paths, *which])
+            worker_arguments = ["--worker", str(worker), "--num-workers", "2"]
+            tokenize_shards.main([str(tmp_path / "tokenize.yaml"), *paths, *worker_arguments])
 
-    made = {name: ShardSet.open(folder) for name, folder in tokens.items()}
-    assert made["coco"].count == len(IDS)
-    assert sum(made["coco"].captions) == sum(number % 3 + 1 for number in IDS)
-    # What the filters of laion-art accept: three words at least, pleasing, and safe.
-    assert made["laion"].count == len({1, 3, 5, 7, 9, 11} - {3, 9} - {7})
-    assert TokenSetMeta.of(made["laion"]).grid == (8, 8)
+    token_sets = {name: ShardSet.open(folder) for name, folder in tokens.items()}
+    assert token_sets["coco"].count == len(IDS)
+    assert sum(token_sets["coco"].captions) == sum(number % 3 + 1 for number in IDS)
+    # Accepted by the filters of laion-art: at least three words, a high aesthetic score, and safe.
+    assert token_sets["laion"].count == len({1, 3, 5, 7, 9, 11} - {3, 9} - {7})
+    assert TokenSetMeta.of(token_sets["laion"]).grid == (8, 8)
 
     sources = [{"path": str(folder)} for folder in tokens.values()]
     data = {"sources": sources, "global_batch_size": 4, "shuffle_window": 4, "captions": "random"}
     run = {"run": str(tmp_path / "model"), "tokenizer": str(tmp_path / "tokenizer"), "data": data}
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(TRAIN | run))
-    done = forked.run("vqd_scale.cli.train", f"{tmp_path}/train.yaml", ranks=1, said=tmp_path / "said")
-    assert done.returncode == 0, done.stderr
+    completed = rank_processes.run(
+        "vqd_scale.cli.train", f"{tmp_path}/train.yaml", ranks=1, output_folder=tmp_path / "said"
+    )
+    assert completed.returncode == 0, completed.stderr
     assert (tmp_path / "model" / "export" / "config.json").is_file()
     assert not list((tmp_path / "model").glob("quarantine*"))
