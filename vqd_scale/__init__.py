@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vqd_scale.diffusion.transition import MaskAndReplace
+    from vqd_scale.launchers.slurm import launch
     from vqd_scale.models.pipeline import TextToImage
     from vqd_scale.nn.denoiser import Denoiser
     from vqd_scale.text.clip import TextEncoder
@@ -22,6 +23,7 @@ _HOMES = {
     "TextEncoder": "vqd_scale.text.clip",
     "TextToImage": "vqd_scale.models.pipeline",
     "TrainConfig": "vqd_scale.training.tasks.config",
+    "launch": "vqd_scale.launchers.slurm",
     "train": "vqd_scale.training.loop",
 }
 
@@ -32,6 +34,7 @@ __all__ = [
     "TextEncoder",
     "TextToImage",
     "TrainConfig",
+    "launch",
     "train",
 ]
 

@@ -68,6 +68,14 @@ def posterior_rates(
 class MaskAndReplace:
     """Forward chain of VQ-Diffusion over images of discrete tokens.
 
+    >>> import torch
+    >>> from vqd_scale import MaskAndReplace
+    >>> from vqd_scale.diffusion.config import Absorbing
+    >>> transition = MaskAndReplace(Absorbing(steps=4), codes=10)
+    >>> clean, uniforms = torch.tensor([[3, 1, 4, 1]]), torch.tensor([[0.1, 0.4, 0.6, 0.9]])
+    >>> transition.corrupt(clean, torch.tensor([1]), uniforms)  # after two of four steps; 10 is the mask
+    tensor([[10, 10,  4,  1]])
+
     Attributes:
         codes: K, the number of codes; image tokens are 0 to K-1.
         mask: Token id of the mask, K.

@@ -1,44 +1,25 @@
 """CLIP metrics of image-text alignment: CLIP score and R-precision."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float32, UInt8
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress
 from vqd_scale.core.rng import Purpose, permutation
 from vqd_scale.core.tensors import check_names, read_tensors
+from vqd_scale.evaluation.config import ClipConfig
 from vqd_scale.evaluation.extractors import checked_weights
 
-_PROGRAMS_REST = {"input_resolution", "context_length", "vocab_size"}
+_NON_WEIGHTS = {"input_resolution", "context_length", "vocab_size"}
 """Entries that are not weights, left by converting OpenAI's TorchScript archives."""
 
-PICTURE = "clip_picture"
+IMAGE = "clip_image"
 CAPTION = "clip_caption"
-
-
-class ClipConfig(Config):
-    """CLIP model for evaluation.
-
-    Attributes:
-        weights: Weights file, with open_clip's or OpenAI's names.
-        model: Model name in open_clip. OpenAI's weights need a name ending in ``-quickgelu``; a mismatch
-            raises no error.
-        sha256: SHA-256 of the weights file. If not given, any file is accepted and its digest is recorded.
-        retrieval_candidates: Number of candidate captions of R-precision, including the image's own.
-    """
-
-    weights: Path
-    model: str = "ViT-B-32-quickgelu"
-    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    retrieval_candidates: int = Field(default=100, ge=2)
 
 
 @dataclass(frozen=True)
@@ -66,7 +47,7 @@ class Clip:
         """Return L2-normalized embeddings of images and captions, on the CPU."""
         ids = self.tokenize(captions).to(self.device)
         return {
-            PICTURE: _direction(self.network.encode_image(self._prepared(images.to(self.device)))),
+            IMAGE: _direction(self.network.encode_image(self._prepared(images.to(self.device)))),
             CAPTION: _direction(self.network.encode_text(ids)),
         }
 
@@ -91,12 +72,10 @@ def load_clip(config: ClipConfig, device: torch.device) -> Clip:
 
     digest = checked_weights(config.weights, config.sha256, "CLIP", "give clip.weights=FILE.")
     if open_clip.get_model_config(config.model) is None:
-        raise UserError(
-            f"clip.model: open_clip knows no model '{config.model}'; see open_clip.list_models()."
-        )
+        raise UserError(f"clip.model: open_clip has no model '{config.model}'; see open_clip.list_models().")
     network: Any = open_clip.create_model(config.model, pretrained=None)
     state = read_tensors(config.weights)
-    state = {name: value for name, value in state.items() if name not in _PROGRAMS_REST}
+    state = {name: value for name, value in state.items() if name not in _NON_WEIGHTS}
     check_names(state, network.state_dict(), f"open_clip's {config.model}")
     network.load_state_dict(state)
     size = network.visual.image_size
@@ -104,20 +83,24 @@ def load_clip(config: ClipConfig, device: torch.device) -> Clip:
         network.eval().to(device),
         open_clip.get_tokenizer(config.model),
         size[0] if isinstance(size, tuple) else int(size),
-        {"model": config.model, "weights_sha256": digest, "among": config.retrieval_candidates},
+        {
+            "model": config.model,
+            "weights_sha256": digest,
+            "retrieval_candidates": config.retrieval_candidates,
+        },
         device,
     )
 
 
 def scores(
-    pictures: Float32[Tensor, "count width"], captions: Float32[Tensor, "count width"]
+    images: Float32[Tensor, "count width"], captions: Float32[Tensor, "count width"]
 ) -> Float32[Tensor, " count"]:
     """Return the cosine similarity of each image and its caption, the scale on which papers report 0.30."""
-    return (pictures * captions).sum(dim=1)
+    return (images * captions).sum(dim=1)
 
 
 def r_precision(
-    pictures: Float32[Tensor, "count width"], captions: Float32[Tensor, "count width"], among: int
+    images: Float32[Tensor, "count width"], captions: Float32[Tensor, "count width"], candidates: int
 ) -> float:
     """Return the fraction of images that are closer to their own caption than to random other captions.
 
@@ -126,22 +109,23 @@ def r_precision(
     Source: Park et al., "Benchmark for compositional text-to-image synthesis", 2021.
 
     Raises:
-        UserError: There are fewer captions than ``among``.
+        UserError: There are fewer captions than ``candidates``.
     """
-    count = len(pictures)
-    if count < among:
+    count = len(images)
+    if count < candidates:
         raise UserError(
-            f"CLIP-R-precision: {count} captions are fewer than clip.retrieval_candidates={among}; lower it."
+            f"CLIP R-precision: {count} captions are fewer than clip.retrieval_candidates={candidates}; "
+            "lower it."
         )
-    right = 0
+    correct = 0
     order = torch.from_numpy(permutation(0, Purpose.EVALUATION, 1, count))
-    for place, number in enumerate(progress(order.tolist(), "CLIP R-precision", count, unit="img")):
+    for position, number in enumerate(progress(order.tolist(), "CLIP R-precision", count, unit="img")):
         # The other candidates are the next ones in a random permutation of all captions.
-        others = captions[order[torch.arange(place + 1, place + among) % count]]
-        own = captions[number]
-        others = others[(others - own).abs().amax(dim=1) > 0]
-        right += bool((others @ pictures[number] < own @ pictures[number]).all())
-    return right / count
+        distractors = captions[order[torch.arange(position + 1, position + candidates) % count]]
+        caption = captions[number]
+        distractors = distractors[(distractors - caption).abs().amax(dim=1) > 0]
+        correct += bool((distractors @ images[number] < caption @ images[number]).all())
+    return correct / count
 
 
 def _direction(features: Tensor) -> Float32[Tensor, "batch width"]:

@@ -6,75 +6,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
-from pydantic import Discriminator, Field, Tag
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vqd_scale.core.atomic_io import sha256_of
-from vqd_scale.core.config import Config, kind_or
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.core.tensors import read_tensors
-from vqd_scale.tokenizers.base import to_signal
-from vqd_scale.tokenizers.registry import Tokenizer
-
-PUBLISHED_INCEPTION = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""SHA-256 of the original FID Inception weights in PyTorch format, as in torch-fidelity and pytorch-fid."""
+from vqd_scale.evaluation.config import Inception, RandomNetwork
+from vqd_scale.tokenizers.base import ImageTokenizer, to_signal
 
 FEATURES = "features"
 LOGITS = "logits"
 
 Images = UInt8[Tensor, "batch 3 height width"]
-
-
-class Inception(Config):
-    """TensorFlow's Inception of 2015 in torch-fidelity's implementation, the network of published FIDs.
-
-    Attributes:
-        weights: Weights file.
-        sha256: SHA-256 of the weights file; change it only for custom weights.
-        layer: Feature layer; standard FID uses 2048.
-    """
-
-    kind: Literal["inception"] = "inception"
-    weights: Path = Path("data/weights/weights-inception-2015-12-05-6726825d.pth")
-    sha256: str = Field(default=PUBLISHED_INCEPTION, pattern="^[0-9a-f]{64}$")
-    layer: Literal["64", "192", "768", "2048"] = "2048"
-
-
-class TokenizerLatents(Config):
-    """Spatial mean and standard deviation of each latent channel of the model's tokenizer, for small sets.
-
-    The features are blind to the tokenizer's reconstruction error, so only models with the same tokenizer are
-    comparable.
-    """
-
-    kind: Literal["tokenizer"] = "tokenizer"
-
-
-class RandomNetwork(Config):
-    """Three untrained convolutions, for testing the evaluation without downloaded weights.
-
-    Attributes:
-        features: Number of features.
-        seed: Seed of the random weights.
-    """
-
-    kind: Literal["random"] = "random"
-    features: int = Field(default=32, ge=1)
-    seed: int = Field(default=0, ge=0)
-
-
-ExtractorConfig = Annotated[
-    Annotated[Inception, Tag("inception")]
-    | Annotated[TokenizerLatents, Tag("tokenizer")]
-    | Annotated[RandomNetwork, Tag("random")],
-    Discriminator(kind_or("inception")),
-]
 
 
 @dataclass(frozen=True)
@@ -99,48 +48,35 @@ class Extractor:
         return {name: value.float().cpu() for name, value in self.columns(images).items()}
 
 
-def build_extractor(config: ExtractorConfig, tokenizer: Tokenizer, device: torch.device) -> Extractor:
-    """Build the configured extractor.
-
-    Args:
-        config: Extractor configuration.
-        tokenizer: Tokenizer of the model.
-        device: Compute device.
-
-    Raises:
-        UserError: The weights are missing or have another digest.
-    """
-    if isinstance(config, Inception):
-        return _inception(config, device)
-    if isinstance(config, TokenizerLatents):
-        return _latents(tokenizer)
-    return _random(config, device)
-
-
-def checked_weights(path: Path, sha256: str | None, what: str, where: str) -> str:
+def checked_weights(path: Path, sha256: str | None, name: str, instruction: str) -> str:
     """Verify the digest of a weights file and return it.
 
     Args:
         path: Weights file.
         sha256: Expected SHA-256; ``None`` accepts any file.
-        what: Name of the network, for error messages.
-        where: Instruction for obtaining the file, for error messages.
+        name: Name of the network, for error messages.
+        instruction: Instruction for obtaining the file, for error messages.
 
     Raises:
         UserError: The file is missing or has another digest.
     """
     if not path.is_file():
-        raise UserError(f"{path}: the weights of {what} are missing; {where}")
-    found = sha256_of(path)
-    if sha256 is not None and found != sha256:
+        raise UserError(f"{path}: the weights of {name} are missing; {instruction}")
+    digest = sha256_of(path)
+    if sha256 is not None and digest != sha256:
         raise UserError(
-            f"{path}: these are not the weights of {what} that were named: their SHA-256 is {found}, not "
-            f"{sha256}; {where}"
+            f"{path}: these are not the weights of {name} that were named: their SHA-256 is {digest}, not "
+            f"{sha256}; {instruction}"
         )
-    return found
+    return digest
 
 
-def _inception(config: Inception, device: torch.device) -> Extractor:
+def inception(config: Inception, device: torch.device) -> Extractor:
+    """Load TensorFlow's Inception of 2015.
+
+    Raises:
+        UserError: The weights are missing or have another digest.
+    """
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
     digest = checked_weights(
@@ -153,11 +89,9 @@ def _inception(config: Inception, device: torch.device) -> Extractor:
     state = io.BytesIO()
     torch.save(read_tensors(config.weights), state)
     state.seek(0)
-    wanted = [config.layer, "logits_unbiased"]
+    layers = [config.layer, "logits_unbiased"] if config.layer == "2048" else [config.layer]
     try:
-        network: nn.Module = FeatureExtractorInceptionV3(
-            "inception", wanted if config.layer == "2048" else [config.layer], state
-        )
+        network: nn.Module = FeatureExtractorInceptionV3("inception", layers, state)
     except RuntimeError as error:
         raise UserError(
             f"{config.weights}: these weights do not fit torch-fidelity's Inception "
@@ -177,7 +111,9 @@ def _inception(config: Inception, device: torch.device) -> Extractor:
     )
 
 
-def _latents(tokenizer: Tokenizer) -> Extractor:
+def tokenizer_latents(tokenizer: ImageTokenizer) -> Extractor:
+    """Return the extractor of the tokenizer's latent moments."""
+
     def columns(images: Images) -> dict[str, Tensor]:
         return {FEATURES: latent_moments(tokenizer, images)}
 
@@ -191,7 +127,7 @@ def _latents(tokenizer: Tokenizer) -> Extractor:
     return Extractor(dimension, description, columns)
 
 
-def latent_moments(tokenizer: Tokenizer, images: Images) -> Float[Tensor, "batch features"]:
+def latent_moments(tokenizer: ImageTokenizer, images: Images) -> Float[Tensor, "batch features"]:
     """Compute the spatial mean and standard deviation of each channel of the tokenizer's latents."""
     parameter = next(tokenizer.parameters())
     signal = to_signal(images.to(parameter.device)).to(parameter.dtype)
@@ -199,7 +135,8 @@ def latent_moments(tokenizer: Tokenizer, images: Images) -> Float[Tensor, "batch
     return torch.cat([latents.mean(dim=2), latents.std(dim=2)], dim=1)
 
 
-def _random(config: RandomNetwork, device: torch.device) -> Extractor:
+def random_network(config: RandomNetwork, device: torch.device) -> Extractor:
+    """Return the extractor of untrained convolutions."""
     widths = [3, 16, 32, config.features]
     layers = torch.arange(len(widths) - 1)
     kernels = [

@@ -25,7 +25,7 @@ class MeanAndDeviation:
 
 
 @dataclass(frozen=True)
-class Neighbourhoods:
+class NeighborMetrics:
     """Nearest-neighbor metrics of generated and real features.
 
     The k-NN ball of a feature is centered at it, with the distance to its k-th neighbor in its own set as the
@@ -36,18 +36,22 @@ class Neighbourhoods:
         recall: Fraction of real features inside the k-NN ball of a generated feature.
         density: Mean number of real k-NN balls that contain a generated feature, divided by k.
         coverage: Fraction of real features with a generated feature inside their k-NN ball.
-        nearest: Distance of each generated feature to the nearest real feature, float32 [drawn].
+        nearest: Distance of each generated feature to the nearest real feature, float32 [samples].
     """
 
     precision: float
     recall: float
     density: float
     coverage: float
-    nearest: Float32[Tensor, " drawn"]
+    nearest: Float32[Tensor, " samples"]
 
 
 def kernel_distance(
-    drawn: Float[Tensor, "drawn features"], real: Float[Tensor, "real features"], *, subsets: int, size: int
+    samples: Float[Tensor, "samples features"],
+    real: Float[Tensor, "real features"],
+    *,
+    subsets: int,
+    size: int,
 ) -> MeanAndDeviation:
     """Compute KID, the unbiased squared MMD under a cubic kernel, over random subsets of both sets.
 
@@ -62,18 +66,20 @@ def kernel_distance(
         kid_features_to_metric,
     )
 
-    least = min(len(drawn), len(real))
-    if least < size:
-        raise UserError(f"KID: {least} pictures are too few for subsets of {size}; set kid.size to {least}.")
-    found = kid_features_to_metric(
-        drawn.cpu(),
+    smallest = min(len(samples), len(real))
+    if smallest < size:
+        raise UserError(
+            f"KID: {smallest} images are too few for subsets of {size}; set kid.size to {smallest}."
+        )
+    metrics = kid_features_to_metric(
+        samples.cpu(),
         real.cpu(),
         kid_subsets=subsets,
         kid_subset_size=size,
         rng_seed=_SEED,
         verbose=False,
     )
-    return MeanAndDeviation(found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD])
+    return MeanAndDeviation(metrics[KEY_METRIC_KID_MEAN], metrics[KEY_METRIC_KID_STD])
 
 
 def inception_score(logits: Float[Tensor, "count classes"], splits: int) -> MeanAndDeviation:
@@ -92,63 +98,63 @@ def inception_score(logits: Float[Tensor, "count classes"], splits: int) -> Mean
 
     if len(logits) < splits:
         raise UserError(
-            f"Inception score: {len(logits)} pictures are too few for {splits} parts; lower inception_splits."
+            f"Inception score: {len(logits)} images are too few for {splits} parts; lower inception_splits."
         )
-    found = isc_features_to_metric(logits.cpu(), splits, True, _SEED)
-    return MeanAndDeviation(found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD])
+    metrics = isc_features_to_metric(logits.cpu(), splits, True, _SEED)
+    return MeanAndDeviation(metrics[KEY_METRIC_ISC_MEAN], metrics[KEY_METRIC_ISC_STD])
 
 
 @torch.no_grad()
-def neighbourhoods(
-    drawn: Float[Tensor, "drawn features"], real: Float[Tensor, "real features"], neighbours: int
-) -> Neighbourhoods:
+def neighbor_metrics(
+    samples: Float[Tensor, "samples features"], real: Float[Tensor, "real features"], neighbors: int
+) -> NeighborMetrics:
     """Compute precision and recall, density and coverage, and nearest-neighbor distances.
 
     Source: Kynkäänniemi et al., "Improved precision and recall metric for assessing generative models", 2019;
     Naeem et al., "Reliable fidelity and diversity metrics for generative models", 2020.
 
     Args:
-        drawn: Features of generated images.
+        samples: Features of generated images.
         real: Features of real images.
-        neighbours: Number of neighbors k.
+        neighbors: Number of neighbors k.
 
     Raises:
-        UserError: A set has no more than ``neighbours`` members.
+        UserError: A set has no more than ``neighbors`` members.
     """
-    if min(len(drawn), len(real)) <= neighbours:
+    if min(len(samples), len(real)) <= neighbors:
         raise UserError(
-            f"precision and recall: {min(len(drawn), len(real))} pictures are too few for {neighbours} "
-            f"neighbours; lower neighbors or take more pictures."
+            f"precision and recall: {min(len(samples), len(real))} images are too few for {neighbors} "
+            f"neighbors; lower neighbors or take more images."
         )
-    drawn, real = drawn.double(), real.double()
-    real_reach, drawn_reach = _reach(real, neighbours), _reach(drawn, neighbours)
-    reached = torch.zeros(len(drawn), dtype=torch.int64, device=drawn.device)
-    nearest = torch.full((len(drawn),), torch.inf, dtype=torch.float32, device=drawn.device)
-    recalled: list[Bool[Tensor, " part"]] = []
-    covered: list[Bool[Tensor, " part"]] = []
-    chunks = list(zip(real.split(_CHUNK), real_reach.split(_CHUNK), strict=True))
-    for part, reach in progress(chunks, "precision and recall", len(chunks)):
-        distances = _distances(part, drawn)
-        within = distances <= reach[:, None]
-        reached += within.sum(dim=0)
-        covered.append(within.any(dim=1))
-        recalled.append((distances <= drawn_reach).any(dim=1))
+    samples, real = samples.double(), real.double()
+    real_radii, sample_radii = _radii(real, neighbors), _radii(samples, neighbors)
+    ball_counts = torch.zeros(len(samples), dtype=torch.int64, device=samples.device)
+    nearest = torch.full((len(samples),), torch.inf, dtype=torch.float32, device=samples.device)
+    is_recalled: list[Bool[Tensor, " part"]] = []
+    is_covered: list[Bool[Tensor, " part"]] = []
+    chunks = list(zip(real.split(_CHUNK), real_radii.split(_CHUNK), strict=True))
+    for part, radii in progress(chunks, "precision and recall", len(chunks)):
+        distances = _distances(part, samples)
+        is_inside = distances <= radii[:, None]
+        ball_counts += is_inside.sum(dim=0)
+        is_covered.append(is_inside.any(dim=1))
+        is_recalled.append((distances <= sample_radii).any(dim=1))
         nearest = torch.minimum(nearest, distances.amin(dim=0))
-    return Neighbourhoods(
-        precision=float((reached > 0).double().mean()),
-        recall=float(torch.cat(recalled).double().mean()),
-        density=float(reached.double().mean()) / neighbours,
-        coverage=float(torch.cat(covered).double().mean()),
+    return NeighborMetrics(
+        precision=float((ball_counts > 0).double().mean()),
+        recall=float(torch.cat(is_recalled).double().mean()),
+        density=float(ball_counts.double().mean()) / neighbors,
+        coverage=float(torch.cat(is_covered).double().mean()),
         nearest=nearest.cpu(),
     )
 
 
-def _reach(features: Float64[Tensor, "count features"], neighbours: int) -> Float32[Tensor, " count"]:
+def _radii(features: Float64[Tensor, "count features"], neighbors: int) -> Float32[Tensor, " count"]:
     """Return each feature's distance to its k-th neighbor; the feature itself is the nearest of k + 1."""
     chunks = features.split(_CHUNK)
     return torch.cat(
         [
-            _distances(chunk, features).kthvalue(neighbours + 1).values
+            _distances(chunk, features).kthvalue(neighbors + 1).values
             for chunk in progress(chunks, "nearest neighbors", len(chunks))
         ]
     )

@@ -52,17 +52,17 @@ class FeatureStatistics:
         """Return the statistics with at least one further vector added."""
         return self.merge(FeatureStatistics.of(features))
 
-    def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
+    def merge(self, added: "FeatureStatistics") -> "FeatureStatistics":
         """Return the statistics of the union of both sets, at least one of which must be nonempty.
 
         Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample
         variances", 1979.
         """
-        count = self.count + other.count
-        difference = other.mean - self.mean
-        mean = self.mean + difference * (other.count / count)
-        between = torch.outer(difference, difference) * (self.count * other.count / count)
-        return FeatureStatistics(count, mean, self.scatter + other.scatter + between)
+        count = self.count + added.count
+        difference = added.mean - self.mean
+        mean = self.mean + difference * (added.count / count)
+        between = torch.outer(difference, difference) * (self.count * added.count / count)
+        return FeatureStatistics(count, mean, self.scatter + added.scatter + between)
 
     def over_ranks(self, world: World) -> "FeatureStatistics":
         """Return the statistics over all ranks, on every rank; collective, and a rank may have no vectors."""

@@ -6,6 +6,7 @@ from typing import Any
 from vqd_scale.core.atomic_io import publish_json
 from vqd_scale.core.nested import leaves
 from vqd_scale.evaluation.evaluate import Result
+from vqd_scale.evaluation.registry import METRICS
 from vqd_scale.reports.html import FiguresSection, ImageSection, Section, TextSection, html_report
 from vqd_scale.reports.plots import Series, image_grid, plot_curves, publish_image
 
@@ -19,7 +20,7 @@ def publish_result(result: Result, out: Path) -> None:
         UserError: The folder cannot be written.
     """
     image_sections: list[Section] = []
-    for number, samples in enumerate(result.shown):
+    for number, samples in enumerate(result.report_images):
         scale = max(1, 128 // samples.images.shape[1])
         path = out / f"samples-{number}.png"
         publish_image(path, image_grid(samples.images, samples.captions, columns=_COLUMNS, scale=scale))
@@ -41,7 +42,9 @@ def publish_result(result: Result, out: Path) -> None:
                 "Reference", _rows({**report["reference"], "prompts (SHA-256)": report["prompts"]}), _NOTE
             ),
             FiguresSection("Model", _rows(report["model"])),
-            TextSection("Metric definitions", _DEFINITIONS),
+            TextSection(
+                "Metric definitions", " ".join(kind.definition for kind in METRICS) + "\n\n" + _SEEDS
+            ),
         ],
     )
     # Written last: its existence marks a complete report.
@@ -58,10 +61,7 @@ def _rows(values: dict[str, Any]) -> dict[str, float | str]:
 
 
 _NOTE = "Metrics are comparable only if all of these values are equal."
-_DEFINITIONS = """Fréchet distance (FID if the features are Inception's) and KID: lower is better. Precision \
-and density measure how many samples lie among the real images; recall and coverage measure how much of the \
-real images the samples cover. CLIP score is the mean cosine similarity of a sample and its caption. \
-Alignment is the fraction of attributes that an exact pixel reader finds correct; embedded dataset only.
-
-Captions, their order and the random numbers are functions of the seeds above: the same command generates \
-the same samples on any number of ranks."""
+_SEEDS = (
+    "Captions, their order and the random numbers are functions of the seeds above: the same command "
+    "generates the same samples on any number of ranks."
+)

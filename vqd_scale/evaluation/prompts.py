@@ -2,16 +2,12 @@
 
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field
 
 from vqd_scale.core.arrays import NDArray
-from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, integers, permutation
 from vqd_scale.data.loading.sample_readers import SampleLocation, caption_of
@@ -19,50 +15,7 @@ from vqd_scale.data.shards.decode import BadSample, decode_json
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.shards.shard_io import ShardReader
 from vqd_scale.data.sources.shapes import Scene
-
-
-class Captions(Config):
-    """Captions of a dataset.
-
-    Attributes:
-        count: Number of prompts.
-        caption: Caption of an image that has several: the ``first``, a ``random`` one, or ``each`` of them.
-        shuffled: Take items in a random order instead of the order of the shards.
-        seed: Seed of the order and of the random caption.
-    """
-
-    kind: Literal["captions"] = "captions"
-    count: int = Field(default=30_000, ge=1)
-    caption: Literal["first", "random", "each"] = "random"
-    shuffled: bool = True
-    seed: int = Field(default=0, ge=0, lt=1 << 32)
-
-
-class Classes(Config):
-    """Every class equally often, in order of the classes.
-
-    Attributes:
-        count: Number of images.
-        classes: Number of classes.
-    """
-
-    kind: Literal["classes"] = "classes"
-    count: int = Field(default=50_000, ge=1)
-    classes: int = Field(default=1000, ge=1)
-
-
-class Nothing(Config):
-    """Empty prompts, for an unconditional model.
-
-    Attributes:
-        count: Number of images.
-    """
-
-    kind: Literal["nothing"] = "nothing"
-    count: int = Field(default=50_000, ge=1)
-
-
-PromptsConfig = Annotated[Captions | Classes | Nothing, Field(discriminator="kind")]
+from vqd_scale.evaluation.config import Captions, Classes, Nothing, PromptsConfig
 
 
 @dataclass(frozen=True)
@@ -102,21 +55,19 @@ def choose_prompts(config: PromptsConfig, shards: ShardSet | None) -> list[Evalu
         return [EvaluationPrompt("")] * config.count
     if shards is None:
         raise UserError("prompts: captions need the shards that they come from; give --data.")
-    members, captions = _chosen(config, shards)
-    firsts = np.cumsum([0, *shards.counts])
-    by_shard: dict[int, list[int]] = defaultdict(list)
-    for place, member in enumerate(members):
-        by_shard[int(np.searchsorted(firsts, member, side="right")) - 1].append(place)
-    found: dict[int, EvaluationPrompt] = {}
-    for number, places in sorted(by_shard.items()):
-        reader = ShardReader(shards.shards[number])
-        for place in places:
-            member = members[place] - int(firsts[number])
-            found[place] = _prompt(reader, member, captions[place], members[place])
-    return [found[place] for place in range(len(members))]
+    members, captions = _select_items(config, shards)
+    numbers, indices = (column.tolist() for column in shards.locate(np.array(members)))
+    prompts: dict[int, EvaluationPrompt] = {}
+    reader: ShardReader | None = None
+    for row in sorted(range(len(members)), key=lambda row: members[row]):
+        shard = shards.shards[numbers[row]]
+        if reader is None or reader.shard != shard:
+            reader = ShardReader(shard)
+        prompts[row] = _prompt(reader, indices[row], captions[row], members[row])
+    return [prompts[row] for row in range(len(members))]
 
 
-def digest_of(prompts: Sequence[EvaluationPrompt]) -> str:
+def prompts_digest(prompts: Sequence[EvaluationPrompt]) -> str:
     """Return the hex SHA-256 of the ordered prompts: key, caption index and text of each."""
     digest = hashlib.sha256()
     for prompt in prompts:
@@ -124,7 +75,7 @@ def digest_of(prompts: Sequence[EvaluationPrompt]) -> str:
     return digest.hexdigest()
 
 
-def _chosen(config: Captions, shards: ShardSet) -> tuple[list[int], list[int]]:
+def _select_items(config: Captions, shards: ShardSet) -> tuple[list[int], list[int]]:
     """Return the sample index and caption index of each selected item."""
     if config.caption == "each":
         counts = _caption_counts(shards)
@@ -135,14 +86,14 @@ def _chosen(config: Captions, shards: ShardSet) -> tuple[list[int], list[int]]:
         all_captions = np.zeros(shards.count, np.int64)
     items = len(all_members)
     if items < config.count:
-        what = "captions" if config.caption == "each" else "pictures with captions"
-        raise UserError(f"{shards.folder}: holds {items} {what}, fewer than prompts.count={config.count}.")
+        kind = "captions" if config.caption == "each" else "images with captions"
+        raise UserError(f"{shards.folder}: holds {items} {kind}, fewer than prompts.count={config.count}.")
     order = permutation(config.seed, Purpose.EVALUATION, 0, items) if config.shuffled else np.arange(items)
     members, captions = all_members[order[: config.count]], all_captions[order[: config.count]]
     if config.caption == "random":
         # One random number per sample of the dataset, so the choice is independent of ``count``.
-        draws = integers(config.seed, Purpose.CAPTION_CHOICE, 0, shards.count)[members]
-        captions = draws * _caption_counts(shards)[members] >> 32
+        words = integers(config.seed, Purpose.CAPTION_CHOICE, 0, shards.count)[members]
+        captions = words * _caption_counts(shards)[members] >> 32
     return members.tolist(), captions.tolist()
 
 

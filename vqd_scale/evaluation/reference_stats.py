@@ -6,17 +6,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64
-from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vqd_scale.core.atomic_io import Location, published
-from vqd_scale.core.config import Config
+from vqd_scale.core.atomic_io import published
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.tensors import write_tensors
 from vqd_scale.core.world import World
@@ -24,34 +22,15 @@ from vqd_scale.data.shards.decode import BadSample, decode_image, image_extensio
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.shards.shard_io import ShardReader
 from vqd_scale.data.transforms import CenterCrop
+from vqd_scale.evaluation.config import ReferenceConfig
 from vqd_scale.evaluation.extractors import FEATURES, Extractor
 from vqd_scale.evaluation.frechet import FeatureStatistics
 from vqd_scale.evaluation.prompts import EvaluationPrompt
-from vqd_scale.evaluation.resumable_chunks import ResumableChunks, digest, first_difference
+from vqd_scale.evaluation.resumable_chunks import ResumableChunks, digest, first_difference, statistics_of
 
 _PART = 256
 _PROVENANCE = "provenance"
 _FILTER = "bicubic, anti-aliased, 8 bits"
-
-
-class ReferenceConfig(Config):
-    """Real images that generated ones are compared with.
-
-    Attributes:
-        data: Shards of the real images; the evaluation's own if not given. Training and validation images
-            give different figures.
-        images: ``prompted`` takes the images whose captions were chosen, once per caption; ``all`` the set.
-        repeat_to: Repeat the images in order up to this count, as the authors of VQ-Diffusion did for small
-            sets. The repetition adds no information.
-        stored_features: Number of features stored for distances that need more than mean and covariance.
-        file: File for the statistics, to be shared by several evaluations.
-    """
-
-    data: Location | None = None
-    images: Literal["prompted", "all"] = "prompted"
-    repeat_to: int | None = Field(default=None, ge=1)
-    stored_features: int = Field(default=50_000, ge=2)
-    file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -60,12 +39,12 @@ class Reference:
 
     Attributes:
         statistics: Statistics of all features.
-        kept: Stored subset of the features, float32 [kept, features].
+        features: Stored subset of the features, float32 [stored, features].
         provenance: Everything the statistics depend on.
     """
 
     statistics: FeatureStatistics
-    kept: Float32[Tensor, "kept features"]
+    features: Float32[Tensor, "stored features"]
     provenance: dict[str, Any]
 
 
@@ -100,17 +79,16 @@ def reference_of(
     if world.any(not file.exists()):
         parts = ResumableChunks(file.with_name(f"{file.name}.parts"), len(members), _PART)
         parts.begin({"provenance": provenance}, world)
-        pictures = _Pictures(shards, CenterCrop(size=size))
+        images = _Images(shards, members, CenterCrop(size=size))
 
         def make(numbers: range) -> dict[str, Tensor]:
-            images = torch.stack([pictures(members[number]) for number in numbers])
-            return {FEATURES: extractor(images)[FEATURES]}
+            return {FEATURES: extractor(torch.stack(list(map(images, numbers))))[FEATURES]}
 
         parts.work(make, world, "reference", stop)
-        statistics = _statistics(parts, repeats, extractor.dimension, world)
+        statistics = statistics_of(parts, extractor.dimension, world, repeats)
 
         def store() -> None:
-            _store(file, statistics, _kept(parts, config.stored_features), provenance)
+            _store(file, statistics, _stored_features(parts, config.stored_features), provenance)
             shutil.rmtree(parts.folder)
 
         world.on_first_rank(store)
@@ -119,23 +97,23 @@ def reference_of(
 
 def _members(
     config: ReferenceConfig, shards: ShardSet, prompts: Sequence[EvaluationPrompt]
-) -> tuple[list[int], Int64[Tensor, " pictures"]]:
+) -> tuple[list[int], Int64[Tensor, " images"]]:
     """Return the indices of the selected samples, and the multiplicity of each."""
     if config.images == "all":
         members, counts = list(range(shards.count)), [1] * shards.count
     else:
-        chosen = Counter(prompt.member for prompt in prompts)
-        members = sorted(chosen)
-        counts = [chosen[member] for member in members]
+        uses = Counter(prompt.member for prompt in prompts)
+        members = sorted(uses)
+        counts = [uses[member] for member in members]
     repeats = torch.tensor(counts)
     if config.repeat_to is not None:
-        whole, rest = divmod(config.repeat_to, len(members))
-        if int(repeats.max()) > 1 or whole < 1:
+        full, remainder = divmod(config.repeat_to, len(members))
+        if int(repeats.max()) > 1 or full < 1:
             raise UserError(
-                f"reference.repeat_to: {len(members)} pictures that count up to {int(repeats.max())} times "
+                f"reference.repeat_to: {len(members)} images that count up to {int(repeats.max())} times "
                 f"cannot be repeated up to {config.repeat_to}; leave it out."
             )
-        repeats = torch.full_like(repeats, whole) + (torch.arange(len(members)) < rest)
+        repeats = torch.full_like(repeats, full) + (torch.arange(len(members)) < remainder)
     return members, repeats
 
 
@@ -149,90 +127,80 @@ def _provenance(
 ) -> dict[str, Any]:
     return {
         "set": digest([list(shards.names), list(shards.counts), list(shards.digests or shards.sizes)]),
-        "pictures": len(members),
+        "images": len(members),
         "counted": int(repeats.sum()),
         "members": digest([list(members), repeats.tolist()]),
-        "kept": min(config.stored_features, len(members)),
-        "crop": "the short side resized, the centre square cut",
+        "stored_features": min(config.stored_features, len(members)),
+        "crop": "the short side resized, the center square cut",
         "size": size,
         "filter": _FILTER,
         "extractor": extractor.description,
     }
 
 
-class _Pictures:
-    """Real images by their index in the dataset."""
+class _Images:
+    """Real images by their number among the selected samples."""
 
-    def __init__(self, shards: ShardSet, transform: CenterCrop) -> None:
-        self._shards = shards
+    def __init__(self, shards: ShardSet, members: Sequence[int], transform: CenterCrop) -> None:
+        self._shards = shards.shards
+        self._locations = np.stack(shards.locate(np.array(members)), axis=1)
         self._transform = transform
-        self._firsts = np.cumsum([0, *shards.counts])
-        self._open: tuple[int, ShardReader] | None = None
+        self._reader: ShardReader | None = None
 
-    def __call__(self, member: int) -> Tensor:
-        number = int(np.searchsorted(self._firsts, member, side="right")) - 1
-        if self._open is None or self._open[0] != number:
-            self._open = (number, ShardReader(self._shards.shards[number]))
-        reader, inside = self._open[1], member - int(self._firsts[number])
+    def __call__(self, number: int) -> Tensor:
+        shard_number, inside = self._locations[number].tolist()
+        shard = self._shards[shard_number]
+        if self._reader is None or self._reader.shard != shard:
+            self._reader = ShardReader(shard)
+        reader = self._reader
         try:
             extension = image_extension(reader.extensions(inside))
             pixels = self._transform(decode_image(reader.read(inside, extension)), ())
         except BadSample as error:
             raise UserError(
                 f"{reader.shard.path}: sample '{reader.key(inside)}' {error}; a reference needs all of its "
-                f"pictures, name a set that has them with reference.data."
+                f"images, name a set that has them with reference.data."
             ) from None
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def _statistics(parts: ResumableChunks, repeats: Tensor, dimension: int, world: World) -> FeatureStatistics:
-    statistics = FeatureStatistics.empty(dimension)
-    for part in parts.numbers[world.rank :: world.size]:
-        pictures = parts.pictures(part)
-        features = parts.read(part)[FEATURES]
-        statistics = statistics.update(
-            features.repeat_interleave(repeats[pictures.start : pictures.stop], dim=0)
-        )
-    return statistics.over_ranks(world)
-
-
-def _kept(parts: ResumableChunks, kept: int) -> Float32[Tensor, "kept features"]:
-    """Read the features of evenly spaced images."""
-    least = min(kept, parts.count)
-    places = (torch.arange(least) * parts.count) // least
-    taken: list[Tensor] = []
+def _stored_features(parts: ResumableChunks, count: int) -> Float32[Tensor, "stored features"]:
+    """Read the features of at most ``count`` evenly spaced images."""
+    count = min(count, parts.count)
+    positions = (torch.arange(count) * parts.count) // count
+    features: list[Tensor] = []
     for part in parts.numbers:
-        pictures = parts.pictures(part)
-        inside = places[(places >= pictures.start) & (places < pictures.stop)] - pictures.start
+        images = parts.images(part)
+        inside = positions[(positions >= images.start) & (positions < images.stop)] - images.start
         if len(inside):
-            taken.append(parts.read(part)[FEATURES][inside])
-    return torch.cat(taken)
+            features.append(parts.read(part)[FEATURES][inside])
+    return torch.cat(features)
 
 
-def _store(file: Path, statistics: FeatureStatistics, kept: Tensor, provenance: dict[str, Any]) -> None:
+def _store(file: Path, statistics: FeatureStatistics, features: Tensor, provenance: dict[str, Any]) -> None:
     tensors = {
         "count": torch.tensor(statistics.count),
         "mean": statistics.mean,
         "scatter": statistics.scatter,
-        "kept": kept,
+        "features": features,
     }
     with published(file) as partial:
         write_tensors(partial, tensors, {_PROVENANCE: json.dumps(provenance)})
 
 
-def _load(file: Path, wanted: dict[str, Any]) -> Reference:
+def _load(file: Path, expected: dict[str, Any]) -> Reference:
     try:
         with safe_open(file, framework="pt") as stored:
-            found: dict[str, Any] = json.loads((stored.metadata() or {})[_PROVENANCE])
-            differing = first_difference(found, json.loads(json.dumps(wanted)))
-            if differing is not None:
+            provenance: dict[str, Any] = json.loads((stored.metadata() or {})[_PROVENANCE])
+            difference = first_difference(provenance, json.loads(json.dumps(expected)))
+            if difference is not None:
                 raise UserError(
-                    f"{file}: these are statistics of other real pictures ({differing}); name another "
+                    f"{file}: these are statistics of other real images ({difference}); name another "
                     f"reference.file."
                 )
             statistics = FeatureStatistics(
                 int(stored.get_tensor("count")), stored.get_tensor("mean"), stored.get_tensor("scatter")
             )
-            return Reference(statistics, stored.get_tensor("kept"), found)
+            return Reference(statistics, stored.get_tensor("features"), provenance)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{file}: holds no statistics of real pictures ({error}).") from None
+        raise UserError(f"{file}: holds no statistics of real images ({error}).") from None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from vqd_scale.core.atomic_io import publish_json, published, read_json
@@ -21,6 +22,8 @@ from vqd_scale.core.nested import differences
 from vqd_scale.core.progress import progress_bar
 from vqd_scale.core.tensors import read_tensors, write_tensors
 from vqd_scale.core.world import World
+from vqd_scale.evaluation.extractors import FEATURES
+from vqd_scale.evaluation.frechet import FeatureStatistics
 
 _DESCRIPTION = "parts.json"
 
@@ -51,7 +54,7 @@ class ResumableChunks:
         """Indices of all chunks."""
         return range(-(-self.count // self.size))
 
-    def pictures(self, part: int) -> range:
+    def images(self, part: int) -> range:
         """Return the image indices of a chunk."""
         return range(part * self.size, min((part + 1) * self.size, self.count))
 
@@ -66,7 +69,7 @@ class ResumableChunks:
             UserError: The folder contains chunks of another computation.
         """
         complete = {"count": self.count, "size": self.size, **description}
-        reserve_folder(self.folder / _DESCRIPTION, complete, world, option="--out")
+        reserve_folder(self.folder / _DESCRIPTION, complete, world, option="--output")
 
     def work(
         self, make: Callable[[range], Columns], world: World, title: str, stop: Callable[[], bool]
@@ -88,16 +91,16 @@ class ResumableChunks:
         # first rank's list. The gather is also a barrier: no chunk is written before all lists are made.
         missing = [part for part in self.numbers if not self.path(part).exists()]
         missing = world.gathered({"missing": missing})[0]["missing"]
-        mine = missing[world.rank :: world.size]
-        total = sum(len(self.pictures(part)) for part in mine)
+        assigned = missing[world.rank :: world.size]
+        total = sum(len(self.images(part)) for part in assigned)
         with progress_bar(title, total, unit="img", quiet=not world.is_first) as bar:
-            for part in mine:
+            for part in assigned:
                 if stopped := stop():
                     break
-                columns = make(self.pictures(part))
+                columns = make(self.images(part))
                 with published(self.path(part)) as partial:
                     write_tensors(partial, columns)
-                bar.update(len(self.pictures(part)))
+                bar.update(len(self.images(part)))
         if world.any(stopped):
             raise EvaluationStopped
 
@@ -116,6 +119,26 @@ class ResumableChunks:
             UserError: A chunk is missing or damaged.
         """
         return torch.cat([self.read(part)[name] for part in self.numbers])
+
+
+def statistics_of(
+    parts: ResumableChunks, dimension: int, world: World, repeats: Int64[Tensor, " images"] | None = None
+) -> FeatureStatistics:
+    """Compute the statistics of all images' features; each rank reads its own chunks. Collective.
+
+    Args:
+        parts: Chunks with a column of features.
+        dimension: Number of features.
+        world: Ranks that share the work.
+        repeats: Multiplicity of each image; ``None`` counts every image once.
+    """
+    statistics = FeatureStatistics.empty(dimension)
+    for part in parts.numbers[world.rank :: world.size]:
+        features, images = parts.read(part)[FEATURES], parts.images(part)
+        if repeats is not None:
+            features = features.repeat_interleave(repeats[images.start : images.stop], dim=0)
+        statistics = statistics.update(features)
+    return statistics.over_ranks(world)
 
 
 def reserve_folder(path: Path, description: Mapping[str, Any], world: World, option: str) -> None:

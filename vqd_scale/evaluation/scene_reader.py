@@ -32,8 +32,8 @@ from vqd_scale.data.sources.shapes import (
 _CHUNK = 256
 """Images per chunk, to bound memory (a few megabytes at an image side of 64)."""
 
-Pixels = Float64[NDArray[np.float64], "pictures 3 pixels"]
-Gains = Float64[NDArray[np.float64], "pictures positions looks colors backgrounds"]
+Pixels = Float64[NDArray[np.float64], "images 3 pixels"]
+Gains = Float64[NDArray[np.float64], "images positions looks colors backgrounds"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class AlignmentScore:
 
 
 def attribute_accuracy(
-    images: UInt8[Tensor, "pictures 3 height width"], scenes: Sequence[Scene]
+    images: UInt8[Tensor, "images 3 height width"], scenes: Sequence[Scene]
 ) -> AlignmentScore:
     """Recognize the scene in every image and compare it with the expected scene.
 
@@ -63,26 +63,26 @@ def attribute_accuracy(
     Raises:
         ValueError: There are no images, or the numbers of images and scenes differ.
     """
-    return alignment_score(attributes_right(images, scenes), scenes[0])
+    return alignment_score(correct_attributes(images, scenes), scenes[0])
 
 
-def attributes_right(
-    images: UInt8[Tensor, "pictures 3 height width"], scenes: Sequence[Scene]
-) -> Bool[NDArray[np.bool_], "pictures attributes"]:
+def correct_attributes(
+    images: UInt8[Tensor, "images 3 height width"], scenes: Sequence[Scene]
+) -> Bool[NDArray[np.bool_], "images attributes"]:
     """Return a mask of each image's correct attributes, in the order of `Scene.attributes`.
 
     Raises:
         ValueError: There are no images, or the numbers of images and scenes differ.
     """
     if not scenes or len(images) != len(scenes):
-        raise ValueError(f"{len(images)} pictures cannot be compared with {len(scenes)} scenes")
-    found = read_scenes(images, objects=len(scenes[0].figures))
-    wanted = [list(scene.attributes().values()) for scene in scenes]
-    return np.array([list(scene.attributes().values()) for scene in found]) == np.array(wanted)
+        raise ValueError(f"{len(images)} images cannot be compared with {len(scenes)} scenes")
+    recognized = read_scenes(images, objects=len(scenes[0].figures))
+    expected = [list(scene.attributes().values()) for scene in scenes]
+    return np.array([list(scene.attributes().values()) for scene in recognized]) == np.array(expected)
 
 
-def alignment_score(right: Bool[NDArray[np.bool_], "pictures attributes"], scene: Scene) -> AlignmentScore:
-    """Summarize the result of `attributes_right`; any ``scene`` of the set supplies the attribute names."""
+def alignment_score(right: Bool[NDArray[np.bool_], "images attributes"], scene: Scene) -> AlignmentScore:
+    """Summarize the result of `correct_attributes`; any ``scene`` of the set supplies the attribute names."""
     return AlignmentScore(
         mean=float(right.mean()),
         all=float(right.all(axis=1).mean()),
@@ -90,37 +90,35 @@ def alignment_score(right: Bool[NDArray[np.bool_], "pictures attributes"], scene
     )
 
 
-def chance_accuracy(
-    images: UInt8[Tensor, "pictures 3 height width"], scenes: Sequence[Scene]
-) -> AlignmentScore:
-    """Compute the chance level: the score of the images with shuffled scenes.
+def shuffled_scenes(scenes: Sequence[Scene]) -> list[Scene]:
+    """Return the scene of another image for each image, along a fixed random cycle through all images.
 
-    Every image gets the scene of another image, along a fixed random cycle through all images.
+    The accuracy with these scenes is the chance level.
 
     Raises:
-        ValueError: There are fewer than two images.
+        ValueError: There are fewer than two scenes.
     """
     if len(scenes) < 2:
-        raise ValueError("the chance level needs two pictures or more")
+        raise ValueError("the chance level needs two images or more")
     cycle = permutation(0, Purpose.EVALUATION, 0, len(scenes)).tolist()
     followers = dict(zip(cycle, [*cycle[1:], cycle[0]], strict=True))
-    return attribute_accuracy(images, [scenes[followers[picture]] for picture in range(len(scenes))])
+    return [scenes[followers[number]] for number in range(len(scenes))]
 
 
-def read_scenes(images: UInt8[Tensor, "pictures 3 height width"], objects: int) -> list[Scene]:
+def read_scenes(images: UInt8[Tensor, "images 3 height width"], objects: int) -> list[Scene]:
     """Return each image's nearest scene, in squared distance, among all scenes with ``objects`` figures.
 
     Raises:
         ValueError: The images are not square.
     """
-    pictures, _, height, width = images.shape
+    count, _, height, width = images.shape
     if height != width:
-        raise ValueError(f"pictures of {height} x {width} pixels are not square, as scenes are")
-    found: list[Scene] = []
-    for first in range(0, pictures, _CHUNK):
+        raise ValueError(f"images of {height} x {width} pixels are not square, as scenes are")
+    scenes: list[Scene] = []
+    for first in range(0, count, _CHUNK):
         chunk = images[first : first + _CHUNK].cpu().numpy().astype(np.float64)
-        found.extend(_nearest(chunk.reshape(len(chunk), 3, -1), height, objects))
-    return found
+        scenes.extend(_nearest(chunk.reshape(len(chunk), 3, -1), height, objects))
+    return scenes
 
 
 def _nearest(pixels: Pixels, side: int, objects: int) -> list[Scene]:
@@ -128,29 +126,29 @@ def _nearest(pixels: Pixels, side: int, objects: int) -> list[Scene]:
     backgrounds = _distances_to_backgrounds(pixels)
     placements = [(position,) for position in POSITIONS] if objects == 1 else list(RELATIONS.values())
     positions = list(POSITIONS)
-    # Best figure at each position on each background: [pictures, positions, backgrounds].
+    # Best figure at each position on each background: [images, positions, backgrounds].
     flat = gains.reshape(*gains.shape[:2], -1, len(BACKGROUNDS))
-    best, which = flat.min(axis=2), flat.argmin(axis=2)
+    best, best_figures = flat.min(axis=2), flat.argmin(axis=2)
     totals = np.stack(
         [
-            backgrounds + sum(best[:, positions.index(position)] for position in places)
-            for places in placements
+            backgrounds + sum(best[:, positions.index(position)] for position in placement)
+            for placement in placements
         ],
         axis=1,
     )
-    chosen = totals.reshape(len(pixels), -1).argmin(axis=1)
+    choices = totals.reshape(len(pixels), -1).argmin(axis=1)
     return [
-        _scene(which[picture], choice % len(BACKGROUNDS), placements[choice // len(BACKGROUNDS)])
-        for picture, choice in enumerate(chosen.tolist())
+        _scene(best_figures[row], choice % len(BACKGROUNDS), placements[choice // len(BACKGROUNDS)])
+        for row, choice in enumerate(choices.tolist())
     ]
 
 
 def _scene(
-    which: Int64[NDArray[np.int64], "positions backgrounds"], background: int, positions: Sequence[str]
+    best_figures: Int64[NDArray[np.int64], "positions backgrounds"], background: int, positions: Sequence[str]
 ) -> Scene:
     figures: list[Figure] = []
     for position in positions:
-        look, color = divmod(int(which[list(POSITIONS).index(position), background]), len(COLORS))
+        look, color = divmod(int(best_figures[list(POSITIONS).index(position), background]), len(COLORS))
         shape, size = list(product(SHAPES, SIZES))[look]
         figures.append(Figure(shape, list(COLORS)[color], size, position))
     return Scene(list(BACKGROUNDS)[background], tuple(figures))
@@ -161,16 +159,16 @@ def _gains(pixels: Pixels, side: int) -> Gains:
     covers = _coverages(side)
     backgrounds = np.array(list(BACKGROUNDS.values()), np.float64)
     steps = np.array(list(COLORS.values()), np.float64)[:, None] - backgrounds
-    picture_sums = pixels @ covers.T
+    image_sums = pixels @ covers.T
     cover_sums, square_sums = covers.sum(axis=1), np.square(covers).sum(axis=1)
     # Indices: n image, h channel, m coverage, c color, b background.
-    along = np.einsum("nhm,cbh->nmcb", picture_sums, steps, optimize=True)
+    along = np.einsum("nhm,cbh->nmcb", image_sums, steps, optimize=True)
     along -= np.einsum("m,bh,cbh->mcb", cover_sums, backgrounds, steps)
     across = np.einsum("m,cbh->mcb", square_sums, np.square(steps))
     return (across - 2 * along).reshape(len(pixels), len(POSITIONS), -1, len(COLORS), len(BACKGROUNDS))
 
 
-def _distances_to_backgrounds(pixels: Pixels) -> Float64[NDArray[np.float64], "pictures backgrounds"]:
+def _distances_to_backgrounds(pixels: Pixels) -> Float64[NDArray[np.float64], "images backgrounds"]:
     """Compute each image's squared distance to each empty background, up to a constant per image."""
     backgrounds = np.array(list(BACKGROUNDS.values()), np.float64)
     return pixels.shape[2] * np.square(backgrounds).sum(axis=1) - 2 * pixels.sum(axis=2) @ backgrounds.T

@@ -7,42 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import Field
-
 from vqd_scale.core.atomic_io import publish_json
-from vqd_scale.core.config import Config, validated
+from vqd_scale.core.config import validated
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.nested import leaves, set_at
-from vqd_scale.evaluation.protocol import EvaluationConfig
+from vqd_scale.evaluation.config import SEED, EvaluationConfig, SweepConfig
 from vqd_scale.reports.html import ImageSection, Section, TableSection, TextSection, html_report
 from vqd_scale.reports.plots import Series, plot_curves
-
-SEED = "sampling.seed"
-
-
-class SweepConfig(Config):
-    """Configuration of a sweep.
-
-    Attributes:
-        evaluation: Protocol common to all evaluations.
-        axes: Values of each dotted key of the protocol, scalars or groups of keys such as
-            ``{kind: ancestral}``. All combinations are evaluated. Values of ``sampling.seed`` are
-            repetitions; the report shows their range.
-        metrics: Dotted names of the metrics in the table and the plots.
-        x_axis: Dotted key of the plots' horizontal axis; its values must be numbers.
-    """
-
-    evaluation: EvaluationConfig = EvaluationConfig()
-    axes: dict[str, tuple[Any, ...]] = Field(
-        default={
-            "sampling.sampler.steps": (10, 25, 50, 100),
-            "sampling.guidance.scale": (1.0, 2.0, 3.0, 5.0),
-            SEED: (0, 1, 2),
-        },
-        min_length=1,
-    )
-    metrics: tuple[str, ...] = Field(default=("fid", "clip_score"), min_length=1)
-    x_axis: str = "sampling.sampler.steps"
 
 
 @dataclass(frozen=True)
@@ -84,15 +55,13 @@ def points(config: SweepConfig, out: Path) -> list[tuple[str, dict[str, Any], Ev
         UserError: A key or a value is invalid.
     """
     if any(isinstance(value, str | dict) for value in config.axes.get(config.x_axis, ())):
-        raise UserError(
-            f"x_axis: the values of '{config.x_axis}' are no numbers, as a horizontal axis needs them."
-        )
+        raise UserError(f"x_axis: the values of '{config.x_axis}' are not numbers.")
     keys = [SEED, *(key for key in config.axes if key != SEED)]
     values = [
         config.axes.get(SEED, (config.evaluation.sampling.seed,)),
         *(config.axes[key] for key in keys[1:]),
     ]
-    found: list[tuple[str, dict[str, Any], EvaluationConfig]] = []
+    combinations: list[tuple[str, dict[str, Any], EvaluationConfig]] = []
     for combination in itertools.product(*values):
         settings = dict(zip(keys, combination, strict=True))
         plain = config.evaluation.model_dump(mode="json")
@@ -106,8 +75,8 @@ def points(config: SweepConfig, out: Path) -> list[tuple[str, dict[str, Any], Ev
         settings = {key: _named(value) for key, value in settings.items()}
         name = ",".join(f"{key.removeprefix('sampling.')}={value}" for key, value in settings.items())
         protocol = validated(EvaluationConfig, plain, source=f"axes: {name}")
-        found.append((name.replace("/", "_"), settings, protocol))
-    return found
+        combinations.append((name.replace("/", "_"), settings, protocol))
+    return combinations
 
 
 def grouped(rows: Sequence[Row]) -> list[Group]:
@@ -116,12 +85,12 @@ def grouped(rows: Sequence[Row]) -> list[Group]:
     for row in rows:
         by_settings.setdefault(tuple(row.settings.items()), []).append(row)
     groups: list[Group] = []
-    for settings, own in by_settings.items():
-        columns = {name: [row.figures[name] for row in own] for name in own[0].figures}
+    for settings, group_rows in by_settings.items():
+        columns = {name: [row.figures[name] for row in group_rows] for name in group_rows[0].figures}
         groups.append(
             Group(
                 dict(settings),
-                len(own),
+                len(group_rows),
                 {name: math.fsum(values) / len(values) for name, values in columns.items()},
                 {name: (min(values), max(values)) for name, values in columns.items()},
             )
@@ -142,7 +111,7 @@ def publish_sweep(
     figures: Sequence[str],
     out: Path,
     note: str,
-    more: dict[str, Any],
+    extra: dict[str, Any],
 ) -> None:
     """Write ``sweep.json`` and ``report.html``: a table with the spread over seeds, and a plot per figure.
 
@@ -153,15 +122,15 @@ def publish_sweep(
         figures: Dotted names of the metrics to show.
         out: Output folder.
         note: Text of the report's section on how it was made.
-        more: Additional content of the JSON file.
+        extra: Additional content of the JSON file.
 
     Raises:
         UserError: A metric is missing in the evaluations, or the folder cannot be written.
     """
     missing = [name for name in figures if any(name not in row.figures for row in rows)]
     if missing:
-        known = ", ".join(rows[0].figures)
-        raise UserError(f"metrics: '{missing[0]}' was not found by these evaluations; there are {known}.")
+        available = ", ".join(rows[0].figures)
+        raise UserError(f"metrics: '{missing[0]}' is none of these evaluations' metrics: {available}.")
     groups = grouped(rows)
     names = list(groups[0].settings)
     sections: list[Section] = []
@@ -187,13 +156,13 @@ def publish_sweep(
             TableSection("All", columns, table, "Means over seeds; in brackets the lowest and the highest."),
             *sections,
             TableSection(*_separations(groups, figures)),
-            TextSection("How it was made", note),
+            TextSection("Method", note),
         ],
     )
-    listed = [
+    entries = [
         {"settings": dict(row.settings), "seed": row.seed, "figures": dict(row.figures)} for row in rows
     ]
-    publish_json(out / "sweep.json", {"rows": listed, **more})
+    publish_json(out / "sweep.json", {"rows": entries, **extra})
 
 
 def figures_of(report: Mapping[str, Any]) -> dict[str, float]:
@@ -211,13 +180,13 @@ def _separations(
         if len(differing) != 1:
             continue
         name = differing[0]
-        rest = ", ".join(f"{_short(key)} {value}" for key, value in first.settings.items() if key != name)
+        fixed = ", ".join(f"{_short(key)} {value}" for key, value in first.settings.items() if key != name)
         for figure in figures:
             if not separated(first, second, figure):
                 continue
             low, high = sorted((first, second), key=lambda group: group.means[figure])
-            rows.append([figure, rest, _short(name), str(low.settings[name]), str(high.settings[name])])
-    note = "Of the pairs that are not here nothing is claimed: their seeds overlap, or there is one only."
+            rows.append([figure, fixed, _short(name), str(low.settings[name]), str(high.settings[name])])
+    note = "Pairs that are not listed overlap in some seeds, or have only one."
     return "Separated in every seed", ["figure", "at", "of", "lower", "higher"], rows, note
 
 
@@ -232,19 +201,19 @@ def _with_range(group: Group, figure: str) -> str:
 
 
 def _curves(groups: Sequence[Group], x: str, figure: str) -> list[Series]:
-    by_rest: dict[str, list[Group]] = {}
+    by_label: dict[str, list[Group]] = {}
     for group in groups:
-        rest = ", ".join(f"{_short(name)} {value}" for name, value in group.settings.items() if name != x)
-        by_rest.setdefault(rest or figure, []).append(group)
+        label = ", ".join(f"{_short(name)} {value}" for name, value in group.settings.items() if name != x)
+        by_label.setdefault(label or figure, []).append(group)
     curves: list[Series] = []
-    for rest, own in by_rest.items():
-        own = sorted(own, key=lambda group: float(group.settings[x]))
-        ranges = [group.ranges[figure] for group in own]
+    for label, points in by_label.items():
+        points = sorted(points, key=lambda group: float(group.settings[x]))
+        ranges = [group.ranges[figure] for group in points]
         curves.append(
             Series(
-                rest,
-                [float(group.settings[x]) for group in own],
-                [group.means[figure] for group in own],
+                label,
+                [float(group.settings[x]) for group in points],
+                [group.means[figure] for group in points],
                 ([low for low, _ in ranges], [high for _, high in ranges]),
             )
         )

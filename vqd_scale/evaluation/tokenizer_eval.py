@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,28 +16,35 @@ from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.atomic_io import Location, publish_json
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress_bar
-from vqd_scale.data.shards.decode import BadSample, decode_image, image_extension
+from vqd_scale.data.shards.decode import BadSample, decode_image, decode_json, image_extension
 from vqd_scale.data.shards.shard_index import ShardSet
-from vqd_scale.data.shards.shard_io import read_shard
+from vqd_scale.data.shards.shard_io import Sample, read_shard
+from vqd_scale.data.sources.shapes import Scene
 from vqd_scale.data.transforms import fitted
-from vqd_scale.evaluation.extractors import FEATURES, Inception, build_extractor
+from vqd_scale.evaluation.config import Inception
+from vqd_scale.evaluation.extractors import FEATURES
 from vqd_scale.evaluation.frechet import FeatureStatistics, frechet_distance
 from vqd_scale.evaluation.reconstruction import psnr, ssim
+from vqd_scale.evaluation.scene_reader import correct_attributes
 from vqd_scale.models.bundle import load_tokenizer
 from vqd_scale.reports.html import FiguresSection, ImageSection, Section, html_report
 from vqd_scale.reports.plots import comparison_grid, publish_image
-from vqd_scale.tokenizers.base import to_bytes, to_signal
+from vqd_scale.tokenizers.base import ImageTokenizer, to_bytes, to_signal
 from vqd_scale.tokenizers.codebook.usage import usage_of
-from vqd_scale.tokenizers.perceptual import LPIPS, LPIPSConfig, build_perceptual
-from vqd_scale.tokenizers.registry import Tokenizer
+from vqd_scale.tokenizers.config import LPIPSConfig
+from vqd_scale.tokenizers.perceptual import LPIPS
 
 Images = UInt8[Tensor, "batch 3 height width"]
 
 REPORT = "report.json"
+READER_ON_ORIGINALS = "reader_on_originals"
+READER_ON_RECONSTRUCTIONS = "reader_on_reconstructions"
+READER = (READER_ON_ORIGINALS, READER_ON_RECONSTRUCTIONS)
+"""Accuracies of the scene reader, reported if every image shows a scene of the embedded dataset."""
 _COLUMNS = 8
-_SHOWN_SIDE = 128
-_WITHOUT = "not given: no weights were named"
-_SHOWN = 16
+_EXAMPLE_SIDE = 128
+_WITHOUT = "not computed: no weights given"
+_EXAMPLES = 16
 _SMALLEST_SSIM = 11
 _LARGEST_PSNR = 100.0
 """Upper bound of a single image's PSNR in dB: a perfect reconstruction would make the mean infinite."""
@@ -79,31 +86,31 @@ class MetricNetworks:
         Raises:
             UserError: The weights cannot be read.
         """
-        network = None if lpips is None else build_perceptual(lpips)
+        network = None if lpips is None else lpips.build()
         return cls(network.to(device) if isinstance(network, LPIPS) else None, inception)
 
 
 @torch.no_grad()
 def evaluate_tokenizer(
-    tokenizer: Tokenizer,
-    pictures: Location,
+    tokenizer: ImageTokenizer,
+    data: Location,
     size: int,
     *,
     device: torch.device,
     batch: int = 32,
-    most: int | None = None,
+    max_images: int | None = None,
     lpips: LPIPS | None = None,
     inception: Inception | None = None,
 ) -> TokenizerEvaluation:
     """Evaluate a tokenizer by encoding and decoding all images of a dataset.
 
     Args:
-        tokenizer: Tokenizer, on ``device``.
-        pictures: Image shards.
+        tokenizer: ImageTokenizer, on ``device``.
+        data: Image shards.
         size: Side of the square, in pixels, to which images are resized.
         device: Compute device.
         batch: Batch size.
-        most: Maximum number of images; ``None`` evaluates all.
+        max_images: Maximum number of images; ``None`` evaluates all.
         lpips: LPIPS network; ``None`` omits LPIPS.
         inception: Inception configuration; ``None`` omits rFID.
 
@@ -112,111 +119,119 @@ def evaluate_tokenizer(
     """
     if size % tokenizer.factor:
         raise UserError(f"size: {size} is not a multiple of the tokenizer's factor {tokenizer.factor}.")
-    extractor = build_extractor(inception, tokenizer, device) if inception is not None else None
+    extractor = inception.build(tokenizer, device) if inception is not None else None
     statistics: list[FeatureStatistics | None] = [None, None]
     sums: dict[str, float] = {}
     counts = torch.zeros(tokenizer.codes, dtype=torch.int64)
-    shown: list[tuple[Tensor, Tensor]] = []
-    shards = ShardSet.open(pictures)
-    total = shards.count if most is None else min(most, shards.count)
-    stream = islice(_pictures(shards, size), total)
-    done = 0
+    examples: list[tuple[Tensor, Tensor]] = []
+    shards = ShardSet.open(data)
+    total = shards.count if max_images is None else min(max_images, shards.count)
+    stream = islice(_images(shards, size), total)
+    count = 0
+    scene_count = 0
     with progress_bar("evaluate tokenizer", total, unit="img") as bar:
-        while found := list(islice(stream, batch)):
-            originals = torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous()
+        while samples := list(islice(stream, batch)):
+            originals = torch.from_numpy(np.stack([pixels for pixels, _ in samples]))
+            originals = originals.permute(0, 3, 1, 2).contiguous()
             signal = to_signal(originals.to(device))
             tokens = tokenizer.encode(signal)
             decoded = tokenizer.decode(tokens)
-            made = to_bytes(decoded).cpu()
+            reconstructions = to_bytes(decoded).cpu()
             counts += torch.bincount(tokens.flatten().cpu(), minlength=tokenizer.codes)
-            for name, value in _figures(originals, made, signal, decoded, lpips).items():
+            figures_of_batch = _figures(originals, reconstructions, signal, decoded, lpips)
+            scenes = [scene for _, scene in samples if scene is not None]
+            scene_count += len(scenes)
+            if len(scenes) == len(samples):
+                for name, batch_images in zip(READER, (originals, reconstructions), strict=True):
+                    figures_of_batch[name] = torch.from_numpy(
+                        correct_attributes(batch_images, scenes).mean(axis=1)
+                    )
+            for name, value in figures_of_batch.items():
                 sums[name] = sums.get(name, 0.0) + float(value.double().sum())
             if extractor is not None:
-                for side, images in enumerate((originals, made)):
-                    features = extractor(images.to(device))[FEATURES]
-                    before = statistics[side]
+                for side, batch_images in enumerate((originals, reconstructions)):
+                    features = extractor(batch_images.to(device))[FEATURES]
+                    previous = statistics[side]
                     statistics[side] = (
-                        FeatureStatistics.of(features) if before is None else before.update(features)
+                        FeatureStatistics.of(features) if previous is None else previous.update(features)
                     )
-            if done < _SHOWN:
-                shown.append((originals, made))
-            done += len(found)
-            bar.update(len(found))
-    if not done:
-        raise UserError(f"{pictures}: has no picture to judge a tokenizer by.")
+            if count < _EXAMPLES:
+                examples.append((originals, reconstructions))
+            count += len(samples)
+            bar.update(len(samples))
+    if not count:
+        raise UserError(f"{data}: has no readable image.")
     usage = asdict(usage_of(counts))
     figures: dict[str, Any] = {
-        "pictures": done,
+        "images": count,
         "size": size,
         "factor": tokenizer.factor,
         **usage,
-        **{name: value / done for name, value in sums.items()},
+        **{name: total / count for name, total in sums.items() if name not in READER or scene_count == count},
     }
     real, reconstructed = statistics
     if real is not None and reconstructed is not None and extractor is not None:
         figures["rfid"] = frechet_distance(real, reconstructed)
         figures["rfid_extractor"] = extractor.description
-    originals, made = (torch.cat(side)[:_SHOWN] for side in zip(*shown, strict=True))
-    return TokenizerEvaluation(figures, originals, made)
+    originals, reconstructions = (torch.cat(side)[:_EXAMPLES] for side in zip(*examples, strict=True))
+    return TokenizerEvaluation(figures, originals, reconstructions)
 
 
 def report_tokenizers(
     tokenizers: Mapping[str, Path],
-    pictures: Location,
+    images: Location,
     size: int,
     out: Path,
-    judges: MetricNetworks,
+    networks: MetricNetworks,
     device: torch.device,
     *,
-    more: Mapping[str, Any] | None = None,
-    most: int | None = None,
+    extra: Mapping[str, Any] | None = None,
+    max_images: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate tokenizers and write report.json, report.html and an image grid of reconstructions for each.
 
     Args:
         tokenizers: Bundles by their names in the report.
-        pictures: Image shards.
+        images: Image shards.
         size: Side of the square images in pixels.
         out: Output folder.
-        judges: Networks for metrics.
+        networks: Networks for metrics.
         device: Compute device.
-        more: Additional content of report.json.
-        most: Maximum number of images; ``None`` evaluates all.
+        extra: Additional content of report.json.
+        max_images: Maximum number of images; ``None`` evaluates all.
 
     Returns:
         Metrics of each tokenizer.
     """
-    found: dict[str, dict[str, Any]] = {}
+    metrics: dict[str, dict[str, Any]] = {}
     sections: list[Section] = []
     for number, (name, folder) in enumerate(tokenizers.items()):
         evaluation = evaluate_tokenizer(
             load_tokenizer(folder, device),
-            pictures,
+            images,
             size,
             device=device,
-            most=most,
-            lpips=judges.lpips,
-            inception=judges.inception,
+            max_images=max_images,
+            lpips=networks.lpips,
+            inception=networks.inception,
         )
-        found[name] = evaluation.figures
+        metrics[name] = evaluation.figures
         path = out / ("reconstructions.png" if number == 0 else f"reconstructions-{number}.png")
-        _draw(evaluation, path)
+        _publish_reconstructions(evaluation, path)
         rows = {
             key: value for key, value in evaluation.figures.items() if isinstance(value, int | float | str)
         }
         missing = {key: _WITHOUT for key in ("lpips", "rfid") if key not in rows}
         sections += [
             FiguresSection(name, rows | missing),
-            ImageSection(
-                f"{name}: reconstructions", path, "Pictures above, what the tokenizer makes of them below."
-            ),
+            ImageSection(f"{name}: reconstructions", path, "Top: originals. Bottom: reconstructions."),
         ]
-    publish_json(out / REPORT, {**found, **(more or {})})
+    publish_json(out / REPORT, {**metrics, **(extra or {})})
     html_report(out / "report.html", "Tokenizers", sections)
-    return found
+    return metrics
 
 
-def in_a_line(figures: Mapping[str, Any]) -> str:
+def summary_line(figures: Mapping[str, Any]) -> str:
     """Format the main metrics as one line."""
     parts = [
         f"{figures['psnr']:.2f} dB",
@@ -227,28 +242,38 @@ def in_a_line(figures: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _pictures(shards: ShardSet, size: int) -> Iterator[NDArray[np.uint8]]:
+def _images(shards: ShardSet, size: int) -> Iterator[tuple[NDArray[np.uint8], Scene | None]]:
+    """Yield the readable images, and the scenes that images of the embedded shapes dataset show."""
     for shard in shards.shards:
         for sample in read_shard(shard):
             with suppress(BadSample):
-                yield fitted(decode_image(sample[image_extension(sample)]), size)
+                yield fitted(decode_image(sample[image_extension(sample)]), size), _scene_of(sample)
+
+
+def _scene_of(sample: Sample) -> Scene | None:
+    try:
+        description = decode_json(sample.get("json", b"null"))
+    except BadSample:
+        return None
+    is_scene = isinstance(description, dict) and "figures" in description
+    return Scene.from_json(cast(dict[str, Any], description)) if is_scene else None
 
 
 def _figures(
-    originals: Images, made: Images, signal: Tensor, decoded: Tensor, lpips: LPIPS | None
+    originals: Images, reconstructions: Images, signal: Tensor, decoded: Tensor, lpips: LPIPS | None
 ) -> dict[str, Tensor]:
     """Compute the metrics of each image."""
-    found = {"psnr": psnr(originals, made).clamp(max=_LARGEST_PSNR)}
+    metrics = {"psnr": psnr(originals, reconstructions).clamp(max=_LARGEST_PSNR)}
     if min(originals.shape[-2:]) >= _SMALLEST_SSIM:
-        found["ssim"] = ssim(originals, made)
+        metrics["ssim"] = ssim(originals, reconstructions)
     if lpips is not None:
-        found["lpips"] = lpips(decoded.clamp(-1, 1), signal)
-    return found
+        metrics["lpips"] = lpips(decoded.clamp(-1, 1), signal)
+    return metrics
 
 
-def _draw(evaluation: TokenizerEvaluation, path: Path) -> None:
-    originals, made = (
+def _publish_reconstructions(evaluation: TokenizerEvaluation, path: Path) -> None:
+    originals, reconstructions = (
         images.permute(0, 2, 3, 1).numpy() for images in (evaluation.originals, evaluation.reconstructions)
     )
-    scale = max(1, _SHOWN_SIDE // originals.shape[1])
-    publish_image(path, comparison_grid(originals, made, columns=_COLUMNS, scale=scale))
+    scale = max(1, _EXAMPLE_SIDE // originals.shape[1])
+    publish_image(path, comparison_grid(originals, reconstructions, columns=_COLUMNS, scale=scale))

@@ -9,8 +9,10 @@ rank 0 and exits at once, while a checkpoint needs all ranks.
 import contextlib
 import io
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,9 +24,12 @@ from submitit.core.job_environment import JobEnvironment
 from submitit.core.logger import get_logger
 from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, JobPaths
 
-from vqd_scale.core.atomic_io import publish_json
+from vqd_scale.core.atomic_io import Location, publish_json, publish_text
+from vqd_scale.core.config import Config, to_yaml
 from vqd_scale.core.errors import USER_ERROR_EXIT_CODE, UserError
+from vqd_scale.core.provenance import modified_files, provenance
 from vqd_scale.launchers.base import (
+    copy_source,
     forward_signals,
     rank_with_user_error,
     read_exit_codes,
@@ -181,6 +186,56 @@ def _watched(process: "subprocess.Popen[bytes]", ends: Path) -> int:
                 deadline = time.monotonic() + _GRACE_SECONDS
             if time.monotonic() > deadline:
                 process.kill()
+
+
+def launch(
+    name: str,
+    commands: Sequence[Sequence[str]],
+    resources: Resources,
+    folder: Path,
+    result: Location,
+    config: Config | None = None,
+) -> Launch:
+    """Submit tools as jobs, one job for each command; a job runs a copy of the code.
+
+    >>> from pathlib import Path
+    >>> from vqd_scale import launch
+    >>> from vqd_scale.launchers.slurm import Resources
+    >>> run = Path("runs/mine")
+    >>> jobs = launch("plot", [["plot_run.py", str(run)]], Resources(cluster="debug"), Path("jobs"), run)
+    >>> [state.summary for state in jobs.states().values()]
+    ['done']
+
+    Args:
+        name: Name of the work, such as ``train``; part of the job name.
+        commands: File name of a tool, and its further arguments, for each job.
+        resources: Resources of each job.
+        folder: Folder of the jobs' files, on a file system shared by all nodes; created.
+        result: Folder of the run or of its results.
+        config: Configuration, written to a file that is the tools' first argument.
+
+    Raises:
+        UserError: Slurm is not installed, or refuses the job; nothing is left in ``folder`` then.
+    """
+    missing_parents = [path for path in folder.parents if not path.exists()]
+    try:
+        code = copy_source(folder / "code").absolute()
+        first_arguments: list[str] = []
+        if config is not None:
+            publish_text(folder / "config.yaml", to_yaml(config))
+            first_arguments = [str((folder / "config.yaml").absolute())]
+        lines = [
+            [sys.executable, str(code / "tools" / tool), *first_arguments, *arguments]
+            for tool, *arguments in commands
+        ]
+        details = {"commands": lines, **provenance(), "modified_files": modified_files()}
+        return submit(name, lines, resources, folder, code, str(result), details)
+    except UserError:
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in missing_parents:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def submit(

@@ -85,8 +85,9 @@ class GeneratedImages(Sequence[Image.Image]):
 class TextToImage:
     """Text-to-image pipeline.
 
-    >>> pipe = TextToImage.load("runs/demo/model")  # doctest: +SKIP
-    >>> pipe("a red circle on white", steps=25, guidance=2.0)[0].save("circle.png")  # doctest: +SKIP
+    >>> from vqd_scale import TextToImage
+    >>> pipe = TextToImage.load("runs/demo/model")
+    >>> pipe("a red circle on white", steps=10, guidance=2.0, progress=False)[0].save("circle.png")
 
     The prompts of a class-conditional model are labels. For an unconditional model, pass one empty prompt per
     image.

@@ -143,6 +143,15 @@ class TokenHead(nn.Linear):
 class Denoiser(nn.Module):
     """Network of VQ-Diffusion: noisy tokens -> logits of p(x0 | x_t, condition).
 
+    >>> import torch
+    >>> from vqd_scale import Denoiser
+    >>> from vqd_scale.nn.config import DenoiserConfig, NoCondition
+    >>> config = DenoiserConfig(width=32, layers=2, heads=2, condition=NoCondition())
+    >>> denoiser = Denoiser(config, codes=10, grid=(4, 4), steps=100)
+    >>> masks = torch.full((1, 16), 10)
+    >>> denoiser(masks, torch.tensor([99]), None).shape
+    torch.Size([1, 16, 10])
+
     Args:
         config: Shape of the transformer.
         codes: K, the number of codes; the mask has id K and no logit.

@@ -82,6 +82,14 @@ def _byte_pair_tokenizer(merges: int) -> "SimpleTokenizer":
 class TextEncoder(nn.Module):
     """Text encoder: caption ids -> features of every position; a null condition for "no caption".
 
+    >>> import torch
+    >>> from vqd_scale import TextEncoder
+    >>> from vqd_scale.text.config import Tower
+    >>> encoder = TextEncoder(Tower(context_length=8, width=32, heads=2, layers=1, bpe_merges=300))
+    >>> ids = torch.from_numpy(encoder.tokenizer(["a red circle", ""]))
+    >>> encoder(ids, torch.tensor([False, False])).shape
+    torch.Size([2, 8, 32])
+
     A trained tower is a regular submodule. A frozen tower is not registered as a submodule, because frozen
     weights must not be sharded, averaged or saved; the tower follows the device of its input.
 

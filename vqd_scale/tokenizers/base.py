@@ -26,6 +26,14 @@ class SamplingKey(NamedTuple):
 class ImageTokenizer(nn.Module, ABC):
     """Image tokenizer: images to a grid of discrete codes and back.
 
+    >>> import torch
+    >>> from vqd_scale import ImageTokenizer
+    >>> from vqd_scale.tokenizers.config import VQGANConfig
+    >>> tokenizer: ImageTokenizer = VQGANConfig(codebook_size=16, channels=32).build()
+    >>> tokens = tokenizer.encode(torch.zeros(1, 3, 32, 32))
+    >>> tokens.shape, tokenizer.decode(tokens).shape
+    (torch.Size([1, 4, 4]), torch.Size([1, 3, 32, 32]))
+
     Attributes:
         codes: K, the number of codes.
         factor: Downsampling factor: pixels per token in each direction.

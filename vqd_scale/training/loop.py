@@ -78,6 +78,16 @@ class RunResult:
 def train(task: Task[BatchType], config: RunConfig, world: World, title: str) -> RunResult:
     """Train to the configured end, resuming from the newest valid checkpoint if there is one.
 
+    >>> from pathlib import Path
+    >>> from vqd_scale import TrainConfig, train
+    >>> from vqd_scale.core.config import load_config
+    >>> from vqd_scale.core.world import join_world, leave_world
+    >>> config = load_config(TrainConfig, Path("train.yaml"), ["run=runs/mine", "total_images=16"])
+    >>> world = join_world()
+    >>> train(config.build(world), config, world, config.title)
+    RunResult(images=16, stopped=False)
+    >>> leave_world()
+
     Args:
         task: Training task.
         config: Run configuration.
@@ -182,6 +192,7 @@ class _Trainer(Generic[BatchType]):
         bar = progress_bar(
             title, self.config.total_images, initial=self.images, unit="img", quiet=not self.world.is_first
         )
+        has_replicas = self.config.engine.zero.stage < 3
         with closing(iter(stream)) as batches, bar, self.watchdog:
             self.metrics.reset()
             while not self._is_finished:
@@ -193,9 +204,7 @@ class _Trainer(Generic[BatchType]):
                 bar.update(self.batch)
                 self._log(self._validate(), bar)
                 self._sample_images()
-                if self.config.engine.zero.stage < 3 and self._is_due(
-                    self.config.health.checksum_every_images
-                ):
+                if has_replicas and self._is_due(self.config.health.checksum_every_images):
                     self.health.check_replicas(self.images, self.engine.module)
                 is_last = is_stopping or self._is_finished
                 if is_last or self._is_due(self.config.checkpoint.every_images):

@@ -72,7 +72,14 @@ class TokenRunConfig(RunConfig):
 
 
 class TrainConfig(TokenRunConfig):
-    """Configuration for training a denoiser on token shards."""
+    """Configuration for training a denoiser on token shards.
+
+    >>> from vqd_scale import TrainConfig
+    >>> data = {"path": "tokens", "global_batch_size": 256}
+    >>> config = TrainConfig(run="runs/mine", total_images=1_000_000, data=data, tokenizer="tokenizer")
+    >>> config.denoiser.layers, config.diffusion.kind, config.optim.lr
+    (19, 'paper', 0.0002)
+    """
 
     kind: Literal["denoising"] = "denoising"
     title: ClassVar[str] = "train denoiser"
