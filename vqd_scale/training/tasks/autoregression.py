@@ -63,10 +63,10 @@ class AutoregressionTask(TokenTask):
     def __init__(self, config: AutoregressionConfig, world: World) -> None:
         super().__init__(config, world)
         self.config = config
-        self.bundle = AutoregressiveBundleConfig(
+        self.bundle = bundle = AutoregressiveBundleConfig(
             codebook_size=self.meta.codes, grid=self.meta.grid, network=config.network, text=config.text
         )
-        self.module = AutoregressionStep(self.use(AutoregressiveModel(self.bundle, self.sharding)))
+        self.module = AutoregressionStep(self.use(lambda: AutoregressiveModel(bundle)))
 
     @property
     def forward_flops(self) -> int:

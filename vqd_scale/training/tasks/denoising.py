@@ -81,14 +81,14 @@ class DenoisingTask(TokenTask):
     def __init__(self, config: TrainConfig, world: World) -> None:
         super().__init__(config, world)
         self.config = config
-        self.bundle = BundleConfig(
+        self.bundle = bundle = BundleConfig(
             codebook_size=self.meta.codes,
             grid=self.meta.grid,
             denoiser=config.denoiser,
             text=config.text,
             diffusion=config.diffusion,
         )
-        model = self.use(Model(self.bundle, self.sharding))
+        model = self.use(lambda: Model(bundle))
         self.transition = MaskAndReplace(config.diffusion, self.meta.codes)
         self.module = DenoisingStep(model, Objective(self.transition, config.objective))
         self.times = TimeSampler(config.timestep_sampler, self.transition.steps, world.device)

@@ -1,6 +1,6 @@
 """Base of the tasks on token shards: data, conditioning, initial weights and export."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from vqd_scale.models.bundle import (
 from vqd_scale.models.config import AutoregressiveBundleConfig, BundleConfig
 from vqd_scale.nn.config import ClassCondition, TextCondition
 from vqd_scale.nn.layers import init_from_codebook
+from vqd_scale.nn.param_sharding import sharded
 from vqd_scale.preparation.tokenize_shards import TokenSetMeta
 from vqd_scale.training.checkpoint.init_from import load_initial_weights
 from vqd_scale.training.engine import build_param_sharding
@@ -39,7 +40,7 @@ _PREFIX = "model."
 
 
 class TokenTask(Task[TokenBatch]):
-    """Base of the tasks on token shards; a subclass calls `use` with its model.
+    """Base of the tasks on token shards; a subclass builds its model by `use`.
 
     Args:
         config: Run configuration.
@@ -47,7 +48,6 @@ class TokenTask(Task[TokenBatch]):
 
     Attributes:
         meta: Metadata of the first dataset.
-        sharding: Parameter sharding for building the model.
         bundle: Configuration of the model's bundle.
         model: Network with its conditioning.
 
@@ -65,20 +65,21 @@ class TokenTask(Task[TokenBatch]):
         datasets = [ShardSet.open(source.path, look=False) for source in config.data.mixed]
         self._metas = [(shards.folder, TokenSetMeta.of(shards)) for shards in datasets]
         self.meta = self._metas[0][1]
-        self.sharding = build_param_sharding(config.engine, world)
-        torch.manual_seed(config.seed)
 
-    def use(self, model: AnyModel) -> AnyModel:
-        """Take a new model as the trained one: check the shards, initialize its code tables, return it.
+    def use(self, build: Callable[[], AnyModel]) -> AnyModel:
+        """Build the trained model, sharded if the engine shards it; check that the shards fit it.
 
         Raises:
             UserError: The shards were produced by another tokenizer or for another caption vocabulary, or
                 mixed datasets differ in their grids; or see ``embedding_init_std``.
         """
+        torch.manual_seed(self.config.seed)
+        with sharded(build_param_sharding(self.config.engine, self.world)):
+            model = build()
+            self._samples = self._sample_kind(model)
+            self._init_code_embeddings(model)
         self.model = model
         self.units = model.network.units
-        self._samples = self._sample_kind(model)
-        self._init_code_embeddings(model)
         return model
 
     def samples(self) -> TokenSamples:
@@ -140,4 +141,4 @@ class TokenTask(Task[TokenBatch]):
                 "embeddings cannot be initialized from them; train that tokenizer until it uses its "
                 "codebook, or set this to 0."
             )
-        init_from_codebook(model.network.code_embeddings, vectors, deviation, self.sharding)
+        init_from_codebook(model.network.code_embeddings, vectors, deviation)
