@@ -1,4 +1,4 @@
-"""Sample kinds of a stream: reading the rows of a batch and collating them."""
+"""Sample kinds of a stream: read the rows of a batch and collate them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

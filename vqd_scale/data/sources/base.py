@@ -23,7 +23,7 @@ from vqd_scale.data.shards.shard_io import KEY, Sample, shard_recipes, write_sha
 from vqd_scale.data.transforms import fitted
 
 
-class Kept(Config):
+class OriginalFile(Config):
     """Original file bytes at original size, after a test decode."""
 
     kind: Literal["kept"] = "kept"
@@ -43,7 +43,7 @@ class Jpeg(Config):
     """JPEG quality of Pillow. Lower it to save space."""
 
 
-Encoding = Annotated[Kept | Png | Jpeg, Field(discriminator="kind")]
+Encoding = Annotated[OriginalFile | Png | Jpeg, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class ImageSource(Config, ABC):
     example: ClassVar[str]
     """Arguments of an example command."""
 
-    encoding: Encoding = Kept()
+    encoding: Encoding = OriginalFile()
     """Storage format of the images. With ``kept``, training can choose its own crops."""
     image_size: int = Field(default=256, ge=8, le=4096)
     """Side in pixels: the short side is resized to it and the center square cut. Unused with ``kept``."""
@@ -222,7 +222,7 @@ def _text_members(source: SourceImage) -> dict[str, Any]:
 
 
 def _image(config: ImageSource, path: Path, data: bytes, pixels: Pixels) -> dict[str, bytes]:
-    if isinstance(config.encoding, Kept):
+    if isinstance(config.encoding, OriginalFile):
         return {path.suffix.lower()[1:]: data}
     image = Image.fromarray(fitted(pixels, config.image_size))
     with io.BytesIO() as file:
