@@ -177,7 +177,7 @@ def test_near_duplicates_are_skipped(
         image_writer(tmp_path / "val" / f"{number}.jpg", number, 480, 640).with_suffix(".txt").write_text(
             "words"
         )
-    main(["imagefolder", str(tmp_path / "val"), str(tmp_path / "known"), "encoding.kind=kept"])
+    main(["imagefolder", str(tmp_path / "val"), str(tmp_path / "known"), "encoding.kind=original"])
     main(
         [
             "img2dataset",
