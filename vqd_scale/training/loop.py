@@ -317,7 +317,7 @@ class _Trainer(Generic[BatchType]):
         if restored is None:
             return None
         for prefix, component in self._stateful.items():
-            component.load_state(without_prefix(prefix, restored.state))
+            component.load_state(without_prefix(restored.state, prefix))
         return restored.images
 
     def _rewind(self, before: int) -> int | None:

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from vqd_scale.core.tensors import with_prefix, without_prefix
 from vqd_scale.models.bundle import (
     Bundle,
     Model,
@@ -16,7 +17,7 @@ from vqd_scale.models.bundle import (
     save_tokenizer,
 )
 from vqd_scale.models.config import BundleConfig
-from vqd_scale.models.exchange.key_mapping import Exchange, part_of, under
+from vqd_scale.models.exchange.key_mapping import Exchange
 from vqd_scale.text.clip import TextEncoder
 from vqd_scale.tokenizers.config import TokenizerConfig
 
@@ -47,11 +48,11 @@ class ModelPlan:
         """
         weights = self.exchange.weights()
         model = Model(self.config)
-        model.load_state_dict(part_of(weights, MODEL))
+        model.load_state_dict(without_prefix(weights, MODEL))
         if isinstance(self.tokenizer, Path):
             return Bundle(self.config, model, load_tokenizer(self.tokenizer, torch.device("cpu")))
         tokenizer = self.tokenizer.build()
-        tokenizer.load_state_dict(part_of(weights, TOKENIZER))
+        tokenizer.load_state_dict(without_prefix(weights, TOKENIZER))
         return Bundle(self.config, model, tokenizer)
 
     def save(self, folder: Path) -> None:
@@ -63,8 +64,8 @@ class ModelPlan:
         weights = self.exchange.weights()
         tokenizer = self.tokenizer
         if not isinstance(tokenizer, Path):
-            tokenizer = TokenizerWeights(tokenizer, part_of(weights, TOKENIZER))
-        save_bundle(folder, self.config, part_of(weights, MODEL), tokenizer)
+            tokenizer = TokenizerWeights(tokenizer, without_prefix(weights, TOKENIZER))
+        save_bundle(folder, self.config, without_prefix(weights, MODEL), tokenizer)
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def model_weights(config: BundleConfig, tokenizer: TokenizerConfig | Path) -> di
     with torch.device("meta"):
         network = config.denoiser.build(config.codebook_size, config.grid, config.diffusion.steps)
     return {
-        **under(f"{MODEL}text.", text),
-        **under(f"{MODEL}denoiser.", cast(nn.Module, network).state_dict()),
-        **under(TOKENIZER, {} if isinstance(tokenizer, Path) else tokenizer_weights(tokenizer)),
+        **with_prefix(f"{MODEL}text.", text),
+        **with_prefix(f"{MODEL}denoiser.", cast(nn.Module, network).state_dict()),
+        **with_prefix(TOKENIZER, {} if isinstance(tokenizer, Path) else tokenizer_weights(tokenizer)),
     }

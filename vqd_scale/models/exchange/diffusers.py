@@ -13,12 +13,12 @@ from torch import Tensor
 from vqd_scale.core.atomic_io import read_json
 from vqd_scale.core.config import validated
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.tensors import read_tensors
+from vqd_scale.core.tensors import read_tensors, with_prefix, without_prefix
 from vqd_scale.diffusion.config import Released
 from vqd_scale.models.bundle import Bundle
 from vqd_scale.models.config import BundleConfig
 from vqd_scale.models.exchange.conversion import MODEL, TOKENIZER, ModelPlan, model_weights
-from vqd_scale.models.exchange.key_mapping import Exchange, Prefixes, part_of, under
+from vqd_scale.models.exchange.key_mapping import Exchange, Prefixes
 from vqd_scale.nn.config import DenoiserConfig, TextCondition
 from vqd_scale.text.clip import CaptionTokenizer
 from vqd_scale.text.config import Tower
@@ -161,7 +161,7 @@ def plan_diffusers(folder: Path) -> ModelPlan:
     tokenizer = _autoencoder(folder)
     source_weights: dict[str, Tensor] = {}
     for component in ("transformer", "vqvae", "text_encoder", NULL):
-        source_weights |= under(f"{component}/", _weights_of(folder / component))
+        source_weights |= with_prefix(f"{component}/", _weights_of(folder / component))
     # Older versions of transformers also save the position ids 0, 1, 2, ...
     dropped = [r"text_encoder/(text_model\.)?embeddings\.position_ids"]
     if not learned:
@@ -182,13 +182,15 @@ def read_diffusers(folder: Path) -> Bundle:
 
 
 def _convert(source_weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    null = part_of(source_weights, f"{NULL}/")
+    null = without_prefix(source_weights, f"{NULL}/")
     text = {"null": null["embeddings"]} if "embeddings" in null else {}
-    text |= under("tower.", from_transformers(part_of(source_weights, "text_encoder/")))
+    text |= with_prefix("tower.", from_transformers(without_prefix(source_weights, "text_encoder/")))
     return {
-        **under(f"{MODEL}denoiser.", TRANSFORMER.from_foreign(part_of(source_weights, "transformer/"))),
-        **under(f"{MODEL}text.", text),
-        **under(TOKENIZER, from_diffusers(part_of(source_weights, "vqvae/"))),
+        **with_prefix(
+            f"{MODEL}denoiser.", TRANSFORMER.from_foreign(without_prefix(source_weights, "transformer/"))
+        ),
+        **with_prefix(f"{MODEL}text.", text),
+        **with_prefix(TOKENIZER, from_diffusers(without_prefix(source_weights, "vqvae/"))),
     }
 
 

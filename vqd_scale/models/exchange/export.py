@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from vqd_scale.core.atomic_io import publish_json, publish_text, published_folder
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.tensors import write_tensors
+from vqd_scale.core.tensors import without_prefix, write_tensors
 from vqd_scale.diffusion.config import Released
 from vqd_scale.models.bundle import Bundle
 from vqd_scale.models.exchange.diffusers import COMPONENTS, INDEX, NULL, PAD, SCHEDULE_KEYS, TRANSFORMER
-from vqd_scale.models.exchange.key_mapping import part_of
 from vqd_scale.nn.config import DenoiserConfig, TextCondition
 from vqd_scale.text.clip import CaptionTokenizer, TextEncoder
 from vqd_scale.text.open_clip import open_clip_module
@@ -65,7 +64,7 @@ def export_diffusers(bundle: Bundle, folder: Path) -> None:
             "diffusers has no counterpart of a text tower but CLIP's: QuickGELU, features of length 1."
         )
     states = {
-        "transformer": TRANSFORMER.to_foreign(part_of(bundle.model.state_dict(), "denoiser.")),
+        "transformer": TRANSFORMER.to_foreign(without_prefix(bundle.model.state_dict(), "denoiser.")),
         "vqvae": to_diffusers(_autoencoder(bundle.tokenizer)),
         "text_encoder": to_transformers(text.network.state_dict()),
         # diffusers represents embeddings that are not learned by an empty tensor.

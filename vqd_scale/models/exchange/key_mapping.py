@@ -53,16 +53,6 @@ def count_numbered(state: Mapping[str, Tensor], pattern: str) -> int:
     return 1 + max((int(match[1]) for name in state if (match := re.match(pattern, name))), default=-1)
 
 
-def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the entries under a prefix, with the prefix removed."""
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add a prefix to every name."""
-    return {prefix + name: value for name, value in state.items()}
-
-
 @dataclass(frozen=True)
 class Exchange:
     """Conversion of foreign weights to a target state dictionary.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.safe_load import read_saved, tensors_in
+from vqd_scale.core.tensors import with_prefix, without_prefix
 from vqd_scale.diffusion.config import Released
 from vqd_scale.diffusion.transition import MaskAndReplace
 from vqd_scale.models.bundle import load_tokenizer
@@ -30,7 +31,7 @@ from vqd_scale.models.exchange.conversion import (
     model_weights,
     tokenizer_weights,
 )
-from vqd_scale.models.exchange.key_mapping import Exchange, Prefixes, count_numbered, part_of, under
+from vqd_scale.models.exchange.key_mapping import Exchange, Prefixes, count_numbered
 from vqd_scale.nn.config import (
     ClassCondition,
     Condition,
@@ -165,16 +166,16 @@ def _weights_in(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: contains neither 'ema' nor 'model', as VQ-Diffusion's checkpoints do.")
     if "encoder.conv_in.weight" in last:
         return last
-    return (average or part_of(last, "transformer.")) | {
+    return (average or without_prefix(last, "transformer.")) | {
         name: tensor for name, tensor in last.items() if not name.startswith("transformer.")
     }
 
 
 def _convert(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    tokenizer = _CODEC_PREFIXES.from_foreign(part_of(weights, _CODEC))
+    tokenizer = _CODEC_PREFIXES.from_foreign(without_prefix(weights, _CODEC))
     if _MAP in weights:
-        tokenizer = {**under("full.", tokenizer), "map": weights[_MAP]}
-    return under(MODEL, _MODEL_PREFIXES.from_foreign(weights)) | under(TOKENIZER, tokenizer)
+        tokenizer = {**with_prefix("full.", tokenizer), "map": weights[_MAP]}
+    return with_prefix(MODEL, _MODEL_PREFIXES.from_foreign(weights)) | with_prefix(TOKENIZER, tokenizer)
 
 
 def _table(weights: Mapping[str, Tensor], name: str, path: Path) -> list[int]:
@@ -191,7 +192,7 @@ def _tokenizer(
         raise UserError("give --tokenizer or --reduction, not both: a tokenizer bundle contains its own map.")
     if options.tokenizer is not None:
         return options.tokenizer
-    state = _CODEC_PREFIXES.from_foreign(part_of(weights, _CODEC))
+    state = _CODEC_PREFIXES.from_foreign(without_prefix(weights, _CODEC))
     if not state:
         raise UserError(f"{path}: contains no tokenizer; give a tokenizer bundle with --tokenizer.")
     full = autoencoder_config(state, str(path))

@@ -75,7 +75,7 @@ class DiscriminatorTrainer:
         """Restore the result of `state`; each rank loads its partition."""
         partition = self.engine.partition
         for kind, flats in partition.tensors().items():
-            fill(partition, flats, without_prefix(f"{kind}.", state))
+            fill(partition, flats, without_prefix(state, f"{kind}."))
         partition.steps = int(state[_STEPS])
         partition.masters_changed()
 

@@ -110,7 +110,7 @@ class TokenTask(Task[TokenBatch]):
 
     def export(self, parameters: Mapping[str, Tensor], folder: Path) -> None:
         """Write a bundle for the pipelines of `vqd_scale.models`."""
-        save_bundle(folder, self.bundle, without_prefix(_PREFIX, parameters), self.config.tokenizer)
+        save_bundle(folder, self.bundle, without_prefix(parameters, _PREFIX), self.config.tokenizer)
 
     def _sample_kind(self, model: Model | AutoregressiveModel) -> TokenSamples:
         condition = model.condition

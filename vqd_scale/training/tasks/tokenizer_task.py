@@ -114,11 +114,11 @@ class TokenizerTask(Task[ImageBatch]):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore the result of `state`."""
         if self.codebook is not None:
-            self.codebook.load_state_dict(without_prefix(_CODEBOOK, state))
-        self.gan_losses.load_state(without_prefix(_GAN_LOSSES, state))
+            self.codebook.load_state_dict(without_prefix(state, _CODEBOOK))
+        self.gan_losses.load_state(without_prefix(state, _GAN_LOSSES))
 
     def export(self, parameters: Mapping[str, Tensor], folder: Path) -> None:
         """Write a bundle for `vqd_scale.models.bundle.load_tokenizer`."""
         # Trained weights may be sharded over the ranks: `parameters` replaces all of them.
-        weights = {**self.tokenizer.state_dict(), **without_prefix(self.prefix, parameters)}
+        weights = {**self.tokenizer.state_dict(), **without_prefix(parameters, self.prefix)}
         save_tokenizer(folder, self.shape, {name: value.cpu() for name, value in weights.items()})
