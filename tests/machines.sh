@@ -52,7 +52,7 @@ run_demo() {
 }
 
 # Run this tree's demo through a prefix such as `taskset -c 0`.
-demo() { run_demo "$work/out" "$@" .venv/bin/python tools/demo.py --fast --out "$work/out"; }
+demo() { run_demo "$work/out" "$@" .venv/bin/python tools/demo.py --fast --output "$work/out"; }
 
 # Run this tree's demo in a new namespace, after the command.
 demo_in_namespace() {

@@ -91,7 +91,7 @@ def refusal() -> str:
     return f"{reason}; take one that is on this machine: make setup PYTHON={' or PYTHON='.join(usable)}."
 
 
-def other_environment(asked: "set[str]") -> str:
+def other_environment(checks: "set[str]") -> str:
     """Return how an existing .venv differs from the one asked for, as a sentence; empty where it does not.
 
     Args:
@@ -104,10 +104,10 @@ def other_environment(asked: "set[str]") -> str:
     torch = record.read_text(encoding="utf-8").strip() if record.exists() else "lock"
     version = probe(str(ENVIRONMENT))[0]
     differences: list[str] = []
-    if "python" in asked and version[:2] != sys.version_info[:2]:
+    if "python" in checks and version[:2] != sys.version_info[:2]:
         python = ".".join(map(str, version)) or "a version that does not run"
         differences.append(f"of Python {python}, not {'.'.join(map(str, sys.version_info[:3]))}")
-    if asked - {"python"} - {torch}:
+    if checks - {"python"} - {torch}:
         differences.append(f"with TORCH={torch}")
     if not differences:
         return ""
@@ -161,14 +161,13 @@ def run(module: str) -> None:
         SystemExit: Exit code 2 where this interpreter lacks the package or something that it needs.
     """
     try:
-        importlib.import_module(module)
+        # The tool imports some packages only when it needs them.
+        importlib.import_module(module).main()
+        return
     except ModuleNotFoundError as error:
         missing = str(error.name).partition(".")[0]
         if missing == "vqd_scale" and importlib.util.find_spec(missing) is not None:
             raise
-    else:
-        sys.modules[module].main()
-        return
     remedy = f"start the tool with {ENVIRONMENT}"
     if not ENVIRONMENT.exists():
         remedy = f"run `make setup` in {TREE}, then {remedy}"
@@ -187,14 +186,14 @@ def main(arguments: "list[str]") -> None:
         for minor in supported_minors():
             print(f"3.{minor} {usable.get(minor, 'missing')}")
     elif arguments[:1] == ["check"]:
-        asked = set(arguments[1:])
-        torches = asked - {"python"}
+        checks = set(arguments[1:])
+        torches = checks - {"python"}
         if torches - {"lock", "site"}:
             sentence = f"TORCH={torches.pop()}: give site, or leave TORCH out."
         else:
-            sentence = refusal() if "python" in asked else ""
-            sentence = sentence or other_environment(asked)
-            sentence = sentence or (site_torch()[1] if asked == {"python", "site"} else "")
+            sentence = refusal() if "python" in checks else ""
+            sentence = sentence or other_environment(checks)
+            sentence = sentence or (site_torch()[1] if checks == {"python", "site"} else "")
     elif arguments == ["site-torch"]:
         folders, sentence = site_torch()
         if not sentence:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import main as benchmark
 from benchmarks.loss import (
     LossProblem,
     benchmark_loss,
@@ -17,7 +16,7 @@ from torch import Tensor
 
 
 @pytest.mark.parametrize("first_time", [0, 1, 97])
-def test_both_sides_of_the_loss_benchmark_compute_the_same_loss_and_gradient(first_time: int) -> None:
+def test_losses_and_gradients_of_both_sides_agree(first_time: int) -> None:
     problem = LossProblem(batch=3, length=40, codes=30)
     logits, tokens, noisy, _ = problem.tensors()
     t = torch.tensor([first_time, 50, 99])
@@ -27,7 +26,7 @@ def test_both_sides_of_the_loss_benchmark_compute_the_same_loss_and_gradient(fir
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-7)
 
 
-def test_nothing_is_measured_where_the_sides_differ() -> None:
+def test_differing_losses_stop_the_benchmark() -> None:
     problem = LossProblem(batch=2, length=8, codes=6)
     tensors = problem.tensors()
     same = {"ours": closed_form_loss, "alternative": log_one_hot_loss}
@@ -35,7 +34,7 @@ def test_nothing_is_measured_where_the_sides_differ() -> None:
     assert losses["ours"] == pytest.approx(losses["alternative"], rel=1e-4)
 
     def shifted(problem: LossProblem) -> Callable[..., Tensor]:
-        return lambda *given: closed_form_loss(problem)(*given) + 1e-2
+        return lambda *arguments: closed_form_loss(problem)(*arguments) + 1e-2
 
     def steeper(problem: LossProblem) -> Callable[..., Tensor]:
         def loss(logits: Tensor, tokens: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
@@ -50,13 +49,11 @@ def test_nothing_is_measured_where_the_sides_differ() -> None:
 
 
 @pytest.mark.long
-def test_the_result_says_what_was_measured_and_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        benchmark.BENCHMARKS,
-        "loss",
-        lambda rounds: benchmark_loss(rounds, LossProblem(2, 256, 500)),
+def test_result_records_measurement_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "benchmarks.loss.benchmark_loss", lambda rounds: benchmark_loss(rounds, LossProblem(2, 256, 500))
     )
-    main(["loss", "--json", str(tmp_path / "loss.json"), "--rounds", "1"])
+    main(["loss", "--output", str(tmp_path / "loss.json"), "--rounds", "1"])
     result = json.loads((tmp_path / "loss.json").read_text())
     assert {"ours", "alternative", "ratio", "memory_ratio", "machine", "versions", "commit"} <= set(result)
     assert result["ratio"] == pytest.approx(result["alternative"] / result["ours"])
@@ -65,7 +62,7 @@ def test_the_result_says_what_was_measured_and_where(tmp_path: Path, monkeypatch
     assert result["losses"]["ours"] == pytest.approx(result["losses"]["alternative"], rel=1e-4)
 
 
-def test_an_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["speed"])
     assert end.value.code == 2

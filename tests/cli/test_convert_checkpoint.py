@@ -14,22 +14,22 @@ def published(tmp_path: Path) -> Path:
     return write(tmp_path, checkpoint_of(Kind(), ITHQ_SLIM))
 
 
-def test_in_and_out_again_gives_a_folder_that_draws_the_same(published: Path, tmp_path: Path) -> None:
+def test_import_export_import_round_trip_samples_equal_images(published: Path, tmp_path: Path) -> None:
     main(["microsoft", str(published), str(tmp_path / "bundle"), "--heads", "2"])
     main(["export", str(tmp_path / "bundle"), str(tmp_path / "theirs")])
     main(["diffusers", str(tmp_path / "theirs"), str(tmp_path / "back")])
-    drawn = [
+    token_grids = [
         TextToImage.load(tmp_path / name, device="cpu")("a star", steps=3, progress=False).tensor
         for name in ("bundle", "theirs", "back")
     ]
-    assert torch.equal(drawn[0], drawn[1])
-    assert torch.equal(drawn[0], drawn[2])
+    assert torch.equal(token_grids[0], token_grids[1])
+    assert torch.equal(token_grids[0], token_grids[2])
     card = (tmp_path / "bundle" / "README.md").read_text()
     assert "Microsoft's VQ-Diffusion checkpoint 'ithq_learnable.pth'" in card
     assert "published" in json.loads((tmp_path / "back" / "config.json").read_text())["origin"]
 
 
-def test_a_dry_run_prints_the_mapping_and_writes_nothing(
+def test_dry_run_prints_mapping_and_writes_nothing(
     published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["microsoft", str(published), str(tmp_path / "bundle"), "--heads", "2", "--dry-run"])
@@ -38,9 +38,7 @@ def test_a_dry_run_prints_the_mapping_and_writes_nothing(
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_dry_run_of_what_does_not_fit_ends_as_a_mistake(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_of_mismatched_checkpoint_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = checkpoint_of(Kind(), ITHQ_SLIM)
     checkpoint["ema"]["surprise"] = torch.zeros(2)
     path = write(tmp_path, checkpoint)
@@ -61,7 +59,7 @@ def test_a_dry_run_of_what_does_not_fit_ends_as_a_mistake(
         (["export", "/nowhere", "out"], "no model bundle"),
     ],
 )
-def test_mistakes_are_one_sentence_and_code_2(
+def test_user_errors_exit_2_with_one_line(
     arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
@@ -69,11 +67,11 @@ def test_mistakes_are_one_sentence_and_code_2(
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert sentence in error
-    assert f"convert_checkpoint {arguments[0]}: " in error.replace(".py", "") or "Traceback" not in error
+    assert "Traceback" not in error
 
 
-def test_an_unknown_kind_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_kind_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["tensorflow"])
     assert end.value.code == 2
-    assert "taming" in capsys.readouterr().err
+    assert "No such command 'tensorflow'" in capsys.readouterr().err

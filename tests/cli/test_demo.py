@@ -1,4 +1,4 @@
-"""The whole road in its short form, killed at every stage; the long tests have one in peace beside it."""
+"""The short demo, killed at every stage; the long tests compare it with an uninterrupted one."""
 
 import json
 import os
@@ -23,7 +23,7 @@ WINDOW = 8
 
 def start(out: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "tools/demo.py", "--fast", "--out", str(out)],
+        [sys.executable, "tools/demo.py", "--fast", "--output", str(out)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -41,12 +41,13 @@ KILLS: list[Callable[[Path], bool]] = [
     lambda out: (out / "tokens" / "000000.tar").exists(),
     lambda out: checkpointed(out / "model"),
     lambda out: len(list((out / "samples").glob("0*.png"))) >= 32,
+    lambda out: any((out / "evaluation" / "parts").glob("*.safetensors")),
 ]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The demo's folder after a run that was killed in every stage, and what its last start printed."""
+    """Return the demo's folder after a kill in every stage, and the output of its last start."""
     out = tmp_path_factory.mktemp("demo") / "killed"
     for reached in KILLS:
         process = start(out)
@@ -55,11 +56,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         assert process.poll() is None, "the stage was over before it could be killed"
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    return out, ended(start(out))
+    return out, output_of(start(out))
 
 
-def ended(process: "subprocess.Popen[str]") -> str:
-    """What an undisturbed start printed."""
+def output_of(process: "subprocess.Popen[str]") -> str:
+    """Return the output of a demo that ends by itself."""
     printed, _ = process.communicate()
     assert process.returncode == 0, printed
     return printed
@@ -69,27 +70,27 @@ def report(out: Path) -> dict[str, Any]:
     return json.loads((out / "report.json").read_text())
 
 
-def test_report_says_what_was_reached(finished: tuple[Path, str]) -> None:
-    found = report(finished[0])
-    accuracy = found["attribute_accuracy"]
-    # A stub of any stage falls to the chance level, or below the tokenizer's bar.
+def test_report_contents(finished: tuple[Path, str]) -> None:
+    demo_report = report(finished[0])
+    accuracy = demo_report["attribute_accuracy"]
+    # A stub of any stage would give the chance level, or less than the tokenizer's threshold.
     assert accuracy["mean"] > accuracy["shuffled"] + 0.1
     assert accuracy["per_attribute"]["background"] > 0.5
-    assert found["reader_on_truth"] >= 0.995
-    assert found["tokenizer_ceiling"] > 0.6
-    assert found["tokenizer_psnr"] > 20
-    assert found["frechet_distance_of_tokenizer_features"] > 0
-    stages = ["make_shards", "train_tokenizer", "tokenize_shards", "train", "sample", "evaluate"]
-    assert list(found["seconds"]) == stages
+    assert demo_report["reader_on_truth"] >= 0.995
+    assert demo_report["tokenizer_ceiling"] > 0.6
+    assert demo_report["tokenizer_psnr"] > 20
+    assert demo_report["frechet_distance_of_tokenizer_features"] > 0
+    preparation = ["make_shards", "train_tokenizer", "evaluate_tokenizer", "tokenize_shards"]
+    assert list(demo_report["seconds"]) == [*preparation, "train", "sample", "evaluate"]
 
 
-def test_everything_that_is_promised_lies_there(finished: tuple[Path, str]) -> None:
+def test_expected_output_files_exist(finished: tuple[Path, str]) -> None:
     out, printed = finished
-    for picture in ("samples/grid.png", "evaluation/reconstructions.png", "loss.png"):
-        assert Image.open(out / picture).size[0] > 300
+    for image_file in ("samples/grid.png", "tokenizer-report/reconstructions.png", "loss.png"):
+        assert Image.open(out / image_file).size[0] > 300
     page = (out / "report.html").read_text()
     assert "data:image/png;base64" in page
-    # Nothing is fetched: no attribute is an address. Pictures in base64 may hold any letters.
+    # No attribute is a URL, so nothing is fetched. Images in base64 may contain any letters.
     assert '="http' not in page
     assert "url(" not in page
     assert (out / "shards" / "train" / "index.json").exists()
@@ -99,33 +100,33 @@ def test_everything_that_is_promised_lies_there(finished: tuple[Path, str]) -> N
     assert "Traceback" not in printed
 
 
-def test_losses_follow_the_golden_curve(finished: tuple[Path, str]) -> None:
-    """Window means, since another processor rounds otherwise and the tokens follow."""
+def test_losses_follow_golden_curve(finished: tuple[Path, str]) -> None:
+    """Compare window means, since rounding and so the tokens differ between processors."""
     rows = read_metrics(finished[0] / "model" / "metrics.jsonl")
     golden = json.loads(GOLDEN.read_text())
     assert [row["images"] for row in rows] == golden["images"]
     for first in range(0, len(rows), WINDOW):
-        found = [row["cross_entropy"] for row in rows[first : first + WINDOW]]
+        losses = [row["cross_entropy"] for row in rows[first : first + WINDOW]]
         expected = golden["cross_entropy"][first : first + WINDOW]
-        assert sum(found) / len(found) == pytest.approx(sum(expected) / len(expected), rel=0.1)
+        assert sum(losses) / len(losses) == pytest.approx(sum(expected) / len(expected), rel=0.1)
 
 
-def test_a_second_run_finds_everything_done(finished: tuple[Path, str]) -> None:
-    assert ended(start(finished[0])).count("done before") == 6
+def test_finished_demo_skips_every_stage(finished: tuple[Path, str]) -> None:
+    assert output_of(start(finished[0])).count("done before") == 7
 
 
 @pytest.mark.long
-def test_killed_in_every_stage_it_comes_to_the_same_end(finished: tuple[Path, str], tmp_path: Path) -> None:
-    out, whole = finished[0], tmp_path / "whole"
-    ended(start(whole))
-    ours, theirs = report(out), report(whole)
-    assert ours.pop("seconds").keys() == theirs.pop("seconds").keys()
-    assert ours == theirs
-    assert read_losses(out) == read_losses(whole)
+def test_demo_killed_in_every_stage_gives_equal_report(finished: tuple[Path, str], tmp_path: Path) -> None:
+    out, reference_run = finished[0], tmp_path / "whole"
+    output_of(start(reference_run))
+    report_after_kills, reference_report = report(out), report(reference_run)
+    assert report_after_kills.pop("seconds").keys() == reference_report.pop("seconds").keys()
+    assert report_after_kills == reference_report
+    assert read_losses(out) == read_losses(reference_run)
     for weights in ("tokenizer/export/model.safetensors", "model/export/model.safetensors"):
-        assert (out / weights).read_bytes() == (whole / weights).read_bytes()
-    for picture in whole.glob("samples/*.png"):
-        assert (out / "samples" / picture.name).read_bytes() == picture.read_bytes()
+        assert (out / weights).read_bytes() == (reference_run / weights).read_bytes()
+    for image_file in reference_run.glob("samples/*.png"):
+        assert (out / "samples" / image_file.name).read_bytes() == image_file.read_bytes()
 
 
 def read_losses(out: Path) -> list[float]:

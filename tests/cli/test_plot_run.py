@@ -16,20 +16,31 @@ def run_folder(path: Path) -> Path:
     return path
 
 
-def test_one_run_and_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plot_one_and_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = run_folder(tmp_path / "a"), run_folder(tmp_path / "b")
     main([str(first)])
     assert capsys.readouterr().out.strip() == str(first / "curves.png")
     assert Image.open(first / "curves.png").format == "PNG"
-    main([str(first), str(second), "--figures", "loss", "validation_bound", "--out", str(tmp_path / "c.png")])
+    main(
+        [
+            str(first),
+            str(second),
+            "--metric",
+            "loss",
+            "--metric",
+            "validation_bound",
+            "--output",
+            str(tmp_path / "c.png"),
+        ]
+    )
     assert (tmp_path / "c.png").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
-    [(["nowhere"], "there is no metrics.jsonl"), (["a", "--figures", "FID"], "has no figure 'FID'")],
+    [(["nowhere"], "there is no metrics.jsonl"), (["a", "--metric", "FID"], "has no metric 'FID'")],
 )
-def test_wrong_use_is_one_sentence(
+def test_user_errors_exit_2(
     tmp_path: Path,
     arguments: list[str],
     sentence: str,

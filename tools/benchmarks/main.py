@@ -4,58 +4,49 @@ Every benchmark writes ``ours``, ``alternative`` (seconds), ``ratio`` (alternati
 (our extra peak memory / the alternative's), ``machine``, ``versions`` and ``commit``.
 """
 
-import argparse
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from benchmarks.autoregression import benchmark_autoregression
-from benchmarks.checkpoint import benchmark_checkpoint
-from benchmarks.construction import benchmark_construction
-from benchmarks.loader import benchmark_loader
-from benchmarks.loss import benchmark_loss
-from benchmarks.plan import benchmark_plan
-from benchmarks.s3 import benchmark_s3
-from benchmarks.sample import benchmark_sample
-from benchmarks.seeding import benchmark_seeding
-from benchmarks.step import benchmark_layer, benchmark_step
+import typer
 
-from vqd_scale.cli.base import run_tool, tool_parser
+from vqd_scale.cli.base import Tool
 from vqd_scale.core.atomic_io import publish_json
-from vqd_scale.core.provenance import provenance
 
-BENCHMARKS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "autoregression": benchmark_autoregression,
-    "checkpoint": benchmark_checkpoint,
-    "construction": benchmark_construction,
-    "layer": benchmark_layer,
-    "loader": benchmark_loader,
-    "loss": benchmark_loss,
-    "plan": benchmark_plan,
-    "s3": benchmark_s3,
-    "sample": benchmark_sample,
-    "seeding": benchmark_seeding,
-    "step": benchmark_step,
-}
-"""By name: rounds -> figures."""
+Benchmark = Literal[
+    "autoregression",
+    "checkpoint",
+    "construction",
+    "layer",
+    "loader",
+    "loss",
+    "plan",
+    "s3",
+    "sample",
+    "seeding",
+    "step",
+]
+_MODULES = {"layer": "step"}
+"""Module of each benchmark that has no module of its own name."""
 
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``tools/benchmark.py``."""
-    parser = tool_parser(
-        "Measure a part of the trainer beside its alternative, on this machine, in one run.",
-        "python tools/benchmark.py loss --json runs/benchmarks/loss.json",
-    )
-    parser.add_argument("name", choices=sorted(BENCHMARKS), help="what to measure")
-    parser.add_argument("--json", type=Path, help="write the result there")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each side is timed, in turn")
-    run_tool(parser, _run, arguments)
+main = Tool()
+"""Entry point of ``tools/benchmark.py``."""
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    result = BENCHMARKS[arguments.name](arguments.rounds)
-    result |= {"benchmark": arguments.name, **provenance()}
-    if arguments.json is not None:
-        publish_json(arguments.json, result)
+@main.command("python tools/benchmark.py loss --output runs/benchmarks/loss.json")
+def benchmark(
+    name: Annotated[Benchmark, typer.Argument(metavar="NAME", help="component to measure")],
+    output: Annotated[Path | None, typer.Option(help="JSON file for the result")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="number of times that each side is timed, in turn")] = 5,
+) -> None:
+    """Measure a component beside its alternative, on this machine, in one run."""
+    from vqd_scale.core.provenance import provenance
+
+    module = importlib.import_module(f"benchmarks.{_MODULES.get(name, name)}")
+    measure: Callable[[int], dict[str, Any]] = getattr(module, f"benchmark_{name}")
+    result = measure(rounds) | {"benchmark": name, **provenance()}
+    if output is not None:
+        publish_json(output, result)
     for key, value in result.items():
         print(f"{key:>24}  {value}")

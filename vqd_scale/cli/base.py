@@ -1,63 +1,119 @@
-"""Functions shared by all command-line tools: argument parsing and exit codes."""
+"""Command lines on typer: groups of options shared by several tools, help with an example, exit codes."""
 
-import argparse
+import dataclasses
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated, Any, ParamSpec, get_args, get_origin, get_type_hints
+
+import typer
 
 from vqd_scale.core.atomic_io import Location, parse_location
 from vqd_scale.core.config import ConfigType, load_config, to_yaml
 from vqd_scale.core.errors import USER_ERROR_EXIT_CODE, FirstRankError, UserError
+from vqd_scale.core.s3 import S3Path
+
+INTERRUPTED = 130
+
+Parameters = ParamSpec("Parameters")
 
 
-def tool_parser(description: str, example: str) -> argparse.ArgumentParser:
-    """Return an argument parser whose ``--help`` ends with a complete example command."""
-    return argparse.ArgumentParser(
-        description=description,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-def add_config_arguments(parser: argparse.ArgumentParser, *, file_required: bool) -> None:
-    """Add arguments for the configuration file, ``a.b=value`` overrides and ``--print-config``."""
-    parser.add_argument(
-        "config",
-        type=Path,
-        nargs=None if file_required else "?",
-        help="YAML file: differences from the defaults",
-    )
-    add_override_arguments(parser)
-
-
-def add_override_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add arguments for ``a.b=value`` overrides and ``--print-config``, without a configuration file."""
-    parser.add_argument(
-        "overrides", nargs="*", metavar="a.b=value", help="configuration keys to set, last wins"
-    )
-    parser.add_argument("--print-config", action="store_true", help="print the whole configuration and leave")
-
-
-def config_from(
-    kind: type[ConfigType] | tuple[type[ConfigType], ...], arguments: argparse.Namespace
-) -> ConfigType:
-    """Load the configuration from parsed arguments; with ``--print-config``, print it and exit.
+class Tool:
+    """Command line of one tool: a single command, or several subcommands.
 
     Args:
-        kind: As for `load_config`.
-        arguments: Parsed arguments of `add_config_arguments` or `add_override_arguments`.
-
-    Raises:
-        UserError: A key or value is wrong.
-        SystemExit: ``--print-config`` was given.
+        description: Help of a tool with subcommands.
+        example: Complete command at the end of that help.
     """
-    path: Path | None = getattr(arguments, "config", None)
-    config = load_config(kind, path, arguments.overrides)
-    if arguments.print_config:
-        sys.stdout.write(to_yaml(config))
-        raise SystemExit(0)
-    return config
+
+    def __init__(self, description: str | None = None, example: str = "") -> None:
+        self._app = typer.Typer(
+            help=description,
+            epilog=_epilog(example),
+            rich_markup_mode=None,
+            pretty_exceptions_enable=False,
+            add_completion=False,
+        )
+
+    def command(
+        self, example: str, name: str | None = None
+    ) -> Callable[[Callable[Parameters, None]], Callable[Parameters, None]]:
+        """Return a decorator that registers a function as a command; its docstring is the help.
+
+        A parameter whose type is a dataclass stands for one parameter for each field.
+
+        Args:
+            example: Complete command at the end of the help.
+            name: Name of the subcommand; the function's own if not given.
+        """
+
+        def register(function: Callable[Parameters, None]) -> Callable[Parameters, None]:
+            self._app.command(name, epilog=_epilog(example))(_flattened(function))
+            return function
+
+        return register
+
+    def __call__(self, arguments: Sequence[str] | None = None) -> None:
+        """Run the tool; a `UserError` becomes one sentence on stderr and exit code 2.
+
+        Args:
+            arguments: Arguments; those of the process if not given.
+
+        Raises:
+            SystemExit: With code 2 after a `UserError` or wrong usage; with 130 after Ctrl-C.
+        """
+        words = sys.argv[1:] if arguments is None else list(arguments)
+        try:
+            typer.main.get_command(self._app).main(words, prog_name=_program())
+        except UserError as error:
+            if not (isinstance(error, FirstRankError) or _repeats_first_rank()):
+                print(f"{_program()}: {error}", file=sys.stderr)
+            raise SystemExit(USER_ERROR_EXIT_CODE) from None
+        except SystemExit as end:
+            if end.code:
+                raise
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConfigOptions:
+    """Optional configuration file, ``a.b=value`` overrides and ``--print-config``."""
+
+    config: Annotated[Path | None, typer.Option(help="YAML file with differences from the defaults")] = None
+    overrides: Annotated[
+        list[str],
+        typer.Argument(metavar="a.b=value", help="configuration keys to set; the last one wins"),
+    ] = dataclasses.field(default_factory=list)
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="print the resolved configuration and exit")
+    ] = False
+
+    def load(self, kind: type[ConfigType] | tuple[type[ConfigType], ...], *overrides: str) -> ConfigType:
+        """Load the configuration; with ``--print-config``, print it and exit.
+
+        Args:
+            kind: As for `load_config`.
+            *overrides: Further overrides, which other options stand for.
+
+        Raises:
+            UserError: A key or value is wrong.
+            Exit: ``--print-config`` is set.
+        """
+        config = load_config(kind, self.config, [*self.overrides, *overrides])
+        if self.print_config:
+            print(to_yaml(config), end="")
+            raise typer.Exit
+        return config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfigOptions(ConfigOptions):
+    """Configuration file, ``a.b=value`` overrides and ``--print-config``."""
+
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML file with differences from the defaults")
+    ] = dataclasses.field()
 
 
 def location_from(text: str) -> Location:
@@ -72,28 +128,63 @@ def location_from(text: str) -> Location:
         raise UserError(f"{error}.") from None
 
 
-def run_tool(
-    parser: argparse.ArgumentParser,
-    command: Callable[[argparse.Namespace], None],
-    arguments: Sequence[str] | None,
-) -> None:
-    """Parse arguments and run a command; a `UserError` becomes one sentence on stderr and exit code 2.
+def _flattened(function: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that has the fields of dataclass parameters as parameters of its own."""
+    groups: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
 
-    Raises:
-        SystemExit: With code 2 after a `UserError`; with 130 after Ctrl-C.
-    """
-    try:
-        command(parser.parse_intermixed_args(arguments))
-    except UserError as error:
-        if not (isinstance(error, FirstRankError) or _is_an_echo()):
-            print(f"{parser.prog}: {error}", file=sys.stderr)
-        raise SystemExit(USER_ERROR_EXIT_CODE) from None
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the same command goes on from here.", file=sys.stderr)
-        raise SystemExit(130) from None
+    def add(name: str, annotation: Any, default: object) -> None:  # noqa: ANN401 - an annotation
+        annotation = _without_location(annotation)
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(name, kind, default=default, annotation=annotation))
+
+    for parameter in inspect.signature(function).parameters.values():
+        if not dataclasses.is_dataclass(parameter.annotation):
+            add(parameter.name, parameter.annotation, parameter.default)
+            continue
+        groups[parameter.name] = group = parameter.annotation
+        annotations = get_type_hints(group, include_extras=True)
+        for field in dataclasses.fields(group):
+            default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            add(field.name, annotations[field.name], default)
+
+    def command(**values: Any) -> None:  # noqa: ANN401 - typer passes each parameter in its own type
+        for name, group in groups.items():
+            names = [field.name for field in dataclasses.fields(group)]
+            values[name] = group(**{field: values.pop(field) for field in names})
+        try:
+            function(**values)
+        except KeyboardInterrupt:
+            print(f"{_program()}: interrupted; the same command resumes.", file=sys.stderr)
+            raise SystemExit(INTERRUPTED) from None
+
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
+    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    return command
 
 
-def _is_an_echo() -> bool:
+def _without_location(annotation: Any) -> Any:  # noqa: ANN401 - annotations
+    """Replace `Location` by `Path`: typer refuses unions, but its parsers may return any type."""
+    if get_origin(annotation) is not Annotated:
+        return annotation
+    union, *metadata = get_args(annotation)
+    if S3Path not in get_args(union):
+        return annotation
+    return Annotated[(Path | None if type(None) in get_args(union) else Path, *metadata)]
+
+
+def _epilog(example: str) -> str:
+    # The mark keeps the lines of the paragraph as they are.
+    return f"\b\nexample:\n  {example}"
+
+
+def _program() -> str:
+    return Path(sys.argv[0]).name
+
+
+def _repeats_first_rank() -> bool:
     """Return whether this rank repeats rank 0's error, raised before the process group was initialized."""
     distributed = sys.modules.get("torch.distributed")
     return int(os.environ.get("RANK", "0")) > 0 and not (distributed and distributed.is_initialized())

@@ -1,213 +1,203 @@
 """``convert_checkpoint``: checkpoint import, diffusers export, consolidation; one function per subcommand."""
 
-import argparse
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
+import typer
 
-from vqd_scale.cli.base import run_tool, tool_parser
-from vqd_scale.cli.run import TOKEN_RUNS, token_task
+from vqd_scale.cli.base import Tool
+from vqd_scale.cli.run import check_datasets, check_model
 from vqd_scale.core.config import load_config
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.world import World
-from vqd_scale.models.bundle import load_bundle
-from vqd_scale.models.exchange.autoencoders import plan_taming
-from vqd_scale.models.exchange.conversion import Plan
-from vqd_scale.models.exchange.diffusers import COMPONENTS, plan_diffusers
-from vqd_scale.models.exchange.export import export_diffusers
-from vqd_scale.models.exchange.microsoft import MicrosoftOptions, plan_microsoft
-from vqd_scale.models.s3_download import local_folder
-from vqd_scale.training.checkpoint.manager import consolidated, newest_whole
-from vqd_scale.training.engine import imported_weights
+from vqd_scale.core.s3 import SCHEME
+from vqd_scale.training.tasks.config import TOKEN_RUNS, TokenRun
 
-Tool = tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], None]]
+if TYPE_CHECKING:
+    from vqd_scale.models.exchange.conversion import Plan
+    from vqd_scale.training.tasks.token_task import TokenTask
 
-
-WEIGHTS = {"average": "ema", "raw": "master"}
+WEIGHTS = {"ema": "ema", "raw": "master"}
 """Name of each kind of weights in a checkpoint, by the value of ``--weights``."""
-ALONE = World(0, 1, torch.device("cpu"))
+
+main = Tool(
+    "Convert published weights to a model bundle, or a bundle to a folder for diffusers.",
+    "python tools/convert_checkpoint.py microsoft --help",
+)
+"""Entry point of ``tools/convert_checkpoint.py``."""
+
+Bundle = Annotated[Path, typer.Argument(metavar="OUTPUT", help="bundle to write")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="print the destination of every weight and write nothing")
+]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``tools/convert_checkpoint.py``."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    tools = {
-        "microsoft": _microsoft(),
-        "taming": _taming(),
-        "diffusers": _diffusers(),
-        "export": _export(),
-        "consolidate": _consolidate(),
-        "deepspeed": _deepspeed(),
-    }
-    overview = tool_parser(
-        "Turn the weights of others into a bundle, or a bundle into a folder for diffusers.",
-        "python tools/convert_checkpoint.py microsoft --help",
+@main.command(
+    "python tools/convert_checkpoint.py microsoft coco_learnable.pth runs/coco "
+    "--reduction taming_vqvae_2887.pt"
+)
+def microsoft(
+    file: Annotated[Path, typer.Argument(metavar="FILE.pth", help="checkpoint; no code in it is executed")],
+    output: Bundle,
+    dry_run: DryRun = False,
+    reduction: Annotated[
+        Path | None, typer.Option(help="map from the tokenizer's codes to the network's fewer codes")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer bundle, for a file without a tokenizer")
+    ] = None,
+    heads: Annotated[int, typer.Option(min=1, help="attention heads; 16 in every published model")] = 16,
+    grid: Annotated[
+        tuple[int, int] | None,
+        typer.Option(metavar="ROWS COLUMNS", help="token grid (default: that of the file)"),
+    ] = None,
+    null_condition: Annotated[
+        Literal["learned", "empty"] | None,
+        typer.Option(
+            help="the file's learned embedding (models with 'learnable' in their names), or the empty "
+            "caption (default: learned, if the file has one)"
+        ),
+    ] = None,
+) -> None:
+    """Import a .pth file of Microsoft's VQ-Diffusion: EMA weights, text tower, tokenizer."""
+    _check_file(file)
+
+    from vqd_scale.models.exchange.microsoft import MicrosoftOptions, plan_microsoft
+
+    options = MicrosoftOptions(
+        heads=heads, grid=grid, null_condition=null_condition, reduction=reduction, tokenizer=tokenizer
     )
-    overview.add_argument("kind", choices=list(tools), help="each has a --help of its own")
-    kind = overview.parse_args(given[:1]).kind
-    parser, command = tools[kind]
-    parser.prog = f"{overview.prog} {kind}"
-    run_tool(parser, command, given[1:])
+    _carry_out(plan_microsoft(file, options), output, dry_run)
 
 
-def _microsoft() -> Tool:
-    parser = tool_parser(
-        "A .pth file of Microsoft's VQ-Diffusion: its averaged weights, its text tower, its tokenizer.",
-        "python tools/convert_checkpoint.py microsoft coco_learnable.pth runs/coco "
-        "--reduction taming_vqvae_2887.pt",
-    )
-    parser.add_argument(
-        "file", type=Path, metavar="FILE.pth", help="the checkpoint; nothing in it is executed"
-    )
-    _add_out(parser)
-    parser.add_argument("--reduction", type=Path, help="map of the tokenizer's codes to the network's fewer")
-    parser.add_argument("--tokenizer", type=Path, help="bundle of a tokenizer, if the file holds none")
-    parser.add_argument("--heads", type=int, default=16, help="attention heads; 16 in every published model")
-    parser.add_argument(
-        "--grid", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="tokens; else as the file says"
-    )
-    parser.add_argument(
-        "--no-caption",
-        choices=["learned", "empty"],
-        help="what stands for no caption: the file's learned embedding (the models called learnable), or the "
-        "empty caption; learned if the file has one",
-    )
+@main.command("python tools/convert_checkpoint.py taming vqgan_imagenet_f16_16384.ckpt model.yaml runs/vqgan")
+def taming(
+    file: Annotated[Path, typer.Argument(metavar="FILE.ckpt", help="checkpoint; no code in it is executed")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="published configuration")],
+    output: Bundle,
+    dry_run: DryRun = False,
+) -> None:
+    """Import a .ckpt file of taming-transformers: a VQ-GAN, also within a transformer."""
+    _check_file(config)
+    _check_file(file)
 
-    def command(arguments: argparse.Namespace) -> None:
-        options = MicrosoftOptions(
-            heads=arguments.heads,
-            grid=None if arguments.grid is None else (arguments.grid[0], arguments.grid[1]),
-            no_caption=arguments.no_caption,
-            reduction=arguments.reduction,
-            tokenizer=arguments.tokenizer,
+    from vqd_scale.models.exchange.autoencoders import plan_taming
+
+    _carry_out(plan_taming(file, config), output, dry_run)
+
+
+@main.command("python tools/convert_checkpoint.py diffusers vq-diffusion-ithq runs/ithq")
+def diffusers(
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="folder of model_index.json, or s3://bucket/key")
+    ],
+    output: Bundle,
+    dry_run: DryRun = False,
+) -> None:
+    """Import a folder of diffusers' VQDiffusionPipeline; sample.py also takes such a folder unconverted."""
+    if not folder.startswith(SCHEME) and not (Path(folder) / "model_index.json").is_file():
+        raise UserError(f"{folder}: there is no diffusers pipeline here, as no model_index.json is.")
+
+    from vqd_scale.models.exchange.diffusers import COMPONENTS, plan_diffusers
+    from vqd_scale.models.s3_download import local_folder
+
+    with local_folder(folder, tuple(COMPONENTS)) as local_folder:
+        _carry_out(plan_diffusers(local_folder), output, dry_run)
+
+
+@main.command("python tools/convert_checkpoint.py export runs/coco/export vq-diffusion-coco")
+def export(
+    model: Annotated[Path, typer.Argument(metavar="BUNDLE", help="bundle, or run folder")],
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder to write")],
+) -> None:
+    """Export a bundle to a folder that diffusers' VQDiffusionPipeline loads."""
+    check_model(str(model))
+
+    from vqd_scale.models.bundle import load_bundle
+    from vqd_scale.models.exchange.export import export_diffusers
+
+    export_diffusers(load_bundle(model), output)
+    print(f"{output}: VQDiffusionPipeline.from_pretrained loads it")
+
+
+@main.command("python tools/convert_checkpoint.py consolidate runs/demo/model runs/demo/raw --weights raw")
+def consolidate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
+    output: Bundle,
+    weights: Annotated[
+        Literal["ema", "raw"], typer.Option(help="the EMA, or the weights of the optimizer")
+    ] = "ema",
+    images: Annotated[
+        int | None, typer.Option(help="checkpoint, by images seen (default: the newest)")
+    ] = None,
+) -> None:
+    """Convert a checkpoint of a run, also of an unfinished one, to a bundle."""
+    config = load_config(TOKEN_RUNS, run / "config.yaml")
+
+    from vqd_scale.training.checkpoint.manager import consolidated, newest_valid
+
+    checkpoint = newest_valid(run / "checkpoints", images)
+    _task_of(config).export(consolidated(checkpoint, WEIGHTS[weights]), output)
+    print(f"{output}: the {weights} weights at {int(checkpoint.name):,} images")
+
+
+@main.command(
+    "python tools/convert_checkpoint.py deepspeed checkpoints configs/demo/train.yaml out --trust-pickle"
+)
+def deepspeed(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="folder that contains 'latest', or that of one tag")
+    ],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.yaml", help="configuration of the run that wrote the weights")
+    ],
+    output: Bundle,
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="read the files: pickles, whose code is executed")
+    ] = False,
+) -> None:
+    """Convert a folder that DeepSpeed itself wrote (zero_pp_rank_*) to a bundle, for any stage and ranks."""
+    if not trust_pickle:
+        raise UserError(
+            f"{folder}: DeepSpeed's files are pickles, and reading them executes whatever code is in them; "
+            f"if you trust their author, give --trust-pickle."
         )
-        _carry_out(plan_microsoft(arguments.file, options), arguments)
+    task = _task_of(load_config(TOKEN_RUNS, config))
 
-    return parser, command
+    from vqd_scale.training.engine import imported_weights
 
-
-def _taming() -> Tool:
-    parser = tool_parser(
-        "A .ckpt file of taming-transformers and its YAML file: a VQ-GAN, also within a transformer.",
-        "python tools/convert_checkpoint.py taming vqgan_imagenet_f16_16384.ckpt model.yaml runs/vqgan",
-    )
-    parser.add_argument(
-        "file", type=Path, metavar="FILE.ckpt", help="the checkpoint; nothing in it is executed"
-    )
-    parser.add_argument("description", type=Path, metavar="CONFIG.yaml", help="what lies beside it")
-    _add_out(parser)
-
-    def command(arguments: argparse.Namespace) -> None:
-        _carry_out(plan_taming(arguments.file, arguments.description), arguments)
-
-    return parser, command
+    imported = imported_weights(folder)
+    expected_shapes = {name: parameter.shape for name, parameter in task.module.named_parameters()}
+    shapes = {name: tensor.shape for name, tensor in imported.items() if name in expected_shapes}
+    if shapes != expected_shapes:
+        differing = sorted(name for name in expected_shapes if shapes.get(name) != expected_shapes[name])
+        raise UserError(
+            f"{folder}: {len(differing)} weights of the run that {config} describes are missing or of "
+            f"another shape, '{differing[0]}' for one."
+        )
+    task.export({name: imported[name] for name in expected_shapes}, output)
+    print(f"{output}: {len(expected_shapes):,} weights from {folder}")
 
 
-def _diffusers() -> Tool:
-    parser = tool_parser(
-        "A folder of diffusers' VQDiffusionPipeline; sample.py takes such a folder as it is, too.",
-        "python tools/convert_checkpoint.py diffusers vq-diffusion-ithq runs/ithq",
-    )
-    parser.add_argument("folder", metavar="FOLDER", help="the folder of model_index.json, or s3://bucket/key")
-    _add_out(parser)
-
-    def command(arguments: argparse.Namespace) -> None:
-        with local_folder(arguments.folder, tuple(COMPONENTS)) as folder:
-            _carry_out(plan_diffusers(folder), arguments)
-
-    return parser, command
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: cannot be read (there is no such file).")
 
 
-def _export() -> Tool:
-    parser = tool_parser(
-        "A bundle, or a run's, as a folder that diffusers' VQDiffusionPipeline loads and runs.",
-        "python tools/convert_checkpoint.py export runs/coco/export vq-diffusion-coco",
-    )
-    parser.add_argument("model", type=Path, metavar="BUNDLE", help="the bundle, or the run's folder")
-    parser.add_argument("out", type=Path, metavar="FOLDER", help="the folder to be written")
+def _task_of(config: TokenRun) -> "TokenTask":
+    """Build the task of a run in this process alone."""
+    check_datasets(*(source.path for source in config.data.mixed))
 
-    def command(arguments: argparse.Namespace) -> None:
-        export_diffusers(load_bundle(arguments.model), arguments.out)
-        print(f"{arguments.out}: VQDiffusionPipeline.from_pretrained loads it")
+    import torch
 
-    return parser, command
+    from vqd_scale.core.world import World
+
+    return config.build(World(0, 1, torch.device("cpu")))
 
 
-def _consolidate() -> Tool:
-    parser = tool_parser(
-        "A checkpoint of a run as a bundle, such as of a run that has not ended.",
-        "python tools/convert_checkpoint.py consolidate runs/demo/model runs/demo/raw --weights raw",
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the bundle to be written")
-    parser.add_argument(
-        "--weights",
-        choices=list(WEIGHTS),
-        default="average",
-        help="the moving average, which is what is sampled from, or the weights as the optimizer left them",
-    )
-    parser.add_argument(
-        "--images", type=int, help="which checkpoint, by images seen; the newest unless given"
-    )
-
-    def command(arguments: argparse.Namespace) -> None:
-        checkpoint = newest_whole(arguments.run / "checkpoints", arguments.images)
-        task = token_task(load_config(TOKEN_RUNS, arguments.run / "config.yaml"), ALONE)
-        task.export(consolidated(checkpoint, WEIGHTS[arguments.weights]), arguments.out)
-        print(f"{arguments.out}: the {arguments.weights} weights at {int(checkpoint.name):,} images")
-
-    return parser, command
-
-
-def _deepspeed() -> Tool:
-    parser = tool_parser(
-        "A folder that DeepSpeed itself wrote (zero_pp_rank_*), of any stage and number of ranks, as a "
-        "bundle.",
-        "python tools/convert_checkpoint.py deepspeed their/checkpoints configs/demo/train.yaml out "
-        "--trust-pickle",
-    )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the one with 'latest', or one tag's")
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the run that the weights are of")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the bundle to be written")
-    parser.add_argument(
-        "--trust-pickle",
-        action="store_true",
-        help="such files are pickles: reading them executes whatever code was put into them",
-    )
-
-    def command(arguments: argparse.Namespace) -> None:
-        if not arguments.trust_pickle:
-            raise UserError(
-                f"{arguments.folder}: DeepSpeed's files are pickles, and reading them executes whatever code "
-                "is in them; if you trust their author, give --trust-pickle."
-            )
-        task = token_task(load_config(TOKEN_RUNS, arguments.config), ALONE)
-        weights = imported_weights(arguments.folder)
-        wanted = {name: parameter.shape for name, parameter in task.module.named_parameters()}
-        found = {name: tensor.shape for name, tensor in weights.items() if name in wanted}
-        if found != wanted:
-            differing = sorted(name for name in wanted if found.get(name) != wanted[name])
-            raise UserError(
-                f"{arguments.folder}: {len(differing)} weights of the run that {arguments.config} describes "
-                f"are missing or of another shape, '{differing[0]}' for one."
-            )
-        task.export({name: weights[name] for name in wanted}, arguments.out)
-        print(f"{arguments.out}: {len(wanted):,} weights from {arguments.folder}")
-
-    return parser, command
-
-
-def _add_out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", type=Path, metavar="OUT", help="the bundle to be written")
-    parser.add_argument("--dry-run", action="store_true", help="print where every weight goes, write nothing")
-
-
-def _carry_out(plan: Plan, arguments: argparse.Namespace) -> None:
-    if arguments.dry_run:
+def _carry_out(plan: "Plan", output: Path, dry_run: bool) -> None:
+    if dry_run:
         print("\n".join(plan.exchange.lines()))
         plan.exchange.check()
         return
-    plan.save(arguments.out)
-    print(f"{arguments.out}: {len(plan.exchange.target_weights):,} weights from {plan.exchange.source}")
+    plan.save(output)
+    print(f"{output}: {len(plan.exchange.target_weights):,} weights from {plan.exchange.source}")

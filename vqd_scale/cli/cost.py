@@ -1,108 +1,108 @@
 """``cost``: parameters, FLOPs and sampling time of an untrained denoiser."""
 
-import argparse
 import statistics
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import torch
-from torch import nn
+import typer
 
-from vqd_scale.cli.base import add_override_arguments, run_tool, tool_parser
+from vqd_scale.cli.base import RunConfigOptions, Tool
 from vqd_scale.core.atomic_io import publish_json
-from vqd_scale.core.config import load_config
-from vqd_scale.core.provenance import provenance
-from vqd_scale.nn.denoiser import ClassCondition, TextCondition
-from vqd_scale.nn.flops import forward_flops
-from vqd_scale.nn.network import build_network
-from vqd_scale.training.tasks.denoising import TrainConfig
+from vqd_scale.nn.config import ClassCondition, TextCondition
+from vqd_scale.training.tasks.config import TrainConfig
 
-_PICTURES = 50_000
+if TYPE_CHECKING:
+    from torch import nn
+
+_IMAGES = 50_000
 """Number of images for which hours are reported: the sample count of a published FID."""
 
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``tools/cost.py``."""
-    parser = tool_parser(
-        "Count a denoiser's parameters, and its multiply-adds and operations (two each) for one evaluation "
-        "and for a picture at several numbers of sampling steps.",
-        "python tools/cost.py configs/vq-ddm/celeba.yaml --codes 1024 --grid 16 16 --steps 25 100 4000",
-    )
-    parser.add_argument("config", type=Path, help="the configuration of a run that trains a denoiser")
-    add_override_arguments(parser)
-    parser.add_argument("--codes", type=int, default=1024, help="K of the tokenizer (1024)")
-    parser.add_argument(
-        "--grid", type=int, nargs=2, default=[16, 16], metavar=("ROWS", "COLUMNS"), help="tokens (16 16)"
-    )
-    parser.add_argument("--steps", type=int, nargs="+", default=[100], help="evaluations of a picture (100)")
-    parser.add_argument("--positions", type=int, default=77, help="of a caption, where there is one (77)")
-    parser.add_argument(
-        "--measure",
-        type=int,
-        metavar="BATCH",
-        help="batch size of a forward pass to time on this machine, for hours",
-    )
-    parser.add_argument("--json", type=Path, help="write the result there")
-    run_tool(parser, _count, arguments)
+main = Tool()
+"""Entry point of ``tools/cost.py``."""
 
 
-def _count(arguments: argparse.Namespace) -> None:
-    config = load_config(TrainConfig, arguments.config, arguments.overrides)
-    grid = (arguments.grid[0], arguments.grid[1])
+@main.command(
+    "python tools/cost.py configs/vq-ddm/celeba.yaml --codebook-size 1024 --grid 16 16 --steps 25 --steps 100"
+)
+def cost(
+    options: RunConfigOptions,
+    codebook_size: Annotated[int, typer.Option(min=1, help="number of codes of the tokenizer")] = 1024,
+    grid: Annotated[tuple[int, int], typer.Option(metavar="ROWS COLUMNS", help="token grid")] = (16, 16),
+    steps: Annotated[
+        list[int] | None,
+        typer.Option(min=1, metavar="N", help="sampling steps of an image; repeatable (default: 100)"),
+    ] = None,
+    context_length: Annotated[int, typer.Option(min=1, help="positions of a caption, if any")] = 77,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="time a forward pass of this batch size here; adds hours")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the result")] = None,
+) -> None:
+    """Compute parameters and operations of a denoiser, per forward pass and per image.
+
+    An operation is a multiplication or an addition; a multiply-add is two.
+    """
+    config = options.load(TrainConfig)
+
+    import torch
+    from torch import nn
+
+    from vqd_scale.core.provenance import provenance
+    from vqd_scale.nn.flops import forward_flops
 
     def build() -> nn.Module:
-        return cast(nn.Module, build_network(config.denoiser, arguments.codes, grid, config.diffusion.steps))
+        return cast(nn.Module, config.denoiser.build(codebook_size, grid, config.diffusion.steps))
 
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build().parameters())
-    flops = forward_flops(
-        build, grid[0] * grid[1], config.denoiser.condition, arguments.positions, timed=True
-    )
-    seconds = None if arguments.measure is None else _seconds(build(), config, grid, arguments)
-    rows = [_row(steps, flops, seconds) for steps in arguments.steps]
+    length = grid[0] * grid[1]
+    flops = forward_flops(build, length, config.denoiser.condition, context_length, timed=True)
+    seconds = None if batch_size is None else _seconds(build(), config, length, context_length, batch_size)
+    rows = [_row(number, flops, seconds) for number in steps or [100]]
     result = {
         "parameters": parameters,
         "multiply_adds_per_evaluation": flops // 2,
         "flops_per_evaluation": flops,
-        "pictures": rows,
-        **({} if seconds is None else {"seconds_per_evaluation": seconds, "batch": arguments.measure}),
+        "images": rows,
+        **({} if seconds is None else {"seconds_per_evaluation": seconds, "batch_size": batch_size}),
         **provenance(),
     }
-    if arguments.json is not None:
-        publish_json(arguments.json, result)
-    print(f"{parameters / 1e6:.1f}M parameters, {flops / 2e9:.3f} G multiply-adds an evaluation")
+    if output is not None:
+        publish_json(output, result)
+    print(f"{parameters / 1e6:.1f}M parameters, {flops / 2e9:.3f} G multiply-adds per forward pass")
     for row in rows:
         hours = f", {row['hours_per_50k']:.2f} hours for 50,000" if "hours_per_50k" in row else ""
-        print(f"{row['steps']:>6} steps: {row['flops'] / 1e12:.3f} TFLOP a picture{hours}")
+        print(f"{row['steps']:>6} steps: {row['flops'] / 1e12:.3f} TFLOP per image{hours}")
 
 
 def _row(steps: int, flops: int, seconds: float | None) -> dict[str, Any]:
     row: dict[str, Any] = {"steps": steps, "multiply_adds": steps * flops // 2, "flops": steps * flops}
-    return row if seconds is None else {**row, "hours_per_50k": steps * seconds * _PICTURES / 3600}
+    return row if seconds is None else {**row, "hours_per_50k": steps * seconds * _IMAGES / 3600}
 
 
-@torch.no_grad()
 def _seconds(
-    network: nn.Module, config: TrainConfig, grid: tuple[int, int], arguments: argparse.Namespace
+    network: "nn.Module", config: TrainConfig, length: int, context_length: int, batch_size: int
 ) -> float:
     """Measure the seconds per image of one forward pass with untrained weights; median of five batches."""
+    import torch
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch, condition = arguments.measure, config.denoiser.condition
+    condition = config.denoiser.condition
     network = network.to(device).eval()
-    told = None
+    features = None
     if isinstance(condition, TextCondition):
-        told = torch.zeros(batch, arguments.positions, condition.width, device=device)
+        features = torch.zeros(batch_size, context_length, condition.width, device=device)
     if isinstance(condition, ClassCondition):
-        told = torch.zeros(batch, dtype=torch.int64, device=device)
-    tokens = torch.zeros(batch, grid[0] * grid[1], dtype=torch.int64, device=device)
-    times = torch.zeros(batch, dtype=torch.int64, device=device)
-    taken: list[float] = []
-    for _ in range(6):
-        began = time.perf_counter()
-        network(tokens, times, told)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken[1:]) / batch
+        features = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    tokens = torch.zeros(batch_size, length, dtype=torch.int64, device=device)
+    times = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    durations: list[float] = []
+    with torch.no_grad():
+        for _ in range(6):
+            began = time.perf_counter()
+            network(tokens, times, features)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            durations.append(time.perf_counter() - began)
+    return statistics.median(durations[1:]) / batch_size

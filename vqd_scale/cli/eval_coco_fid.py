@@ -1,73 +1,90 @@
-import argparse
-from collections.abc import Sequence
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from vqd_scale.cli.base import add_override_arguments, location_from, run_tool, tool_parser
-from vqd_scale.cli.model_arguments import add_model_arguments, load_any_model
-from vqd_scale.core.atomic_io import publish_text, sha256_of
-from vqd_scale.core.config import load_config, to_yaml
+import typer
+
+from vqd_scale.cli.base import ConfigOptions, Tool, location_from
+from vqd_scale.cli.model_options import ModelOptions
+from vqd_scale.cli.run import check_datasets, check_model
+from vqd_scale.core.atomic_io import Location, publish_text, sha256_of
+from vqd_scale.core.config import to_yaml
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.provenance import provenance
 from vqd_scale.core.s3 import SCHEME
 from vqd_scale.core.signals import REQUEUE_EXIT_CODE, StopFlag
-from vqd_scale.core.world import World, join_world, leave_world
-from vqd_scale.evaluation.evaluate import evaluate
-from vqd_scale.evaluation.html_report import publish_result
-from vqd_scale.evaluation.protocol import EvaluationConfig
-from vqd_scale.evaluation.resumable_chunks import EvaluationStopped
-from vqd_scale.models.bundle import tokenizer_folder, weights_file
-from vqd_scale.models.exchange.diffusers import COMPONENTS, INDEX
-from vqd_scale.models.generate import Pipeline
+from vqd_scale.evaluation.config import EvaluationConfig
+
+if TYPE_CHECKING:
+    from vqd_scale.core.world import World
+    from vqd_scale.models.generate import Pipeline
+
+main = Tool()
+"""Entry point of ``tools/eval_coco_fid.py``."""
+
+Data = Annotated[
+    Location | None,
+    typer.Option(
+        parser=location_from, metavar="SHARDS", help="shards of captions and real images, or s3://bucket/key"
+    ),
+]
+Output = Annotated[
+    Path | None, typer.Option(help="output folder, shared by all ranks (default: MODEL/evaluation/NAME)")
+]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``tools/eval_coco_fid.py``."""
-    parser = tool_parser(
-        "Score a model by a protocol: FID, KID, precision and recall, CLIP score, with all they depend on. "
-        "Under torchrun or srun all ranks draw; killed at any moment, the same command goes on.",
-        "python tools/eval_coco_fid.py runs/demo/model --data runs/demo/shards/held_out "
-        "--config configs/evaluation/embedded.yaml",
-    )
-    add_evaluation_arguments(parser)
-    run_tool(parser, _evaluate, arguments)
+@main.command(
+    "python tools/eval_coco_fid.py runs/demo/model --data runs/demo/shards/held_out "
+    "--config configs/evaluation/embedded.yaml"
+)
+def evaluate_model(
+    model: ModelOptions, options: ConfigOptions, data: Data = None, output: Output = None
+) -> None:
+    """Evaluate a model under a protocol: FID, KID, precision and recall, CLIP score, attribute accuracy.
 
-
-def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add arguments for the model, data, evaluation protocol, output folder and overrides."""
-    add_model_arguments(parser)
-    parser.add_argument("--data", help="shards of captions and real pictures; a folder or s3://bucket/key")
-    parser.add_argument("--config", type=Path, help="a protocol's YAML; COCO's 30,000 captions if not given")
-    parser.add_argument("--out", type=Path, help="folder that all ranks see (MODEL/evaluation/NAME)")
-    add_override_arguments(parser)
-
-
-def settings_from(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the configuration values set by ``--data``.
-
-    Raises:
-        UserError: ``--data`` is neither a path nor an S3 address.
+    The default protocol is COCO's 30,000 captions. The ranks that torchrun or srun starts divide the images.
+    The same command resumes an interrupted evaluation.
     """
-    if arguments.data is not None:
-        return {"data": location_from(arguments.data)}
-    return {}
+    config = options.load(EvaluationConfig, *data_override("data", data))
+    check_model(model.model)
+    folder = output_folder(model.model, output, config.name)
+    check_datasets(*filter(None, [config.data]))
+
+    from vqd_scale.core.world import join_world, leave_world
+
+    world, stop = join_world(), StopFlag()
+    try:
+        evaluate_and_publish(config, model.load(), model_identity(model.model), folder, world, stop)
+        if world.is_first:
+            publish_text(folder / "config.yaml", to_yaml(config))
+    finally:
+        leave_world()
+    if world.is_first:
+        print(f"metrics: {folder / 'report.json'}; page: {folder / 'report.html'}")
 
 
-def out_folder(arguments: argparse.Namespace, name: str) -> Path:
+def data_override(key: str, data: Location | None) -> list[str]:
+    """Return the override that ``--data`` stands for, if it is given."""
+    return [] if data is None else [f"{key}={json.dumps(str(data))}"]
+
+
+def output_folder(model: str, output: Path | None, name: str) -> Path:
     """Return the output folder of the results.
 
     Raises:
-        UserError: The model is in S3 and ``--out`` is not given.
+        UserError: The model is in S3 and ``--output`` is not given.
     """
-    if arguments.out is not None:
-        return arguments.out
-    if str(arguments.model).startswith(SCHEME):
-        raise UserError("the model lies in S3: say with --out where the results go.")
-    return Path(arguments.model) / "evaluation" / name
+    if output is not None:
+        return output
+    if model.startswith(SCHEME):
+        raise UserError("the model is in S3: name a local folder for the results with --output.")
+    return Path(model) / "evaluation" / name
 
 
 def model_identity(name: str) -> dict[str, Any]:
     """Return a model's name and, for a local model, the SHA-256 digests of model and tokenizer weights."""
+    from vqd_scale.models.bundle import tokenizer_folder, weights_file
+    from vqd_scale.models.exchange.diffusers import COMPONENTS, INDEX
+
     folder = Path(name)
     if name.startswith(SCHEME):
         return {"name": name}
@@ -80,11 +97,16 @@ def model_identity(name: str) -> dict[str, Any]:
             "weights_sha256": weights_file(folder),
             "tokenizer_sha256": weights_file(tokenizer_folder(folder)),
         }
-    return {"name": name} | {what: sha256_of(file) for what, file in files.items() if file.is_file()}
+    return {"name": name} | {key: sha256_of(file) for key, file in files.items() if file.is_file()}
 
 
 def evaluate_and_publish(
-    config: EvaluationConfig, pipe: Pipeline, model: dict[str, Any], out: Path, world: World, stop: StopFlag
+    config: EvaluationConfig,
+    pipe: "Pipeline",
+    model: dict[str, Any],
+    output: Path,
+    world: "World",
+    stop: StopFlag,
 ) -> None:
     """Evaluate a model and write the report on rank 0.
 
@@ -92,29 +114,15 @@ def evaluate_and_publish(
         UserError: See `evaluate`.
         SystemExit: With `REQUEUE_EXIT_CODE` after a signal.
     """
+    from vqd_scale.core.provenance import provenance
+    from vqd_scale.evaluation.evaluate import evaluate
+    from vqd_scale.evaluation.html_report import publish_result
+    from vqd_scale.evaluation.resumable_chunks import EvaluationStopped
+
     try:
-        result = evaluate(config, pipe, model, out, world, lambda: stop.requested)
+        result = evaluate(config, pipe, model, output, world, lambda: stop.requested)
     except EvaluationStopped:
         raise SystemExit(REQUEUE_EXIT_CODE) from None
     if result is not None:
         result.report.update(provenance())
-        publish_result(result, out)
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
-    config = load_config(EvaluationConfig, arguments.config, arguments.overrides)
-    config = config.model_copy(update=settings_from(arguments))
-    if arguments.print_config:
-        print(to_yaml(config), end="")
-        return
-    out = out_folder(arguments, config.name)
-    world, stop = join_world(), StopFlag()
-    try:
-        pipe = load_any_model(arguments)
-        evaluate_and_publish(config, pipe, model_identity(arguments.model), out, world, stop)
-        if world.is_first:
-            publish_text(out / "config.yaml", to_yaml(config))
-    finally:
-        leave_world()
-    if world.is_first:
-        print(f"figures: {out / 'report.json'}; page: {out / 'report.html'}")
+        publish_result(result, output)

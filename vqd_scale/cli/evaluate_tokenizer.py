@@ -1,55 +1,68 @@
 """``evaluate_tokenizer``: comparison of tokenizers by their reconstructions of unseen images."""
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-import torch
+import typer
 
-from vqd_scale.cli.base import location_from, run_tool, tool_parser
+from vqd_scale.cli.base import Tool, location_from
+from vqd_scale.cli.run import check_bundles, check_datasets
+from vqd_scale.core.atomic_io import Location
 from vqd_scale.core.errors import UserError
-from vqd_scale.evaluation.extractors import Inception
-from vqd_scale.evaluation.tokenizer_eval import REPORT, MetricNetworks, in_a_line, report_tokenizers
-from vqd_scale.tokenizers.perceptual import LPIPSConfig
+from vqd_scale.evaluation.config import Inception
+from vqd_scale.tokenizers.config import LPIPSConfig
+
+main = Tool()
+"""Entry point of ``tools/evaluate_tokenizer.py``."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``tools/evaluate_tokenizer.py``."""
-    parser = tool_parser(
-        "Judge tokenizers by pictures that they never saw: PSNR, SSIM, use of the codebook and, with weights "
-        "of others, LPIPS and rFID.",
-        "python tools/evaluate_tokenizer.py runs/demo/tokenizer/export --data runs/demo/shards/held_out "
-        "--size 64 --out runs/demo/tokenizer-report",
-    )
-    parser.add_argument("tokenizers", nargs="+", type=Path, metavar="BUNDLE", help="one or several")
-    parser.add_argument("--data", required=True, help="image shards, or s3://bucket/key")
-    parser.add_argument("--size", type=int, default=256, help="side of the squares in pixels (256)")
-    parser.add_argument("--count", type=int, help="number of images, the first of the set")
-    parser.add_argument("--out", type=Path, required=True, help="folder for report.json, .html and pictures")
-    parser.add_argument("--vgg", type=Path, help="for LPIPS: torchvision's weights of VGG-16")
-    parser.add_argument("--lpips", type=Path, help="for LPIPS: its own weights; those of the package lpips")
-    parser.add_argument("--inception", type=Path, help="for rFID: torch-fidelity's weights of Inception")
-    run_tool(parser, _evaluate, arguments)
+@main.command(
+    "python tools/evaluate_tokenizer.py runs/demo/tokenizer/export --data runs/demo/shards/held_out "
+    "--image-size 64 --output runs/demo/tokenizer-report"
+)
+def evaluate_tokenizers(
+    tokenizers: Annotated[list[Path], typer.Argument(metavar="BUNDLE", help="tokenizer bundles")],
+    data: Annotated[
+        Location,
+        typer.Option(parser=location_from, metavar="SHARDS", help="image shards, or s3://bucket/key"),
+    ],
+    output: Annotated[Path, typer.Option(help="folder for report.json, report.html and image grids")],
+    image_size: Annotated[int, typer.Option(min=1, help="side of the square images in pixels")] = 256,
+    num_samples: Annotated[
+        int | None, typer.Option(min=1, help="number of images, the first of the dataset (default: all)")
+    ] = None,
+    vgg_weights: Annotated[
+        Path | None, typer.Option(help="for LPIPS: torchvision's weights of VGG-16")
+    ] = None,
+    lpips_weights: Annotated[
+        Path | None, typer.Option(help="for LPIPS: its linear weights (default: those of the package lpips)")
+    ] = None,
+    inception_weights: Annotated[
+        Path | None, typer.Option(help="for rFID: torch-fidelity's weights of Inception")
+    ] = None,
+) -> None:
+    """Evaluate tokenizers on unseen images: PSNR, SSIM, codebook usage; with weights, LPIPS and rFID.
 
+    On the embedded shapes dataset, also the attributes that its exact reader recognizes in the
+    reconstructions: the upper bound for any model on these tokens.
+    """
+    if lpips_weights is not None and vgg_weights is None:
+        raise UserError("--lpips-weights: needs --vgg-weights as well, the network whose features it weighs.")
+    check_datasets(data)
+    check_bundles(*tokenizers)
 
-def _evaluate(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from vqd_scale.evaluation.tokenizer_eval import REPORT, MetricNetworks, report_tokenizers, summary_line
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if arguments.lpips is not None and arguments.vgg is None:
-        raise UserError("--lpips: needs --vgg as well, the network whose features it weighs.")
-    judges = MetricNetworks.of(
-        None if arguments.vgg is None else LPIPSConfig(vgg=arguments.vgg, linear=arguments.lpips),
-        None if arguments.inception is None else Inception(weights=arguments.inception),
+    networks = MetricNetworks.of(
+        None if vgg_weights is None else LPIPSConfig(vgg=vgg_weights, linear=lpips_weights),
+        None if inception_weights is None else Inception(weights=inception_weights),
         device,
     )
-    figures = report_tokenizers(
-        {str(folder): folder for folder in arguments.tokenizers},
-        location_from(arguments.data),
-        arguments.size,
-        arguments.out,
-        judges,
-        device,
-        most=arguments.count,
-    )
-    for name, found in figures.items():
-        print(f"{name}: {in_a_line(found)}")
-    print(f"report: {arguments.out / REPORT}")
+    bundles = {str(folder): folder for folder in tokenizers}
+    metrics = report_tokenizers(bundles, data, image_size, output, networks, device, max_images=num_samples)
+    for name, figures in metrics.items():
+        print(f"{name}: {summary_line(figures)}")
+    print(f"report: {output / REPORT}")

@@ -1,52 +1,61 @@
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from PIL import Image
+import typer
 
-from vqd_scale.cli.base import run_tool, tool_parser
-from vqd_scale.cli.model_arguments import add_model_arguments, load_model
+from vqd_scale.cli.base import Tool
+from vqd_scale.cli.model_options import ModelOptions, SamplingOptions
+from vqd_scale.cli.run import check_model
 from vqd_scale.core.errors import UserError
-from vqd_scale.data.shards.decode import BadSample, decode_image
-from vqd_scale.reports.plots import publish_image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+main = Tool()
+"""Entry point of ``tools/inpaint.py``."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``tools/inpaint.py``."""
-    parser = tool_parser(
-        "Draw anew what a mask covers, in a picture that is otherwise kept.",
-        'python tools/inpaint.py runs/coco street.png mask.png "a red bus in the rain" --count 4',
+@main.command('python tools/inpaint.py runs/coco street.png mask.png "a red bus in the rain" --num-samples 4')
+def inpaint(
+    model: ModelOptions,
+    options: SamplingOptions,
+    image: Annotated[
+        Path, typer.Argument(metavar="IMAGE", help="image; center-cropped and resized to the model's size")
+    ],
+    mask: Annotated[
+        Path, typer.Argument(metavar="MASK", help="mask of the same size: white is generated, black is kept")
+    ],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="caption of the full image")],
+    num_samples: Annotated[int, typer.Option(min=1, help="number of images to generate")] = 1,
+    output: Annotated[Path, typer.Option(help="output folder")] = Path("inpainted"),
+) -> None:
+    """Generate the masked part of an image and keep the rest."""
+    sampling = options.config()
+    check_model(model.model)
+    original, mask_image = _opened(image), _opened(mask)
+
+    from vqd_scale.reports.plots import publish_image
+
+    images = model.load_denoiser().inpaint(
+        original,
+        mask_image,
+        [prompt] * num_samples,
+        sampler=sampling.sampler,
+        guidance=sampling.guidance,
+        truncation=sampling.truncation,
+        seed=sampling.seed,
+        batch=sampling.batch_size,
     )
-    add_model_arguments(parser)
-    parser.add_argument("image", type=Path, help="the picture; its centre is fitted to the model's size")
-    parser.add_argument("mask", type=Path, help="of the same size: white is drawn, black is kept")
-    parser.add_argument("prompt", help="what the whole picture shows")
-    parser.add_argument("--out", type=Path, default=Path("inpainted"), help="folder for the pictures")
-    parser.add_argument("--count", type=int, default=1, help="how many pictures")
-    parser.add_argument("--steps", type=int, default=25, help="network evaluations for a picture")
-    parser.add_argument("--guidance", type=float, default=3.0, help="scale of guidance, 1 is none")
-    parser.add_argument("--seed", type=int, default=0)
-    run_tool(parser, _inpaint, arguments)
+    for number, inpainted in enumerate(images):
+        publish_image(output / f"{number:06d}.png", inpainted)
+    print(f"{num_samples} images in {output}")
 
 
-def _inpaint(arguments: argparse.Namespace) -> None:
-    if arguments.count < 1:
-        raise UserError("--count must be at least 1.")
-    image, mask = _opened(arguments.image), _opened(arguments.mask)
-    pictures = load_model(arguments).inpaint(
-        image,
-        mask,
-        [arguments.prompt] * arguments.count,
-        steps=arguments.steps,
-        guidance=arguments.guidance,
-        seed=arguments.seed,
-    )
-    for number, picture in enumerate(pictures):
-        publish_image(arguments.out / f"{number:06d}.png", picture)
-    print(f"{arguments.count} pictures in {arguments.out}")
+def _opened(path: Path) -> "Image":
+    from PIL import Image
 
+    from vqd_scale.data.shards.decode import BadSample, decode_image
 
-def _opened(path: Path) -> Image.Image:
     try:
         return Image.fromarray(decode_image(path.read_bytes()))
     except OSError as error:

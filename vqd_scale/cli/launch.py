@@ -1,179 +1,150 @@
 """``launch``: submission of a tool as a job through Submitit, on a cluster or on this machine."""
 
-import argparse
-import contextlib
-import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast, get_args
+from typing import Annotated
 
-from vqd_scale.cli.base import add_config_arguments, config_from, run_tool, tool_parser
-from vqd_scale.cli.run import TOKEN_RUNS, TOKENIZER_RUNS
-from vqd_scale.core.atomic_io import Location, publish_text
-from vqd_scale.core.config import Config, to_yaml
+import typer
+
+from vqd_scale.cli.base import RunConfigOptions, Tool
+from vqd_scale.core.atomic_io import Location
+from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.provenance import modified_files, provenance
-from vqd_scale.data.loading.stream import StreamConfig
+from vqd_scale.data.config import StreamConfig
 from vqd_scale.data.shards.shard_index import ShardSet
-from vqd_scale.launchers.base import copy_source
 from vqd_scale.launchers.job_record import Cluster, Launch, newest_launch
-from vqd_scale.launchers.slurm import Resources, submit
-from vqd_scale.preparation.tokenize_shards import TokenizeConfig
-from vqd_scale.training.logging.metrics import read_metrics
+from vqd_scale.preparation.config import TokenizeConfig
+from vqd_scale.training.tasks.config import TOKEN_RUNS, TOKENIZER_RUNS
 
 _POLL_SECONDS = 2.0
 _JOBS = "jobs"
-_LONGEST_HOURS = 10_000.0
 
-Tool = tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], None]]
+_tool = Tool(
+    "Submit a tool as a job: to Slurm, or on this machine. The job runs a copy of the code. It saves a "
+    "checkpoint and is requeued after a stop signal, and is requeued after a hang or a lost node.",
+    "python tools/launch.py train configs/f/pretrain.yaml --nodes 8 --gpus-per-node 8 --hours 24",
+)
+_COMMANDS = ("train", "tokenizer", "tokenize", "eval", "status", "cancel")
 
-
-@dataclass(frozen=True)
-class _Work:
-    """Work of a launch.
-
-    Attributes:
-        what: Name of the work, such as ``train``.
-        folder: Parent folder of the launch folders.
-        result: Folder of the run or of its results.
-        config: Configuration, written to a file that is the tool's first argument; None for no file.
-        commands: Tool file name and further arguments, for each job.
-    """
-
-    what: str
-    folder: Path
-    result: str
-    config: Config | None
-    commands: list[list[str]]
+LaunchFolder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="run folder (its newest launch), or the folder of a launch")
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``tools/launch.py``; the subcommand ``train`` may be omitted."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    tools = {
-        "train": _train(),
-        "tokenizer": _tokenizer(),
-        "tokenize": _tokenize(),
-        "eval": _eval(),
-        "status": _status(),
-        "cancel": _cancel(),
-    }
-    overview = tool_parser(
-        "Run a tool as a job: on Slurm, or on this machine. A job that is asked to stop saves and is queued "
-        "again, as is one that hung or lost a node; it runs a copy of the code as it was.",
-        "python tools/launch.py configs/f/pretrain.yaml --nodes 8 --gpus-per-node 8 --hours 24",
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] not in _COMMANDS and not words[0].startswith("-"):
+        words = ["train", *words]
+    _tool(words)
+
+
+def _nodes(text: str) -> str:
+    least, dash, most = text.partition("-")
+    numbers = (least, most if dash else least)
+    if not all(number.isdigit() for number in numbers) or not 1 <= int(numbers[0]) <= int(numbers[1]):
+        raise typer.BadParameter(f"given {text!r}, expected a number, or a minimum and maximum: 4-8")
+    return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """Resources of a job, and what is printed about it."""
+
+    cluster: Annotated[Cluster, typer.Option(help="where the job runs; local and debug: on this machine")] = (
+        "slurm"
     )
-    overview.add_argument(
-        "what", choices=list(tools), help="each has a --help of its own; train may be left out"
-    )
-    if given and given[0] not in tools and not given[0].startswith("-"):
-        given = ["train", *given]
-    what = cast(str, overview.parse_args(given[:1]).what)
-    parser, command = tools[what]
-    parser.prog = f"{overview.prog} {what}"
-    run_tool(parser, command, given[1:])
+    nodes: Annotated[
+        str, typer.Option(parser=_nodes, metavar="N[-MAX]", help="number of nodes, or minimum and maximum")
+    ] = "1"
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of a node; one rank for each")] = 0
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="ranks of a node (default: its number of GPUs, or 1)")
+    ] = None
+    cpus_per_task: Annotated[int, typer.Option(min=1, help="CPU cores of a rank")] = 1
+    hours: Annotated[float, typer.Option(min=0.01, max=10_000, help="time limit")] = 1.0
+    signal_seconds: Annotated[
+        int, typer.Option(min=1, help="seconds before the time limit at which ranks save a checkpoint")
+    ] = 300
+    max_requeues: Annotated[int, typer.Option(min=0, help="maximum number of restarts, for any reason")] = 20
+    partition: Annotated[str | None, typer.Option(help="Slurm partition")] = None
+    account: Annotated[str | None, typer.Option(help="Slurm account")] = None
+    qos: Annotated[str | None, typer.Option(help="Slurm quality of service")] = None
+    constraint: Annotated[str | None, typer.Option(help="node features, in Slurm's syntax")] = None
+    follow: Annotated[
+        bool, typer.Option("--follow", help="print the first rank's log until the job ends")
+    ] = False
 
 
-def _train() -> Tool:
-    parser = tool_parser(
-        "Train on token shards.",
-        "launch.py configs/f/pretrain.yaml --nodes 4-8 --gpus-per-node 8 --hours 24 --follow",
-    )
-    add_config_arguments(parser, file_required=True)
-    _add_resources(parser)
-
-    def run(arguments: argparse.Namespace) -> None:
-        config = config_from(TOKEN_RUNS, arguments)
-        _check_data(config.data)
-        _launch(_Work("train", config.run / _JOBS, str(config.run), config, [["train.py"]]), arguments)
-
-    return parser, run
+@_tool.command("python tools/launch.py configs/f/pretrain.yaml --nodes 4-8 --gpus-per-node 8 --follow")
+def train(options: RunConfigOptions, job: JobOptions) -> None:
+    """Train a model on token shards."""
+    config = options.load(TOKEN_RUNS)
+    _check_data(config.data)
+    _launch("train", config.run / _JOBS, config.run, [["train.py"]], job, config)
 
 
-def _tokenizer() -> Tool:
-    parser = tool_parser(
-        "Train a VQ-GAN on image shards.", "launch.py tokenizer configs/demo/tokenizer.yaml --gpus-per-node 8"
-    )
-    add_config_arguments(parser, file_required=True)
-    _add_resources(parser)
-
-    def run(arguments: argparse.Namespace) -> None:
-        config = config_from(TOKENIZER_RUNS, arguments)
-        _check_data(config.data)
-        work = _Work("tokenizer", config.run / _JOBS, str(config.run), config, [["train_tokenizer.py"]])
-        _launch(work, arguments)
-
-    return parser, run
+@_tool.command("python tools/launch.py tokenizer configs/demo/tokenizer.yaml --gpus-per-node 8")
+def tokenizer(options: RunConfigOptions, job: JobOptions) -> None:
+    """Train a tokenizer on image shards."""
+    config = options.load(TOKENIZER_RUNS)
+    _check_data(config.data)
+    _launch("tokenizer", config.run / _JOBS, config.run, [["train_tokenizer.py"]], job, config)
 
 
-def _tokenize() -> Tool:
-    parser = tool_parser(
-        "Turn image shards into token shards, many at a time: an array of jobs.",
-        "launch.py tokenize configs/demo/tokenize.yaml --workers 16 --gpus-per-node 1 --hours 12",
-    )
-    add_config_arguments(parser, file_required=True)
-    parser.add_argument("--workers", type=_at_least(1), default=1, help="jobs that share the shards out (1)")
-    _add_resources(parser)
-
-    def run(arguments: argparse.Namespace) -> None:
-        config = config_from(TokenizeConfig, arguments)
-        ShardSet.open(config.images)
-        workers = [
-            ["tokenize_shards.py", "--worker", str(worker), "--workers", str(arguments.workers)]
-            for worker in range(arguments.workers)
-        ]
-        work = _Work("tokenize", _beside(config.output), str(config.output), config, workers)
-        _launch(work, arguments)
-
-    return parser, run
+@_tool.command("python tools/launch.py tokenize configs/demo/tokenize.yaml --num-workers 16 --hours 12")
+def tokenize(
+    options: RunConfigOptions,
+    job: JobOptions,
+    num_workers: Annotated[int, typer.Option(min=1, help="jobs that divide the shards among them")] = 1,
+) -> None:
+    """Encode image shards as token shards, as an array of jobs."""
+    config = options.load(TokenizeConfig)
+    ShardSet.open(config.images)
+    commands = [
+        ["tokenize_shards.py", "--worker", str(worker), "--num-workers", str(num_workers)]
+        for worker in range(num_workers)
+    ]
+    # The output may be in S3; the records of the launch are local.
+    folder = Path("runs") / _JOBS / config.output.name
+    _launch("tokenize", folder, config.output, commands, job, config)
 
 
-def _eval() -> Tool:
-    parser = tool_parser(
-        "Score a trained model: what follows a -- goes to eval_coco_fid.py.",
-        "launch.py eval runs/f/finetune --gpus-per-node 1 -- --data data/coco/val",
-    )
-    parser.add_argument("run", type=Path, help="the run's folder, or a bundle")
-    parser.add_argument("rest", nargs="*", metavar="...", help="arguments of eval_coco_fid.py")
-    _add_resources(parser)
-
-    def run(arguments: argparse.Namespace) -> None:
-        if not arguments.run.is_dir():
-            raise UserError(f"{arguments.run}: there is no such folder; name the run, or its export.")
-        command = ["eval_coco_fid.py", str(arguments.run), *arguments.rest]
-        _launch(_Work("eval", arguments.run / _JOBS, str(arguments.run), None, [command]), arguments)
-
-    return parser, run
-
-
-def _status() -> Tool:
-    parser = tool_parser("Say what has become of a launch.", "launch.py status runs/f/pretrain")
-    parser.add_argument("folder", type=Path, help="a run's folder (its newest launch), or a launch's own")
-
-    def run(arguments: argparse.Namespace) -> None:
-        launch = newest_launch(arguments.folder)
-        for job, state in launch.states().items():
-            print(f"{launch.name} {job}: {state.summary}{_progress(launch)}")
-            print(f"  {launch.logs(job)[1]}")
-
-    return parser, run
+@_tool.command(
+    "python tools/launch.py eval runs/f/finetune --gpus-per-node 1 -- --data data/coco/val", name="eval"
+)
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="MODEL", help="run folder, or model bundle")],
+    job: JobOptions,
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="...", help="after a --: arguments of eval_coco_fid.py")
+    ] = None,
+) -> None:
+    """Evaluate a trained model."""
+    if not run.is_dir():
+        raise UserError(f"{run}: there is no such folder; name the run, or its export.")
+    command = ["eval_coco_fid.py", str(run), *(arguments or [])]
+    _launch("eval", run / _JOBS, run, [command], job)
 
 
-def _cancel() -> Tool:
-    parser = tool_parser(
-        "End a launch's jobs: they save, and are not queued again.", "launch.py cancel runs/f/pretrain"
-    )
-    parser.add_argument("folder", type=Path, help="a run's folder (its newest launch), or a launch's own")
+@_tool.command("python tools/launch.py status runs/f/pretrain")
+def status(folder: LaunchFolder) -> None:
+    """Print the state of each job of a launch."""
+    launch = newest_launch(folder)
+    for job, state in launch.states().items():
+        print(f"{launch.name} {job}: {state.summary}{_progress(launch)}")
+        print(f"  {launch.logs(job)[1]}")
 
-    def run(arguments: argparse.Namespace) -> None:
-        launch = newest_launch(arguments.folder)
-        launch.cancel()
-        print(f"canceled: {', '.join(launch.jobs)}")
 
-    return parser, run
+@_tool.command("python tools/launch.py cancel runs/f/pretrain")
+def cancel(folder: LaunchFolder) -> None:
+    """Cancel the jobs of a launch: they save a checkpoint and are not requeued."""
+    launch = newest_launch(folder)
+    launch.cancel()
+    print(f"canceled: {', '.join(launch.jobs)}")
 
 
 def _check_data(data: StreamConfig) -> None:
@@ -186,74 +157,47 @@ def _check_data(data: StreamConfig) -> None:
         ShardSet.open(source.path)
 
 
-def _add_resources(parser: argparse.ArgumentParser) -> None:
-    defaults = Resources()
-    group = parser.add_argument_group("what the job asks for")
-    group.add_argument("--cluster", choices=get_args(Cluster), default=defaults.cluster)
-    group.add_argument(
-        "--nodes", type=_nodes, default=defaults.nodes, help="a number, or the least and the most: 4-8 (1)"
-    )
-    group.add_argument("--gpus-per-node", type=_at_least(0), default=0, help="a rank for each (0)")
-    group.add_argument("--ranks-per-node", type=_at_least(1), help="where there are no GPUs (1)")
-    group.add_argument(
-        "--cpus-per-task", type=_at_least(1), default=defaults.cpus_per_task, help="of a rank (1)"
-    )
-    group.add_argument("--hours", type=_hours, default=1.0, help="the time limit (1)")
-    group.add_argument(
-        "--signal-seconds", type=_at_least(1), default=300, help="before it, ranks are asked to save (300)"
-    )
-    group.add_argument("--requeues", type=_at_least(0), default=20, help="restarts, whatever for (20)")
-    for name in ("partition", "account", "qos", "constraint"):
-        group.add_argument(f"--{name}", help="Slurm's")
-    group.add_argument("--follow", action="store_true", help="show the first rank's log to the job's end")
+def _launch(
+    kind: str,
+    parent: Path,
+    result: Location,
+    commands: list[list[str]],
+    job: JobOptions,
+    config: Config | None = None,
+) -> None:
+    """Submit one job for each command, and print where its state and logs are.
 
+    Args:
+        kind: Name of the work, such as ``train``.
+        parent: Parent folder of the launch folders.
+        result: Folder of the run or of its results.
+        commands: Tool file name and further arguments, for each job.
+        job: Resources.
+        config: Configuration, written to a file that is the tools' first argument.
+    """
+    from vqd_scale.launchers import slurm
 
-def _launch(work: _Work, arguments: argparse.Namespace) -> None:
-    folder = work.folder / time.strftime("%Y%m%d-%H%M%S")
-    before = [parent for parent in folder.parents if not parent.exists()]
-    try:
-        launch = _submitted(work, folder, arguments)
-    except UserError:
-        shutil.rmtree(folder, ignore_errors=True)
-        for parent in before:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        raise
-    for job in launch.jobs:
-        print(f"{work.what}: job {job} ({launch.cluster}); its log is {launch.logs(job)[1]}")
+    resources = slurm.Resources(
+        cluster=job.cluster,
+        nodes=job.nodes,
+        gpus_per_node=job.gpus_per_node,
+        ranks_per_node=job.ranks_per_node or max(1, job.gpus_per_node),
+        cpus_per_task=job.cpus_per_task,
+        minutes=max(1, round(60 * job.hours)),
+        signal_seconds=job.signal_seconds,
+        requeues=job.max_requeues,
+        partition=job.partition,
+        account=job.account,
+        qos=job.qos,
+        constraint=job.constraint,
+    )
+    folder = parent / time.strftime("%Y%m%d-%H%M%S")
+    launch = slurm.launch(kind, commands, resources, folder, result, config)
+    for number in launch.jobs:
+        print(f"{kind}: job {number} ({launch.cluster}); its log is {launch.logs(number)[1]}")
     print(f"next: python tools/launch.py status {folder}")
-    if arguments.follow or launch.cluster == "debug":
+    if job.follow or launch.cluster == "debug":
         _follow(launch)
-
-
-def _submitted(work: _Work, folder: Path, arguments: argparse.Namespace) -> Launch:
-    code = copy_source(folder / "code").absolute()
-    configuration: list[str] = []
-    if work.config is not None:
-        publish_text(folder / "config.yaml", to_yaml(work.config))
-        configuration = [str((folder / "config.yaml").absolute())]
-    commands = [
-        [sys.executable, str(code / "tools" / tool), *configuration, *rest] for tool, *rest in work.commands
-    ]
-    details = {"commands": commands, **provenance(), "modified_files": modified_files()}
-    return submit(work.what, commands, _resources(arguments), folder, code, work.result, details)
-
-
-def _resources(arguments: argparse.Namespace) -> Resources:
-    return Resources(
-        cluster=arguments.cluster,
-        nodes=arguments.nodes,
-        gpus_per_node=arguments.gpus_per_node,
-        ranks_per_node=arguments.ranks_per_node or max(1, arguments.gpus_per_node),
-        cpus_per_task=arguments.cpus_per_task,
-        minutes=max(1, round(60 * arguments.hours)),
-        signal_seconds=arguments.signal_seconds,
-        requeues=arguments.requeues,
-        partition=arguments.partition,
-        account=arguments.account,
-        qos=arguments.qos,
-        constraint=arguments.constraint,
-    )
 
 
 def _follow(launch: Launch) -> None:
@@ -262,11 +206,11 @@ def _follow(launch: Launch) -> None:
     Raises:
         SystemExit: A job failed; with the largest exit code.
     """
-    shown: dict[Path, int] = {}
+    positions: dict[Path, int] = {}
     while True:
         states = launch.states()
         for log in (log for job in launch.jobs for log in launch.logs(job)):
-            shown[log] = _show(log, shown.get(log, 0))
+            positions[log] = _print_log(log, positions.get(log, 0))
         if all(state.has_ended for state in states.values()):
             break
         time.sleep(_POLL_SECONDS)
@@ -277,50 +221,20 @@ def _follow(launch: Launch) -> None:
         raise SystemExit(worst)
 
 
-def _show(log: Path, start: int) -> int:
+def _print_log(log: Path, start: int) -> int:
     """Print a log from byte ``start`` on; returns the new end position."""
     if not log.exists():
         return start
     with log.open("rb") as file:
         file.seek(start)
-        written = file.read()
-    sys.stdout.write(written.decode(errors="replace"))
+        content = file.read()
+    sys.stdout.write(content.decode(errors="replace"))
     sys.stdout.flush()
-    return start + len(written)
+    return start + len(content)
 
 
 def _progress(launch: Launch) -> str:
+    from vqd_scale.training.logging.metrics import read_metrics
+
     rows = read_metrics(Path(launch.run) / "metrics.jsonl") if launch.name in ("train", "tokenizer") else []
     return f", {rows[-1]['images']:,} images seen" if rows else ""
-
-
-def _beside(out: Location) -> Path:
-    """Return a local folder for the launches of jobs whose output may be in S3."""
-    return Path("runs") / _JOBS / out.name
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"given {text!r}, expected a number, {least} or more")
-        return int(text)
-
-    return number
-
-
-def _hours(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < _LONGEST_HOURS:
-        raise argparse.ArgumentTypeError(f"given {text!r}, expected hours, such as 24 or 0.5")
-    return value
-
-
-def _nodes(text: str) -> str:
-    least, dash, most = text.partition("-")
-    number = _at_least(1)
-    if number(least) > number(most if dash else least):
-        raise argparse.ArgumentTypeError(f"given {text!r}, expected a number, or the least and the most: 4-8")
-    return text

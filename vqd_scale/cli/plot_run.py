@@ -1,44 +1,54 @@
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from vqd_scale.cli.base import run_tool, tool_parser
+import typer
+
+from vqd_scale.cli.base import Tool
 from vqd_scale.core.errors import UserError
-from vqd_scale.reports.plots import Series, plot_curves
-from vqd_scale.training.logging.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from vqd_scale.reports.plots import Series
+
+_DEFAULT_METRICS = ("loss", "bound")
+
+main = Tool()
+"""Entry point of ``tools/plot_run.py``."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``tools/plot_run.py``."""
-    parser = tool_parser(
-        "Plot figures of one run or several over images seen, from their metrics.jsonl.",
-        "python tools/plot_run.py runs/demo/model --figures loss bound",
-    )
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
-    parser.add_argument("--figures", nargs="+", metavar="NAME", help="which columns; all losses unless given")
-    parser.add_argument("--out", type=Path, help="the PNG file; curves.png in the first run's folder")
-    run_tool(parser, _plot, arguments)
+@main.command("python tools/plot_run.py runs/demo/model --metric loss --metric bound")
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="run folders")],
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="metric to plot; repeatable (default: the losses)"),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="PNG file (default: curves.png in the first run folder)")
+    ] = None,
+) -> None:
+    """Plot metrics of one or several runs over images seen, from their metrics.jsonl."""
+    from vqd_scale.reports.plots import plot_curves
+    from vqd_scale.training.logging.metrics import read_metrics
 
-
-def _plot(arguments: argparse.Namespace) -> None:
-    runs: list[Path] = arguments.runs
     curves: list[Series] = []
     for run in runs:
         rows = read_metrics(run / "metrics.jsonl")
         if not rows:
             raise UserError(f"{run}: there is no metrics.jsonl with rows here; give the folder of a run.")
-        known = sorted({name for row in rows for name in row} - {"images"})
-        names: list[str] = arguments.figures or [name for name in known if name in ("loss", "bound")]
-        for name in names:
-            if name not in known:
-                raise UserError(f"{run}: has no figure '{name}'; it has {', '.join(known)}.")
+        available = sorted({name for row in rows for name in row} - {"images"})
+        for name in metric or [name for name in available if name in _DEFAULT_METRICS]:
+            if name not in available:
+                raise UserError(f"{run}: has no metric '{name}'; it has {', '.join(available)}.")
             curves.append(_curve(rows, name, f"{run.name}: {name}" if len(runs) > 1 else name))
-    out: Path = arguments.out or runs[0] / "curves.png"
-    plot_curves(out, curves, title=runs[0].name, x_label="images seen", y_label="")
-    print(out)
+    path = output or runs[0] / "curves.png"
+    plot_curves(path, curves, title=runs[0].name, x_label="images seen", y_label="")
+    print(path)
 
 
-def _curve(rows: Sequence[Mapping[str, float]], name: str, title: str) -> Series:
+def _curve(rows: Sequence[Mapping[str, float]], name: str, title: str) -> "Series":
     """Return the curve of a metric over images seen, from the rows that contain the metric."""
-    having = [row for row in rows if name in row]
-    return Series(title, [row["images"] for row in having], [row[name] for row in having])
+    from vqd_scale.reports.plots import Series
+
+    points = [(row["images"], row[name]) for row in rows if name in row]
+    return Series(title, [images for images, _ in points], [value for _, value in points])

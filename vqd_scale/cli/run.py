@@ -1,52 +1,56 @@
-"""Functions shared by the training tools: task selection and the training run."""
+"""Functions shared by the tools: checks before torch is imported, and the training run."""
 
 import logging
-from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
+from vqd_scale.core.atomic_io import Location
+from vqd_scale.core.errors import UserError
+from vqd_scale.core.s3 import SCHEME
 from vqd_scale.core.signals import REQUEUE_EXIT_CODE
-from vqd_scale.core.world import World, join_world, leave_world
-from vqd_scale.training.config import RunConfig
-from vqd_scale.training.loop import train
-from vqd_scale.training.tasks.autoencoding import AutoencodingTask, TokenizerTrainConfig
-from vqd_scale.training.tasks.autoregression import AutoregressionConfig, AutoregressionTask
-from vqd_scale.training.tasks.base import BatchType, Task
-from vqd_scale.training.tasks.denoising import DenoisingTask, TrainConfig
-from vqd_scale.training.tasks.refitting import RefitConfig, RefitTask
+from vqd_scale.data.shards.shard_index import INDEX, ShardSet
+from vqd_scale.training.tasks.config import TokenizerRun, TokenRun
 
-TOKEN_RUNS = (TrainConfig, AutoregressionConfig)
-"""Configuration classes of runs on token shards."""
+if TYPE_CHECKING:
+    from vqd_scale.training.tasks.base import Task
 
 
-def token_task(
-    config: TrainConfig | AutoregressionConfig, world: World
-) -> DenoisingTask | AutoregressionTask:
-    """Build the task of a run on token shards.
+def check_datasets(*folders: Location) -> None:
+    """Check that the indices of local datasets exist; reading them is left to the first rank.
 
     Raises:
-        UserError: The shards do not fit the configuration.
+        UserError: There is no dataset.
     """
-    if isinstance(config, TrainConfig):
-        return DenoisingTask(config, world)
-    return AutoregressionTask(config, world)
+    for folder in folders:
+        if isinstance(folder, Path) and not (folder / INDEX).exists():
+            ShardSet.open(folder)
 
 
-TOKENIZER_RUNS = (TokenizerTrainConfig, RefitConfig)
-"""Configuration classes of runs on image shards."""
-
-
-def tokenizer_task(config: TokenizerTrainConfig | RefitConfig, world: World) -> AutoencodingTask | RefitTask:
-    """Build the task of a run on image shards.
+def check_bundles(*folders: Path) -> None:
+    """Check that tokenizer bundles exist.
 
     Raises:
-        UserError: Images and tokenizer do not match.
+        UserError: One does not.
     """
-    if isinstance(config, RefitConfig):
-        return RefitTask(config, world)
-    return AutoencodingTask(config, world)
+    for folder in folders:
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: there is no tokenizer bundle here; train_tokenizer.py makes one.")
 
 
-def run_task(build: Callable[[World], Task[BatchType]], config: RunConfig, title: str) -> bool:
-    """Join the process group, train the task that ``build`` returns, and leave the process group.
+def check_model(model: str) -> None:
+    """Check that a local folder contains a model, in any of the layouts that can be loaded.
+
+    Raises:
+        UserError: It does not.
+    """
+    folder = Path(model)
+    configs = (folder / "config.json", folder / "export" / "config.json", folder / "model_index.json")
+    if not model.startswith(SCHEME) and not any(path.is_file() for path in configs):
+        raise UserError(f"{folder}: there is no model bundle here; name a bundle, or the folder of a run.")
+
+
+def run_task(config: TokenRun | TokenizerRun) -> bool:
+    """Join the process group, train the task of the configuration, and leave the process group.
 
     Returns:
         True on rank 0, which prints and writes all further results.
@@ -55,13 +59,18 @@ def run_task(build: Callable[[World], Task[BatchType]], config: RunConfig, title
         UserError: See `train`.
         SystemExit: With `REQUEUE_EXIT_CODE` after a signal and a saved checkpoint; a restart resumes the run.
     """
+    check_datasets(*(source.path for source in config.data.mixed))
+
+    from vqd_scale.core.world import join_world, leave_world
+    from vqd_scale.training.loop import train
+
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("vqd_scale").setLevel(logging.INFO)
     world = join_world()
-    outcome = train(build(world), config, world, title)
+    result = train(cast("Task[Any]", config.build(world)), config, world, config.title)
     leave_world()
-    if outcome.stopped:
+    if result.stopped:
         raise SystemExit(REQUEUE_EXIT_CODE)
     if world.is_first:
-        print(f"trained on {outcome.images:,} images; the model is {config.run / 'export'}")
+        print(f"trained on {result.images:,} images; the model is {config.run / 'export'}")
     return world.is_first

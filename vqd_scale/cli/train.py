@@ -1,26 +1,26 @@
-import argparse
-from collections.abc import Sequence
+from typing import Annotated
 
-from vqd_scale.cli.base import add_config_arguments, config_from, run_tool, tool_parser
-from vqd_scale.cli.run import TOKEN_RUNS, run_task, token_task
-from vqd_scale.training.tasks.denoising import TrainConfig
+import typer
 
+from vqd_scale.cli.base import RunConfigOptions, Tool
+from vqd_scale.cli.run import check_bundles, run_task
+from vqd_scale.training.tasks.config import TOKEN_RUNS
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``tools/train.py``."""
-    parser = tool_parser(
-        "Train a denoiser on token shards, or its autoregressive peer (kind: autoregression), on one "
-        "process or as many as torchrun or srun start; started again, it goes on from the newest whole "
-        "checkpoint.",
-        "torchrun --nproc-per-node 2 tools/train.py configs/demo/train.yaml optim.lr=2e-3",
-    )
-    add_config_arguments(parser, file_required=True)
-    # DeepSpeed's launcher passes --local_rank. It is ignored: LOCAL_RANK, which all launchers set, is used.
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    run_tool(parser, _train, arguments)
+main = Tool()
+"""Entry point of ``tools/train.py``."""
 
 
-def _train(arguments: argparse.Namespace) -> None:
-    config = config_from(TOKEN_RUNS, arguments)
-    title = "train denoiser" if isinstance(config, TrainConfig) else "train VQ-AR"
-    run_task(lambda world: token_task(config, world), config, title)
+@main.command("torchrun --nproc-per-node 2 tools/train.py configs/demo/train.yaml optim.lr=2e-3")
+def train(
+    options: RunConfigOptions,
+    # DeepSpeed's launcher passes it. LOCAL_RANK, which all launchers set, is used.
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
+) -> None:
+    """Train a denoiser on token shards, or VQ-AR (kind: autoregression).
+
+    Runs in one process, or in those that torchrun or srun starts. The same command resumes an interrupted
+    run from its newest valid checkpoint.
+    """
+    config = options.load(TOKEN_RUNS)
+    check_bundles(config.tokenizer)
+    run_task(config)

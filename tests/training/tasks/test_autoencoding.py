@@ -256,7 +256,7 @@ def test_refit_fills_the_codebook_and_keeps_the_encoder(
     assert report[str(tmp_path / "new")]["used"] >= 0.95
     assert {"psnr", "ssim", "used_often", "perplexity"} <= report[str(tmp_path / "new")].keys()
     assert {"lpips", "rfid"}.isdisjoint(report[str(tmp_path)])
-    assert "no weights were named" in (tmp_path / "report" / "report.html").read_text()
+    assert "no weights given" in (tmp_path / "report" / "report.html").read_text()
     assert (tmp_path / "report" / "reconstructions-1.png").exists()
 
 

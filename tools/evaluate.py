@@ -1,4 +1,0 @@
-from _environment import run
-
-if __name__ == "__main__":
-    run("vqd_scale.cli.evaluate")
