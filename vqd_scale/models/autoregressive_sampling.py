@@ -32,11 +32,7 @@ class AutoregressiveTextToImage:
 
     @classmethod
     def load(
-        cls,
-        path: Path | str,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        cls, path: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> Self:
         """Load a model from its bundle or a finished run; see `TextToImage.load`.
 

@@ -24,16 +24,14 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.tensors import write_tensors
 from vqd_scale.diffusion.config import Schedule
 from vqd_scale.models.config import AutoregressiveBundleConfig, BundleConfig
-from vqd_scale.models.model_card import AUTOREGRESSION, DENOISING, model_card
 from vqd_scale.nn.autoregressive import Autoregressive
 from vqd_scale.nn.config import ClassCondition, Condition, TextCondition
 from vqd_scale.nn.network import Network
+from vqd_scale.reports.html import render
 from vqd_scale.text.clip import TextEncoder
 from vqd_scale.text.config import Pretrained, TextConfig
 from vqd_scale.tokenizers.base import ImageTokenizer
-from vqd_scale.tokenizers.config import (
-    TokenizerConfig,
-)
+from vqd_scale.tokenizers.config import TokenizerConfig
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -198,24 +196,11 @@ class Bundle(Generic[AnyBundleConfig, AnyModel]):
 AutoregressiveBundle: TypeAlias = Bundle[AutoregressiveBundleConfig, AutoregressiveModel]
 
 
-@dataclass(frozen=True)
-class TokenizerWeights:
-    """Configuration and weights of a tokenizer that is not yet saved as a bundle.
-
-    Attributes:
-        config: Configuration of the tokenizer.
-        tensors: State dictionary of the tokenizer.
-    """
-
-    config: TokenizerConfig
-    tensors: Mapping[str, Tensor]
-
-
 def save_bundle(
     folder: Path,
     config: BundleConfig | AutoregressiveBundleConfig,
     weights: Mapping[str, Tensor],
-    tokenizer: Path | TokenizerWeights,
+    tokenizer: Path | tuple[TokenizerConfig, Mapping[str, Tensor]],
 ) -> None:
     """Write a model bundle, including its tokenizer's, atomically.
 
@@ -223,7 +208,7 @@ def save_bundle(
         folder: Output folder; replaced if it exists.
         config: Configuration of the model.
         weights: State dictionary of the model.
-        tokenizer: Tokenizer bundle to copy, or the tokenizer's weights.
+        tokenizer: Tokenizer bundle to copy, or the tokenizer's configuration and state dictionary.
 
     Raises:
         UserError: The disk is full or the folder cannot be written.
@@ -233,14 +218,19 @@ def save_bundle(
     with published_folder(folder) as partial:
         schedule = {_SCHEDULE: _fingerprint(config.diffusion)} if isinstance(config, BundleConfig) else {}
         _save(partial, config, weights, schedule)
-        if isinstance(tokenizer, TokenizerWeights):
-            (partial / _TOKENIZER).mkdir()
-            _save(partial / _TOKENIZER, tokenizer.config, tokenizer.tensors)
-        else:
+        if isinstance(tokenizer, Path):
             shutil.copytree(tokenizer, partial / _TOKENIZER)
-        tokenizer_config = json.dumps(read_json(partial / _TOKENIZER / CONFIG, "tokenizer bundle"))
-        parameters = sum(tensor.numel() for tensor in weights.values())
-        publish_text(partial / _CARD, _card(config, parameters, tokenizer_config))
+        else:
+            (partial / _TOKENIZER).mkdir()
+            _save(partial / _TOKENIZER, *tokenizer)
+        card = render(
+            "model_card.md.j2",
+            config=config,
+            network=config.denoiser if isinstance(config, BundleConfig) else config.network,
+            parameters=sum(tensor.numel() for tensor in weights.values()),
+            tokenizer=json.dumps(read_json(partial / _TOKENIZER / CONFIG, "tokenizer bundle")),
+        )
+        publish_text(partial / _CARD, card)
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -257,10 +247,15 @@ def load_bundle(folder: Path) -> Bundle:
             f"{folder}: contains an autoregressive model, which has no noise schedule; load it with "
             f"vqd_scale.models.autoregressive_sampling.AutoregressiveTextToImage."
         )
-    model = Model(config)
-    _load_weights(model, folder)
-    _check_schedule(config, folder)
-    return Bundle(config, model, load_tokenizer(folder / _TOKENIZER, torch.device("cpu")))
+    bundle = _load_model(folder, config, Model(config))
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        saved_schedule = (file.metadata() or {}).get(_SCHEDULE)
+    if saved_schedule != _fingerprint(config.diffusion):
+        raise UserError(
+            f"{folder}: config.json has the schedule {_fingerprint(config.diffusion)}, but the weights were "
+            f"trained under {saved_schedule}; restore the original config.json."
+        )
+    return bundle
 
 
 def is_autoregressive(folder: Path) -> bool:
@@ -284,9 +279,7 @@ def load_autoregressive_bundle(folder: Path) -> AutoregressiveBundle:
     config = _load_config(_MODELS, folder, "model bundle")
     if not isinstance(config, AutoregressiveBundleConfig):
         raise UserError(f"{folder}: contains a denoiser; load it with vqd_scale.TextToImage.")
-    model = AutoregressiveModel(config)
-    _load_weights(model, folder)
-    return Bundle(config, model, load_tokenizer(folder / _TOKENIZER, torch.device("cpu")))
+    return _load_model(folder, config, AutoregressiveModel(config))
 
 
 def save_tokenizer(folder: Path, config: TokenizerConfig, weights: Mapping[str, Tensor]) -> None:
@@ -359,6 +352,11 @@ def _load_config(
     return validated(kind, values, str(folder / CONFIG))
 
 
+def _load_model(folder: Path, config: AnyBundleConfig, model: AnyModel) -> Bundle[AnyBundleConfig, AnyModel]:
+    _load_weights(model, folder)
+    return Bundle(config, model, load_tokenizer(folder / _TOKENIZER, torch.device("cpu")))
+
+
 def _load_weights(module: nn.Module, folder: Path) -> None:
     path = folder / WEIGHTS
     try:
@@ -375,27 +373,3 @@ def _load_weights(module: nn.Module, folder: Path) -> None:
 def _fingerprint(schedule: Schedule) -> str:
     """Serialize a schedule's constants for the weights' metadata."""
     return json.dumps(schedule.model_dump(mode="json"), sort_keys=True)
-
-
-def _check_schedule(config: BundleConfig, folder: Path) -> None:
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        saved_schedule = (file.metadata() or {}).get(_SCHEDULE)
-    if saved_schedule != _fingerprint(config.diffusion):
-        raise UserError(
-            f"{folder}: config.json has the schedule {_fingerprint(config.diffusion)}, but the weights were "
-            f"trained under {saved_schedule}; restore the original config.json."
-        )
-
-
-def _card(config: BundleConfig | AutoregressiveBundleConfig, parameters: int, tokenizer: str) -> str:
-    is_denoiser = isinstance(config, BundleConfig)
-    network = config.denoiser if is_denoiser else config.network
-    facts = {
-        "parameters": f"{parameters:,}",
-        "network": f"`{network.model_dump_json()}`",
-        "text encoder": "none" if config.text is None else f"`{config.text.model_dump_json()}`",
-        **({"schedule": f"`{config.diffusion.model_dump_json()}`"} if is_denoiser else {}),
-        "tokenizer": f"`{tokenizer}`, in `{_TOKENIZER}/`",
-    }
-    kind = DENOISING if is_denoiser else AUTOREGRESSION
-    return model_card(kind, config.grid, config.codebook_size, network.condition.kind, facts, config.origin)

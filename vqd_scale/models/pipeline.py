@@ -27,7 +27,7 @@ from vqd_scale.diffusion.samplers import KnownTokens, Start, sample
 from vqd_scale.diffusion.transition import MaskAndReplace
 from vqd_scale.models.bundle import Bundle, load_bundle
 from vqd_scale.models.conditions import Conditions, Prompts, conditions_of
-from vqd_scale.models.exchange.diffusers import COMPONENTS, INDEX, read_diffusers
+from vqd_scale.models.exchange.diffusers import COMPONENTS, INDEX, plan_diffusers
 from vqd_scale.models.s3_download import local_folder
 from vqd_scale.tokenizers.base import to_bytes, to_signal
 
@@ -102,11 +102,7 @@ class TextToImage:
 
     @classmethod
     def load(
-        cls,
-        path: Path | str,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        cls, path: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> Self:
         """Load a model from its bundle, a finished run, or a diffusers VQDiffusionPipeline folder.
 
@@ -119,7 +115,8 @@ class TextToImage:
             UserError: There is no such model, or a file of it is missing or damaged.
         """
         with local_folder(path, FOLDERS) as folder:
-            bundle = read_diffusers(folder) if (folder / INDEX).is_file() else load_bundle(folder)
+            is_diffusers = (folder / INDEX).is_file()
+            bundle = plan_diffusers(folder).bundle() if is_diffusers else load_bundle(folder)
         return cls(bundle).to(
             dtype or torch.float32, device or ("cuda" if torch.cuda.is_available() else "cpu")
         )

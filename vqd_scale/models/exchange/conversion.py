@@ -8,14 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vqd_scale.core.tensors import with_prefix, without_prefix
-from vqd_scale.models.bundle import (
-    Bundle,
-    Model,
-    TokenizerWeights,
-    load_tokenizer,
-    save_bundle,
-    save_tokenizer,
-)
+from vqd_scale.models.bundle import Bundle, Model, load_tokenizer, save_bundle, save_tokenizer
 from vqd_scale.models.config import BundleConfig
 from vqd_scale.models.exchange.key_mapping import Exchange
 from vqd_scale.text.clip import TextEncoder
@@ -64,7 +57,7 @@ class ModelPlan:
         weights = self.exchange.weights()
         tokenizer = self.tokenizer
         if not isinstance(tokenizer, Path):
-            tokenizer = TokenizerWeights(tokenizer, without_prefix(weights, TOKENIZER))
+            tokenizer = (tokenizer, without_prefix(weights, TOKENIZER))
         save_bundle(folder, self.config, without_prefix(weights, MODEL), tokenizer)
 
 

@@ -15,7 +15,6 @@ from vqd_scale.core.config import validated
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.tensors import read_tensors, with_prefix, without_prefix
 from vqd_scale.diffusion.config import Released
-from vqd_scale.models.bundle import Bundle
 from vqd_scale.models.config import BundleConfig
 from vqd_scale.models.exchange.conversion import MODEL, TOKENIZER, ModelPlan, model_weights
 from vqd_scale.models.exchange.key_mapping import Exchange, Prefixes
@@ -44,6 +43,7 @@ name that it writes itself."""
 PAD = "!"
 """CLIP's token 0, the padding of captions. The network was not trained with any other padding token."""
 
+_ATTENTION_KEYS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj": "to_out.0"}
 TRANSFORMER = Prefixes(
     ("content_emb.", "latent_image_embedding."),
     ("blocks.*.ln1.", "transformer_blocks.*.norm1."),
@@ -52,12 +52,7 @@ TRANSFORMER = Prefixes(
     *(
         (f"blocks.*.attn{number}.{name}.", f"transformer_blocks.*.attn{number}.{diffusers_name}.")
         for number in (1, 2)
-        for name, diffusers_name in (
-            ("query", "to_q"),
-            ("key", "to_k"),
-            ("value", "to_v"),
-            ("proj", "to_out.0"),
-        )
+        for name, diffusers_name in _ATTENTION_KEYS.items()
     ),
     ("blocks.*.mlp.0.", "transformer_blocks.*.ff.net.0.proj."),
     ("blocks.*.mlp.2.", "transformer_blocks.*.ff.net.2."),
@@ -150,10 +145,16 @@ def plan_diffusers(folder: Path) -> ModelPlan:
     _check_padding(folder / "tokenizer")
     learned = bool(_config_of(folder, NULL)["learnable"])
     transformer = _config_of(folder, "transformer")
+    heads = transformer["num_attention_heads"]
     config = BundleConfig(
         codebook_size=transformer["num_vector_embeds"] - 1,
         grid=(transformer["sample_size"], transformer["sample_size"]),
-        denoiser=_denoiser(folder),
+        denoiser=DenoiserConfig(
+            width=heads * transformer["attention_head_dim"],
+            heads=heads,
+            layers=transformer["num_layers"],
+            condition=TextCondition(width=transformer["cross_attention_dim"]),
+        ),
         text=_tower(folder, learned=learned),
         diffusion=_schedule(folder),
         origin=_ORIGIN.format(name=folder.resolve().name),
@@ -172,15 +173,6 @@ def plan_diffusers(folder: Path) -> ModelPlan:
     )
 
 
-def read_diffusers(folder: Path) -> Bundle:
-    """Load a ``VQDiffusionPipeline`` folder without writing anything.
-
-    Raises:
-        UserError: See `plan_diffusers`; or weights are missing, unknown or of another shape.
-    """
-    return plan_diffusers(folder).bundle()
-
-
 def _convert(source_weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     null = without_prefix(source_weights, f"{NULL}/")
     text = {"null": null["embeddings"]} if "embeddings" in null else {}
@@ -192,17 +184,6 @@ def _convert(source_weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         **with_prefix(f"{MODEL}text.", text),
         **with_prefix(TOKENIZER, from_diffusers(without_prefix(source_weights, "vqvae/"))),
     }
-
-
-def _denoiser(folder: Path) -> DenoiserConfig:
-    config = _config_of(folder, "transformer")
-    heads = config["num_attention_heads"]
-    return DenoiserConfig(
-        width=heads * config["attention_head_dim"],
-        heads=heads,
-        layers=config["num_layers"],
-        condition=TextCondition(width=config["cross_attention_dim"]),
-    )
 
 
 def _tower(folder: Path, *, learned: bool) -> Tower:
@@ -218,16 +199,15 @@ def _schedule(folder: Path) -> Released:
     config = _config_of(folder, "scheduler")
     values = {key: config[name] for key, name in SCHEDULE_KEYS.items()}
     transformer = _config_of(folder, "transformer")
-    if transformer["num_embeds_ada_norm"] != values["steps"]:
-        raise UserError(
-            f"{folder}: the scheduler has {values['steps']} timesteps, but the transformer was trained "
-            f"with {transformer['num_embeds_ada_norm']}; they do not belong together."
-        )
-    if config["num_vec_classes"] != transformer["num_vector_embeds"]:
-        raise UserError(
-            f"{folder}: the scheduler has {config['num_vec_classes']} classes, but the transformer was "
-            f"trained with {transformer['num_vector_embeds']}; they do not belong together."
-        )
+    for name, count, trained_count in (
+        ("timesteps", values["steps"], transformer["num_embeds_ada_norm"]),
+        ("classes", config["num_vec_classes"], transformer["num_vector_embeds"]),
+    ):
+        if count != trained_count:
+            raise UserError(
+                f"{folder}: the scheduler has {count} {name}, but the transformer was trained with "
+                f"{trained_count}; they do not belong together."
+            )
     return validated(Released, values, f"{folder}/scheduler/scheduler_config.json")
 
 
@@ -251,8 +231,7 @@ def _autoencoder(folder: Path) -> TamingVQConfig:
 
 def _config_of(folder: Path, component: str) -> dict[str, Any]:
     """Read a component's configuration, with checks of required keys and fixed values."""
-    name = "scheduler_config.json" if component == "scheduler" else "config.json"
-    path = folder / component / name
+    path = folder / component / ("scheduler_config.json" if component == "scheduler" else "config.json")
     config: dict[str, Any] = read_json(path, f"configuration of the {component}")
     missing = [key for key in _REQUIRED[component] if config.get(key) is None]
     if missing:

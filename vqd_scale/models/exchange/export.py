@@ -74,7 +74,12 @@ def export_diffusers(bundle: Bundle, folder: Path) -> None:
         "transformer": _transformer(network, config.codebook_size, config.grid[0], config.diffusion.steps),
         "vqvae": _vqvae(shape, bundle.tokenizer),
         "text_encoder": _text_encoder(text),
-        NULL: _null(text),
+        NULL: {
+            "_class_name": COMPONENTS[NULL][1],
+            "learnable": text.null is not None,
+            "hidden_size": None if text.null is None else text.null.shape[1],
+            "length": None if text.null is None else text.null.shape[0],
+        },
     }
     with published_folder(folder) as partial:
         publish_json(partial / INDEX, {"_class_name": "VQDiffusionPipeline", **COMPONENTS})
@@ -83,9 +88,9 @@ def export_diffusers(bundle: Bundle, folder: Path) -> None:
             name = "model" if component == "text_encoder" else "diffusion_pytorch_model"
             single = {key: value.float() for key, value in state.items()}
             write_tensors(partial / component / f"{name}.safetensors", single, {"format": "pt"})
-        publish_json(
-            partial / "scheduler" / "scheduler_config.json", _scheduler(schedule, config.codebook_size)
-        )
+        scheduler = {"_class_name": "VQDiffusionScheduler", "num_vec_classes": config.codebook_size + 1}
+        scheduler |= {name: getattr(schedule, key) for key, name in SCHEDULE_KEYS.items()}
+        publish_json(partial / "scheduler" / "scheduler_config.json", scheduler)
         _write_tokenizer(partial / "tokenizer", text.tokenizer)
 
 
@@ -162,21 +167,6 @@ def _text_encoder(text: TextEncoder) -> dict[str, Any]:
         "num_hidden_layers": len(tower.transformer.resblocks),
         "projection_dim": tower.width,
         "vocab_size": tokenizer.vocabulary,
-    }
-
-
-def _null(text: TextEncoder) -> dict[str, Any]:
-    length, width = (None, None) if text.null is None else text.null.shape
-    learnable = text.null is not None
-    name = "LearnedClassifierFreeSamplingEmbeddings"
-    return {"_class_name": name, "learnable": learnable, "hidden_size": width, "length": length}
-
-
-def _scheduler(schedule: Released, codes: int) -> dict[str, Any]:
-    return {
-        "_class_name": "VQDiffusionScheduler",
-        "num_vec_classes": codes + 1,
-        **{name: getattr(schedule, key) for key, name in SCHEDULE_KEYS.items()},
     }
 
 
