@@ -86,6 +86,14 @@ def unsuitable_test_names(source: str) -> list[int]:
     ]
 
 
+def long_lines(page: str) -> list[str]:
+    """Return the lines of a page's prose over 120 characters; code, tables, formulas and images are free."""
+    prose = re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)
+    return [
+        line for line in prose.splitlines() if len(line) > 120 and not line.startswith(("|", "    ", "!"))
+    ]
+
+
 def phrases(text: str) -> list[int]:
     """Return the lines that contain a banned phrase."""
     return [number for number, line in enumerate(text.splitlines(), start=1) if PHRASES.search(line)]
@@ -166,6 +174,17 @@ def test_no_banned_word_is_bound(path: Path) -> None:
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_test_names_are_short_and_descriptive(path: Path) -> None:
     assert unsuitable_test_names(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_prose_is_wrapped(path: Path) -> None:
+    assert long_lines(path.read_text(encoding="utf-8")) == []
+
+
+def test_long_line_of_prose_is_found() -> None:
+    line = "word " * 25
+    assert long_lines(f"short\n{line}\n")
+    assert long_lines(f"```\n{line}\n```\n| {line}\n    {line}\n") == []
 
 
 @pytest.mark.parametrize("term", TERMS)
