@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,11 @@ from torch import Tensor
 @pytest.mark.parametrize("first_time", [0, 1, 97])
 def test_losses_and_gradients_of_both_sides_agree(first_time: int) -> None:
     problem = LossProblem(batch=3, length=40, codes=30)
-    logits, tokens, noisy, _ = problem.tensors()
+    *inputs, _ = problem.tensors()
     t = torch.tensor([first_time, 50, 99])
-    sides = [side(problem)(logits, tokens, noisy, t) for side in (closed_form_loss, log_one_hot_loss)]
+    sides = [side(problem)(*inputs, t) for side in (closed_form_loss, log_one_hot_loss)]
     torch.testing.assert_close(sides[0], sides[1], rtol=1e-4, atol=1e-6)
-    gradients = [torch.autograd.grad(loss, logits)[0] for loss in sides]
+    gradients = [torch.autograd.grad(loss, inputs[:2]) for loss in sides]
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-7)
 
 
@@ -37,9 +38,9 @@ def test_differing_losses_stop_the_benchmark() -> None:
         return lambda *arguments: closed_form_loss(problem)(*arguments) + 1e-2
 
     def steeper(problem: LossProblem) -> Callable[..., Tensor]:
-        def loss(logits: Tensor, tokens: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
-            zero = (logits - logits.detach()).sum()
-            return closed_form_loss(problem)(logits, tokens, noisy, t) + 1e-2 * zero
+        def loss(hidden: Tensor, *arguments: Tensor) -> Tensor:
+            zero = (hidden - hidden.detach()).sum()
+            return closed_form_loss(problem)(hidden, *arguments) + 1e-2 * zero
 
         return loss
 
@@ -50,9 +51,8 @@ def test_differing_losses_stop_the_benchmark() -> None:
 
 @pytest.mark.long
 def test_result_records_measurement_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "benchmarks.loss.benchmark_loss", lambda rounds: benchmark_loss(rounds, LossProblem(2, 256, 500))
-    )
+    small_loss = partial(benchmark_loss, problem=LossProblem(2, 256, 500))
+    monkeypatch.setattr("benchmarks.loss.benchmark_loss", small_loss)
     main(["loss", "--output", str(tmp_path / "loss.json"), "--rounds", "1"])
     result = json.loads((tmp_path / "loss.json").read_text())
     assert {"ours", "alternative", "ratio", "memory_ratio", "machine", "versions", "commit"} <= set(result)

@@ -21,9 +21,11 @@ MODULES = (
 
 
 def resolves(name: str) -> bool:
-    """Return whether a dotted name exists in the `diffusion` folder."""
+    """Return whether a dotted name exists in the `diffusion` folder or in `reference`."""
     first, *remaining_parts = name.split(".")
-    if remaining_parts and (Path(__file__).parents[2] / "vqd_scale" / "diffusion" / f"{first}.py").exists():
+    if first == "reference":
+        places = [import_module("tests.diffusion.reference")]
+    elif remaining_parts and (Path(__file__).parents[2] / "vqd_scale" / "diffusion" / f"{first}.py").exists():
         places = [import_module(f"vqd_scale.diffusion.{first}")]
     else:
         places, remaining_parts = (

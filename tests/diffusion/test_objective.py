@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from tests.diffusion import reference as dense
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.diffusion import fused_loss as statistics
-from vqd_scale.diffusion import reference as dense
 from vqd_scale.diffusion.config import Absorbing, ObjectiveConfig, Paper, Released, Schedule, UniformCosine
 from vqd_scale.diffusion.kernels.dispatch import is_interpreted
 from vqd_scale.diffusion.objective import Objective, ObjectiveOutput
@@ -37,6 +37,13 @@ def normal(rows: int, columns: int, seed: int) -> Tensor:
     return radius * torch.cos(2 * math.pi * uniform_numbers[:, columns:])
 
 
+def from_logits(
+    objective: Objective, logits: Tensor, tokens: Tensor, noisy: Tensor, t: Tensor
+) -> ObjectiveOutput:
+    """Evaluate the objective at given logits: they are the hidden layer of a head that is the identity."""
+    return objective(logits, torch.eye(logits.shape[-1], dtype=logits.dtype), None, tokens, noisy, t)
+
+
 # Triton's interpreter, under which `kernels/test_interpreted.py` runs this file, takes a millisecond a row.
 @given(schedules, st.integers(2, 9), st.integers(0, 99), st.data())
 @settings(max_examples=6 if is_interpreted() else 100, deadline=None)
@@ -52,7 +59,7 @@ def test_bound_and_gradient_equal_dense_reference(
     factor = normal(1, len(x_0), seed + 1)[0]
 
     t = torch.full_like(x_0, time)
-    output = Objective(transition, BOUND).from_logits(logits[:, None], x_0[:, None], x_t[:, None], t)
+    output = from_logits(Objective(transition, BOUND), logits[:, None], x_0[:, None], x_t[:, None], t)
     (gradient,) = torch.autograd.grad((output.loss_per_image * factor).sum(), logits)
     # Without replacement a visible token stays and has no gradient; the dense reference has 0/0 there.
     could_change = (x_t == codes) | (transition.rates.at(time).replace > 0)
@@ -71,7 +78,7 @@ def test_image_loss_is_mean_of_token_losses() -> None:
     transition = MaskAndReplace(Paper(), 4)
     x_0, x_t = every_pair(4)
     logits = normal(len(x_0), 4, 0)
-    image = Objective(transition, BOUND).from_logits(logits[None], x_0[None], x_t[None], torch.tensor([50]))
+    image = from_logits(Objective(transition, BOUND), logits[None], x_0[None], x_t[None], torch.tensor([50]))
     expected = dense.divergence(transition.rates, logits, x_0, x_t, 50).mean()
     torch.testing.assert_close(image.loss_per_image[0], expected, rtol=1e-9, atol=1e-9)
 
@@ -92,7 +99,7 @@ def test_float32_bound_at_codebook_size(schedule: Schedule) -> None:
     results: list[tuple[ObjectiveOutput, Tensor]] = []
     for dtype in (torch.float32, torch.float64):
         leaf = logits.to(dtype).requires_grad_()
-        output = Objective(transition, ObjectiveConfig()).from_logits(leaf, tokens, noisy, t)
+        output = from_logits(Objective(transition, ObjectiveConfig()), leaf, tokens, noisy, t)
         (gradient,) = torch.autograd.grad(output.loss_per_image.sum(), leaf)
         results.append((output, gradient))
     (single, single_gradient), (double, double_gradient) = results
@@ -102,7 +109,7 @@ def test_float32_bound_at_codebook_size(schedule: Schedule) -> None:
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_head_form_equals_logits_form_with_all_gradients(
+def test_head_form_equals_identity_head_on_logits_with_all_gradients(
     with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Chunks of three tokens, so that images and chunks are not aligned and the last one is short.
@@ -119,7 +126,7 @@ def test_head_form_equals_logits_form_with_all_gradients(
     leaves = [hidden, weight] if bias is None else [hidden, weight, bias]
 
     fused = loss(hidden, weight, bias, tokens, noisy, t).loss_per_image
-    plain = loss.from_logits(functional.linear(hidden, weight, bias), tokens, noisy, t).loss_per_image
+    plain = from_logits(loss, functional.linear(hidden, weight, bias), tokens, noisy, t).loss_per_image
     torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
     fused_gradients = torch.autograd.grad((fused * factor).sum(), leaves)
     plain_gradients = torch.autograd.grad((plain * factor).sum(), leaves)
@@ -144,12 +151,10 @@ def test_weight_may_be_freed_between_forward_and_backward() -> None:
 
 
 def test_retained_graph_repeats_the_gradient() -> None:
-    """The first backward overwrites the softmax saved by forward with the gradient."""
-    transition = MaskAndReplace(Paper(), 7)
+    loss_of = Objective(MaskAndReplace(Paper(), 7), ObjectiveConfig())
     logits = normal(6, 7, 0)[None].requires_grad_()
-    output = Objective(transition, ObjectiveConfig()).from_logits(
-        logits, torch.arange(6)[None], torch.full((1, 6), 7), torch.tensor([50])
-    )
+    tokens, noisy, t = torch.arange(6)[None], torch.full((1, 6), 7), torch.tensor([50])
+    output = from_logits(loss_of, logits, tokens, noisy, t)
     loss = output.loss_per_image.sum()
     (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
     before = first.clone()
@@ -157,12 +162,8 @@ def test_retained_graph_repeats_the_gradient() -> None:
     torch.testing.assert_close(second, before, rtol=1e-12, atol=0)
     assert torch.equal(first, before)
     with torch.no_grad():
-        torch.testing.assert_close(
-            Objective(transition, ObjectiveConfig())
-            .from_logits(logits, torch.arange(6)[None], torch.full((1, 6), 7), torch.tensor([50]))
-            .loss_per_image,
-            output.loss_per_image,
-        )
+        repeated = from_logits(loss_of, logits, tokens, noisy, t)
+    torch.testing.assert_close(repeated.loss_per_image, output.loss_per_image)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -172,7 +173,7 @@ def test_low_precision_loss_of_peaked_logits_equals_float32(dtype: torch.dtype) 
     tokens, noisy = torch.arange(8)[None], torch.full((1, 8), 16)
     loss = Objective(MaskAndReplace(Paper(), 16), BOUND)
     low, full = (
-        loss.from_logits(values, tokens, noisy, torch.tensor([50])).cross_entropy_per_image
+        from_logits(loss, values, tokens, noisy, torch.tensor([50])).cross_entropy_per_image
         for values in (logits.to(dtype), logits.double())
     )
     torch.testing.assert_close(low.double(), full, rtol=1e-6, atol=0)
@@ -218,7 +219,7 @@ def test_decoder_term_is_cross_entropy(schedule: Schedule) -> None:
     transition = MaskAndReplace(schedule, 5)
     x_0, x_t = (part[None] for part in every_pair(5))
     logits = normal(x_0.shape[1], 5, 3)[None]
-    output = Objective(transition, BOUND).from_logits(logits, x_0, x_t, torch.tensor([0]))
+    output = from_logits(Objective(transition, BOUND), logits, x_0, x_t, torch.tensor([0]))
     expected = functional.cross_entropy(logits[0], x_0[0])
     torch.testing.assert_close(output.vlb_per_image[0], expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(output.cross_entropy_per_image[0], expected, rtol=1e-12, atol=0)
@@ -231,7 +232,7 @@ def test_absorbing_bound_is_weighted_cross_entropy_of_masks(t: int, seed: int) -
     tokens = torch.arange(12)[None] % 6
     noisy = torch.where(torch.arange(12) % 2 == 0, 6, tokens)
     logits = normal(12, 6, seed)[None].requires_grad_()
-    output = Objective(transition, BOUND).from_logits(logits, tokens, noisy, torch.tensor([t]))
+    output = from_logits(Objective(transition, BOUND), logits, tokens, noisy, torch.tensor([t]))
     entropy = functional.cross_entropy(logits[0], tokens[0], reduction="none")
     expected = (entropy * (noisy[0] == 6)).mean() / (t + 1)
     torch.testing.assert_close(output.loss_per_image[0], expected, rtol=1e-9, atol=1e-9)
@@ -255,11 +256,12 @@ def test_expected_loss_is_bound_per_token_at_any_length() -> None:
         )
         total_bound += float((chance * torch.where(chance > 0, cost, 0.0)).sum())
     t = torch.arange(count).repeat_interleave(40)
+    loss = Objective(transition, BOUND)
     for length in (200, 400):
         tokens = torch.zeros(len(t), length, dtype=torch.long)
         uniform_numbers = uniforms(4, Purpose.CORRUPTION, torch.arange(len(t)), length)
         noisy = transition.corrupt(tokens, t, uniform_numbers)
-        output = Objective(transition, BOUND).from_logits(torch.zeros(*tokens.shape, codes), tokens, noisy, t)
+        output = from_logits(loss, torch.zeros(*tokens.shape, codes), tokens, noisy, t)
         assert float((output.loss_per_image * count).mean()) == pytest.approx(total_bound, rel=0.02)
 
 
@@ -269,11 +271,11 @@ def test_auxiliary_term_counts_all_tokens_and_adapts(t: int, factor: float) -> N
     logits = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]]])
     tokens, noisy, time = torch.tensor([[0, 1]]), torch.tensor([[3, 1]]), torch.tensor([t])
     entropy = (math.log(math.e + 2) - 1 + math.log(math.e**2 + 2) - 2) / 2
-    bound = Objective(transition, BOUND).from_logits(logits, tokens, noisy, time).loss_per_image
+    bound = from_logits(Objective(transition, BOUND), logits, tokens, noisy, time).loss_per_image
     adaptive = ObjectiveConfig(auxiliary_weight=0.1, adaptive_auxiliary=True)
     constant = ObjectiveConfig(auxiliary_weight=0.1, adaptive_auxiliary=False)
     for config, expected in ((adaptive, 0.1 * factor * entropy), (constant, 0.1 * entropy)):
-        loss = Objective(transition, config).from_logits(logits, tokens, noisy, time).loss_per_image
+        loss = from_logits(Objective(transition, config), logits, tokens, noisy, time).loss_per_image
         assert float(loss - bound) == pytest.approx(expected, rel=1e-4)
 
 
@@ -284,7 +286,7 @@ def test_mask_and_visible_weights_do_not_affect_decoder_term() -> None:
 
     def loss(mask: float, visible: float) -> list[float]:
         config = ObjectiveConfig(auxiliary_weight=0, mask_weight=mask, visible_weight=visible)
-        return Objective(transition, config).from_logits(logits, tokens, noisy, t).loss_per_image.tolist()
+        return from_logits(Objective(transition, config), logits, tokens, noisy, t).loss_per_image.tolist()
 
     plain, masks, codes = loss(1, 1), loss(1, 0), loss(0, 1)
     assert plain[0] == masks[0] == codes[0]
@@ -298,7 +300,7 @@ def test_accuracy_on_masked_and_visible_tokens_excludes_ties() -> None:
     logits = torch.zeros(1, 5, 3)
     for position, code in enumerate([0, 0, 2, 0]):
         logits[0, position, code] = 4.0
-    output = Objective(transition, BOUND).from_logits(logits, tokens, noisy, torch.tensor([5]))
+    output = from_logits(Objective(transition, BOUND), logits, tokens, noisy, torch.tensor([5]))
     assert [float(output.masked_correct), float(output.masked_count)] == [1, 2]
     assert [float(output.visible_correct), float(output.visible_count)] == [2, 3]
 
@@ -311,7 +313,8 @@ def test_extreme_logits_give_finite_losses_and_gradients() -> None:
             logits = torch.zeros(1, x_0.shape[1], 4)
             logits[..., 1] = 200.0
             logits.requires_grad_()
-            output = Objective(transition, ObjectiveConfig()).from_logits(logits, x_0, x_t, torch.tensor([t]))
+            loss = Objective(transition, ObjectiveConfig())
+            output = from_logits(loss, logits, x_0, x_t, torch.tensor([t]))
             (gradient,) = torch.autograd.grad(output.loss_per_image.sum(), logits)
             assert bool(output.loss_per_image.isfinite().all()) and bool(gradient.isfinite().all())
 
@@ -320,9 +323,8 @@ def test_improbable_token_has_uncapped_loss_and_gradient() -> None:
     """Without replacement, the loss of a code with probability e^-150 must not be capped."""
     transition = MaskAndReplace(Absorbing(), 3)
     logits = torch.tensor([[[150.0, 0.0, 0.0]]], requires_grad=True)
-    output = Objective(transition, BOUND).from_logits(
-        logits, torch.tensor([[1]]), torch.tensor([[3]]), torch.tensor([49])
-    )
+    loss, t = Objective(transition, BOUND), torch.tensor([49])
+    output = from_logits(loss, logits, torch.tensor([[1]]), torch.tensor([[3]]), t)
     (gradient,) = torch.autograd.grad(output.loss_per_image.sum(), logits)
     assert float(output.loss_per_image.detach()) == pytest.approx(150 / 50)
     assert gradient.flatten().tolist() == pytest.approx([1 / 50, -1 / 50, 0.0], abs=1e-6)
@@ -330,9 +332,9 @@ def test_improbable_token_has_uncapped_loss_and_gradient() -> None:
 
 def test_nan_values_are_unchecked_by_default() -> None:
     """A check would wait for the device; the training loop detects a nonfinite loss one step later."""
-    output = Objective(MaskAndReplace(Paper(), 3), ObjectiveConfig()).from_logits(
-        torch.full((1, 1, 3), math.nan), torch.tensor([[0]]), torch.tensor([[3]]), torch.tensor([5])
-    )
+    loss = Objective(MaskAndReplace(Paper(), 3), ObjectiveConfig())
+    tokens, noisy, t = torch.tensor([[0]]), torch.tensor([[3]]), torch.tensor([5])
+    output = from_logits(loss, torch.full((1, 1, 3), math.nan), tokens, noisy, t)
     assert bool(output.loss_per_image.isnan())
 
 
@@ -341,14 +343,12 @@ def test_invalid_input_is_refused() -> None:
     checked = Objective(transition, ObjectiveConfig(check_values=True))
     logits, tokens, t = torch.zeros(2, 1, 3), torch.zeros(2, 1, dtype=torch.long), torch.tensor([4, 5])
     with pytest.raises(UserError, match="token 3 is not between 0 and 2"):
-        checked.from_logits(logits, tokens + 3, tokens, t)
+        from_logits(checked, logits, tokens + 3, tokens, t)
     with pytest.raises(UserError, match="token 4 is not between 0 and 3"):
-        checked.from_logits(logits, tokens, tokens + 4, t)
+        from_logits(checked, logits, tokens, tokens + 4, t)
     with pytest.raises(UserError, match="time -1"):
-        checked.from_logits(logits, tokens, tokens, t - 5)
+        from_logits(checked, logits, tokens, tokens, t - 5)
     with pytest.raises(UserError, match=r"image 1 of the batch \(t = 5\) is not finite"):
-        checked.from_logits(logits.index_fill(0, torch.tensor([1]), math.nan), tokens, tokens, t)
-    with pytest.raises(UserError, match="the logits has 4 classes"):
-        checked.from_logits(torch.zeros(2, 1, 4), tokens, tokens, t)
+        from_logits(checked, logits.index_fill(0, torch.tensor([1]), math.nan), tokens, tokens, t)
     with pytest.raises(UserError, match="head has 4 classes"):
         checked(torch.zeros(2, 1, 8), torch.zeros(4, 8), None, tokens, tokens, t)

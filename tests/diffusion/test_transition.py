@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from jaxtyping import Float
 from torch import Tensor
 
+from tests.diffusion import reference as dense
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
-from vqd_scale.diffusion import reference as dense
 from vqd_scale.diffusion.config import Absorbing, Paper, Released, Schedule, UniformCosine
 from vqd_scale.diffusion.transition import MaskAndReplace
 

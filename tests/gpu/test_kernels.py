@@ -45,8 +45,8 @@ def test_rows_equal_pytorch(codes: int, dtype: torch.dtype, tolerance: float) ->
 
     logits, rows = some_rows(24, codes, dtype)
     expected, reading = LogitStatistics.empty_for(rows), LogitStatistics.empty_for(rows)
-    TorchRows().compute_statistics(logits, rows, expected, None)
-    TritonRows().compute_statistics(logits, rows, reading, None)
+    TorchRows().compute_statistics(logits, rows, expected)
+    TritonRows().compute_statistics(logits, rows, reading)
     for name in ("log_true", "log_observed", "code_sum"):
         torch.testing.assert_close(
             getattr(reading, name), getattr(expected, name), rtol=tolerance, atol=codes * tolerance
@@ -54,12 +54,10 @@ def test_rows_equal_pytorch(codes: int, dtype: torch.dtype, tolerance: float) ->
     assert torch.equal(reading.correct, expected.correct)
     of_true, of_observed, of_sum = normal(3, len(logits), 1).to(logits)
     factors = LossFactors.of(rows, expected.log_observed, of_true, of_observed, of_sum)
-    expected_gradient = TorchRows().compute_gradient(logits, rows, factors, None, has_softmax=False)
-    out = torch.empty_like(logits)
-    TritonRows().compute_gradient(logits, rows, factors, out, has_softmax=False)
-    torch.testing.assert_close(out, expected_gradient, rtol=10 * tolerance, atol=codes * tolerance)
-    overwritten = TritonRows().compute_gradient(logits, rows, factors, None, has_softmax=False)
-    assert overwritten is logits and torch.equal(logits, out)
+    expected_gradient = TorchRows().compute_gradient(logits, rows, factors)
+    gradient = TritonRows().compute_gradient(logits, rows, factors)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=10 * tolerance, atol=codes * tolerance)
+    assert gradient is logits
 
 
 def test_rows_of_any_layout_and_precision() -> None:
@@ -69,8 +67,8 @@ def test_rows_of_any_layout_and_precision() -> None:
     low = logits.bfloat16().T.contiguous().T
     assert low.stride() == (1, 6)
     reading, expected = LogitStatistics.empty_for(rows), LogitStatistics.empty_for(rows)
-    TritonRows().compute_statistics(low, rows, reading, None)
-    TorchRows().compute_statistics(low.float(), rows, expected, None)
+    TritonRows().compute_statistics(low, rows, reading)
+    TorchRows().compute_statistics(low.float(), rows, expected)
     torch.testing.assert_close(reading.log_true, expected.log_true, rtol=1e-6, atol=1e-6)
 
 
@@ -80,7 +78,7 @@ def test_invalid_token_makes_its_row_nan() -> None:
     logits, rows = some_rows(4, 8, torch.float32)
     rows.true[1], rows.true[2] = 8, -1
     reading = LogitStatistics.empty_for(rows)
-    TritonRows().compute_statistics(logits, rows, reading, None)
+    TritonRows().compute_statistics(logits, rows, reading)
     assert reading.log_true.isnan().tolist() == [False, True, True, False]
 
 

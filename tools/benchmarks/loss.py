@@ -1,4 +1,4 @@
-"""The objective beside the released code's log-one-hot formulation, on the same logits."""
+"""The objective against the released code's log-one-hot formulation, on the same hidden layer and head."""
 
 import gc
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from benchmarks.measuring import extra_peak, in_fresh_process
@@ -16,9 +16,11 @@ from torch.nn import functional
 
 from vqd_scale.core.progress import progress
 from vqd_scale.core.rng import Purpose, uniforms
-from vqd_scale.diffusion.objective import Objective, ObjectiveConfig
-from vqd_scale.diffusion.schedule import Released
+from vqd_scale.diffusion.config import ObjectiveConfig, Released
+from vqd_scale.diffusion.objective import Objective
 from vqd_scale.diffusion.transition import MaskAndReplace
+
+Tensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 _LOWEST_LOG = -70.0
 _LOG_OF_ZERO = 1e-30
@@ -26,35 +28,45 @@ _LOG_OF_ZERO = 1e-30
 
 @dataclass(frozen=True)
 class LossProblem:
-    """A batch as the objective gets it; the defaults are the released size, 32 x 32 tokens of 2,887 codes."""
+    """Input batch of the objective; the defaults are the released size, 32 x 32 tokens of 2,887 codes."""
 
     batch: int = 4
     length: int = 1024
     codes: int = 2887
+    width: int = 192
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits with gradient [batch, length, codes], x_0, x_t [batch, length] and t [batch]."""
+    def tensors(self) -> Tensors:
+        """Hidden layer [batch, length, width], head [codes, width], x_0, x_t [batch, length], t [batch]."""
         slots = torch.arange(self.batch)
         tokens = (uniforms(0, Purpose.EVALUATION, slots, self.length) * self.codes).long()
         t = torch.linspace(1, 98, self.batch).long()
-        drawn = uniforms(0, Purpose.CORRUPTION, slots, self.length, dtype=torch.float64)
-        noisy = MaskAndReplace(Released(), self.codes).corrupt(tokens, t, drawn)
-        logits = torch.sin(torch.arange(self.batch * self.length * self.codes, dtype=torch.float32)).mul_(3)
-        return logits.view(self.batch, self.length, self.codes).requires_grad_(), tokens, noisy, t
+        uniform_numbers = uniforms(0, Purpose.CORRUPTION, slots, self.length, dtype=torch.float64)
+        noisy = MaskAndReplace(Released(), self.codes).corrupt(tokens, t, uniform_numbers)
+        hidden = torch.sin(torch.arange(self.batch * self.length * self.width, dtype=torch.float32))
+        # Sums of products of sines and cosines: the logits are waves with an amplitude of about 3.
+        weight = torch.cos(torch.arange(self.codes * self.width, dtype=torch.float32)).mul_(6 / self.width)
+        hidden = hidden.view(self.batch, self.length, self.width).requires_grad_()
+        return hidden, weight.view(self.codes, self.width).requires_grad_(), tokens, noisy, t
 
 
-def closed_form_loss(problem: LossProblem) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Our objective on given logits: the scalar that training would differentiate."""
+def closed_form_loss(problem: LossProblem) -> Callable[..., Tensor]:
+    """Return the package's objective: the scalar that training differentiates."""
     objective = Objective(MaskAndReplace(Released(), problem.codes), ObjectiveConfig())
-    return lambda logits, tokens, noisy, t: objective.from_logits(
-        logits, tokens, noisy, t
-    ).loss_per_image.mean()
+
+    def loss(hidden: Tensor, weight: Tensor, tokens: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        return objective(hidden, weight, None, tokens, noisy, t).loss_per_image.mean()
+
+    return loss
 
 
-def log_one_hot_loss(problem: LossProblem) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The same objective by the released code's operations in their order."""
+def log_one_hot_loss(problem: LossProblem) -> Callable[..., Tensor]:
+    """Return the same objective by the released code's operations in their order."""
     naive = NaiveObjective(MaskAndReplace(Released(), problem.codes), ObjectiveConfig())
-    return lambda logits, tokens, noisy, t: naive(logits.transpose(1, 2), tokens, noisy, t).mean()
+
+    def loss(hidden: Tensor, weight: Tensor, tokens: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        return naive((hidden @ weight.T).transpose(1, 2), tokens, noisy, t).mean()
+
+    return loss
 
 
 class NaiveObjective:
@@ -131,20 +143,20 @@ def _log_add(first: Tensor, second: Tensor) -> Tensor:
     return highest + torch.log(torch.exp(first - highest) + torch.exp(second - highest))
 
 
-Loss = Callable[[LossProblem], Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]]
+Loss = Callable[[LossProblem], Callable[..., Tensor]]
 
 
 def benchmark_loss(rounds: int, problem: LossProblem | None = None) -> dict[str, Any]:
-    """Forward and backward of the objective on the same float32 logits on the CPU.
+    """Measure forward and backward of the objective and the head in float32 on the CPU.
 
-    Before anything is measured both sides must give the same loss and the same gradient.
+    Both sides must first return equal losses and gradients.
 
     Args:
-        rounds: How often each side is timed, in turn; the median counts.
-        problem: The sizes.
+        rounds: Number of timings per side, in turn; the median is reported.
+        problem: Sizes of the benchmark.
 
     Raises:
-        AssertionError: They do not.
+        AssertionError: Losses or gradients differ.
     """
     problem = LossProblem() if problem is None else problem
     sides: dict[str, Loss] = {"ours": closed_form_loss, "alternative": log_one_hot_loss}
@@ -169,41 +181,39 @@ def benchmark_loss(rounds: int, problem: LossProblem | None = None) -> dict[str,
         "extra_peak_megabytes": {name: round(value / 1e6, 1) for name, value in memory.items()},
         "seconds": {name: [round(value, 4) for value in values] for name, values in seconds.items()},
         "losses": losses,
-        "shape": [problem.batch, problem.length, problem.codes],
+        "shape": [problem.batch, problem.length, problem.width, problem.codes],
     }
 
 
-def compared_losses(
-    sides: Mapping[str, Loss], problem: LossProblem, tensors: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> dict[str, float]:
-    """Each side's loss, which must be the same for all, as must be its gradient.
+def compared_losses(sides: Mapping[str, Loss], problem: LossProblem, tensors: Tensors) -> dict[str, float]:
+    """Return each side's loss, after comparing losses and gradients.
 
     Raises:
-        AssertionError: They differ.
+        AssertionError: Losses or gradients differ.
     """
     losses: dict[str, float] = {}
-    expected: Tensor | None = None
+    expected: tuple[Tensor, ...] = ()
     for name, side in sides.items():
         value = side(problem)(*tensors)
-        (gradient,) = torch.autograd.grad(value, tensors[0])
+        gradients = torch.autograd.grad(value, tensors[:2])
         losses[name] = float(value.detach())
-        if expected is not None:
-            scale = float(expected.abs().max())
-            torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5 * scale)
-        expected = gradient
-    first, *others = losses.values()
-    for other in others:
-        torch.testing.assert_close(other, first, rtol=1e-4, atol=1e-6)
+        for gradient, reference in zip(gradients, expected or gradients, strict=True):
+            scale = float(reference.abs().max())
+            torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=1e-5 * scale)
+        expected = gradients
+    first, *other_losses = losses.values()
+    for side_losses in other_losses:
+        torch.testing.assert_close(side_losses, first, rtol=1e-4, atol=1e-6)
     return losses
 
 
 def extra_peak_bytes(side: Loss, problem: LossProblem) -> int:
-    """How far resident memory rises above the inputs in one forward and backward."""
+    """Return the increase of resident memory over the inputs in one forward and backward."""
     tensors = problem.tensors()
     loss = side(problem)
     return extra_peak(lambda: _differentiated(loss, tensors))
 
 
-def _differentiated(loss: Callable[..., Tensor], tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def _differentiated(loss: Callable[..., Tensor], tensors: Tensors) -> None:
     loss(*tensors).backward()
-    tensors[0].grad = None
+    tensors[0].grad = tensors[1].grad = None

@@ -27,36 +27,28 @@ class RowStatistics(torch.autograd.Function):
     Gradients cannot be precomputed in forward: backward receives one factor per image, and the weight's
     gradient sums over images, so forward would have to store one gradient per image. Recomputing a chunk's
     logits is exact and cheaper.
-
-    If logits are given instead of a head, their gradient needs a tensor of their size in any case. Without
-    Triton kernels, forward allocates this tensor and stores the softmax in it; backward converts the softmax
-    to the gradient in place.
     """
 
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401 - autograd's context has no public type
         hidden: Float[Tensor, "tokens width"],
-        weight: Float[Tensor, "codes width"] | None,
+        weight: Float[Tensor, "codes width"],
         bias: Float[Tensor, " codes"] | None,
         true: Int[Tensor, " tokens"],
         observed: Int[Tensor, " tokens"],
         reach: Float[Tensor, " tokens"],
         log_ratio: Float[Tensor, " tokens"],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return four tensors [tokens], the last boolean; without ``weight``, ``hidden`` contains logits."""
+        """Return four tensors [tokens], the last boolean."""
         rows = LogitRows(true, observed, reach, log_ratio)
         statistics = LogitStatistics.empty_for(rows)
         kernels = _kernels_for(hidden.device)
-        store_softmax = weight is None and kernels.stores_softmax and ctx.needs_input_grad[0]
-        softmax = torch.empty_like(hidden, dtype=reach.dtype) if store_softmax else None
         with torch.autocast(hidden.device.type, enabled=False):
             head = _Head(hidden, weight, bias, reach.dtype)
             for part in head.chunks():
-                buffer = None if softmax is None else softmax[part]
-                kernels.compute_statistics(head.logits(part), rows.part(part), statistics.part(part), buffer)
+                kernels.compute_statistics(head.logits(part), rows.part(part), statistics.part(part))
         ctx.save_for_backward(hidden, weight, bias, true, observed, reach, log_ratio, statistics.log_observed)
-        ctx.softmax = softmax
         ctx.mark_non_differentiable(statistics.correct)
         return statistics.log_true, statistics.log_observed, statistics.code_sum, statistics.correct
 
@@ -64,37 +56,26 @@ class RowStatistics(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Return the gradients of ``hidden``, ``weight`` and ``bias``."""
         hidden, weight, bias, true, observed, reach, log_ratio, log_observed = ctx.saved_tensors
-        # A second backward through a retained graph recomputes the softmax.
-        softmax, ctx.softmax = ctx.softmax, None
         rows = LogitRows(true, observed, reach, log_ratio)
         of_true, of_observed, of_sum, _ = gradients
         factors = LossFactors.of(rows, log_observed, of_true, of_observed, of_sum)
         kernels = _kernels_for(hidden.device)
-        to_hidden = torch.empty_like(hidden, dtype=reach.dtype) if softmax is None else softmax
-        to_weight = None if weight is None else torch.zeros_like(weight, dtype=reach.dtype)
+        to_hidden = torch.empty_like(hidden, dtype=reach.dtype)
+        to_weight = torch.zeros_like(weight, dtype=reach.dtype)
         to_bias = None if bias is None else torch.zeros_like(bias, dtype=reach.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             head = _Head(hidden, weight, bias, reach.dtype)
             for part in head.chunks():
-                out = to_hidden[part] if weight is None else None
-                to_logits = kernels.compute_gradient(
-                    head.logits(part),
-                    rows.part(part),
-                    factors.part(part),
-                    out,
-                    has_softmax=softmax is not None,
-                )
-                if to_weight is not None:
-                    to_hidden[part] = head.backward(part, to_logits, to_weight)
+                to_logits = kernels.compute_gradient(head.logits(part), rows.part(part), factors.part(part))
+                to_hidden[part] = head.backward(part, to_logits, to_weight)
                 if to_bias is not None:
                     to_bias += to_logits.sum(0)
-        to_weight = None if weight is None or to_weight is None else to_weight.to(weight.dtype)
-        to_bias = None if bias is None or to_bias is None else to_bias.to(bias.dtype)
-        return to_hidden.to(hidden.dtype), to_weight, to_bias, None, None, None, None
+        to_bias = None if to_bias is None or bias is None else to_bias.to(bias.dtype)
+        return to_hidden.to(hidden.dtype), to_weight.to(weight.dtype), to_bias, None, None, None, None
 
 
 class _Head:
-    """Linear head evaluated in chunks of tokens; without a weight, ``hidden`` contains the logits.
+    """Linear head evaluated in chunks of tokens.
 
     Products run in the dtype of the sums, except for bfloat16 on a GPU: tensor cores multiply exactly and
     accumulate in float32, and the logits stay in float32.
@@ -103,18 +84,18 @@ class _Head:
     def __init__(
         self,
         hidden: Float[Tensor, "tokens width"],
-        weight: Float[Tensor, "codes width"] | None,
+        weight: Float[Tensor, "codes width"],
         bias: Float[Tensor, " codes"] | None,
         dtype: torch.dtype,
     ) -> None:
         on_tensor_cores = hidden.is_cuda and hidden.dtype is torch.bfloat16
         self.hidden = hidden
-        self.weight = None if weight is None else weight.to(torch.bfloat16 if on_tensor_cores else dtype)
+        self.weight = weight.to(torch.bfloat16 if on_tensor_cores else dtype)
         self.bias = None if bias is None else bias.to(dtype)
         self.dtype = dtype
-        codes = hidden.shape[-1] if weight is None else len(weight)
-        self.size = max(1, (_CHUNK_ON_CPU if hidden.device.type == "cpu" else _CHUNK_ON_GPU) // codes)
-        self._buffer = None if weight is None else hidden.new_empty(self.size, codes, dtype=dtype)
+        chunk = _CHUNK_ON_CPU if hidden.device.type == "cpu" else _CHUNK_ON_GPU
+        self.size = max(1, chunk // len(weight))
+        self._buffer = hidden.new_empty(self.size, len(weight), dtype=dtype)
 
     def chunks(self) -> Iterator[slice]:
         """Return slices of the tokens, one per chunk of logits."""
@@ -123,8 +104,6 @@ class _Head:
     def logits(self, part: slice) -> Float[Tensor, "chunk codes"]:
         """Compute a chunk's logits; valid until the next call."""
         hidden = self.hidden[part]
-        if self.weight is None or self._buffer is None:
-            return hidden
         logits = self._buffer[: len(hidden)]
         if self.weight.dtype is self.dtype:
             torch.mm(hidden.to(self.dtype), self.weight.T, out=logits)
@@ -133,14 +112,9 @@ class _Head:
         return logits if self.bias is None else logits.add_(self.bias)
 
     def backward(
-        self,
-        part: slice,
-        to_logits: Float[Tensor, "chunk codes"],
-        to_weight: Float[Tensor, "codes width"],
+        self, part: slice, to_logits: Float[Tensor, "chunk codes"], to_weight: Float[Tensor, "codes width"]
     ) -> Float[Tensor, "chunk width"]:
         """Compute the gradient of a chunk of ``hidden``; adds the weight's gradient to ``to_weight``."""
-        if self.weight is None:
-            return to_logits
         hidden = self.hidden[part]
         if self.weight.dtype is self.dtype:
             to_weight.addmm_(to_logits.T, hidden.to(self.dtype))

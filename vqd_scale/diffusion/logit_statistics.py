@@ -5,11 +5,15 @@
 
 import math
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import Self
+
+PerRow: TypeAlias = Float[Tensor, " tokens"]
+Logits: TypeAlias = Float[Tensor, "tokens codes"]
 
 # Upper bound of log γ: the product of two factors 1 + γ p must fit in float32.
 LOG_HUGE = 40.0
@@ -37,8 +41,8 @@ class LogitRows(_Rows):
 
     true: Int[Tensor, " tokens"]
     observed: Int[Tensor, " tokens"]
-    reach: Float[Tensor, " tokens"]
-    log_ratio: Float[Tensor, " tokens"]
+    reach: PerRow
+    log_ratio: PerRow
 
 
 @dataclass(frozen=True)
@@ -52,18 +56,17 @@ class LogitStatistics(_Rows):
         correct: True if x_0 is the most likely code; false for a tie.
     """
 
-    log_true: Float[Tensor, " tokens"]
-    log_observed: Float[Tensor, " tokens"]
-    code_sum: Float[Tensor, " tokens"]
+    log_true: PerRow
+    log_observed: PerRow
+    code_sum: PerRow
     correct: Bool[Tensor, " tokens"]
 
     @staticmethod
     def empty_for(rows: LogitRows) -> "LogitStatistics":
         """Allocate uninitialized statistics, one per row."""
         log_true, log_observed, code_sum = (torch.empty_like(rows.reach) for _ in range(3))
-        return LogitStatistics(
-            log_true, log_observed, code_sum, torch.empty_like(rows.true, dtype=torch.bool)
-        )
+        correct = torch.empty_like(rows.true, dtype=torch.bool)
+        return LogitStatistics(log_true, log_observed, code_sum, correct)
 
 
 @dataclass(frozen=True)
@@ -78,19 +81,15 @@ class LossFactors(_Rows):
         slope: d log γ / d log p(x_t), zero for masks.
     """
 
-    of_true: Float[Tensor, " tokens"]
-    of_observed: Float[Tensor, " tokens"]
-    of_sum: Float[Tensor, " tokens"]
-    ratio: Float[Tensor, " tokens"]
-    slope: Float[Tensor, " tokens"]
+    of_true: PerRow
+    of_observed: PerRow
+    of_sum: PerRow
+    ratio: PerRow
+    slope: PerRow
 
     @staticmethod
     def of(
-        rows: LogitRows,
-        log_observed: Float[Tensor, " tokens"],
-        of_true: Float[Tensor, " tokens"],
-        of_observed: Float[Tensor, " tokens"],
-        of_sum: Float[Tensor, " tokens"],
+        rows: LogitRows, log_observed: PerRow, of_true: PerRow, of_observed: PerRow, of_sum: PerRow
     ) -> "LossFactors":
         """Combine the gradients with γ and its derivative at ``log_observed``."""
         ratio = code_ratio(rows, log_observed)
@@ -107,7 +106,7 @@ def log_replaceable_mass(
     return mass.clamp(min=torch.finfo(mass.dtype).tiny).log()
 
 
-def code_ratio(rows: LogitRows, log_observed: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+def code_ratio(rows: LogitRows, log_observed: PerRow) -> PerRow:
     """Compute γ = match / (spread V), as in ``p(x_{t-1} = k) = spread V (1 + γ p_k)``."""
     return (rows.log_ratio - log_replaceable_mass(rows.reach, log_observed)).clamp(max=LOG_HUGE).exp()
 
@@ -115,31 +114,13 @@ def code_ratio(rows: LogitRows, log_observed: Float[Tensor, " tokens"]) -> Float
 class TorchRows:
     """PyTorch operations for one pass over the chunks; buffers are reused and stay in the CPU cache."""
 
-    stores_softmax = True
-    """True if `compute_statistics` stores the softmax for `compute_gradient` when given a buffer."""
-
     def __init__(self) -> None:
         self._buffers: dict[int, Tensor] = {}
 
-    def compute_statistics(
-        self,
-        logits: Float[Tensor, "tokens codes"],
-        rows: LogitRows,
-        statistics: LogitStatistics,
-        buffer: Float[Tensor, "tokens codes"] | None,
-    ) -> None:
-        """Compute the statistics of each row.
-
-        Args:
-            logits: Logits of any float dtype; sums run in the dtype of ``rows.reach``.
-            rows: Tokens and coefficients of the rows.
-            statistics: Output, written in place.
-            buffer: Output buffer of the softmax for `compute_gradient`, in the dtype of the sums.
-        """
-        logits = logits.to(rows.reach.dtype)
-        scratch = self._buffer(0, logits)
+    def compute_statistics(self, logits: Logits, rows: LogitRows, statistics: LogitStatistics) -> None:
+        """Write the statistics of each row into ``statistics``; logits have the dtype of ``rows.reach``."""
         at_true, at_observed = rows.true[:, None], rows.observed[:, None]
-        softmax = torch.softmax(logits, -1, out=scratch if buffer is None else buffer)
+        softmax = torch.softmax(logits, -1, out=self._buffer(0, logits))
         p_true = softmax.gather(-1, at_true)
         p_other = softmax.scatter_(-1, at_true, 0.0).amax(-1, keepdim=True)
         softmax.scatter_(-1, at_true, p_true)
@@ -149,29 +130,11 @@ class TorchRows:
         statistics.log_observed.copy_((logits.gather(-1, at_observed) - log_norm).squeeze(-1))
         statistics.correct.copy_((p_true > p_other).squeeze(-1))
         ratio = code_ratio(rows, statistics.log_observed)[:, None]
-        statistics.code_sum.copy_(_log_product(torch.mul(softmax, ratio, out=scratch).add_(1)))
+        statistics.code_sum.copy_(_log_product(softmax.mul_(ratio).add_(1)))
 
-    def compute_gradient(
-        self,
-        logits: Float[Tensor, "tokens codes"],
-        rows: LogitRows,
-        factors: LossFactors,
-        out: Float[Tensor, "tokens codes"] | None,
-        *,
-        has_softmax: bool,
-    ) -> Float[Tensor, "tokens codes"]:
-        """Compute the gradient of each row's logits.
-
-        Args:
-            logits: Logits passed to `compute_statistics`; may be overwritten without ``out``.
-            rows: Tokens and coefficients of the rows.
-            factors: Factors of the gradient.
-            out: Output buffer; without it the result is valid until the next call.
-            has_softmax: True if ``out`` contains the softmax stored by `compute_statistics`.
-        """
-        if out is None or not has_softmax:
-            logits = logits.to(rows.reach.dtype)
-            out = torch.softmax(logits, -1, out=self._buffer(1, logits) if out is None else out)
+    def compute_gradient(self, logits: Logits, rows: LogitRows, factors: LossFactors) -> Logits:
+        """Compute the gradient of each row's logits; valid until the next call."""
+        out = torch.softmax(logits, -1, out=self._buffer(1, logits))
         ratio, of_true, of_sum = factors.ratio[:, None], factors.of_true[:, None], factors.of_sum[:, None]
         inverse = torch.mul(out, ratio, out=self._buffer(0, out)).add_(1).reciprocal_()
         # d Σ log(1 + γ p_k) / d log p_k = γ p_k / (1 + γ p_k) = 1 - inverse_k
@@ -183,14 +146,14 @@ class TorchRows:
         out.scatter_add_(-1, rows.true[:, None], of_true)
         return out.scatter_add_(-1, rows.observed[:, None], of_observed)
 
-    def _buffer(self, number: int, like: Float[Tensor, "tokens codes"]) -> Float[Tensor, "tokens codes"]:
+    def _buffer(self, number: int, like: Logits) -> Logits:
         if number not in self._buffers:
             self._buffers[number] = torch.empty_like(like)
         # Only the last chunk can be shorter than the first.
         return self._buffers[number][: len(like)]
 
 
-def _log_product(factors: Float[Tensor, "tokens codes"]) -> Float[Tensor, " tokens"]:
+def _log_product(factors: Logits) -> PerRow:
     """Compute Σ log over the codes with one logarithm per two factors; overwrites ``factors``."""
     half = factors.shape[-1] // 2
     pairs = factors[:, :half].mul_(factors[:, half : 2 * half])

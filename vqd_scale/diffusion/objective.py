@@ -3,8 +3,7 @@
 The loss needs three numbers per token from a row of logits: log p(x_0), log p(x_t), and one sum over the
 codes. `fused_loss.RowStatistics` computes them in chunks and recomputes them in backward, so the logits
 [batch, length, codes] are never materialized. All later arithmetic is differentiable and runs on
-[batch, length] tensors. ``docs/maths.md`` derives the formulas; `reference.divergence` implements them with
-dense matrices.
+[batch, length] tensors. ``docs/maths.md`` derives the formulas.
 """
 
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from vqd_scale.diffusion.config import ObjectiveConfig
 from vqd_scale.diffusion.fused_loss import RowStatistics
 from vqd_scale.diffusion.logit_statistics import log_replaceable_mass
 from vqd_scale.diffusion.schedule import Rates
-from vqd_scale.diffusion.transition import MaskAndReplace, PosteriorRates, posterior_rates
+from vqd_scale.diffusion.transition import MaskAndReplace, PerToken, PosteriorRates, Tokens, posterior_rates
 
 # Logarithm of a zero rate; finite, so that 0 * _LOG_ZERO is 0.
 _LOG_ZERO = -600.0
@@ -63,8 +62,8 @@ class Objective:
         hidden: Float[Tensor, "batch length width"],
         weight: Float[Tensor, "codes width"],
         bias: Float[Tensor, " codes"] | None,
-        tokens: Int[Tensor, "batch length"],
-        noisy: Int[Tensor, "batch length"],
+        tokens: Tokens,
+        noisy: Tokens,
         t: Int[Tensor, " batch"],
     ) -> ObjectiveOutput:
         """Compute the objective of ``logits = hidden @ weight.T + bias`` without storing the logits.
@@ -82,53 +81,15 @@ class Objective:
                 token or time out of range, or a non-finite loss.
         """
         self.transition.check_codes(weight.shape[0], "the network's head")
-        return self._evaluate(hidden, weight, bias, tokens, noisy, t)
-
-    def from_logits(
-        self,
-        logits: Float[Tensor, "batch length codes"],
-        tokens: Int[Tensor, "batch length"],
-        noisy: Int[Tensor, "batch length"],
-        t: Int[Tensor, " batch"],
-    ) -> ObjectiveOutput:
-        """Compute the objective from given logits, for a head that is not a linear layer.
-
-        Args:
-            logits: Unnormalized logits, any float dtype.
-            tokens: x_0, int64, 0 to K-1.
-            noisy: x_t, int64, 0 to K.
-            t: Times, int64, 0 to T-1.
-
-        Raises:
-            UserError: See `__call__`.
-        """
-        self.transition.check_codes(logits.shape[-1], "the logits")
-        return self._evaluate(logits, None, None, tokens, noisy, t)
-
-    def _evaluate(
-        self,
-        hidden: Float[Tensor, "batch length width"],
-        weight: Float[Tensor, "codes width"] | None,
-        bias: Float[Tensor, " codes"] | None,
-        tokens: Int[Tensor, "batch length"],
-        noisy: Int[Tensor, "batch length"],
-        t: Int[Tensor, " batch"],
-    ) -> ObjectiveOutput:
         if self.config.check_values:
             self.transition.check_tokens(tokens, masks_allowed=False)
             self.transition.check_tokens(noisy, masks_allowed=True)
             self.transition.check_times(t)
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
         terms = _KLTerms.of(self.transition.rates_on(tokens.device), tokens, noisy, t, dtype)
-        flat = RowStatistics.apply(
-            hidden.flatten(0, 1),
-            weight,
-            bias,
-            tokens.flatten(),
-            terms.observed.flatten(),
-            terms.reach.flatten(),
-            (terms.log_match - terms.log_spread).flatten(),
-        )
+        log_ratio = terms.log_match - terms.log_spread
+        rows = (part.flatten() for part in (tokens, terms.observed, terms.reach, log_ratio))
+        flat = RowStatistics.apply(hidden.flatten(0, 1), weight, bias, *rows)
         log_true, log_observed, code_sum, correct = (part.view_as(tokens) for part in flat)
         divergence = terms.divergence(log_true, log_observed, code_sum)
         if self.config.check_values and not bool(divergence.isfinite().all()):
@@ -162,22 +123,18 @@ class _KLTerms:
     """
 
     codes: int
-    tokens: Int[Tensor, "batch length"]
-    observed: Int[Tensor, "batch length"]
+    tokens: Tokens
+    observed: Tokens
     masked: Bool[Tensor, "batch length"]
     unchanged: Bool[Tensor, "batch length"]
-    reach: Float[Tensor, "batch length"]
-    log_match: Float[Tensor, "batch length"]
-    log_spread: Float[Tensor, "batch length"]
+    reach: PerToken
+    log_match: PerToken
+    log_spread: PerToken
     rates: PosteriorRates
 
     @staticmethod
     def of(
-        rates: Rates,
-        tokens: Int[Tensor, "batch length"],
-        noisy: Int[Tensor, "batch length"],
-        t: Int[Tensor, " batch"],
-        dtype: torch.dtype,
+        rates: Rates, tokens: Tokens, noisy: Tokens, t: Int[Tensor, " batch"], dtype: torch.dtype
     ) -> "_KLTerms":
         coefficients = posterior_rates(rates, t[:, None], t[:, None] - 1)
         masked = noisy == rates.codes
@@ -195,12 +152,7 @@ class _KLTerms:
             rates=coefficients,
         )
 
-    def divergence(
-        self,
-        log_true: Float[Tensor, "batch length"],
-        log_observed: Float[Tensor, "batch length"],
-        code_sum: Float[Tensor, "batch length"],
-    ) -> Float[Tensor, "batch length"]:
+    def divergence(self, log_true: PerToken, log_observed: PerToken, code_sum: PerToken) -> PerToken:
         """Compute KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats per token; the decoder term at t = 0.
 
         The codes x_0 and a visible x_t have their own terms; the other codes share ``code_sum``, the sum of
@@ -225,11 +177,8 @@ class _KLTerms:
         leaves = torch.where(
             self.masked, rates.masked_match + rates.masked_spread, rates.other_match + rates.other_spread
         )
-        shared_weight = torch.where(
-            self.masked,
-            rates.masked_spread,
-            rates.other_spread * torch.where(self.unchanged, rates.reach, 1.0),
-        )
+        visible_spread = rates.other_spread * torch.where(self.unchanged, rates.reach, 1.0)
+        shared_weight = torch.where(self.masked, rates.masked_spread, visible_spread)
         log_shared_weight = torch.where(self.unchanged, _log(rates.reach), 0.0).to(log_mass)
         code_sum = (
             code_sum
@@ -237,19 +186,15 @@ class _KLTerms:
             - torch.where(self.masked, 0.0, log_observed_code - log_spread)
         )
         shared_codes = self.codes - 1 - replaced.long()
+        true_rate = torch.where(self.unchanged, stays, leaves)
         return (
-            _kl_term(
-                torch.where(self.unchanged, stays, leaves),
-                torch.where(self.unchanged, log_stay, log_true_code),
-            )
+            _kl_term(true_rate, torch.where(self.unchanged, log_stay, log_true_code))
             + _kl_term(torch.where(replaced, rates.stay_spread, 0.0), log_stay)
             - shared_weight.to(code_sum) * (shared_codes * (log_mass - log_shared_weight) + code_sum)
         )
 
 
-def _kl_term(
-    probability: Float[Tensor, "batch length"], log_model: Float[Tensor, "batch length"]
-) -> Float[Tensor, "batch length"]:
+def _kl_term(probability: PerToken, log_model: PerToken) -> PerToken:
     """Compute one state's KL term: probability · (log probability - log model)."""
     return torch.xlogy(probability, probability).to(log_model) - probability.to(log_model) * log_model
 

@@ -21,11 +21,10 @@ from vqd_scale.diffusion.sampling_plan import (
     SamplerContext,
     SamplerNoise,
     SamplingStep,
-    Tokens,
     check_steps,
     even_steps,
 )
-from vqd_scale.diffusion.transition import MaskAndReplace
+from vqd_scale.diffusion.transition import MaskAndReplace, Tokens
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class KnownTokens:
         is_known: True for tokens to keep.
     """
 
-    tokens: Int[Tensor, "batch length"]
+    tokens: Tokens
     is_known: Bool[Tensor, "batch length"]
 
 
@@ -50,7 +49,7 @@ class Start:
         strength: Fraction of the T noise steps that is added and removed, 0 < strength <= 1.
     """
 
-    tokens: Int[Tensor, "batch length"]
+    tokens: Tokens
     strength: float
 
 
@@ -146,7 +145,7 @@ def sample(
     known_tokens: KnownTokens | None = None,
     start: Start | None = None,
     on_step: Callable[[int, int], None] | None = None,
-) -> Int[Tensor, "batch length"]:
+) -> Tokens:
     """Generate images as tokens.
 
     Args:
@@ -181,9 +180,8 @@ def sample(
         log_p = predict(tokens, step.network_time)
         transition.check_codes(log_p.shape[-1], "the network's prediction")
         all_finite = all_finite & log_p.amax(-1).isfinite().all()
-        context = SamplerContext(
-            transition, step, SamplerNoise(seed, slots, length, number), free, first_masks, plan[0].t
-        )
+        noise = SamplerNoise(seed, slots, length, number)
+        context = SamplerContext(transition, step, noise, free, first_masks, plan[0].t)
         tokens = restore(sampler.advance(tokens, log_p, context), step.s)
         if on_step is not None:
             on_step(number + 1, len(plan))
@@ -201,7 +199,7 @@ def _first_time(transition: MaskAndReplace, start: Start) -> int:
 
 def _initial_tokens(
     sampler: Sampler, transition: MaskAndReplace, noise: SamplerNoise, start: Start | None, first: int
-) -> Int[Tensor, "batch length"]:
+) -> Tokens:
     if start is not None:
         t = torch.full_like(noise.slots, first)
         return transition.corrupt(start.tokens, t, noise.uniforms(Purpose.CORRUPTION))
@@ -212,7 +210,7 @@ def _initial_tokens(
 
 def _build_restore(
     transition: MaskAndReplace, known_tokens: KnownTokens | None, noise: SamplerNoise
-) -> Callable[[Int[Tensor, "batch length"], int], Int[Tensor, "batch length"]]:
+) -> Callable[[Tokens, int], Tokens]:
     """Return a function that restores known tokens, noised to a given time.
 
     A token's uniform number is the same at all times, so its noise is one path of the forward chain: a
@@ -223,7 +221,7 @@ def _build_restore(
     transition.check_tokens(known_tokens.tokens[known_tokens.is_known][None], masks_allowed=False)
     uniform_numbers = noise.uniforms(Purpose.CORRUPTION)
 
-    def restore(tokens: Int[Tensor, "batch length"], time: int) -> Int[Tensor, "batch length"]:
+    def restore(tokens: Tokens, time: int) -> Tokens:
         noisy = transition.corrupt(known_tokens.tokens, torch.full_like(noise.slots, time), uniform_numbers)
         return torch.where(known_tokens.is_known, noisy, tokens)
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose
 from vqd_scale.diffusion.noise import uniforms
-from vqd_scale.diffusion.transition import MaskAndReplace
+from vqd_scale.diffusion.transition import MaskAndReplace, PerToken, Tokens
 
-Tokens: TypeAlias = Int[Tensor, "batch length"]
 LogProbabilities: TypeAlias = Float[Tensor, "batch length codes"]
 
 
@@ -42,15 +41,14 @@ class SamplerNoise:
     length: int
     draw: int
 
-    def uniforms(self, purpose: Purpose) -> Float[Tensor, "batch length"]:
+    def uniforms(self, purpose: Purpose) -> PerToken:
         """Return one uniform number per token; float64, as rare codes need the precision."""
         return uniforms(self.seed, purpose, self.slots, self.length, draw=self.draw, dtype=torch.float64)
 
     def gumbel(self, states: int) -> Float[Tensor, "batch length states"]:
         """Return one float32 Gumbel number per token and state, as in the reference code."""
-        uniform_numbers = uniforms(
-            self.seed, Purpose.GUMBEL, self.slots, self.length * states, draw=self.draw
-        )
+        count = self.length * states
+        uniform_numbers = uniforms(self.seed, Purpose.GUMBEL, self.slots, count, draw=self.draw)
         return -torch.log(-torch.log(uniform_numbers.view(-1, self.length, states) + 1e-30) + 1e-30)
 
 

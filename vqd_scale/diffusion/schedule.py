@@ -4,13 +4,15 @@ Time ``t`` is 0-based: at ``t = 0`` one step of noise was added; ``-1`` is the c
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from vqd_scale.diffusion.config import Schedule
+
+TimeOrTimes: TypeAlias = int | Int[Tensor, " *times"]
 
 
 class TransitionProbabilities(NamedTuple):
@@ -50,13 +52,11 @@ class Rates:
         cumulative = TransitionProbabilities(*(values.to(device) for values in self.cumulative))
         return Rates(self.codes, self.prior_mask, cumulative)
 
-    def at(self, t: "int | Int[Tensor, ' *times']") -> TransitionProbabilities:
+    def at(self, t: TimeOrTimes) -> TransitionProbabilities:
         """Return the probabilities from the clean image to ``t``, -1 <= t < T; float64, shape of ``t``."""
         return TransitionProbabilities(*(values[t + 1] for values in self.cumulative))
 
-    def between(
-        self, t: "int | Int[Tensor, ' *times']", s: "int | Int[Tensor, ' *times']"
-    ) -> TransitionProbabilities:
+    def between(self, t: TimeOrTimes, s: TimeOrTimes) -> TransitionProbabilities:
         """Return the probabilities from ``s`` to ``t``, -1 <= s < t < T; float64, shape of the times.
 
         Differences are taken between products of rates, not from 1, so a tiny ``replace`` keeps its

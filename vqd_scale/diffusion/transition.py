@@ -1,10 +1,10 @@
 """Mask-and-replace diffusion: the forward chain and its posteriors in closed form.
 
-Codes are 0 to K-1, the mask is K. Every operation costs O(K) per token. `vqd_scale.diffusion.reference`
-computes the same quantities with (K+1) x (K+1) matrices, for the tests. ``docs/maths.md`` derives them.
+Codes are 0 to K-1, the mask is K. Every operation costs O(K) per token. ``docs/maths.md`` derives them.
 """
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +12,10 @@ from torch import Tensor
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.diffusion.config import Schedule
-from vqd_scale.diffusion.schedule import Rates, rates_of
+from vqd_scale.diffusion.schedule import Rates, TimeOrTimes, rates_of
+
+Tokens: TypeAlias = Int[Tensor, "batch length"]
+PerToken: TypeAlias = Float[Tensor, "batch length"]
 
 # Replaces a denominator of zero where the quotient is not used.
 _NEVER = 1e-30
@@ -39,9 +42,7 @@ class PosteriorRates:
     reach: Float[Tensor, " *times"]
 
 
-def posterior_rates(
-    rates: Rates, t: "int | Int[Tensor, ' *times']", s: "int | Int[Tensor, ' *times']"
-) -> PosteriorRates:
+def posterior_rates(rates: Rates, t: TimeOrTimes, s: TimeOrTimes) -> PosteriorRates:
     """Compute the posterior coefficients between two times, equations (6) and (7) of ``docs/maths.md``.
 
     If a schedule never masks or never replaces, some states cannot occur and Bayes' rule gives 0/0. Then a
@@ -101,12 +102,7 @@ class MaskAndReplace:
             self._rates_on[device] = self.rates.to(device)
         return self._rates_on[device]
 
-    def corrupt(
-        self,
-        tokens: Int[Tensor, "batch length"],
-        t: Int[Tensor, " batch"],
-        uniforms: Float[Tensor, "batch length"],
-    ) -> Int[Tensor, "batch length"]:
+    def corrupt(self, tokens: Tokens, t: Int[Tensor, " batch"], uniforms: PerToken) -> Tokens:
         """Sample x_t from q(x_t | x_0) with one uniform number per token.
 
         Args:
@@ -123,7 +119,7 @@ class MaskAndReplace:
         noisy = torch.where(uniforms < masked + replaced, code, tokens)
         return torch.where(uniforms < masked, self.mask, noisy)
 
-    def prior(self, uniforms: Float[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
+    def prior(self, uniforms: PerToken) -> Tokens:
         """Sample x_T from the schedule's prior: masks with probability ``prior_mask``, else uniform codes.
 
         Args:
@@ -137,11 +133,7 @@ class MaskAndReplace:
         return torch.where(uniforms < mask_probability, self.mask, code)
 
     def posterior(
-        self,
-        probabilities: Float[Tensor, "batch length codes"],
-        x_t: Int[Tensor, "batch length"],
-        t: int,
-        s: int,
+        self, probabilities: Float[Tensor, "batch length codes"], x_t: Tokens, t: int, s: int
     ) -> Float[Tensor, "batch length states"]:
         """Compute p(x_s | x_t) = Σ q(x_s | x_t, x_0) p(x_0), the mixture over the prediction.
 
@@ -180,7 +172,7 @@ class MaskAndReplace:
         result[..., -1:] = torch.where(masked, rates.masked_stay * total, 0.0)
         return result
 
-    def check_tokens(self, tokens: Int[Tensor, "batch length"], *, masks_allowed: bool) -> None:
+    def check_tokens(self, tokens: Tokens, *, masks_allowed: bool) -> None:
         """Check token values; synchronizes with the device (for first batches and debugging).
 
         Raises:
@@ -218,7 +210,7 @@ class MaskAndReplace:
                 "give both the size of the (reduced) codebook."
             )
 
-    def _uniform_code(self, fractions: Float[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
+    def _uniform_code(self, fractions: PerToken) -> Tokens:
         return (fractions * self.codes).clamp(0, self.codes - 1).long()
 
 

@@ -4,20 +4,12 @@ from math import isqrt
 from typing import Generic, TypeVar
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, sample_codes
 from vqd_scale.diffusion.config import Confidence, Halton, Purity, Remask, SamplerSteps
-from vqd_scale.diffusion.sampling_plan import (
-    LogProbabilities,
-    SamplerContext,
-    SamplingStep,
-    Tokens,
-    even_steps,
-)
-from vqd_scale.diffusion.transition import MaskAndReplace
+from vqd_scale.diffusion.sampling_plan import LogProbabilities, SamplerContext, SamplingStep, even_steps
+from vqd_scale.diffusion.transition import MaskAndReplace, PerToken, Tokens
 
 AnyConfig = TypeVar("AnyConfig", bound=SamplerSteps)
 
@@ -132,12 +124,7 @@ def _radical_inverse(index: int, base: int) -> float:
     return result
 
 
-def unmask(
-    tokens: Int[Tensor, "batch length"],
-    codes: Int[Tensor, "batch length"],
-    priority: Float[Tensor, "batch length"],
-    context: SamplerContext,
-) -> Int[Tensor, "batch length"]:
+def unmask(tokens: Tokens, codes: Tokens, priority: PerToken, context: SamplerContext) -> Tokens:
     """Replace the masks of highest priority by ``codes``, along the schedule's masked fraction.
 
     Generalizes Improved VQ-Diffusion's tables to any length, T and number of steps.
@@ -145,7 +132,6 @@ def unmask(
     masked = (tokens == context.transition.mask) & context.free
     count = masked.sum(-1) - (context.first_masks * context.masked_fraction(context.step.s)).round().long()
     order = priority.masked_fill(~masked, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(tokens.shape[1], device=tokens.device).expand_as(order)
-    )
+    ranks = torch.arange(tokens.shape[1], device=tokens.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(-1, order, ranks)
     return torch.where(masked & (rank < count[:, None]), codes, tokens)

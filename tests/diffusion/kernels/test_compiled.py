@@ -22,7 +22,7 @@ def test_kernels_compile_for_each_generation(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kinds = {"true": "*i64", "observed": "*i64", "slots": "*i64", "correct": "*i1", "logits": f"*{logits}"}
     kinds |= {"key": "i64", "draw": "i64"}
-    sizes = {"row_stride", "code_stride", "out_row_stride", "out_code_stride", "codes", "count"}
+    sizes = {"row_stride", "code_stride", "codes", "count"}
     constants = {"width": 4096, "words_per_number": 2 if sums == "fp64" else 1, "blocks": 128}
     for kernel in (rows._statistics_kernel, rows._gradient_kernel, philox._uniforms):  # pyright: ignore[reportPrivateUsage]
         signature = {

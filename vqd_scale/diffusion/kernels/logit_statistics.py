@@ -8,10 +8,8 @@ Memory traffic equals that of a copy; PyTorch operations pass over the logits a 
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
-from torch import Tensor
 
-from vqd_scale.diffusion.logit_statistics import LOG_HUGE, LogitRows, LogitStatistics, LossFactors
+from vqd_scale.diffusion.logit_statistics import LOG_HUGE, LogitRows, Logits, LogitStatistics, LossFactors
 
 _LOG_HUGE = tl.constexpr(LOG_HUGE)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -20,16 +18,8 @@ _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 class TritonRows:
     """Triton version of `logit_statistics.TorchRows`; a token outside the codebook makes its row NaN."""
 
-    stores_softmax = False
-
-    def compute_statistics(
-        self,
-        logits: Float[Tensor, "tokens codes"],
-        rows: LogitRows,
-        statistics: LogitStatistics,
-        buffer: Float[Tensor, "tokens codes"] | None,
-    ) -> None:
-        """Compute the statistics of each row; the softmax is not stored."""
+    def compute_statistics(self, logits: Logits, rows: LogitRows, statistics: LogitStatistics) -> None:
+        """Write the statistics of each row into ``statistics``."""
         with torch.cuda.device_of(logits):
             _statistics_kernel[(len(logits),)](
                 logits,
@@ -47,17 +37,8 @@ class TritonRows:
                 **_launch(logits.shape[1]),
             )
 
-    def compute_gradient(
-        self,
-        logits: Float[Tensor, "tokens codes"],
-        rows: LogitRows,
-        factors: LossFactors,
-        out: Float[Tensor, "tokens codes"] | None,
-        *,
-        has_softmax: bool,
-    ) -> Float[Tensor, "tokens codes"]:
-        """Compute the gradient of each row's logits; overwrites the logits without ``out``."""
-        out = logits if out is None else out
+    def compute_gradient(self, logits: Logits, rows: LogitRows, factors: LossFactors) -> Logits:
+        """Overwrite the logits with their gradient."""
         with torch.cuda.device_of(logits):
             _gradient_kernel[(len(logits),)](
                 logits,
@@ -70,13 +51,10 @@ class TritonRows:
                 factors.of_sum.contiguous(),
                 factors.ratio,
                 factors.slope,
-                out,
-                out.stride(0),
-                out.stride(1),
                 logits.shape[1],
                 **_launch(logits.shape[1]),
             )
-        return out
+        return logits
 
 
 def _launch(codes: int) -> dict[str, int]:
@@ -139,17 +117,14 @@ def _gradient_kernel(
     of_sum: tl.tensor,
     ratio: tl.tensor,
     slope: tl.tensor,
-    out: tl.tensor,
-    out_row_stride: tl.tensor,
-    out_code_stride: tl.tensor,
     codes: tl.tensor,
     width: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     code = tl.arange(0, width)
     gamma, for_sum, for_true = tl.load(ratio + row), tl.load(of_sum + row), tl.load(of_true + row)
-    line = tl.load(logits + row * row_stride + code * code_stride, mask=code < codes, other=float("-inf"))
-    line = line.to(gamma.dtype)
+    at_line = logits + row * row_stride + code * code_stride
+    line = tl.load(at_line, mask=code < codes, other=float("-inf")).to(gamma.dtype)
     top = tl.max(line, 0)
     p = tl.exp(line - top)
     p /= tl.sum(p, 0)
@@ -160,4 +135,4 @@ def _gradient_kernel(
     to_line = p * (for_sum * gamma * inverse - (for_true + for_observed + for_sum * total))
     to_line += tl.where(code == tl.load(true + row), for_true, 0.0)
     to_line += tl.where(code == tl.load(observed + row), for_observed, 0.0)
-    tl.store(out + row * out_row_stride + code * out_code_stride, to_line, mask=code < codes)
+    tl.store(at_line, to_line, mask=code < codes)

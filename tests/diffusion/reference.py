@@ -1,6 +1,6 @@
 """Reference implementation of the diffusion formulas with dense (K+1) x (K+1) matrices, in float64.
 
-Slow and simple; used by tests only. Each function implements one statement of ``docs/maths.md``.
+Slow and simple. Each function implements one statement of ``docs/maths.md``.
 """
 
 import torch
