@@ -48,7 +48,7 @@ def width(request: pytest.FixtureRequest, empty_cache: Path, monkeypatch: pytest
     for a long time if it is to do it well."""
     if request.param is not None:
         flags = small_heads._FLAGS  # pyright: ignore[reportPrivateUsage]
-        monkeypatch.setattr(small_heads, "_FLAGS", (*flags, f"-DWIDTH={request.param}", "-O1"))
+        monkeypatch.setattr(small_heads, "_FLAGS", f"{flags} -DWIDTH={request.param} -O1")
 
 
 @pytest.mark.usefixtures("width")

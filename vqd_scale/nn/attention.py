@@ -9,15 +9,13 @@ import os
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
 from vqd_scale.nn.config import AttentionBackend
-from vqd_scale.nn.small_heads import is_faster, small_heads_attention
+from vqd_scale.nn.small_heads import Keys, Queries, is_faster, small_heads_attention
 
 logger = logging.getLogger(__name__)
-
 
 _KERNEL_ALIGNMENT = 8
 _REFERENCE_KEYS = 512
@@ -33,19 +31,14 @@ _CUDA_RUNTIME_PACKAGE = "nvidia-cuda-runtime-cu12"
 
 
 def attention(
-    query: Float[Tensor, "batch queries heads dim"],
-    key: Float[Tensor, "batch keys heads dim"],
-    value: Float[Tensor, "batch keys heads dim"],
-    backend: AttentionBackend = "auto",
-    *,
-    causal: bool = False,
-) -> Float[Tensor, "batch queries heads dim"]:
+    query: Queries, key: Keys, value: Keys, backend: AttentionBackend = "auto", *, causal: bool = False
+) -> Queries:
     """Compute softmax(q k^T / sqrt(dim)) v, over all keys or over keys up to the query's position.
 
     Args:
-        query: Queries, any float dtype.
-        key: Keys of the same dtype.
-        value: Values of the same dtype.
+        query: Queries [batch, queries, heads, dim], any float dtype.
+        key: Keys [batch, keys, heads, dim] of the same dtype.
+        value: Values in the shape and dtype of the keys.
         backend: Implementation; all agree up to rounding. If xformers has no kernel, a warning is logged once
             and sdpa is used, so a model trained on GPUs runs on any machine.
         causal: Restrict each query to keys up to its own position; requires as many keys as queries.
@@ -66,18 +59,12 @@ def attention(
     if selected == "xformers":
         return _xformers_attention(query, key, value, causal)
     if selected == "sdpa":
-        return functional.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=causal
-        ).transpose(1, 2)
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return functional.scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(1, 2)
     return _reference_attention(query, key, value, causal)
 
 
-def _reference_attention(
-    query: Float[Tensor, "batch queries heads dim"],
-    key: Float[Tensor, "batch keys heads dim"],
-    value: Float[Tensor, "batch keys heads dim"],
-    causal: bool,
-) -> Float[Tensor, "batch queries heads dim"]:
+def _reference_attention(query: Queries, key: Keys, value: Keys, causal: bool) -> Queries:
     scores = torch.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key)
     if causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(diagonal=1)
@@ -86,12 +73,7 @@ def _reference_attention(
     return torch.einsum("bhqk,bkhd->bqhd", weights, value)
 
 
-def _xformers_attention(
-    query: Float[Tensor, "batch queries heads dim"],
-    key: Float[Tensor, "batch keys heads dim"],
-    value: Float[Tensor, "batch keys heads dim"],
-    causal: bool,
-) -> Float[Tensor, "batch queries heads dim"]:
+def _xformers_attention(query: Queries, key: Keys, value: Keys, causal: bool) -> Queries:
     dim = query.shape[-1]
     # The kernels require head dims in multiples of 8 (size S has 12). Padding with zeros does not change
     # q k^T; the scale must be that of the unpadded dim.

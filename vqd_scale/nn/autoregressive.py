@@ -6,16 +6,26 @@ The first position has the mask's row as input.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple, cast
+from typing import ClassVar, NamedTuple, TypeAlias, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vqd_scale.nn.config import AutoregressiveConfig, TextCondition
 from vqd_scale.nn.denoiser import HeadFunction, Output, TokenHead
-from vqd_scale.nn.layers import Attention, FeedForward, ImageEmbedding, KeysValues, init_weights
+from vqd_scale.nn.layers import (
+    Attention,
+    FeedForward,
+    Hidden,
+    ImageEmbedding,
+    KeysValues,
+    Tokens,
+    init_weights,
+)
 from vqd_scale.nn.param_sharding import shard
+
+TextFeatures: TypeAlias = Float[Tensor, "batch positions text_width"]
 
 
 class KVCache(NamedTuple):
@@ -45,19 +55,13 @@ class CausalBlock(nn.Module):
         self.ln2 = nn.LayerNorm(width)
         self.mlp = FeedForward(width, config.mlp_ratio)
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch length width"],
-        text: Float[Tensor, "batch positions text_width"] | None,
-    ) -> Float[Tensor, "batch length width"]:
+    def forward(self, x: Hidden, text: TextFeatures | None) -> Hidden:
         """Apply the block to all positions at once."""
         normed = self.ln1(x)
         x = x + self.attn1(normed, normed, causal=True)
         return self._after_self_attention(x, self._text_keys_values(text))
 
-    def step(
-        self, x: Float[Tensor, "batch 1 width"], position: int, cache: KVCache
-    ) -> Float[Tensor, "batch 1 width"]:
+    def step(self, x: Hidden, position: int, cache: KVCache) -> Hidden:
         """Apply the block to one position, with the previous ones in the KV cache; extends the cache."""
         normed = self.ln1(x)
         for buffer, value in zip(cache.tokens, self.attn1.keys_values(normed), strict=True):
@@ -65,25 +69,16 @@ class CausalBlock(nn.Module):
         context = KeysValues(*(buffer[:, : position + 1] for buffer in cache.tokens))
         return self._after_self_attention(x + self.attn1.attend(normed, context), cache.text)
 
-    def new_cache(
-        self,
-        text: Float[Tensor, "batch positions text_width"] | None,
-        like: Float[Tensor, "batch length width"],
-    ) -> KVCache:
+    def new_cache(self, text: TextFeatures | None, like: Hidden) -> KVCache:
         """Allocate a KV cache for the samples and positions of ``like``, with the prompt's part filled."""
         buffer = like.unflatten(-1, (self.attn1.heads, -1))
-        return KVCache(
-            KeysValues(torch.zeros_like(buffer), torch.zeros_like(buffer)), self._text_keys_values(text)
-        )
+        tokens = KeysValues(torch.zeros_like(buffer), torch.zeros_like(buffer))
+        return KVCache(tokens, self._text_keys_values(text))
 
-    def _text_keys_values(
-        self, text: Float[Tensor, "batch positions text_width"] | None
-    ) -> KeysValues | None:
+    def _text_keys_values(self, text: TextFeatures | None) -> KeysValues | None:
         return self.attn2.keys_values(text) if self.cross and text is not None else None
 
-    def _after_self_attention(
-        self, x: Float[Tensor, "batch length width"], text: KeysValues | None
-    ) -> Float[Tensor, "batch length width"]:
+    def _after_self_attention(self, x: Hidden, text: KeysValues | None) -> Hidden:
         if text is not None:
             x = x + self.attn2.attend(self.ln1_1(x), text)
         return x + self.mlp(self.ln2(x))
@@ -116,8 +111,8 @@ class Autoregressive(nn.Module):
 
     def forward(
         self,
-        tokens: Int[Tensor, "batch length"],
-        condition: Float[Tensor, "batch positions text_width"] | None,
+        tokens: Tokens,
+        condition: TextFeatures | None,
         head_function: HeadFunction[Output] | None = None,
     ) -> Tensor | Output:
         """Predict every token from the previous ones.
@@ -134,22 +129,17 @@ class Autoregressive(nn.Module):
         x = self.content_emb.emb(inputs) + self.content_emb.positions()[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x, condition)
-        normed = self.norm(x)
-        return self.head(normed) if head_function is None else self.head(normed, head_function)
+        return self.head(self.norm(x), head_function)
 
     @torch.no_grad()
-    def new_caches(
-        self, condition: Float[Tensor, "batch positions text_width"] | None, batch: int
-    ) -> list[KVCache]:
+    def new_caches(self, condition: TextFeatures | None, batch: int) -> list[KVCache]:
         """Allocate one KV cache per block for `step`, holding only the condition."""
         positions = self.content_emb.positions()
         like = positions.expand(batch, *positions.shape)
         return [block.new_cache(condition, like) for block in _blocks(self)]
 
     @torch.no_grad()
-    def step(
-        self, tokens: Int[Tensor, "batch length"], position: int, caches: Sequence[KVCache]
-    ) -> Float[Tensor, "batch codes"]:
+    def step(self, tokens: Tokens, position: int, caches: Sequence[KVCache]) -> Float[Tensor, "batch codes"]:
         """Compute the logits of one position as in `forward`, with KV caches; positions in order, from 0.
 
         Args:
@@ -160,11 +150,8 @@ class Autoregressive(nn.Module):
         Returns:
             Logits [batch, K].
         """
-        inputs = (
-            tokens[:, position - 1 : position]
-            if position
-            else torch.full_like(tokens[:, :1], self.start_token)
-        )
+        start = torch.full_like(tokens[:, :1], self.start_token)
+        inputs = tokens[:, position - 1 : position] if position else start
         x = self.content_emb.emb(inputs) + self.content_emb.positions()[position]
         for block, cache in zip(_blocks(self), caches, strict=True):
             x = block.step(x, position, cache)

@@ -2,26 +2,24 @@
 
 import functools
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple, TypeVar, cast, overload
+from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vqd_scale.nn.config import (
-    ClassCondition,
-    DenoiserConfig,
-    TextCondition,
-)
+from vqd_scale.nn.config import ClassCondition, DenoiserConfig, TextCondition
 from vqd_scale.nn.layers import (
     AdaptiveLayerNorm,
     Attention,
     ClassEmbedding,
+    Hidden,
     ImageEmbedding,
     KeysValues,
     Modulation,
     Rotation,
+    Tokens,
     build_feed_forward,
     build_timestep_embedding,
     init_weights,
@@ -36,6 +34,10 @@ HeadFunction = Callable[[Tensor, Tensor, Tensor], Output]
 Under ZeRO-3 a weight exists only inside its own module's forward, so a function that fuses head and objective
 must be passed in. The function must return tensors or tuples of tensors, for the engine to find gradients.
 """
+
+
+PreparedNetwork: TypeAlias = Callable[[Tokens, int], Float[Tensor, "batch length codes"]]
+"""Function (tokens, timestep of the whole batch) -> logits under one condition."""
 
 
 class Conditioning(NamedTuple):
@@ -105,9 +107,7 @@ class Block(nn.Module):
             ln2 = self.ln2.modulation(condition)
         return Conditioning(ln1, ln1_1, ln2, context)
 
-    def forward_conditioned(
-        self, x: Float[Tensor, "batch length width"], conditioning: Conditioning, rotation: Rotation | None
-    ) -> Float[Tensor, "batch length width"]:
+    def forward_conditioned(self, x: Hidden, conditioning: Conditioning, rotation: Rotation | None) -> Hidden:
         """Apply the block with a computed conditioning."""
         normed = modulate(x, conditioning.ln1)
         x = x + self.attn1(normed, normed, rotation)
@@ -116,12 +116,8 @@ class Block(nn.Module):
         return x + self.mlp(self.ln2(x) if conditioning.ln2 is None else modulate(x, conditioning.ln2))
 
     def forward(
-        self,
-        x: Float[Tensor, "batch length width"],
-        t: Int[Tensor, " batch"],
-        condition: Tensor | None,
-        rotation: Rotation | None = None,
-    ) -> Float[Tensor, "batch length width"]:
+        self, x: Hidden, t: Int[Tensor, " batch"], condition: Tensor | None, rotation: Rotation | None = None
+    ) -> Hidden:
         """Apply the block; see `Denoiser.forward` for timesteps and condition."""
         return self.forward_conditioned(x, self.conditioning(t, condition), rotation)
 
@@ -129,15 +125,11 @@ class Block(nn.Module):
 class TokenHead(nn.Linear):
     """Linear map to K logits, replaceable by a `HeadFunction`."""
 
-    @overload
-    def forward(self, input: Tensor) -> Tensor: ...
-    @overload
-    def forward(self, input: Tensor, head_function: HeadFunction[Output]) -> Output: ...
-    def forward(self, input: Tensor, head_function: HeadFunction[Output] | None = None) -> Tensor | Output:
+    def forward(self, input: Hidden, head_function: HeadFunction[Any] | None = None) -> Any:  # noqa: ANN401
         """Return logits [batch, length, K], or ``head_function(hidden, weight, bias)``."""
-        return (
-            super().forward(input) if head_function is None else head_function(input, self.weight, self.bias)
-        )
+        if head_function is None:
+            return super().forward(input)
+        return head_function(input, self.weight, self.bias)
 
 
 class Denoiser(nn.Module):
@@ -186,9 +178,7 @@ class Denoiser(nn.Module):
         return self.content_emb.emb.weight, self.head.weight
 
     @torch.no_grad()
-    def prepare(
-        self, condition: Tensor | None
-    ) -> Callable[[Int[Tensor, "batch length"], int], Float[Tensor, "batch length codes"]]:
+    def prepare(self, condition: Tensor | None) -> PreparedNetwork:
         """Return a function (tokens, timestep of the whole batch) -> logits under one condition.
 
         Caches the modulations of all T timesteps, and the keys and values of the text. Not differentiable.
@@ -200,12 +190,11 @@ class Denoiser(nn.Module):
         positions = self.content_emb.positions()
         rotation = self.rotation(positions)
         times = torch.arange(self.steps, device=positions.device)
-        blocks = [
-            (block, block.conditioning(times, condition)) for block in cast(list[Block], list(self.blocks))
-        ]
+        modules = cast(list[Block], list(self.blocks))
+        blocks = [(block, block.conditioning(times, condition)) for block in modules]
 
         @torch.no_grad()
-        def evaluate(tokens: Int[Tensor, "batch length"], t: int) -> Float[Tensor, "batch length codes"]:
+        def evaluate(tokens: Tokens, t: int) -> Float[Tensor, "batch length codes"]:
             x = self.content_emb.emb(tokens) + positions
             for block, conditioning in blocks:
                 x = block.forward_conditioned(x, conditioning.at(t), rotation)
@@ -221,7 +210,7 @@ class Denoiser(nn.Module):
 
     def forward(
         self,
-        tokens: Int[Tensor, "batch length"],
+        tokens: Tokens,
         t: Int[Tensor, " batch"],
         condition: Tensor | None,
         head_function: HeadFunction[Output] | None = None,
@@ -247,5 +236,4 @@ class Denoiser(nn.Module):
                 )
             else:
                 x = block(x, t, condition, rotation)
-        normed = self.norm(x)
-        return self.head(normed) if head_function is None else self.head(normed, head_function)
+        return self.head(self.norm(x), head_function)

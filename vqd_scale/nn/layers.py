@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +19,9 @@ from vqd_scale.nn.config import (
     TimestepEmbedding,
 )
 from vqd_scale.nn.param_sharding import gather
+
+Hidden: TypeAlias = Float[Tensor, "batch length width"]
+Tokens: TypeAlias = Int[Tensor, "batch length"]
 
 _SINUSOID_SCALE = 4000
 _SINUSOID_PERIOD = 10000
@@ -84,7 +87,7 @@ class ImageEmbedding(nn.Module):
         position = torch.arange(self.length, device=self.height_emb.weight.device)
         return self.height_emb(position // self.columns) + self.width_emb(position % self.columns)
 
-    def forward(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length width"]:
+    def forward(self, tokens: Tokens) -> Hidden:
         """Embed tokens in raster order."""
         return self.emb(tokens) + self.positions()
 
@@ -101,9 +104,7 @@ class Modulation(NamedTuple):
     shift: Tensor
 
 
-def modulate(
-    x: Float[Tensor, "batch length width"], modulation: Modulation
-) -> Float[Tensor, "batch length width"]:
+def modulate(x: Hidden, modulation: Modulation) -> Hidden:
     """Compute LN(x) * scale + shift, LN without affine weights (AdaLN, arXiv 2111.14822, section 4.2)."""
     scale, shift = modulation
     if scale.ndim == 1:
@@ -130,9 +131,7 @@ class AdaptiveLayerNorm(nn.Module):
         scale, shift = self.linear(embedded).chunk(2, dim=-1)
         return Modulation(1 + scale, shift)
 
-    def forward(
-        self, x: Float[Tensor, "batch length width"], ids: Int[Tensor, " batch"]
-    ) -> Float[Tensor, "batch length width"]:
+    def forward(self, x: Hidden, ids: Int[Tensor, " batch"]) -> Hidden:
         """Normalize each position with the modulation of its sample's id."""
         return modulate(x, self.modulation(ids))
 
@@ -200,17 +199,15 @@ class Rotation(NamedTuple):
         pairs = dim // 4
         frequencies = _ROTATION_BASE ** -(torch.arange(pairs, device=like.device) / pairs)
         position = torch.arange(grid[0] * grid[1], device=like.device)[:, None]
-        angles = torch.cat([position // grid[1] * frequencies, position % grid[1] * frequencies], dim=-1)[
-            :, None
-        ]
+        rows, columns = position // grid[1], position % grid[1]
+        angles = torch.cat([rows * frequencies, columns * frequencies], dim=-1)[:, None]
         return cls(angles.cos().to(like.dtype), angles.sin().to(like.dtype))
 
     def __call__(self, x: Float[Tensor, "batch length heads dim"]) -> Float[Tensor, "batch length heads dim"]:
         """Rotate the pairs (i, i + dim / 2) of each head's features."""
         first, second = x.chunk(2, dim=-1)
-        return torch.cat(
-            [first * self.cosine - second * self.sine, second * self.cosine + first * self.sine], dim=-1
-        )
+        rotated = first * self.cosine - second * self.sine, second * self.cosine + first * self.sine
+        return torch.cat(rotated, dim=-1)
 
 
 class Attention(nn.Module):
@@ -225,13 +222,7 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self,
-        width: int,
-        heads: int,
-        context_width: int,
-        backend: AttentionBackend,
-        *,
-        qk_norm: bool = False,
+        self, width: int, heads: int, context_width: int, backend: AttentionBackend, *, qk_norm: bool = False
     ) -> None:
         super().__init__()
         self.query = nn.Linear(width, width)
@@ -257,12 +248,12 @@ class Attention(nn.Module):
 
     def attend(
         self,
-        x: Float[Tensor, "batch length width"],
+        x: Hidden,
         context: KeysValues,
         rotation: Rotation | None = None,
         *,
         causal: bool = False,
-    ) -> Float[Tensor, "batch length width"]:
+    ) -> Hidden:
         """Attend from each position of ``x`` to given keys and values, see `nn.attention.attention`."""
         query = self.query(x).unflatten(-1, (self.heads, -1))
         if self.qk_norm:
@@ -274,12 +265,12 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "batch length width"],
+        x: Hidden,
         context: Float[Tensor, "batch keys context_width"],
         rotation: Rotation | None = None,
         *,
         causal: bool = False,
-    ) -> Float[Tensor, "batch length width"]:
+    ) -> Hidden:
         """Attend from each position of ``x`` to all of ``context`` (pass ``x`` twice for self-attention)."""
         return self.attend(x, self.keys_values(context, rotation), rotation, causal=causal)
 
@@ -302,7 +293,7 @@ class ConvolutionalFeedForward(nn.Sequential):
         )
         self.grid = grid
 
-    def forward(self, input: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch length width"]:
+    def forward(self, input: Hidden) -> Hidden:
         """Reshape the raster order to the grid, convolve, and flatten."""
         image = input.transpose(1, 2).unflatten(-1, self.grid)
         return super().forward(image).flatten(2).transpose(1, 2)
@@ -322,11 +313,9 @@ def build_feed_forward(config: FeedForwardConfig, width: int, grid: tuple[int, i
 
 @torch.no_grad()
 def init_weights(network: nn.Module, std: float) -> None:
-    """Initialize normal weights and zero biases; convolutions keep torch's default, as published.
+    """Initialize linear and embedding weights with standard deviation ``std``, and biases with zero.
 
-    Args:
-        network: Transformer to initialize.
-        std: Standard deviation of linear and embedding weights.
+    Convolutions keep torch's default, as published.
     """
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Embedding):

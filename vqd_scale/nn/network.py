@@ -1,12 +1,13 @@
 """Networks of a denoising model, and their common interface."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Protocol, overload
 
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
-from vqd_scale.nn.denoiser import HeadFunction, Output
+from vqd_scale.nn.denoiser import HeadFunction, Output, PreparedNetwork
+from vqd_scale.nn.layers import Tokens
 
 
 class Network(Protocol):
@@ -23,20 +24,16 @@ class Network(Protocol):
         """Weights whose first rows belong to the codes, see `vqd_scale.nn.layers.init_from_codebook`."""
         ...
 
-    def prepare(
-        self, condition: Tensor | None
-    ) -> Callable[[Int[Tensor, "batch length"], int], Float[Tensor, "batch length codes"]]:
+    def prepare(self, condition: Tensor | None) -> PreparedNetwork:
         """Return a function (tokens, timestep of the whole batch) -> logits under one condition."""
         ...
 
     @overload
-    def __call__(
-        self, tokens: Int[Tensor, "batch length"], t: Int[Tensor, " batch"], condition: Tensor | None, /
-    ) -> Tensor: ...
+    def __call__(self, tokens: Tokens, t: Int[Tensor, " batch"], condition: Tensor | None, /) -> Tensor: ...
     @overload
     def __call__(
         self,
-        tokens: Int[Tensor, "batch length"],
+        tokens: Tokens,
         t: Int[Tensor, " batch"],
         condition: Tensor | None,
         head_function: HeadFunction[Output],

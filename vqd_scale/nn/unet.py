@@ -7,7 +7,6 @@ more convolution precedes the 1x1 head. The paper's "noise" variant, which adds 
 is not implemented: `HeadFunction` requires a linear map of the hidden states.
 """
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import ClassVar, TypeAlias
 
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.nn.config import UNET_GROUPS, ClassCondition, UNetConfig
-from vqd_scale.nn.denoiser import HeadFunction, Output, TokenHead
-from vqd_scale.nn.layers import ClassEmbedding, SinusoidalEmbedding
+from vqd_scale.nn.denoiser import HeadFunction, Output, PreparedNetwork, TokenHead
+from vqd_scale.nn.layers import ClassEmbedding, SinusoidalEmbedding, Tokens
 
 _HEADS = 4
 _HEAD_WIDTH = 32
@@ -122,9 +121,7 @@ class UNet(nn.Module):
         self.content_emb = nn.Embedding(codes + 1, width)
         self.time = SinusoidalEmbedding(width, steps)
         self.time_mlp = nn.Sequential(
-            nn.Linear(width, _TIME_MULTIPLIER * width),
-            nn.Mish(),
-            nn.Linear(_TIME_MULTIPLIER * width, width),
+            nn.Linear(width, _TIME_MULTIPLIER * width), nn.Mish(), nn.Linear(_TIME_MULTIPLIER * width, width)
         )
         self.class_emb: ClassEmbedding | None = None
         if isinstance(config.condition, ClassCondition):
@@ -137,9 +134,7 @@ class UNet(nn.Module):
         self.middle_attention = LinearAttention(deepest)
         upwards = list(pairwise(reversed(widths)))
         self.up = nn.ModuleList(UNetLevel(2 * coarse, fine, width) for coarse, fine in upwards)
-        self.upsample = nn.ModuleList(
-            nn.ConvTranspose2d(fine, fine, 4, stride=2, padding=1) for _, fine in upwards
-        )
+        self.upsample = nn.ModuleList(nn.ConvTranspose2d(out, out, 4, 2, padding=1) for _, out in upwards)
         self.last = Convolution(widths[0], widths[0])
         self.head = TokenHead(widths[0], codes)
 
@@ -148,21 +143,21 @@ class UNet(nn.Module):
         """Weights of embedding and head; the first K rows belong to the codes."""
         return self.content_emb.weight, self.head.weight
 
-    def prepare(self, condition: Tensor | None) -> Callable[[Tensor, int], Tensor]:
+    def prepare(self, condition: Tensor | None) -> PreparedNetwork:
         """Return a function (tokens, timestep of the whole batch) -> logits under one condition.
 
         Nothing is cached: unlike the transformer's, the U-Net's steps share hardly any computation.
         """
 
         @torch.no_grad()
-        def evaluate(tokens: Int[Tensor, "batch length"], t: int) -> Float[Tensor, "batch length codes"]:
+        def evaluate(tokens: Tokens, t: int) -> Float[Tensor, "batch length codes"]:
             return self(tokens, tokens.new_full((len(tokens),), t), condition)
 
         return evaluate
 
     def forward(
         self,
-        tokens: Int[Tensor, "batch length"],
+        tokens: Tokens,
         t: Int[Tensor, " batch"],
         condition: Int[Tensor, " batch"] | None,
         head_function: HeadFunction[Output] | None = None,
@@ -184,7 +179,7 @@ class UNet(nn.Module):
         if self.class_emb is not None:
             signal = signal + self.class_emb(condition)
         hidden = self._forward_features(image, signal).flatten(2).transpose(1, 2)
-        return self.head(hidden) if head_function is None else self.head(hidden, head_function)
+        return self.head(hidden, head_function)
 
     def _forward_features(self, image: Image, signal: Signal) -> Image:
         features: list[Tensor] = []
