@@ -7,7 +7,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.tokenizers.base import ImageTokenizer, SamplingKey, check_signal, check_tokens
+from vqd_scale.tokenizers.base import (
+    Images,
+    ImageTokenizer,
+    Latents,
+    SamplingKey,
+    TokenGrid,
+    check_signal,
+    check_tokens,
+)
+from vqd_scale.tokenizers.codebook.quantizer import CodeIds, Vectors
 from vqd_scale.tokenizers.config import ConvolutionsConfig
 from vqd_scale.tokenizers.convolutions import Decoder, Encoder
 
@@ -20,7 +29,7 @@ class Quantizer(Protocol):
         """K, the number of codes."""
         ...
 
-    def nearest(self, vectors: Float[Tensor, "count width"]) -> Int[Tensor, " count"]:
+    def nearest(self, vectors: Vectors) -> CodeIds:
         """Return the id of the best code of each vector."""
         ...
 
@@ -78,9 +87,7 @@ class Autoencoder(ImageTokenizer, Generic[QuantizerType]):
         self.quant_conv = Pointwise(width, code_width) if has_projection else nn.Identity()
         self.post_quant_conv = Pointwise(code_width, width) if has_projection else nn.Identity()
 
-    def encode(
-        self, images: Float[Tensor, "batch 3 height width"], sampling_key: SamplingKey | None = None
-    ) -> Int[Tensor, "batch rows columns"]:
+    def encode(self, images: Images, sampling_key: SamplingKey | None = None) -> TokenGrid:
         """Encode images in [-1, 1] to codes 0..K-1; deterministic unless ``sampling_key`` is given.
 
         Raises:
@@ -90,15 +97,14 @@ class Autoencoder(ImageTokenizer, Generic[QuantizerType]):
         """
         check_signal(images, self.factor)
         if sampling_key is not None and len(sampling_key.slots) != len(images):
-            raise ValueError(
-                f"expected one slot for each of {len(images)} images, got {len(sampling_key.slots)}"
-            )
+            count = len(sampling_key.slots)
+            raise ValueError(f"expected one slot for each of {len(images)} images, got {count}")
         z = self.latents(images).float()
         flat = z.permute(0, 2, 3, 1).flatten(0, 2)
         ids = self.quantize.nearest(flat) if sampling_key is None else self._sample_codes(flat, sampling_key)
         return ids.unflatten(0, (z.shape[0], z.shape[2], z.shape[3]))
 
-    def decode(self, tokens: Int[Tensor, "batch rows columns"]) -> Float[Tensor, "batch 3 height width"]:
+    def decode(self, tokens: TokenGrid) -> Images:
         """Decode codes to float32 images in about [-1, 1].
 
         Raises:
@@ -112,15 +118,11 @@ class Autoencoder(ImageTokenizer, Generic[QuantizerType]):
         parameter = next(self.encoder.parameters())
         return self.quantize.lookup(torch.arange(self.codes, device=parameter.device))
 
-    def latents(
-        self, images: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch code rows columns"]:
+    def latents(self, images: Images) -> Latents:
         """Return the vectors of images before quantization."""
         return self.quant_conv(self.encoder(images))
 
-    def reconstruct(
-        self, z: Float[Tensor, "batch code rows columns"]
-    ) -> Float[Tensor, "batch 3 height width"]:
+    def reconstruct(self, z: Latents) -> Images:
         """Decode vectors to images, in the dtype of the decoder's weights."""
         return self.decoder(self.post_quant_conv(z))
 
@@ -132,9 +134,7 @@ class Autoencoder(ImageTokenizer, Generic[QuantizerType]):
         for part in (self.encoder, self.decoder):
             part.to(dtype).to(memory_format=torch.channels_last)
 
-    def _sample_codes(
-        self, vectors: Float[Tensor, "count width"], sampling_key: SamplingKey
-    ) -> Int[Tensor, " count"]:
+    def _sample_codes(self, vectors: Vectors, sampling_key: SamplingKey) -> CodeIds:
         del vectors, sampling_key
         raise UserError(
             f"tokenizer: {type(self).__name__} gives no probabilities to sample codes from; encode without "
@@ -145,9 +145,7 @@ class Autoencoder(ImageTokenizer, Generic[QuantizerType]):
 class StraightThrough(Autoencoder[QuantizerType]):
     """Autoencoder trained with the straight-through estimator."""
 
-    def forward(
-        self, images: Float[Tensor, "batch 3 height width"], *, quantized: bool = True
-    ) -> Reconstruction:
+    def forward(self, images: Images, *, quantized: bool = True) -> Reconstruction:
         """Reconstruct images; gradients pass the codebook by the straight-through estimator.
 
         Args:
@@ -160,9 +158,8 @@ class StraightThrough(Autoencoder[QuantizerType]):
             ids = torch.zeros(len(flat), dtype=torch.int64, device=z.device)
             return Reconstruction(self.reconstruct(z), flat, ids, z.new_zeros(len(z)))
         ids = self.quantize.nearest(flat.detach())
-        vectors = (
-            self.quantize.lookup(ids).unflatten(0, (z.shape[0], z.shape[2], z.shape[3])).permute(0, 3, 1, 2)
-        )
+        grid = (z.shape[0], z.shape[2], z.shape[3])
+        vectors = self.quantize.lookup(ids).unflatten(0, grid).permute(0, 3, 1, 2)
         commitment = (z - vectors.detach()).square().flatten(1).mean(dim=1)
         codebook = (vectors - z.detach()).square().flatten(1).mean(dim=1) if vectors.requires_grad else None
         return Reconstruction(self.reconstruct(z + (vectors - z).detach()), flat, ids, commitment, codebook)

@@ -1,11 +1,15 @@
 """Image tokenizer interface, and conversion between bytes and floats."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
+
+Images: TypeAlias = Float[Tensor, "batch 3 height width"]
+TokenGrid: TypeAlias = Int[Tensor, "batch rows columns"]
+Latents: TypeAlias = Float[Tensor, "batch code rows columns"]
 
 _PEAK = 1 + 1e-3
 """Largest accepted absolute value of an image: tolerates rounding, rejects another value range."""
@@ -43,9 +47,7 @@ class ImageTokenizer(nn.Module, ABC):
     factor: int
 
     @abstractmethod
-    def encode(
-        self, images: Float[Tensor, "batch 3 height width"], sampling_key: SamplingKey | None = None
-    ) -> Int[Tensor, "batch rows columns"]:
+    def encode(self, images: Images, sampling_key: SamplingKey | None = None) -> TokenGrid:
         """Encode images in [-1, 1] to codes 0..K-1; deterministic unless ``sampling_key`` is given.
 
         Raises:
@@ -53,13 +55,11 @@ class ImageTokenizer(nn.Module, ABC):
         """
 
     @abstractmethod
-    def decode(self, tokens: Int[Tensor, "batch rows columns"]) -> Float[Tensor, "batch 3 height width"]:
+    def decode(self, tokens: TokenGrid) -> Images:
         """Decode codes to float32 images in about [-1, 1]."""
 
     @abstractmethod
-    def latents(
-        self, images: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch code rows columns"]:
+    def latents(self, images: Images) -> Latents:
         """Return the vectors of images in [-1, 1] before quantization."""
 
     @abstractmethod
@@ -71,7 +71,7 @@ class ImageTokenizer(nn.Module, ABC):
         """Set the dtype of encoding and decoding; the selection of codes stays float32."""
 
 
-def to_signal(images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+def to_signal(images: UInt8[Tensor, "batch 3 height width"]) -> Images:
     """Convert bytes 0..255 to float32 in [-1, 1].
 
     Raises:
@@ -82,12 +82,12 @@ def to_signal(images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "b
     return images.float() / 127.5 - 1
 
 
-def to_bytes(signal: Float[Tensor, "batch 3 height width"]) -> UInt8[Tensor, "batch 3 height width"]:
+def to_bytes(signal: Images) -> UInt8[Tensor, "batch 3 height width"]:
     """Convert float images in [-1, 1] to bytes 0..255; values outside are clamped."""
     return ((signal.float().clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
-def check_signal(images: Float[Tensor, "batch 3 height width"], factor: int) -> None:
+def check_signal(images: Images, factor: int) -> None:
     """Check that images have the format of `to_signal` and a size divisible by ``factor``.
 
     Raises:
@@ -105,7 +105,7 @@ def check_signal(images: Float[Tensor, "batch 3 height width"], factor: int) -> 
         raise ValueError(f"expected images in [-1, 1] as `to_signal` gives them, found the value {peak:.4g}")
 
 
-def check_tokens(tokens: Int[Tensor, "batch rows columns"], codes: int) -> None:
+def check_tokens(tokens: TokenGrid, codes: int) -> None:
     """Check that tokens are codes 0..K-1; on a GPU a wrong code raises only a device-side assertion.
 
     Raises:

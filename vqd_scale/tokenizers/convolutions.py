@@ -5,12 +5,16 @@ Module names follow the published checkpoints, so weights load without renaming.
 
 from collections import OrderedDict
 from itertools import pairwise
+from typing import TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vqd_scale.tokenizers.base import Images
 from vqd_scale.tokenizers.config import NORM_GROUPS, ConvolutionsConfig, Norm
+
+Features: TypeAlias = Float[Tensor, "batch channels rows columns"]
 
 _EPSILON = 1e-6
 
@@ -36,9 +40,7 @@ class Encoder(nn.Module):
         self.norm_out = _norm(widths[-1], config.norm)
         self.conv_out = nn.Conv2d(widths[-1], width, 3, padding=1)
 
-    def forward(
-        self, images: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch latent rows columns"]:
+    def forward(self, images: Images) -> Features:
         """Encode images in [-1, 1], in the dtype of the weights."""
         x = self.conv_in(self.patch(images.to(self.conv_in.weight.dtype)))
         for level in self.down:
@@ -70,7 +72,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 3 * config.patch_size**2, 3, padding=1)
         self.patch = nn.PixelShuffle(config.patch_size)
 
-    def forward(self, z: Float[Tensor, "batch latent rows columns"]) -> Float[Tensor, "batch 3 height width"]:
+    def forward(self, z: Features) -> Images:
         """Decode latents, in the dtype of the weights."""
         x = self.mid(self.conv_in(z.to(self.conv_in.weight.dtype)))
         for level in reversed(self.up):
@@ -92,7 +94,7 @@ class ResolutionLevel(nn.Module):
             SpatialAttention(out_width, config.norm) for _ in range(count if attends else 0)
         )
 
-    def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch following h w"]:
+    def forward(self, x: Features) -> Features:
         """Apply all blocks."""
         for number, block in enumerate(self.block):
             x = block(x)
@@ -110,7 +112,7 @@ class DownBlock(ResolutionLevel):
         super().__init__(config, level, width, out_width, config.num_res_blocks)
         self.downsample = nn.Identity() if is_last else Downsample(out_width)
 
-    def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch following h2 w2"]:
+    def forward(self, x: Features) -> Features:
         """Apply all blocks, then downsample by two."""
         return self.downsample(super().forward(x))
 
@@ -124,7 +126,7 @@ class UpBlock(ResolutionLevel):
         super().__init__(config, level, width, out_width, config.num_res_blocks + 1)
         self.upsample = nn.Identity() if is_last else Upsample(out_width)
 
-    def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch following h2 w2"]:
+    def forward(self, x: Features) -> Features:
         """Apply all blocks, then upsample by two."""
         return self.upsample(super().forward(x))
 
@@ -140,7 +142,7 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1)
         self.nin_shortcut = nn.Identity() if width == out_width else nn.Conv2d(width, out_width, 1)
 
-    def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch following h w"]:
+    def forward(self, x: Features) -> Features:
         """Apply the block."""
         hidden = self.conv1(functional.silu(self.norm1(x)))
         return self.nin_shortcut(x) + self.conv2(functional.silu(self.norm2(hidden)))
@@ -157,7 +159,7 @@ class SpatialAttention(nn.Module):
         self.v = nn.Conv2d(width, width, 1)
         self.proj_out = nn.Conv2d(width, width, 1)
 
-    def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch width h w"]:
+    def forward(self, x: Features) -> Features:
         """Apply the block."""
         h = self.norm(x)
         q, k, v = (part(h).flatten(2).transpose(1, 2).unsqueeze(1) for part in (self.q, self.k, self.v))
@@ -172,7 +174,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
-    def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch width h/2 w/2"]:
+    def forward(self, x: Features) -> Features:
         """Downsample by two."""
         return self.conv(functional.pad(x, (0, 1, 0, 1)))
 
@@ -184,7 +186,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
-    def forward(self, x: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch width 2*h 2*w"]:
+    def forward(self, x: Features) -> Features:
         """Upsample by two."""
         return self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
 

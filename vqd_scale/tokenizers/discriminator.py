@@ -5,6 +5,7 @@ from itertools import pairwise
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vqd_scale.tokenizers.base import Images
 from vqd_scale.tokenizers.config import NORM_GROUPS, DiscriminatorConfig
 
 _KERNEL = 4
@@ -42,7 +43,7 @@ class Discriminator(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, std=_DEVIATION)
 
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches"]:
+    def forward(self, images: Images) -> Float[Tensor, "batch patches"]:
         """Compute the patch logits of images in [-1, 1], in the dtype of the weights."""
         first = self.main[0]
         return self.main(images.to(next(first.parameters()).dtype)).flatten(1).float()

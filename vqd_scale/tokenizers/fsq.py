@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.tokenizers.autoencoder import StraightThrough
+from vqd_scale.tokenizers.base import Images, Latents
+from vqd_scale.tokenizers.codebook.quantizer import CodeIds, Vectors
 from vqd_scale.tokenizers.config import FSQConfig
 
 _MARGIN = 1e-3
@@ -41,7 +43,7 @@ class Grid(nn.Module):
         offset = (self.levels % 2 == 0) / 2
         return ((vectors + torch.tan(offset / half)).tanh() * half - offset) / (self.levels // 2)
 
-    def nearest(self, vectors: Float[Tensor, "count width"]) -> Int[Tensor, " count"]:
+    def nearest(self, vectors: Vectors) -> CodeIds:
         """Return the id of the grid point nearest to each bounded vector."""
         half = self.levels // 2
         return (((vectors.float() * half).round().long() + half) * self.strides).sum(dim=-1)
@@ -71,9 +73,7 @@ class FSQ(StraightThrough[Grid]):
     def __init__(self, config: FSQConfig) -> None:
         super().__init__(config, len(config.levels), Grid(config.levels))
 
-    def latents(
-        self, images: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch code rows columns"]:
+    def latents(self, images: Images) -> Latents:
         """Encode images to bounded vectors."""
         z = super().latents(images).permute(0, 2, 3, 1)
         return self.quantize.bound(z).permute(0, 3, 1, 2)

@@ -11,9 +11,8 @@ from torch.nn import functional
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.tensors import check_names, read_tensors
+from vqd_scale.tokenizers.base import Images
 from vqd_scale.tokenizers.config import LPIPSConfig
-
-Images = Float[Tensor, "batch 3 height width"]
 
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)

@@ -18,8 +18,8 @@ from vqd_scale.core.config import validated
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, sample_codes, uniforms
 from vqd_scale.tokenizers.autoencoder import Autoencoder, Pointwise, Reconstruction, StraightThrough
-from vqd_scale.tokenizers.base import SamplingKey
-from vqd_scale.tokenizers.codebook.quantizer import chunks, nearest_codes
+from vqd_scale.tokenizers.base import Images, SamplingKey
+from vqd_scale.tokenizers.codebook.quantizer import CodeIds, Vectors, chunks, nearest_codes
 from vqd_scale.tokenizers.config import TamingGumbelConfig, TamingVQConfig
 
 _SMALLEST = 1e-30
@@ -44,7 +44,7 @@ class LearnedCodebook(nn.Module):
         """K, the number of codes."""
         return self.embedding.num_embeddings
 
-    def nearest(self, vectors: Float[Tensor, "count width"]) -> Int[Tensor, " count"]:
+    def nearest(self, vectors: Vectors) -> CodeIds:
         """Return the id of each vector's nearest code (squared Euclidean distance)."""
         return nearest_codes(vectors, self.embedding.weight)
 
@@ -74,33 +74,24 @@ class GumbelCodebook(nn.Module):
         """K, the number of codes."""
         return self.embed.num_embeddings
 
-    def nearest(self, vectors: Float[Tensor, "count width"]) -> Int[Tensor, " count"]:
+    def nearest(self, vectors: Vectors) -> CodeIds:
         """Return the most probable code of each vector."""
         return torch.cat([self._logits(part).argmax(dim=1) for part in chunks(vectors, self.codes)])
 
-    def sample(
-        self, vectors: Float[Tensor, "count width"], uniform_numbers: Float[Tensor, " count"]
-    ) -> Int[Tensor, " count"]:
+    def sample(self, vectors: Vectors, uniform_numbers: Float[Tensor, " count"]) -> CodeIds:
         """Sample each vector's code from its probabilities, with one uniform number per vector."""
         parts = chunks(vectors, self.codes)
         numbers = uniform_numbers.split(len(parts[0]))
-        return torch.cat(
-            [
-                sample_codes(self._logits(part).softmax(dim=1), number)
-                for part, number in zip(parts, numbers, strict=True)
-            ]
-        )
+        probabilities = (self._logits(part).softmax(dim=1) for part in parts)
+        return torch.cat([sample_codes(*pair) for pair in zip(probabilities, numbers, strict=True)])
 
     def lookup(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape width"]:
         """Return the vectors of code ids."""
         return self.embed(ids)
 
     def gumbel_softmax(
-        self,
-        vectors: Float[Tensor, "count width"],
-        uniform_numbers: Float[Tensor, "count codes"],
-        temperature: Float[Tensor, ""],
-    ) -> tuple[Float[Tensor, "count width"], Int[Tensor, " count"], Float[Tensor, " count"]]:
+        self, vectors: Vectors, uniform_numbers: Float[Tensor, "count codes"], temperature: Float[Tensor, ""]
+    ) -> tuple[Vectors, CodeIds, Float[Tensor, " count"]]:
         """Sample codes by straight-through Gumbel softmax (Jang et al., arXiv 1611.01144).
 
         Args:
@@ -122,7 +113,7 @@ class GumbelCodebook(nn.Module):
         divergence = (logs.exp() * (logs + math.log(self.codes))).sum(dim=1)
         return (hard - mixture.detach() + mixture) @ self.embed.weight.float(), ids, divergence
 
-    def _logits(self, vectors: Float[Tensor, "count width"]) -> Float[Tensor, "count codes"]:
+    def _logits(self, vectors: Vectors) -> Float[Tensor, "count codes"]:
         weight = self.proj.weight.flatten(1).float()
         bias = None if self.proj.bias is None else self.proj.bias.float()
         with torch.autocast(vectors.device.type, enabled=False):
@@ -151,10 +142,7 @@ class TamingGumbel(Autoencoder[GumbelCodebook]):
         super().__init__(config, config.code_dim, GumbelCodebook(config.codebook_size, config.code_dim))
 
     def forward(
-        self,
-        images: Float[Tensor, "batch 3 height width"],
-        sampling_key: SamplingKey,
-        temperature: Float[Tensor, ""],
+        self, images: Images, sampling_key: SamplingKey, temperature: Float[Tensor, ""]
     ) -> Reconstruction:
         """Reconstruct images from sampled codes, as in the training of the published models.
 
@@ -167,25 +155,17 @@ class TamingGumbel(Autoencoder[GumbelCodebook]):
         shape = (z.shape[0], z.shape[2], z.shape[3])
         flat = z.permute(0, 2, 3, 1).flatten(0, 2)
         count = len(flat) // shape[0] * self.codes
-        uniform_numbers = uniforms(sampling_key.seed, Purpose.GUMBEL, sampling_key.slots, count).view(
-            len(flat), self.codes
-        )
-        vectors, ids, divergence = self.quantize.gumbel_softmax(flat, uniform_numbers, temperature)
+        numbers = uniforms(sampling_key.seed, Purpose.GUMBEL, sampling_key.slots, count).view(len(flat), -1)
+        vectors, ids, divergence = self.quantize.gumbel_softmax(flat, numbers, temperature)
         reconstructed = self.reconstruct(vectors.unflatten(0, shape).permute(0, 3, 1, 2))
-        commitment = z.new_zeros(len(z))
-        return Reconstruction(
-            reconstructed, flat, ids, commitment, divergence=divergence.view(shape[0], -1).mean(dim=1)
-        )
+        divergence = divergence.view(shape[0], -1).mean(dim=1)
+        return Reconstruction(reconstructed, flat, ids, z.new_zeros(len(z)), divergence=divergence)
 
-    def _sample_codes(
-        self, vectors: Float[Tensor, "count width"], sampling_key: SamplingKey
-    ) -> Int[Tensor, " count"]:
-        positions = len(vectors) // len(sampling_key.slots)
+    def _sample_codes(self, vectors: Vectors, sampling_key: SamplingKey) -> CodeIds:
+        seed, slots = sampling_key
         # float64: float32 is too coarse for the rarest codes.
-        uniform_numbers = uniforms(
-            sampling_key.seed, Purpose.ENCODING, sampling_key.slots, positions, dtype=torch.float64
-        )
-        return self.quantize.sample(vectors, uniform_numbers.flatten())
+        numbers = uniforms(seed, Purpose.ENCODING, slots, len(vectors) // len(slots), dtype=torch.float64)
+        return self.quantize.sample(vectors, numbers.flatten())
 
 
 def taming_config(values: Mapping[str, Any], source: str) -> TamingVQConfig | TamingGumbelConfig:
@@ -224,11 +204,8 @@ def taming_config(values: Mapping[str, Any], source: str) -> TamingVQConfig | Ta
             raise UserError(f"{source}: ddconfig.{key} must be {value!r} here, not {shape[key]!r}.")
     if shape["ch_mult"][0] != 1:
         raise UserError(f"{source}: ddconfig.ch_mult must start with 1, not with {shape['ch_mult'][0]!r}.")
-    attends = [
-        level
-        for level in range(len(shape["ch_mult"]))
-        if shape["resolution"] // 2**level in shape["attn_resolutions"]
-    ]
+    sides = [shape["resolution"] // 2**level for level in range(len(shape["ch_mult"]))]
+    attends = [level for level, side in enumerate(sides) if side in shape["attn_resolutions"]]
     fields = {
         "codebook_size": params["n_embed"],
         "code_dim": params["embed_dim"],

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from vqd_scale.core.tensors import check_names
+from vqd_scale.core.tensors import check_names, without_prefix
 
 _RESIDUAL = ("norm1", "conv1", "norm2", "conv2")
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
@@ -64,14 +64,8 @@ def from_taming(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Loss and transformer weights are dropped.
     """
-    first_stage = "first_stage_model."
-    if any(name.startswith(first_stage) for name in state):
-        state = {
-            name.removeprefix(first_stage): value
-            for name, value in state.items()
-            if name.startswith(first_stage)
-        }
-    return {name: value for name, value in state.items() if not name.startswith("loss.")}
+    weights = without_prefix(state, "first_stage_model.") or state
+    return {name: value for name, value in weights.items() if not name.startswith("loss.")}
 
 
 class _Shape(NamedTuple):
@@ -105,9 +99,8 @@ def _names(shape: _Shape) -> Iterator[tuple[str, str]]:
     for side in ("encoder", "decoder"):
         yield from _weight_and_bias(f"{side}.conv_in", f"{side}.conv_in")
         for number in range(2):
-            yield from _residual(
-                f"{side}.mid.block_{number + 1}", f"{side}.mid_block.resnets.{number}", has_shortcut=False
-            )
+            block = f"{side}.mid.block_{number + 1}"
+            yield from _residual(block, f"{side}.mid_block.resnets.{number}", has_shortcut=False)
         yield from _attention(f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0")
         yield from _weight_and_bias(f"{side}.norm_out", f"{side}.conv_norm_out")
         yield from _weight_and_bias(f"{side}.conv_out", f"{side}.conv_out")
@@ -130,10 +123,9 @@ def _level(
     taming: str, diffusers: str, blocks: int, has_shortcut: bool, attends: bool
 ) -> Iterator[tuple[str, str]]:
     for number in range(blocks):
+        changes_width = has_shortcut and number == 0
         yield from _residual(
-            f"{taming}.block.{number}",
-            f"{diffusers}.resnets.{number}",
-            has_shortcut=has_shortcut and number == 0,
+            f"{taming}.block.{number}", f"{diffusers}.resnets.{number}", has_shortcut=changes_width
         )
         if attends:
             yield from _attention(f"{taming}.attn.{number}", f"{diffusers}.attentions.{number}")

@@ -5,13 +5,16 @@ parameters. Every rank updates them with the all-reduced sums, so they stay equa
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vqd_scale.core.rng import Purpose, uniforms
+
+Vectors: TypeAlias = Float[Tensor, "count width"]
+CodeIds: TypeAlias = Int[Tensor, " count"]
 
 Sum = Callable[[Tensor], Tensor]
 """All-reduce (sum) of a tensor over all ranks."""
@@ -22,24 +25,18 @@ _CHUNK_ELEMENTS = 1 << 24
 """Maximum number of distances in memory at once: 64 MiB in float32, for any number of codes."""
 
 
-def chunks(vectors: Float[Tensor, "count width"], codes: int) -> tuple[Float[Tensor, "part width"], ...]:
+def chunks(vectors: Vectors, codes: int) -> tuple[Float[Tensor, "part width"], ...]:
     """Split vectors into parts whose [part, codes] matrices fit into bounded memory."""
     return vectors.split(max(1, _CHUNK_ELEMENTS // codes))
 
 
-def nearest_codes(
-    vectors: Float[Tensor, "count width"], embedding: Float[Tensor, "codes width"]
-) -> Int[Tensor, " count"]:
+def nearest_codes(vectors: Vectors, embedding: Float[Tensor, "codes width"]) -> CodeIds:
     """Return the id of each vector's nearest code (squared Euclidean distance), computed in float32."""
     with torch.autocast(vectors.device.type, enabled=False):
         embedding = embedding.float()
         squared = embedding.square().sum(dim=1)
-        return torch.cat(
-            [
-                torch.addmm(squared, part.float(), embedding.T, alpha=-2).argmin(dim=1)
-                for part in chunks(vectors, len(embedding))
-            ]
-        )
+        parts = (part.float() for part in chunks(vectors, len(embedding)))
+        return torch.cat([torch.addmm(squared, part, embedding.T, alpha=-2).argmin(dim=1) for part in parts])
 
 
 class Codebook(nn.Module):
@@ -69,7 +66,7 @@ class Codebook(nn.Module):
         """K, the number of codes."""
         return self.embedding.shape[0]
 
-    def nearest(self, vectors: Float[Tensor, "count width"]) -> Int[Tensor, " count"]:
+    def nearest(self, vectors: Vectors) -> CodeIds:
         """Return the id of each vector's nearest code (squared Euclidean distance)."""
         return nearest_codes(vectors, self.embedding)
 
@@ -78,7 +75,7 @@ class Codebook(nn.Module):
         return nn.functional.embedding(ids, self.embedding)
 
     @torch.no_grad()
-    def initialize(self, vectors: Float[Tensor, "count width"], seed: int) -> None:
+    def initialize(self, vectors: Vectors, seed: int) -> None:
         """Initialize the codes with the k-means centers of encoder outputs.
 
         k-means runs in one thread: with several, the order of summation would make two equal runs differ.
@@ -101,9 +98,7 @@ class Codebook(nn.Module):
         self.embedding_avg.copy_(self.embedding * self.cluster_size[:, None])
 
     @torch.no_grad()
-    def update(
-        self, vectors: Float[Tensor, "count width"], ids: Int[Tensor, " count"], add_over_ranks: Sum
-    ) -> None:
+    def update(self, vectors: Vectors, ids: CodeIds, add_over_ranks: Sum) -> None:
         """Update the codes by EMA with the vectors assigned to them on all ranks."""
         sums = torch.zeros_like(self.embedding_avg).index_add_(0, ids, vectors.float())
         counts = torch.bincount(ids, minlength=self.codes).to(sums.dtype)
@@ -115,9 +110,7 @@ class Codebook(nn.Module):
         self.embedding.copy_(self.embedding_avg / smoothed[:, None])
 
     @torch.no_grad()
-    def reset_dead_codes(
-        self, candidates: Float[Tensor, "count width"], seed: int, draw: int
-    ) -> Int[Tensor, ""]:
+    def reset_dead_codes(self, candidates: Vectors, seed: int, draw: int) -> Int[Tensor, ""]:
         """Replace dead codes by encoder outputs.
 
         Args:

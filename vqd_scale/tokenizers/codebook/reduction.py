@@ -13,7 +13,7 @@ With "nearest", the tokens of the counted dataset decode as before, and a new im
 """
 
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.tensors import read_tensors
-from vqd_scale.tokenizers.base import ImageTokenizer, SamplingKey, check_tokens
+from vqd_scale.tokenizers.base import Images, ImageTokenizer, Latents, SamplingKey, TokenGrid, check_tokens
 from vqd_scale.tokenizers.codebook.quantizer import nearest_codes
 from vqd_scale.tokenizers.config import Unused
+
+FullCodes: TypeAlias = Int[Tensor, " full"]
 
 
 class Reduced(ImageTokenizer):
@@ -56,13 +58,11 @@ class Reduced(ImageTokenizer):
             self.register_buffer("kept", torch.arange(full.codes - codes, full.codes))
         self.register_load_state_dict_post_hook(_check_loaded)
 
-    def encode(
-        self, images: Float[Tensor, "batch 3 height width"], sampling_key: SamplingKey | None = None
-    ) -> Int[Tensor, "batch rows columns"]:
+    def encode(self, images: Images, sampling_key: SamplingKey | None = None) -> TokenGrid:
         """Encode images in [-1, 1] to reduced codes; see `ImageTokenizer`."""
         return self.map[self.full.encode(images, sampling_key)]
 
-    def decode(self, tokens: Int[Tensor, "batch rows columns"]) -> Float[Tensor, "batch 3 height width"]:
+    def decode(self, tokens: TokenGrid) -> Images:
         """Decode reduced codes to float32 images in about [-1, 1]."""
         check_tokens(tokens, self.codes)
         return self.full.decode(self.full_codes[tokens])
@@ -76,9 +76,7 @@ class Reduced(ImageTokenizer):
         """Return the vector that each reduced code decodes as."""
         return self.full.code_vectors()[self.full_codes]
 
-    def latents(
-        self, images: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch code rows columns"]:
+    def latents(self, images: Images) -> Latents:
         """Return the vectors that the full tokenizer quantizes."""
         return self.full.latents(images)
 
@@ -95,7 +93,7 @@ def _check_loaded(module: nn.Module, _: object) -> None:
             raise UserError("kept: is no inverse of the map; the tokenizer's bundle is damaged.")
 
 
-def map_from_counts(counts: Int[Tensor, " full"], min_count: int = 1) -> Int[Tensor, " full"]:
+def map_from_counts(counts: FullCodes, min_count: int = 1) -> FullCodes:
     """Compute the map with an unused bucket.
 
     Args:
@@ -114,9 +112,7 @@ def map_from_counts(counts: Int[Tensor, " full"], min_count: int = 1) -> Int[Ten
     return torch.where(used, used.long().cumsum(0), 0)
 
 
-def map_to_nearest(
-    counts: Int[Tensor, " full"], vectors: Float[Tensor, "full width"], min_count: int = 1
-) -> Int[Tensor, " full"]:
+def map_to_nearest(counts: FullCodes, vectors: Float[Tensor, "full width"], min_count: int = 1) -> FullCodes:
     """Compute the map without a bucket: an unused code gets the id of the nearest used code.
 
     Args:
@@ -131,19 +127,19 @@ def map_to_nearest(
     return nearest_codes(vectors, vectors[is_used]).where(~is_used, is_used.long().cumsum(0) - 1)
 
 
-def used_codes(counts: Int[Tensor, " full"], min_count: int = 1) -> Int[Tensor, " codes"]:
+def used_codes(counts: FullCodes, min_count: int = 1) -> Int[Tensor, " codes"]:
     """Return the full codes that are used, in their order."""
     return (counts >= min_count).nonzero()[:, 0]
 
 
-def inverse(map: Int[Tensor, " full"]) -> Int[Tensor, " codes"]:
+def inverse(map: FullCodes) -> Int[Tensor, " codes"]:
     """Return the full code of every reduced id: the first one where several share an id."""
     full = torch.arange(len(map), device=map.device)
     first = full.new_full((int(map.max()) + 1,), len(map))
     return first.scatter_reduce(0, map, full, "amin")
 
 
-def check_map(map: Int[Tensor, " full"], full: int, codes: int, source: str) -> None:
+def check_map(map: FullCodes, full: int, codes: int, source: str) -> None:
     """Check that a map assigns ``full`` codes to all of the ids 0..codes - 1.
 
     Raises:
@@ -167,7 +163,7 @@ def check_map(map: Int[Tensor, " full"], full: int, codes: int, source: str) -> 
         )
 
 
-def read_map(path: Path) -> Int[Tensor, " full"]:
+def read_map(path: Path) -> FullCodes:
     """Read a map: a safetensors or ``.pt`` file (as published) with a single tensor.
 
     Raises:

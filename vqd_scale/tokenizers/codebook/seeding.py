@@ -11,8 +11,7 @@ five times as expensive.
 """
 
 import warnings
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -22,18 +21,11 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.tokenizers.config import CHAIN
 
+Points: TypeAlias = Float[Tensor, "count width"]
+Centers: TypeAlias = Float[Tensor, "clusters width"]
 
-@dataclass(frozen=True)
-class Seeding:
-    """Initial points of k-means.
-
-    Attributes:
-        indices: Indices of the seeds among all points, [seeds].
-        distances: Number of distances computed to find the seeds.
-    """
-
-    indices: Int[Tensor, " seeds"]
-    distances: int
+_CHUNK = 1 << 22
+"""Maximum number of distances in memory at once."""
 
 
 class Clusters(NamedTuple):
@@ -44,11 +36,11 @@ class Clusters(NamedTuple):
         sizes: Number of points assigned to each center; at least 1.
     """
 
-    centers: Float[Tensor, "clusters width"]
+    centers: Centers
     sizes: Int[Tensor, " clusters"]
 
 
-def afkmc2(points: Float[Tensor, "count width"], seeds: int, seed: int, chain: int = CHAIN) -> Seeding:
+def afkmc2(points: Points, seeds: int, seed: int, chain: int = CHAIN) -> Int[Tensor, " seeds"]:
     """Sample seeds by AFK-MC² (Bachem et al., 2016, algorithm 1), reproducibly on any device.
 
     Args:
@@ -56,6 +48,9 @@ def afkmc2(points: Float[Tensor, "count width"], seeds: int, seed: int, chain: i
         seeds: K, the number of seeds.
         seed: Seed of the random numbers.
         chain: m, the length of each Markov chain.
+
+    Returns:
+        Indices of the seeds among the points, int64.
 
     Raises:
         UserError: There are fewer points than seeds, or a point is not finite.
@@ -66,17 +61,13 @@ def afkmc2(points: Float[Tensor, "count width"], seeds: int, seed: int, chain: i
     # One row per seed: a proposal and an acceptance number for every state of its chain.
     uniform_numbers = uniforms(seed, Purpose.SEEDING, rows, 2 * chain, dtype=torch.float64)
     indices = [int(uniform_numbers[0, 0] * count)]
-    squared = _squared_distances(points, points[indices])[:, 0]
-    distances = count
+    squared = squared_distances(points, points[indices])[:, 0]
     proposal = squared / squared.sum().clamp(min=torch.finfo(squared.dtype).tiny) / 2 + 0.5 / count
     cumulative = proposal.cumsum(0)
     for number in range(1, seeds):
-        candidates = torch.searchsorted(
-            cumulative, uniform_numbers[number, :chain] * cumulative[-1], right=True
-        )
-        candidates = candidates.clamp(max=count - 1)
-        nearest = _squared_distances(points[candidates], points[indices]).amin(dim=1)
-        distances += chain * len(indices)
+        thresholds = uniform_numbers[number, :chain] * cumulative[-1]
+        candidates = torch.searchsorted(cumulative, thresholds, right=True).clamp(max=count - 1)
+        nearest = squared_distances(points[candidates], points[indices]).amin(dim=1)
         # Weight of a state: squared distance / proposal probability.
         weights = (nearest / proposal[candidates]).tolist()
         state = 0
@@ -84,33 +75,10 @@ def afkmc2(points: Float[Tensor, "count width"], seeds: int, seed: int, chain: i
             if weights[step] > accepted * weights[state]:
                 state = step
         indices.append(int(candidates[state]))
-    return Seeding(torch.tensor(indices, device=points.device), distances)
+    return torch.tensor(indices, device=points.device)
 
 
-def kmeans_plus_plus(points: Float[Tensor, "count width"], seeds: int, seed: int) -> Seeding:
-    """Sample seeds by k-means++ (Arthur and Vassilvitskii, 2007, section 2.2); `afkmc2` approximates it.
-
-    Raises:
-        UserError: There are fewer points than seeds, or a point is not finite.
-    """
-    _check(points, seeds)
-    rows = torch.arange(seeds, device=points.device)
-    uniform_numbers = uniforms(seed, Purpose.SEEDING, rows, 1, dtype=torch.float64)[:, 0]
-    indices = [int(uniform_numbers[0] * len(points))]
-    nearest = torch.full((len(points),), torch.inf, dtype=torch.float64, device=points.device)
-    for number in range(1, seeds):
-        nearest = torch.minimum(nearest, _squared_distances(points, points[indices[-1:]])[:, 0])
-        cumulative = nearest.cumsum(0)
-        index = torch.searchsorted(cumulative, uniform_numbers[number] * cumulative[-1], right=True)
-        indices.append(int(index.clamp(max=len(points) - 1)))
-    return Seeding(torch.tensor(indices, device=points.device), len(points) * (seeds - 1))
-
-
-def kmeans(
-    points: Float[Tensor, "count width"],
-    initial_centers: Float[Tensor, "clusters width"],
-    iterations: int = 300,
-) -> Clusters:
+def kmeans(points: Points, initial_centers: Centers) -> Clusters:
     """Run Lloyd's iterations from given centers; every resulting center has at least one point.
 
     One thread: with several, the order of summation would make two equal runs differ.
@@ -118,7 +86,6 @@ def kmeans(
     Args:
         points: Points to cluster.
         initial_centers: Initial centers.
-        iterations: Maximum number of iterations.
 
     Raises:
         UserError: There are more centers than distinct points, or a point is not finite.
@@ -131,32 +98,15 @@ def kmeans(
     with threadpool_limits(limits=1), warnings.catch_warnings():
         # scikit-learn warns about duplicate points; `_without_empty` handles them.
         warnings.simplefilter("ignore")
+        initial = initial_centers.detach().float().cpu().numpy()
         # The stub omits array and number arguments.
-        build = cast(Any, KMeans)
-        clustering = build(
-            len(initial_centers),
-            init=initial_centers.detach().float().cpu().numpy(),
-            n_init=1,
-            max_iter=iterations,
-        )
+        clustering = cast(Any, KMeans)(len(initial), init=initial, n_init=1)
         clustering.fit(points.numpy())
     centers = torch.from_numpy(clustering.cluster_centers_).float()
     return _without_empty(points, centers)
 
 
-def cost(points: Float[Tensor, "count width"], centers: Float[Tensor, "clusters width"]) -> float:
-    """Compute the k-means objective: the sum of squared distances of points to their nearest centers."""
-    parts = points.split(max(1, _CHUNK // len(centers)))
-    return sum(float(_squared_distances(part, centers).amin(dim=1).sum()) for part in parts)
-
-
-_CHUNK = 1 << 22
-"""Maximum number of distances in memory at once."""
-
-
-def _without_empty(
-    points: Float[Tensor, "count width"], centers: Float[Tensor, "clusters width"]
-) -> Clusters:
+def _without_empty(points: Points, centers: Centers) -> Clusters:
     """Move each center without points to the point farthest from its nearest center."""
     for _ in range(len(centers)):
         nearest, labels = _nearest(points, centers)
@@ -173,18 +123,13 @@ def _without_empty(
     )
 
 
-def _nearest(
-    points: Float[Tensor, "count width"], centers: Float[Tensor, "clusters width"]
-) -> tuple[Float[Tensor, " count"], Int[Tensor, " count"]]:
-    minima = [
-        _squared_distances(part, centers).min(dim=1) for part in points.split(_CHUNK // len(centers) or 1)
-    ]
+def _nearest(points: Points, centers: Centers) -> tuple[Float[Tensor, " count"], Int[Tensor, " count"]]:
+    parts = points.split(_CHUNK // len(centers) or 1)
+    minima = [squared_distances(part, centers).min(dim=1) for part in parts]
     return torch.cat([part.values for part in minima]), torch.cat([part.indices for part in minima])
 
 
-def _squared_distances(
-    points: Float[Tensor, "count width"], centers: Float[Tensor, "seeds width"]
-) -> Float[Tensor, "count seeds"]:
+def squared_distances(points: Points, centers: Centers) -> Float[Tensor, "count clusters"]:
     """Compute squared distances from differences in float64.
 
     The distance of a point to itself is exactly 0, so no point is sampled twice.
@@ -193,7 +138,7 @@ def _squared_distances(
     return exact.square()
 
 
-def _check(points: Float[Tensor, "count width"], seeds: int) -> None:
+def _check(points: Points, seeds: int) -> None:
     if seeds > len(points):
         raise UserError(
             f"codes: {seeds} codes cannot be placed at {len(points)} vectors; take a larger pool, or ask "

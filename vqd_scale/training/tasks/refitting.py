@@ -107,7 +107,7 @@ class RefitTask(TokenizerTask):
         """
         pool = self._pool()
         seeds = afkmc2(pool, self.config.codebook_size, self.config.seed, self.config.pool.chain_length)
-        clusters = kmeans(pool, pool[seeds.indices])
+        clusters = kmeans(pool, pool[seeds])
         # Ranks can differ in floating-point rounding: broadcast the first rank's centers.
         table = torch.cat([clusters.centers, clusters.sizes[:, None]], dim=1).to(self.world.device)
         table = self.world.sum(table * float(self.world.is_first))
