@@ -168,16 +168,7 @@ class UNetConfig(Config):
         return width
 
     def build(self, codes: int, grid: tuple[int, int], steps: int) -> "Network":
-        """Build the network.
-
-        Args:
-            codes: K, the number of codes.
-            grid: Rows and columns of tokens.
-            steps: T, the number of timesteps.
-
-        Raises:
-            UserError: The grid does not fit the network.
-        """
+        """Build the network; arguments and errors as in `DenoiserConfig.build`."""
         from vqd_scale.nn.unet import UNet
 
         return UNet(self, codes, grid, steps)

@@ -106,13 +106,9 @@ class TextEncoder(nn.Module):
         super().__init__()
         if isinstance(config, Tower):
             self.tokenizer = CaptionTokenizer(config.context_length, config.bpe_merges)
+            vocabulary = self.tokenizer.vocabulary
             shape = Shape(
-                config.context_length,
-                self.tokenizer.vocabulary,
-                config.width,
-                config.heads,
-                config.layers,
-                quick_gelu=True,
+                config.context_length, vocabulary, config.width, config.heads, config.layers, quick_gelu=True
             )
             self.tower = _build_tower(shape)
             self.normalize = config.normalize

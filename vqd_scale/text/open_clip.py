@@ -13,11 +13,12 @@ from torch import Tensor
 
 from vqd_scale.core.atomic_io import read_json
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.tensors import read_tensors
+from vqd_scale.core.tensors import read_tensors, without_prefix
 from vqd_scale.text.weights import PREFIX, from_transformers
 
 _ALIAS = "vqd_scale_open_clip"
-_SHAPE = {"context_length", "vocab_size", "width", "heads", "layers"}
+_SHAPE = ("context_length", "vocab_size", "width", "heads", "layers")
+"""open_clip's names of the fields of `Shape`, in their order."""
 _FILES = {".safetensors", ".pt", ".pth", ".bin"}
 _TRANSFORMERS_KEY = "embeddings.token_embedding.weight"
 """Key that identifies files of transformers, with or without the prefix."""
@@ -80,20 +81,13 @@ def published_shape(model: str) -> Shape:
     if config is None:
         raise UserError(f"text.model: open_clip knows no model '{model}'; see open_clip.list_models().")
     text = config["text_cfg"]
-    if text.keys() != _SHAPE:
-        differing = ", ".join(sorted(text.keys() ^ _SHAPE))
+    differing = sorted(text.keys() ^ _SHAPE)
+    if differing:
         raise UserError(
-            f"text.model: the text tower of '{model}' is not CLIP's (it differs in {differing}); "
+            f"text.model: the text tower of '{model}' is not CLIP's (it differs in {', '.join(differing)}); "
             f"take one such as 'ViT-B-32-quickgelu' or 'ViT-L-14'."
         )
-    return Shape(
-        text["context_length"],
-        text["vocab_size"],
-        text["width"],
-        text["heads"],
-        text["layers"],
-        bool(config.get("quick_gelu", False)),
-    )
+    return Shape(*(text[key] for key in _SHAPE), quick_gelu=bool(config.get("quick_gelu", False)))
 
 
 def published_weights(model: str, pretrained: str) -> dict[str, Tensor]:
@@ -160,9 +154,7 @@ def _check_activation(model: str, quick_gelu: bool, weights: str) -> None:
 def _to_open_clip_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert keys to open_clip's text tower: strip the prefixes of whole models, keep other keys."""
     if _is_transformers(state):
-        has_prefix = any(name.startswith(PREFIX) for name in state)
-        text = {name: value for name, value in state.items() if name.startswith(PREFIX) or not has_prefix}
-        return from_transformers(text)
+        return from_transformers(without_prefix(state, PREFIX) or state)
     for prefix in ("module.", "text."):
         if any(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
