@@ -65,10 +65,10 @@ def network(condition: TextCondition | NoCondition = NETWORK.condition) -> Autor
     return Autoregressive(config, CODES, GRID).requires_grad_(False)
 
 
-def conditions(rows: int) -> Conditions:
+def conditions(rows: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     condition, null_condition = torch.randn(2, rows, 5, 16, generator=generator)
-    return Conditions(condition, null_condition)
+    return condition, null_condition
 
 
 def by_hand(
@@ -81,11 +81,10 @@ def by_hand(
         tokens: list[int] = []
         for place in range(LENGTH):
             prefix = torch.tensor([[*tokens, 0]])
-            log_p = network(prefix, None if condition.prompt is None else condition.prompt[row : row + 1])[
-                0, -1
-            ].log_softmax(-1)
-            if condition.negative is not None:
-                unconditional = network(prefix, condition.negative[row : row + 1])[0, -1].log_softmax(-1)
+            inputs = None if condition is None else condition[0][row : row + 1]
+            log_p = network(prefix, inputs)[0, -1].log_softmax(-1)
+            if condition is not None:
+                unconditional = network(prefix, condition[1][row : row + 1])[0, -1].log_softmax(-1)
                 log_p = (unconditional + scale * (log_p - unconditional)).log_softmax(-1)
             chances = log_p.exp().double()
             order = chances.argsort(descending=True)
@@ -119,7 +118,7 @@ def test_tokens_equal_definition(scale: float, truncation: Truncation | None, *,
 
 
 def test_unconditional_model_ignores_guidance() -> None:
-    model, condition = network(NoCondition()), Conditions(None, None)
+    model, condition = network(NoCondition()), None
     slots = torch.arange(3)
     sampled = [
         sample_in_order(
@@ -140,9 +139,7 @@ def test_image_does_not_depend_on_batch() -> None:
     together = sample_in_order(
         build_predict(model, condition, guidance, 4, use_cache=True), torch.arange(4), LENGTH, seed=3
     )
-    assert condition.prompt is not None
-    assert condition.negative is not None
-    alone = Conditions(condition.prompt[2:3], condition.negative[2:3])
+    alone = (condition[0][2:3], condition[1][2:3])
     one = sample_in_order(
         build_predict(model, alone, guidance, 1, use_cache=True), torch.tensor([2]), LENGTH, seed=3
     )

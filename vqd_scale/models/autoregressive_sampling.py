@@ -124,9 +124,9 @@ def build_predict(
         batch: Number of images.
         use_cache: Use a KV cache; see `AutoregressiveTextToImage.generate_batch`.
     """
-    condition, is_guided = conditions.prompt, False
-    if guidance.scale != 1 and conditions.prompt is not None and conditions.negative is not None:
-        condition, is_guided = torch.cat([conditions.prompt, conditions.negative]), True
+    condition, is_guided = conditions and conditions[0], False
+    if conditions is not None and guidance.scale != 1:
+        condition, is_guided = torch.cat(conditions), True
     caches = network.new_caches(condition, (1 + is_guided) * batch) if use_cache else None
 
     def log_p(tokens: Tensor, position: int) -> Float[Tensor, "batch 1 codes"]:

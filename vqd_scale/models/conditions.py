@@ -1,7 +1,7 @@
 """Conversion of prompts to the network's conditions: captions, labels or none."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,19 +13,9 @@ from vqd_scale.nn.config import ClassCondition, TextCondition
 Prompts = str | int | Sequence[str] | Sequence[int]
 """One or several captions; or labels, for a class-conditional model."""
 
-
-@dataclass(frozen=True)
-class Conditions:
-    """Network conditions of a batch.
-
-    Attributes:
-        prompt: Conditions of the prompts; ``None`` for an unconditional model.
-        negative: Negative conditions of classifier-free guidance, one row per prompt; ``None`` for an
-            unconditional model.
-    """
-
-    prompt: Tensor | None
-    negative: Tensor | None
+Conditions: TypeAlias = tuple[Tensor, Tensor] | None
+"""Network conditions of a batch: of the prompts, and the negative ones of classifier-free guidance, one row
+per prompt each; ``None`` for an unconditional model."""
 
 
 def conditions_of(
@@ -46,13 +36,13 @@ def conditions_of(
     """
     condition = bundle.model.condition
     if isinstance(condition, TextCondition):
-        return Conditions(_text(bundle, prompts), _text(bundle, negative or [""] * len(prompts)))
+        return _text(bundle, prompts), _text(bundle, negative or [""] * len(prompts))
     if negative is not None:
         raise UserError("this model takes no text; leave the negative prompt out.")
     if isinstance(condition, ClassCondition):
         labels = torch.tensor([_label(prompt, condition.classes) for prompt in prompts], device=bundle.device)
-        return Conditions(labels, torch.full_like(labels, condition.classes))
-    return Conditions(None, None)
+        return labels, torch.full_like(labels, condition.classes)
+    return None
 
 
 @torch.no_grad()

@@ -117,9 +117,8 @@ def generate(pipe: Pipeline, model: str, prompts: list[Prompt], config: Sampling
         raise UserError(
             f"{folder}: contains images of other prompts, model or sampling options; give another --output."
         )
-    batches = range(0, len(prompts), config.batch_size)
     with progress_bar("sample", len(prompts), unit="img") as bar:
-        for start in batches:
+        for start in range(0, len(prompts), config.batch_size):
             part = prompts[start : start + config.batch_size]
             if not all((folder / f"{prompt.key}.png").exists() for prompt in part):
                 slots = image_slots(config.seed, len(prompts))[start : start + len(part)]

@@ -259,7 +259,11 @@ class TextToImage:
         truncation = options.get("truncation")
         if isinstance(truncation, float | int):
             truncation = TopP(p=truncation)
-        negative = _per_prompt(options.get("negative"), count)
+        negative = options.get("negative")
+        if isinstance(negative, str):
+            negative = [negative] * count
+        if negative is not None and len(negative) != count:
+            raise UserError(f"negative: {len(negative)} for {count} prompts; give one, or one per prompt.")
         slots = image_slots(options.get("seed", 0), count)
         parts = [slice(first, first + size) for first in range(0, count, size)]
         with progress_bar("sample", 0, unit="step", quiet=not options.get("progress", True)) as bar:
@@ -292,16 +296,14 @@ class TextToImage:
 
         @cache
         def prepare(with_negative: bool) -> Callable[[Tensor, int], Tensor]:
-            condition, negative = conditions.prompt, conditions.negative
-            if with_negative and condition is not None and negative is not None:
-                condition = torch.cat([condition, negative])
+            condition = conditions and (torch.cat(conditions) if with_negative else conditions[0])
             return self.bundle.model.denoiser.prepare(condition)
 
         def conditional(tokens: Tensor, t: int) -> Tensor:
             return prepare(False)(tokens, t).float().log_softmax(dim=-1)
 
         def pair(tokens: Tensor, t: int) -> tuple[Tensor, Tensor]:
-            if conditions.prompt is None:
+            if conditions is None:
                 # Guidance has no effect on an unconditional model.
                 log_p = conditional(tokens, t)
                 return log_p, log_p
@@ -345,14 +347,6 @@ def as_list(prompts: Prompts) -> Sequence[str] | Sequence[int]:
     if isinstance(prompts, str):
         return [prompts]
     return [prompts] if isinstance(prompts, int) else prompts
-
-
-def _per_prompt(negative: str | Sequence[str] | None, count: int) -> Sequence[str] | None:
-    if negative is None or isinstance(negative, str):
-        return negative and [negative] * count
-    if len(negative) != count:
-        raise UserError(f"negative: {len(negative)} for {count} prompts; give one, or one per prompt.")
-    return negative
 
 
 def _expand_known(known_tokens: KnownTokens, count: int) -> KnownTokens:

@@ -158,10 +158,8 @@ def _save(
     reduced = Reduced(tokenizer, codes, unused)
     inner = {} if used is None else {"kept": used}
     reduced.load_state_dict({**reduced.state_dict(), "map": map, **inner})
-    config = ReducedConfig(
-        codebook_size=codes, unused=unused, full=cast(FullTokenizerConfig, tokenizer.config)
-    )
-    save_tokenizer(out, config, reduced.state_dict())
+    full = cast(FullTokenizerConfig, tokenizer.config)
+    save_tokenizer(out, ReducedConfig(codebook_size=codes, unused=unused, full=full), reduced.state_dict())
     return reduced
 
 

@@ -86,20 +86,15 @@ def image_grid(
     rows = [range(start, min(start + columns, count)) for start in range(0, count, columns)]
     text_heights = [_LINE_HEIGHT * max(len(lines[index]) for index in row) for row in rows]
     pitch = width * scale + _MARGIN
-    canvas = Image.new(
-        "RGB",
-        (
-            _MARGIN + pitch * min(columns, count),
-            _MARGIN + sum(height * scale + text_height + _MARGIN for text_height in text_heights),
-        ),
-        _WHITE,
-    )
+    total_height = _MARGIN + sum(height * scale + text_height + _MARGIN for text_height in text_heights)
+    canvas = Image.new("RGB", (_MARGIN + pitch * min(columns, count), total_height), _WHITE)
     draw = ImageDraw.Draw(canvas)
     y = _MARGIN
     for row, text_height in zip(rows, text_heights, strict=True):
         for column, index in enumerate(row):
             x = _MARGIN + pitch * column
-            canvas.paste(_enlarged(images[index], scale), (x, y))
+            enlarged = images[index].repeat(scale, axis=0).repeat(scale, axis=1)
+            canvas.paste(Image.fromarray(enlarged), (x, y))
             for number, line in enumerate(lines[index]):
                 position = (x, y + height * scale + 3 + _LINE_HEIGHT * number)
                 draw.text(position, line, font=font, fill=_CAPTION_COLOR)
@@ -149,10 +144,6 @@ def _caption_font() -> ImageFont.FreeTypeFont:
     from matplotlib import get_data_path
 
     return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", _FONT_SIZE)
-
-
-def _enlarged(image: UInt8[NDArray[np.uint8], "height width 3"], scale: int) -> Image.Image:
-    return Image.fromarray(image.repeat(scale, axis=0).repeat(scale, axis=1))
 
 
 def _wrapped(caption: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

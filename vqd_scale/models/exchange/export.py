@@ -182,12 +182,5 @@ def _write_tokenizer(folder: Path, tokenizer: CaptionTokenizer) -> None:
     publish_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges]) + "\n")
     special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": PAD}
     publish_json(folder / "special_tokens_map.json", special)
-    publish_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "CLIPTokenizer",
-            "model_max_length": tokenizer.context_length,
-            "do_lower_case": True,
-            **special,
-        },
-    )
+    settings = {"model_max_length": tokenizer.context_length, "do_lower_case": True, **special}
+    publish_json(folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", **settings})

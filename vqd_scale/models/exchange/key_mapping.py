@@ -85,11 +85,8 @@ class Exchange:
         """List missing, unknown and misshapen weights."""
         origins, converted = self._origins(), self._convert(self.source_weights)
         used = {part for name in self.target_weights for part in origins.get(name, [])}
-        unknown = [
-            name
-            for name in self.source_weights
-            if name not in used and name not in set(self._dropped_names())
-        ]
+        known = used.union(self._dropped_names())
+        unknown = [name for name in self.source_weights if name not in known]
         misshapen = [
             f"{' + '.join(origins[name])} has the shape {list(tensor.shape)}, not {list(target.shape)}"
             for name, target in self.target_weights.items()
@@ -110,7 +107,8 @@ class Exchange:
         """
         self.check()
         converted = self._convert(self.source_weights)
-        return {name: _to_float32(converted[name]) for name in self.target_weights}
+        state = {name: converted[name] for name in self.target_weights}
+        return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
     def check(self) -> None:
         """Check that there are no problems.
@@ -148,10 +146,6 @@ class Exchange:
             return self.convert(state)
         except UserError as error:
             raise UserError(f"{self.source}: {error}") from None
-
-
-def _to_float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _first_column(tensor: Tensor) -> Tensor:
