@@ -85,8 +85,8 @@ class Exchange:
         """List missing, unknown and misshapen weights."""
         origins, converted = self._origins(), self._convert(self.source_weights)
         used = {part for name in self.target_weights for part in origins.get(name, [])}
-        known = used.union(self._dropped_names())
-        unknown = [name for name in self.source_weights if name not in known]
+        expected_names = used.union(self._dropped_names())
+        unknown = [name for name in self.source_weights if name not in expected_names]
         misshapen = [
             f"{' + '.join(origins[name])} has the shape {list(tensor.shape)}, not {list(target.shape)}"
             for name, target in self.target_weights.items()
