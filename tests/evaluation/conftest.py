@@ -8,14 +8,14 @@ from vqd_scale.data.sources.shapes import ShapesConfig, write_shapes
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of random weights that draws 8 x 8 pixels."""
+    """Bundle with random weights that generates 8 x 8 pixels."""
     folder = tmp_path_factory.mktemp("model")
     return write_model(folder)
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixty pictures of the embedded set with their captions, in three shards."""
+    """Sixty images of the shapes dataset with their captions, in three shards."""
     folder = tmp_path_factory.mktemp("shards")
     write_shapes(
         ShapesConfig(image_size=16, train_samples=1, held_out_samples=60, samples_per_shard=25, seed=0),

@@ -1,4 +1,4 @@
-"""torch-fidelity's Inception with weights that nobody trained, in a file like the published one."""
+"""torch-fidelity's Inception with random weights, in a file like the published one."""
 
 import io
 from pathlib import Path
@@ -11,11 +11,11 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 class _Blank(FeatureExtractorInceptionV3):
     def load_state_dict(self, *_: Any, **__: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Keep what it was built with."""
+        """Store the constructor's arguments."""
 
 
 def write_random_inception(path: Path) -> None:
-    """Weights that keep activations at their scale, so that features differ as a trained network's do."""
+    """Return random weights that preserve the scale of activations, so that features vary."""
     nothing = io.BytesIO()
     torch.save({}, nothing)
     nothing.seek(0)

@@ -13,7 +13,8 @@ from tests.evaluation.test_evaluate import protocol, scored
 from vqd_scale.core.atomic_io import sha256_of
 from vqd_scale.core.errors import UserError
 from vqd_scale.data.shards.shard_index import ShardSet
-from vqd_scale.evaluation.clip import CAPTION, PICTURE, ClipConfig, load_clip, r_precision, scores
+from vqd_scale.evaluation.clip import CAPTION, IMAGE, load_clip, r_precision, scores
+from vqd_scale.evaluation.config import ClipConfig
 from vqd_scale.evaluation.prompts import choose_prompts
 from vqd_scale.evaluation.resumable_chunks import ResumableChunks
 
@@ -37,37 +38,37 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ClipConfig:
     return ClipConfig(weights=folder / "clip.pt", model=NAME, retrieval_candidates=3)
 
 
-def test_features_are_those_of_open_clip(config: ClipConfig) -> None:
+def test_features_equal_open_clip(config: ClipConfig) -> None:
     clip = load_clip(config, CPU)
     images = torch.randint(0, 256, (3, 3, 48, 48), generator=torch.Generator().manual_seed(1)).byte()
     captions = ["a red circle", "a bus", "nothing"]
-    found = clip.columns(images, captions)
+    columns = clip.columns(images, captions)
     transform: Any = open_clip.image_transform(
         32, False, mean=clip.network.visual.image_mean, std=clip.network.visual.image_std
     )
-    pictures = torch.stack([transform(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images])
+    transformed = torch.stack(
+        [transform(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images]
+    )
     with torch.no_grad():
-        theirs = clip.network.encode_image(pictures, normalize=True)
+        open_clip_features = clip.network.encode_image(transformed, normalize=True)
         words = clip.network.encode_text(open_clip.get_tokenizer(NAME)(captions), normalize=True)
-    torch.testing.assert_close(found[PICTURE], theirs, rtol=0, atol=5e-3)
-    torch.testing.assert_close(found[CAPTION], words)
-    assert scores(found[PICTURE], found[CAPTION]).numpy() == pytest.approx(
-        (theirs * words).sum(dim=1).numpy(), abs=5e-3
+    torch.testing.assert_close(columns[IMAGE], open_clip_features, rtol=0, atol=5e-3)
+    torch.testing.assert_close(columns[CAPTION], words)
+    assert scores(columns[IMAGE], columns[CAPTION]).numpy() == pytest.approx(
+        (open_clip_features * words).sum(dim=1).numpy(), abs=5e-3
     )
     assert clip.description["weights_sha256"] == sha256_of(config.weights)
 
 
-def test_an_evaluation_is_judged_by_it_as_well(
-    config: ClipConfig, model: Path, shards: Path, tmp_path: Path
-) -> None:
+def test_evaluation_reports_clip_score(config: ClipConfig, model: Path, shards: Path, tmp_path: Path) -> None:
     result = scored(protocol(shards, clip=config), model, tmp_path)
     parts = ResumableChunks(tmp_path / "parts", 23, 4)
-    pictures, captions = parts.column(PICTURE), parts.column(CAPTION)
+    image_features, captions = parts.column(IMAGE), parts.column(CAPTION)
     figures = result.report["figures"]
-    assert figures["clip_score"] == pytest.approx(float(scores(pictures, captions).mean()))
-    assert figures["clip_r_precision"] == r_precision(pictures, captions, config.retrieval_candidates)
+    assert figures["clip_score"] == pytest.approx(float(scores(image_features, captions).mean()))
+    assert figures["clip_r_precision"] == r_precision(image_features, captions, config.retrieval_candidates)
     assert result.report["clip"]["weights_sha256"] == sha256_of(config.weights)
-    # Every picture's caption is its own prompt's.
+    # Every image's caption is that of its prompt.
     chosen = [prompt.text for prompt in choose_prompts(protocol(shards).prompts, ShardSet.open(shards))]
     network, tokenize = load_clip(config, CPU).network, open_clip.get_tokenizer(NAME)
     with torch.no_grad():
@@ -79,8 +80,8 @@ def test_weights_of_another_model_are_refused(config: ClipConfig, tmp_path: Path
         load_clip(config.model_copy(update={"weights": tmp_path / "none.pt"}), CPU)
     with pytest.raises(UserError, match="their SHA-256 is"):
         load_clip(config.model_copy(update={"sha256": "0" * 64}), CPU)
-    with pytest.raises(UserError, match="open_clip knows no model 'nobody'"):
-        load_clip(config.model_copy(update={"model": "nobody"}), CPU)
+    with pytest.raises(UserError, match="open_clip has no model 'unknown-model'"):
+        load_clip(config.model_copy(update={"model": "unknown-model"}), CPU)
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="these are not the weights of open_clip's"):
         load_clip(config.model_copy(update={"weights": tmp_path / "other.pt"}), CPU)
@@ -91,11 +92,11 @@ def directions(seed: int, count: int, width: int) -> Tensor:
     return torch.nn.functional.normalize(values, dim=1)
 
 
-def test_r_precision_is_one_for_own_captions_and_chance_for_strangers() -> None:
+def test_r_precision_of_own_and_shuffled_captions() -> None:
     captions = directions(0, 400, 32)
     assert r_precision(captions, captions, 100) == 1
     assert r_precision(directions(1, 400, 32), captions, 10) == pytest.approx(0.1, abs=0.05)
-    # Captions of the same words are nobody's mistake.
+    # Equal captions are no retrieval error.
     assert r_precision(captions, captions[:1].expand(400, -1), 10) == 1
     assert np.isclose(r_precision(-captions, captions, 10), 0)
     with pytest.raises(UserError, match=r"400 captions are fewer than clip.retrieval_candidates=401"):

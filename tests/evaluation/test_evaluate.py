@@ -14,22 +14,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.training.ranks import on_ranks
+from tests.training.rank_threads import on_ranks
 from vqd_scale.cli import eval_coco_fid
 from vqd_scale.core.atomic_io import sha256_of
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.signals import STOP_SIGNALS
 from vqd_scale.core.world import World
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.shards.shard_io import ShardRecipe, write_shard_set
 from vqd_scale.evaluation import evaluate as score
-from vqd_scale.evaluation.evaluate import Result, draw, evaluate, statistics_of
-from vqd_scale.evaluation.extractors import FEATURES, RandomNetwork
+from vqd_scale.evaluation.config import (
+    Captions,
+    Classes,
+    EvaluationConfig,
+    EvaluationSamplingConfig,
+    KernelConfig,
+    RandomNetwork,
+    ReferenceConfig,
+)
+from vqd_scale.evaluation.evaluate import Result, evaluate
+from vqd_scale.evaluation.extractors import FEATURES
 from vqd_scale.evaluation.frechet import FeatureStatistics, frechet_distance
-from vqd_scale.evaluation.prompts import Captions, Classes, choose_prompts, digest_of
-from vqd_scale.evaluation.protocol import EvaluationConfig, KernelConfig, SamplingConfig
-from vqd_scale.evaluation.reference_stats import ReferenceConfig
-from vqd_scale.evaluation.resumable_chunks import EvaluationStopped, ResumableChunks
+from vqd_scale.evaluation.prompts import choose_prompts, prompts_digest
+from vqd_scale.evaluation.resumable_chunks import EvaluationStopped, ResumableChunks, statistics_of
+from vqd_scale.models.generate import generate_batch
 from vqd_scale.models.pipeline import TextToImage
 
 FEATURE_COUNT = 6
@@ -40,7 +47,7 @@ def protocol(shards: Path, count: int = 23, **changes: Any) -> EvaluationConfig:
         "name": "test",
         "data": shards,
         "prompts": Captions(count=count),
-        "sampling": SamplingConfig.model_validate(
+        "sampling": EvaluationSamplingConfig.model_validate(
             {"sampler": {"kind": "strided", "steps": 2}, "batch_size": 4}
         ),
         "extractor": RandomNetwork(features=FEATURE_COUNT),
@@ -70,47 +77,51 @@ def scored(
 
 
 @pytest.fixture(scope="module")
-def alone(model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+def single_rank_result(
+    model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Result, Path]:
     out = tmp_path_factory.mktemp("alone")
     return scored(protocol(shards), model, out), out
 
 
-def same(one: Any, other: Any, tolerance: float) -> None:
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            same(one[key], other[key], tolerance)
+def assert_reports_equal(actual: Any, expected: Any, tolerance: float) -> None:
+    if isinstance(actual, dict):
+        assert actual.keys() == expected.keys()
+        for key in actual:
+            assert_reports_equal(actual[key], expected[key], tolerance)
     else:
-        assert one == (pytest.approx(other, rel=tolerance) if isinstance(one, float) else other)
+        assert actual == (pytest.approx(expected, rel=tolerance) if isinstance(actual, float) else expected)
 
 
-def test_the_figures_are_those_of_all_pictures_at_once(alone: tuple[Result, Path], shards: Path) -> None:
-    result, out = alone
+def test_figures_equal_one_pass_over_all_images(
+    single_rank_result: tuple[Result, Path], shards: Path
+) -> None:
+    result, out = single_rank_result
     parts = ResumableChunks(out / "parts", 23, 4)
     features = parts.column(FEATURES)
-    # 23 is no multiple of the batch.
+    # 23 is not a multiple of the batch size.
     assert result.report["count"] == len(features) == 23
     chosen = choose_prompts(Captions(count=23), ShardSet.open(shards))
     assert len({prompt.member for prompt in chosen}) == 23
-    assert result.report["prompts"] == digest_of(chosen)
+    assert result.report["prompts"] == prompts_digest(chosen)
     figures = result.report["figures"]
     assert figures.keys() >= {"frechet_distance", "kid", "precision", "coverage", "inception_score"}
-    # The reader of the embedded set finds the pictures of random weights to be right by chance only.
+    # The scene reader's accuracy on images of random weights is the chance level.
     assert 0 < figures["alignment"]["mean"] < 0.6
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_any_number_of_ranks_gives_the_same_figures(
-    alone: tuple[Result, Path], model: Path, shards: Path, tmp_path: Path, ranks: int
+def test_figures_do_not_depend_on_ranks(
+    single_rank_result: tuple[Result, Path], model: Path, shards: Path, tmp_path: Path, ranks: int
 ) -> None:
     result = scored(protocol(shards), model, tmp_path, ranks)
-    same(result.report, alone[0].report, 1e-6)
+    assert_reports_equal(result.report, single_rank_result[0].report, 1e-6)
     for part in ResumableChunks(tmp_path / "parts", 23, 4).numbers:
         path = Path("parts") / f"{part:06d}.safetensors"
-        assert (tmp_path / path).read_bytes() == (alone[1] / path).read_bytes()
+        assert (tmp_path / path).read_bytes() == (single_rank_result[1] / path).read_bytes()
 
 
-def test_streamed_statistics_are_those_of_one_pass(tmp_path: Path) -> None:
+def test_streamed_statistics_equal_one_pass(tmp_path: Path) -> None:
     values = 100 + torch.randn(23, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     parts = ResumableChunks(tmp_path, 23, 4)
 
@@ -121,66 +132,70 @@ def test_streamed_statistics_are_those_of_one_pass(tmp_path: Path) -> None:
         parts.work(make, world, "", lambda: False)
         return statistics_of(parts, 5, world)
 
-    whole = FeatureStatistics.of(values)
-    # Eight ranks for six parts: two of them hold nothing.
+    expected_statistics = FeatureStatistics.of(values)
+    # Eight ranks for six chunks: two ranks have none.
     for ranks in (1, 2, 3, 8):
-        for found in on_ranks(ranks, run):
-            assert found.count == 23
-            torch.testing.assert_close(found.mean, whole.mean, rtol=1e-12, atol=0)
-            torch.testing.assert_close(found.scatter, whole.scatter, rtol=1e-10, atol=1e-10)
+        for rank_statistics in on_ranks(ranks, run):
+            assert rank_statistics.count == 23
+            torch.testing.assert_close(rank_statistics.mean, expected_statistics.mean, rtol=1e-12, atol=0)
+            torch.testing.assert_close(
+                rank_statistics.scatter, expected_statistics.scatter, rtol=1e-10, atol=1e-10
+            )
         shutil.rmtree(tmp_path)
         tmp_path.mkdir()
 
 
-def test_what_is_stopped_anywhere_goes_on_to_the_same_report(
-    alone: tuple[Result, Path], model: Path, shards: Path, tmp_path: Path
+def test_stopped_evaluation_resumes_to_equal_report(
+    single_rank_result: tuple[Result, Path], model: Path, shards: Path, tmp_path: Path
 ) -> None:
-    asked = iter([False, True, False, False, True])
+    stop_answers = iter([False, True, False, False, True])
     for _ in range(2):
         with pytest.raises(EvaluationStopped):
-            scored(protocol(shards), model, tmp_path, stop=lambda: next(asked))
-    # What a kill leaves of a file that was being written is not taken for a part.
+            scored(protocol(shards), model, tmp_path, stop=lambda: next(stop_answers))
+    # A partial file of a killed process is not a chunk.
     (tmp_path / "parts" / "000003.safetensors.partial").write_bytes(b"half")
     result = scored(protocol(shards), model, tmp_path, ranks=2)
-    same(result.report, alone[0].report, 1e-6)
+    assert_reports_equal(result.report, single_rank_result[0].report, 1e-6)
     resumed = scored(protocol(shards), model, tmp_path)
-    assert resumed.report == alone[0].report
+    assert resumed.report == single_rank_result[0].report
 
 
-def test_what_is_left_is_dealt_out_anew(tmp_path: Path) -> None:
+def test_remaining_chunks_are_redistributed(tmp_path: Path) -> None:
     parts = ResumableChunks(tmp_path, 24, 4)
-    made: dict[int, list[int]] = {0: [], 1: []}
+    generated_chunks: dict[int, list[int]] = {0: [], 1: []}
 
     def run(world: World) -> None:
         def make(numbers: range) -> dict[str, Tensor]:
-            made[world.rank].append(numbers.start // 4)
+            generated_chunks[world.rank].append(numbers.start // 4)
             return {FEATURES: torch.arange(numbers.start, numbers.stop)}
 
         parts.work(make, world, "", lambda: False)
 
     on_ranks(2, run)
-    assert made == {0: [0, 2, 4], 1: [1, 3, 5]}
-    # The second of two ranks had done nothing yet, and now both share what it left.
+    assert generated_chunks == {0: [0, 2, 4], 1: [1, 3, 5]}
+    # The second rank has no chunk yet, and both ranks now share its chunks.
     for part in (1, 3, 5):
         parts.path(part).unlink()
     on_ranks(2, run)
-    assert made == {0: [0, 2, 4, 1, 5], 1: [1, 3, 5, 3]}
+    assert generated_chunks == {0: [0, 2, 4, 1, 5], 1: [1, 3, 5, 3]}
     assert parts.column(FEATURES).tolist() == list(range(24))
 
 
-def test_parts_of_another_drawing_are_refused(alone: tuple[Result, Path], model: Path, shards: Path) -> None:
+def test_chunks_of_another_sampling_are_refused(
+    single_rank_result: tuple[Result, Path], model: Path, shards: Path
+) -> None:
     drawing = protocol(shards).sampling.model_copy(update={"seed": 1})
-    with pytest.raises(UserError, match=r"begun with sampling.seed 0, not 1; give another --out"):
-        scored(protocol(shards, sampling=drawing), model, alone[1])
+    with pytest.raises(UserError, match=r"begun with sampling.seed 0, not 1; give another --output"):
+        scored(protocol(shards, sampling=drawing), model, single_rank_result[1])
 
 
-def test_statistics_of_others_are_refused(
-    alone: tuple[Result, Path], model: Path, shards: Path, tmp_path: Path
+def test_mismatched_reference_statistics_are_refused(
+    single_rank_result: tuple[Result, Path], model: Path, shards: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "reference.safetensors"
-    other = protocol(shards, reference=ReferenceConfig(file=file))
-    scored(other, model, tmp_path / "first")
-    with pytest.raises(UserError, match=r"other real pictures \(pictures 23, not 60\); name another"):
+    file_protocol = protocol(shards, reference=ReferenceConfig(file=file))
+    scored(file_protocol, model, tmp_path / "first")
+    with pytest.raises(UserError, match=r"other real images \(images 23, not 60\); name another"):
         scored(
             protocol(shards, reference=ReferenceConfig(file=file, images="all")), model, tmp_path / "second"
         )
@@ -194,14 +209,14 @@ def test_statistics_of_others_are_refused(
             model,
             tmp_path / "third",
         )
-    # A resize that another version of the program does is another set of real pictures.
+    # Another version's resize gives different real images.
     replace_metadata(file, "bicubic, anti-aliased, 8 bits", "bilinear, 8 bits")
     with pytest.raises(UserError, match=r'filter "bilinear, 8 bits", not "bicubic, anti-aliased, 8 bits"'):
-        scored(other, model, tmp_path / "fourth")
+        scored(file_protocol, model, tmp_path / "fourth")
     file.write_bytes(b"no statistics at all")
-    with pytest.raises(UserError, match="holds no statistics of real pictures"):
-        scored(other, model, tmp_path / "fifth")
-    del alone
+    with pytest.raises(UserError, match="holds no statistics of real images"):
+        scored(file_protocol, model, tmp_path / "fifth")
+    del single_rank_result
 
 
 def replace_metadata(file: Path, old: str, new: str) -> None:
@@ -212,12 +227,10 @@ def replace_metadata(file: Path, old: str, new: str) -> None:
     file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
 
 
-def test_repeated_pictures_count_as_often_as_they_are_repeated(
-    model: Path, shards: Path, tmp_path: Path
-) -> None:
+def test_repeated_images_count_with_multiplicity(model: Path, shards: Path, tmp_path: Path) -> None:
     reference = ReferenceConfig(images="all", repeat_to=130)
     result = scored(protocol(shards, reference=reference), model, tmp_path)
-    assert (result.report["reference"]["pictures"], result.report["reference"]["counted"]) == (60, 130)
+    assert (result.report["reference"]["images"], result.report["reference"]["counted"]) == (60, 130)
     once = scored(
         protocol(shards, reference=ReferenceConfig(images="all")), model, tmp_path / "honest"
     ).report["figures"]["frechet_distance"]
@@ -226,7 +239,7 @@ def test_repeated_pictures_count_as_often_as_they_are_repeated(
     assert result.report["figures"]["frechet_distance"] != once
 
 
-def test_the_frechet_distance_is_the_closed_form() -> None:
+def test_frechet_distance_equals_closed_form() -> None:
     deviations = [(1.0, 2.0, 3.0), (2.0, 1.0, 5.0)]
     first, second = (
         FeatureStatistics(
@@ -243,25 +256,25 @@ def test_the_frechet_distance_is_the_closed_form() -> None:
     [
         (
             {"prompts": Captions(count=6)},
-            "6 pictures are too few for the covariance of 6 features; draw at least 7",
+            "6 images are too few for the covariance of 6 features; sample at least 7",
         ),
-        ({"prompts": Captions(count=61)}, "holds 60 pictures with captions, fewer than prompts.count=61"),
+        ({"prompts": Captions(count=61)}, "holds 60 images with captions, fewer than prompts.count=61"),
         (
             {"prompts": Classes(count=9, classes=3), "reference": ReferenceConfig(images="all")},
-            "3 classes are asked for, but this model knows no classes",
+            "these are 3 classes, but the model has no classes",
         ),
         ({"data": None}, "captions need the shards that they come from; give --data"),
         ({"kid": KernelConfig(size=100)}, "set kid.size to 23"),
     ],
 )
-def test_mistakes_are_one_sentence(
+def test_invalid_use_raises_user_error(
     model: Path, shards: Path, tmp_path: Path, changes: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         scored(protocol(shards, **changes), model, tmp_path)
 
 
-def test_captions_without_pictures_are_one_sentence(model: Path, tmp_path: Path) -> None:
+def test_captions_without_images_raise_user_error(model: Path, tmp_path: Path) -> None:
     samples = [{"__key__": f"{number:03d}", "txt": f"a star {number}"} for number in range(9)]
     captions = tmp_path / "captions"
     write_shard_set(captions, {}, [ShardRecipe("000000.tar", 9, lambda: samples)], "")
@@ -283,13 +296,13 @@ def test_prompts_are_a_function_of_the_seed(shards: Path, tmp_path: Path) -> Non
     ]
     write_shard_set(several, {}, [ShardRecipe("000000.tar", 20, lambda: samples)], "")
     opened = ShardSet.open(several)
-    some, more, other = (
+    some_prompts, more_prompts, other_seed_prompts = (
         choose_prompts(Captions(count=count, seed=seed), opened) for count, seed in ((9, 0), (20, 0), (20, 1))
     )
-    assert some == more[:9]
-    assert digest_of(more) != digest_of(other)
-    assert {prompt.caption for prompt in more} == {0, 1, 2}
-    assert [prompt.member for prompt in more] != sorted(prompt.member for prompt in more)
+    assert some_prompts == more_prompts[:9]
+    assert prompts_digest(more_prompts) != prompts_digest(other_seed_prompts)
+    assert {prompt.caption for prompt in more_prompts} == {0, 1, 2}
+    assert [prompt.member for prompt in more_prompts] != sorted(prompt.member for prompt in more_prompts)
     each = choose_prompts(Captions(count=60, caption="each"), opened)
     assert len({prompt.text for prompt in each}) == 60
     stored = choose_prompts(Captions(count=20, caption="first", shuffled=False), opened)
@@ -297,7 +310,7 @@ def test_prompts_are_a_function_of_the_seed(shards: Path, tmp_path: Path) -> Non
     del shards
 
 
-def test_classes_come_equally_often() -> None:
+def test_classes_are_equally_frequent() -> None:
     labels = [int(prompt.text) for prompt in choose_prompts(Classes(count=12, classes=4), None)]
     assert labels == sorted(labels)
     assert np.bincount(labels).tolist() == [3, 3, 3, 3]
@@ -306,7 +319,7 @@ def test_classes_come_equally_often() -> None:
 def arguments_for(model: Path, shards: Path, out: Path) -> list[str]:
     return [
         str(model),
-        *("--data", str(shards), "--out", str(out)),
+        *("--data", str(shards), "--output", str(out)),
         *("prompts.kind=captions", "prompts.count=23", "sampling.batch_size=2"),
         *("sampling.sampler.kind=strided", "sampling.sampler.steps=2"),
         *("kid.size=10", "inception_splits=2", "report_images=2"),
@@ -314,7 +327,7 @@ def arguments_for(model: Path, shards: Path, out: Path) -> list[str]:
     ]
 
 
-def test_the_tool_writes_figures_and_a_page(model: Path, shards: Path, tmp_path: Path) -> None:
+def test_command_writes_figures_and_page(model: Path, shards: Path, tmp_path: Path) -> None:
     eval_coco_fid.main([*arguments_for(model, shards, tmp_path), "sampling.save_images=true"])
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["count"] == 23
@@ -326,14 +339,14 @@ def test_the_tool_writes_figures_and_a_page(model: Path, shards: Path, tmp_path:
     assert report["reference"]["extractor"]["kind"] == "random convolutions"
     page = (tmp_path / "report.html").read_text()
     assert report["prompts"] in page
-    # Best, worst, not chosen; the distance by the number of pictures, and all pictures.
+    # Best, worst, not chosen; the distance by the number of images, and all images.
     assert page.count("data:image/png;base64,") == 5
     assert list(report["distance_by_count"]) == ["11", "23"]
     assert report["distance_by_count"]["23"] == report["figures"]["frechet_distance"]
     assert len(list((tmp_path / "images").glob("*.png"))) == 23
 
 
-def test_the_tool_says_a_mistake_in_one_sentence(
+def test_command_prints_user_error(
     model: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
@@ -342,37 +355,30 @@ def test_the_tool_says_a_mistake_in_one_sentence(
     assert "the weights of Inception are missing" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_signal_ends_the_tool_so_that_it_is_started_again(
+def test_signal_exits_with_requeue_code(
     model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn = 0
+    generated_chunks = 0
 
     def interrupted(*arguments: Any) -> Tensor:
-        nonlocal drawn
-        drawn += 1
-        if drawn == 2:
+        nonlocal generated_chunks
+        generated_chunks += 1
+        if generated_chunks == 2:
             os.kill(os.getpid(), signal.SIGUSR2)
-        return draw(*arguments)
+        return generate_batch(*arguments)
 
-    monkeypatch.setattr(score, "draw", interrupted)
-    before = [(number, signal.getsignal(number)) for number in STOP_SIGNALS]
-    try:
-        with pytest.raises(SystemExit) as end:
-            eval_coco_fid.main(arguments_for(model, shards, tmp_path))
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
+    monkeypatch.setattr(score, "generate_batch", interrupted)
+    with pytest.raises(SystemExit) as end:
+        eval_coco_fid.main(arguments_for(model, shards, tmp_path))
     assert end.value.code == 75
     assert not (tmp_path / "report.json").exists()
-    # What was being drawn is kept.
+    # The chunk in progress is finished and stored.
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) == 2
 
 
 @pytest.mark.long
 @pytest.mark.ranks
-def test_killed_at_random_and_started_again_it_gives_the_same_report(
-    model: Path, shards: Path, tmp_path: Path
-) -> None:
+def test_random_kills_and_restarts_give_equal_report(model: Path, shards: Path, tmp_path: Path) -> None:
     tool = Path(__file__).parents[2] / "tools" / "eval_coco_fid.py"
 
     def start(out: Path) -> "subprocess.Popen[bytes]":
@@ -390,6 +396,6 @@ def test_killed_at_random_and_started_again_it_gives_the_same_report(
     assert start(tmp_path / "killed").wait() == 0
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "killed")]
     for report in reports:
-        # Somebody may commit meanwhile.
+        # The commit may change during the test.
         del report["commit"]
     assert reports[0] == reports[1]

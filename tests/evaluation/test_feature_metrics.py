@@ -15,18 +15,12 @@ from tests.evaluation.inception import write_random_inception
 from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.atomic_io import sha256_of
 from vqd_scale.core.errors import UserError
-from vqd_scale.evaluation.extractors import (
-    FEATURES,
-    LOGITS,
-    Extractor,
-    Inception,
-    RandomNetwork,
-    build_extractor,
-    checked_weights,
-)
-from vqd_scale.evaluation.feature_metrics import inception_score, kernel_distance, neighbourhoods
+from vqd_scale.evaluation.config import Inception, RandomNetwork
+from vqd_scale.evaluation.extractors import FEATURES, LOGITS, Extractor, checked_weights
+from vqd_scale.evaluation.feature_metrics import inception_score, kernel_distance, neighbor_metrics
 from vqd_scale.evaluation.frechet import FeatureStatistics, frechet_distance
-from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
+from vqd_scale.tokenizers.config import VQGANConfig
+from vqd_scale.tokenizers.vqgan import VQGAN
 
 CPU = torch.device("cpu")
 TOKENIZER = VQGAN(
@@ -34,8 +28,8 @@ TOKENIZER = VQGAN(
 )
 
 
-class Pictures(Dataset[Tensor]):
-    """Random pictures of soft stripes, as torch-fidelity takes them."""
+class RandomImages(Dataset[Tensor]):
+    """Random images of soft stripes, as a dataset for torch-fidelity."""
 
     def __init__(self, count: int, seed: int, brightness: float) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -57,17 +51,17 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Inception:
 
 
 def extractor(config: Inception, layer: str) -> Extractor:
-    return build_extractor(Inception.model_validate(config.model_dump() | {"layer": layer}), TOKENIZER, CPU)
+    return Inception.model_validate(config.model_dump() | {"layer": layer}).build(TOKENIZER, CPU)
 
 
-def features_of(of: Extractor, pictures: Pictures) -> dict[str, Tensor]:
-    parts = [of(part) for part in pictures.tensor.split(16)]
+def features_of(of: Extractor, images: RandomImages) -> dict[str, Tensor]:
+    parts = [of(part) for part in images.tensor.split(16)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 @pytest.fixture(autouse=True)
 def scipy_of_pytorch_fid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give pytorch-fid the `sqrtm` that it was written for; scipy 1.18 and newer no longer take `disp`."""
+    """Give pytorch-fid a `sqrtm` with the argument `disp`, which scipy 1.18 removed."""
 
     def sqrtm(matrix: NDArray[np.float64], disp: bool = True) -> object:
         root = linalg.sqrtm(matrix)
@@ -77,11 +71,13 @@ def scipy_of_pytorch_fid(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compare(config: Inception, count: int) -> None:
-    drawn, real = Pictures(count, 0, 0.8), Pictures(count, 1, 1.0)
+    generated, real = RandomImages(count, 0, 0.8), RandomImages(count, 1, 1.0)
     shallow, deep = extractor(config, "64"), extractor(config, "2048")
-    ours, others = (features_of(shallow, pictures)[FEATURES] for pictures in (drawn, real))
-    theirs = torch_fidelity.calculate_metrics(
-        input1=drawn,
+    generated_features, real_features = (
+        features_of(shallow, images)[FEATURES] for images in (generated, real)
+    )
+    fidelity_metrics = torch_fidelity.calculate_metrics(
+        input1=generated,
         input2=real,
         cuda=False,
         fid=True,
@@ -97,34 +93,34 @@ def compare(config: Inception, count: int) -> None:
         verbose=False,
         save_cpu_ram=True,
     )
-    distance = frechet_distance(FeatureStatistics.of(ours), FeatureStatistics.of(others))
-    assert distance == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    distance = frechet_distance(FeatureStatistics.of(generated_features), FeatureStatistics.of(real_features))
+    assert distance == pytest.approx(fidelity_metrics["frechet_inception_distance"], rel=1e-4)
     assert distance > 0.01
-    kid = kernel_distance(ours, others, subsets=10, size=count // 2)
-    assert kid.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
-    assert kid.deviation == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-4)
-    score = inception_score(features_of(deep, drawn)[LOGITS], 4)
-    assert score.mean == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
-    assert score.deviation == pytest.approx(theirs["inception_score_std"], rel=1e-4)
-    numpy_features = [values.double().numpy() for values in (ours, others)]
+    kid = kernel_distance(generated_features, real_features, subsets=10, size=count // 2)
+    assert kid["mean"] == pytest.approx(fidelity_metrics["kernel_inception_distance_mean"], rel=1e-4)
+    assert kid["deviation"] == pytest.approx(fidelity_metrics["kernel_inception_distance_std"], rel=1e-4)
+    score = inception_score(features_of(deep, generated)[LOGITS], 4)
+    assert score["mean"] == pytest.approx(fidelity_metrics["inception_score_mean"], rel=1e-4)
+    assert score["deviation"] == pytest.approx(fidelity_metrics["inception_score_std"], rel=1e-4)
+    numpy_features = [values.double().numpy() for values in (generated_features, real_features)]
     moments = [(values.mean(axis=0), np.cov(values, rowvar=False)) for values in numpy_features]
     assert distance == pytest.approx(fid_score.calculate_frechet_distance(*moments[0], *moments[1]), rel=1e-4)
 
 
-def test_figures_are_torch_fidelitys_and_pytorch_fids(
+def test_figures_equal_torch_fidelity_and_pytorch_fid(
     weights: Inception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Both sides shrink alike: a 16th of the work.
+    # Both sides shrink equally, to a 16th of the work.
     monkeypatch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)
     compare(weights, count=72)
 
 
 @pytest.mark.long
-def test_figures_are_torch_fidelitys_at_inceptions_own_size(weights: Inception) -> None:
+def test_figures_equal_torch_fidelity_at_inception_size(weights: Inception) -> None:
     compare(weights, count=72)
 
 
-def test_features_are_pytorch_fids_where_neither_resizes(
+def test_features_equal_pytorch_fid_without_resizing(
     weights: Inception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pytorch_fid import inception
@@ -137,23 +133,23 @@ def test_features_are_pytorch_fids_where_neither_resizes(
     monkeypatch.setattr(inception, "load_state_dict_from_url", from_the_file)
     monkeypatch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)
     network = inception.InceptionV3(resize_input=False, normalize_input=False).eval()
-    pictures = torch.randint(0, 256, (3, 3, 75, 75), generator=torch.Generator().manual_seed(0)).byte()
+    images = torch.randint(0, 256, (3, 3, 75, 75), generator=torch.Generator().manual_seed(0)).byte()
     with torch.no_grad():
-        theirs = network((pictures.float() - 128) / 128)[0][:, :, 0, 0]
-    ours = extractor(weights, "2048")(pictures)[FEATURES]
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        pytorch_fid_features = network((images.float() - 128) / 128)[0][:, :, 0, 0]
+    package_features = extractor(weights, "2048")(images)[FEATURES]
+    torch.testing.assert_close(package_features, pytorch_fid_features, rtol=1e-4, atol=1e-5)
 
 
-def test_weights_that_are_missing_or_others_are_refused(weights: Inception) -> None:
+def test_missing_and_mismatched_weights_are_refused(weights: Inception) -> None:
     with pytest.raises(UserError, match=r"nowhere.pth: the weights of Inception are missing; fetch https"):
-        build_extractor(Inception(weights=weights.weights.with_name("nowhere.pth")), TOKENIZER, CPU)
+        Inception(weights=weights.weights.with_name("nowhere.pth")).build(TOKENIZER, CPU)
     with pytest.raises(UserError, match="not the weights of Inception that were named: their SHA-256 is"):
-        build_extractor(Inception(weights=weights.weights), TOKENIZER, CPU)
-    other = weights.weights.with_name("other.pth")
-    torch.save({"fc.weight": torch.zeros(1)}, other)
+        Inception(weights=weights.weights).build(TOKENIZER, CPU)
+    other_file = weights.weights.with_name("other.pth")
+    torch.save({"fc.weight": torch.zeros(1)}, other_file)
     with pytest.raises(UserError, match="do not fit torch-fidelity's Inception"):
-        build_extractor(Inception(weights=other, sha256=sha256_of(other)), TOKENIZER, CPU)
-    assert checked_weights(other, None, "anything", "") == sha256_of(other)
+        Inception(weights=other_file, sha256=sha256_of(other_file)).build(TOKENIZER, CPU)
+    assert checked_weights(other_file, None, "anything", "") == sha256_of(other_file)
 
 
 def two_clouds() -> tuple[Tensor, Tensor]:
@@ -164,47 +160,47 @@ def two_clouds() -> tuple[Tensor, Tensor]:
     )
 
 
-def test_precision_and_recall_are_torch_fidelitys() -> None:
-    drawn, real = two_clouds()
-    ours = neighbourhoods(drawn, real, 3)
-    precision, recall = calculate_precision_recall_part(drawn, real, 3)
-    assert (ours.precision, ours.recall) == (pytest.approx(precision), pytest.approx(recall))
-    assert 0 < ours.recall < ours.precision <= 1
+def test_precision_and_recall_equal_torch_fidelity() -> None:
+    generated, real = two_clouds()
+    metrics = neighbor_metrics(generated, real, 3)
+    precision, recall = calculate_precision_recall_part(generated, real, 3)
+    assert (metrics.precision, metrics.recall) == (pytest.approx(precision), pytest.approx(recall))
+    assert 0 < metrics.recall < metrics.precision <= 1
 
 
-def test_density_and_coverage_are_those_of_their_definition() -> None:
-    drawn, real = two_clouds()
-    ours = neighbourhoods(drawn, real, 3)
-    distances = np.linalg.norm(real.numpy()[:, None] - drawn.numpy()[None], axis=-1)
+def test_density_and_coverage_equal_definition() -> None:
+    generated, real = two_clouds()
+    metrics = neighbor_metrics(generated, real, 3)
+    distances = np.linalg.norm(real.numpy()[:, None] - generated.numpy()[None], axis=-1)
     among = np.sort(np.linalg.norm(real.numpy()[:, None] - real.numpy()[None], axis=-1), axis=1)
     within = distances <= among[:, 3:4]
-    assert ours.density == pytest.approx(within.sum() / (3 * len(drawn)))
-    assert ours.coverage == pytest.approx(within.any(axis=1).mean())
-    torch.testing.assert_close(ours.nearest.numpy(), distances.min(axis=0).astype(np.float32))
+    assert metrics.density == pytest.approx(within.sum() / (3 * len(generated)))
+    assert metrics.coverage == pytest.approx(within.any(axis=1).mean())
+    torch.testing.assert_close(metrics.nearest.numpy(), distances.min(axis=0).astype(np.float32))
 
 
-def test_equal_sets_are_whole_and_distant_ones_nothing() -> None:
-    drawn, _ = two_clouds()
-    same, far = neighbourhoods(drawn, drawn, 3), neighbourhoods(drawn, drawn + 100, 3)
+def test_metrics_of_equal_and_distant_sets() -> None:
+    generated, _ = two_clouds()
+    same, far = neighbor_metrics(generated, generated, 3), neighbor_metrics(generated, generated + 100, 3)
     assert (same.precision, same.recall, same.coverage) == (1, 1, 1)
     assert (far.precision, far.recall, far.density, far.coverage) == (0, 0, 0, 0)
 
 
-def test_sets_that_are_too_small_say_so() -> None:
-    drawn, real = two_clouds()
+def test_too_small_sets_are_refused() -> None:
+    generated, real = two_clouds()
     with pytest.raises(UserError, match=r"set kid.size to 70"):
-        kernel_distance(drawn, real, subsets=2, size=71)
+        kernel_distance(generated, real, subsets=2, size=71)
     with pytest.raises(UserError, match="too few for 71 parts"):
-        inception_score(drawn, 71)
-    with pytest.raises(UserError, match="too few for 70 neighbours"):
-        neighbourhoods(drawn, real, 70)
+        inception_score(generated, 71)
+    with pytest.raises(UserError, match="too few for 70 neighbors"):
+        neighbor_metrics(generated, real, 70)
 
 
-def test_a_random_network_is_a_function_of_its_seed() -> None:
-    pictures = Pictures(4, 0, 1.0).tensor
-    first, same, other = (
-        build_extractor(RandomNetwork(seed=seed), TOKENIZER, CPU)(pictures)[FEATURES] for seed in (0, 0, 1)
+def test_random_network_is_a_function_of_its_seed() -> None:
+    images = RandomImages(4, 0, 1.0).tensor
+    first_features, repeated_features, other_seed_features = (
+        RandomNetwork(seed=seed).build(TOKENIZER, CPU)(images)[FEATURES] for seed in (0, 0, 1)
     )
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
-    assert first.std(dim=0).min() > 0
+    assert torch.equal(first_features, repeated_features)
+    assert not torch.equal(first_features, other_seed_features)
+    assert first_features.std(dim=0).min() > 0

@@ -15,7 +15,7 @@ DIMENSION = 6
 
 
 def features(seed: int, count: int = 64, dimension: int = DIMENSION) -> Tensor:
-    """Correlated features far from the origin, where a naive sum of squares would lose digits."""
+    """Return correlated features far from the origin, where a naive sum of squares loses digits."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(dimension, dimension, generator=generator, dtype=torch.float64)
     noise = torch.randn(count, dimension, generator=generator, dtype=torch.float64)
@@ -27,13 +27,13 @@ def gaussian(mean: Tensor, covariance: Tensor) -> FeatureStatistics:
 
 
 def textbook_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """The formula of Heusel et al. as it stands, with a matrix square root of an unsymmetric product."""
+    """Compute the formula of Heusel et al. literally, with a matrix square root of an unsymmetric product."""
     c1, c2 = first.covariance.numpy(), second.covariance.numpy()
     root = np.real(scipy.linalg.sqrtm(c1 @ c2))
     return float(((first.mean - second.mean) ** 2).sum() + np.trace(c1 + c2 - 2 * root))
 
 
-def test_statistics_are_those_of_numpy() -> None:
+def test_statistics_equal_numpy() -> None:
     values = features(0)
     statistics = FeatureStatistics.of(values)
     assert statistics.count == 64
@@ -42,18 +42,18 @@ def test_statistics_are_those_of_numpy() -> None:
 
 
 @given(cuts=st.lists(st.integers(1, 63), max_size=5, unique=True))
-def test_streamed_and_merged_statistics_are_those_of_the_whole(cuts: list[int]) -> None:
+def test_streamed_and_merged_statistics_equal_one_pass(cuts: list[int]) -> None:
     values = features(1)
-    whole = FeatureStatistics.of(values)
+    one_pass_statistics = FeatureStatistics.of(values)
     parts = torch.tensor_split(values, sorted(cuts))
     streamed, merged = FeatureStatistics.empty(DIMENSION), FeatureStatistics.empty(DIMENSION)
     for part in parts:
-        streamed = streamed.update(part)
+        streamed = streamed.merge(FeatureStatistics.of(part))
         merged = FeatureStatistics.of(part).merge(merged)
     for statistics in (streamed, merged):
-        assert statistics.count == whole.count
-        torch.testing.assert_close(statistics.mean, whole.mean, rtol=1e-12, atol=0)
-        torch.testing.assert_close(statistics.scatter, whole.scatter, rtol=1e-9, atol=1e-8)
+        assert statistics.count == one_pass_statistics.count
+        torch.testing.assert_close(statistics.mean, one_pass_statistics.mean, rtol=1e-12, atol=0)
+        torch.testing.assert_close(statistics.scatter, one_pass_statistics.scatter, rtol=1e-9, atol=1e-8)
 
 
 def test_low_precision_features_are_summed_in_float64() -> None:
@@ -82,7 +82,7 @@ def test_closed_form_of_gaussians_with_common_axes(
 
 @settings(max_examples=20)
 @given(seed=st.integers(0, 1000))
-def test_equals_the_textbook_and_is_symmetric(seed: int) -> None:
+def test_distance_equals_textbook_formula_and_is_symmetric(seed: int) -> None:
     one, two = FeatureStatistics.of(features(seed)), FeatureStatistics.of(features(seed + 1, count=80))
     distance = frechet_distance(one, two)
     assert math.isclose(distance, textbook_distance(one, two), rel_tol=1e-6)
@@ -90,9 +90,9 @@ def test_equals_the_textbook_and_is_symmetric(seed: int) -> None:
     assert distance > 0
 
 
-def test_equal_sets_are_at_distance_zero_even_where_features_are_dependent() -> None:
+def test_equal_sets_have_distance_zero_with_dependent_features() -> None:
     values = features(4, count=200, dimension=64)
-    # Rounding then leaves eigenvalues on either side of zero.
+    # Rounding then gives eigenvalues on both sides of zero.
     values[:, 7] = 3.0
     values[:, 20:30] = values[:, 10:20] * 0.3
     statistics = FeatureStatistics.of(values)
@@ -100,7 +100,7 @@ def test_equal_sets_are_at_distance_zero_even_where_features_are_dependent() -> 
     assert 0 <= frechet_distance(statistics, statistics) < 1e-12 * scale
 
 
-def test_what_cannot_be_compared_is_said_in_one_sentence() -> None:
+def test_incompatible_statistics_raise_user_error() -> None:
     enough = FeatureStatistics.of(features(5, count=DIMENSION + 1))
     assert frechet_distance(enough, enough) < 1e-6
     with pytest.raises(

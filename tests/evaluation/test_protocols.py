@@ -7,28 +7,27 @@ import pytest
 from vqd_scale.cli.eval_ablation import AblationConfig
 from vqd_scale.core.config import load_config
 from vqd_scale.core.errors import UserError
-from vqd_scale.evaluation.extractors import PUBLISHED_INCEPTION, Inception
-from vqd_scale.evaluation.protocol import EvaluationConfig
-from vqd_scale.evaluation.sweep import SweepConfig, points
-from vqd_scale.training.tasks.denoising import TrainConfig
+from vqd_scale.evaluation.config import PUBLISHED_INCEPTION, EvaluationConfig, Inception, SweepConfig
+from vqd_scale.evaluation.sweep import points
+from vqd_scale.training.tasks.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs" / "evaluation").glob("*.yaml"))
-OTHERS = {
+OTHER_KINDS = {
     "embedded-sweep": SweepConfig,
     "paper_ablation": AblationConfig,
     "paper_ablation-train": TrainConfig,
 }
-PROTOCOLS = [path for path in FILES if path.stem not in OTHERS]
+PROTOCOLS = [path for path in FILES if path.stem not in OTHER_KINDS]
 
 
-def test_the_extractors_file_can_be_given_alone() -> None:
+def test_extractor_file_can_be_given_alone() -> None:
     config = load_config(EvaluationConfig, overrides=["extractor.weights=inception.pth"])
     assert config.extractor == Inception(weights=Path("inception.pth"))
 
 
 @pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.stem)
-def test_a_protocol_is_named_as_its_file(path: Path) -> None:
+def test_protocol_is_named_after_its_file(path: Path) -> None:
     config = load_config(EvaluationConfig, path)
     assert config.name == path.stem
     if config.name != "embedded":
@@ -37,15 +36,15 @@ def test_a_protocol_is_named_as_its_file(path: Path) -> None:
     assert f"`{path.stem}`" in (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 
 
-def test_the_other_files_load(tmp_path: Path) -> None:
-    for stem, kind in OTHERS.items():
+def test_other_configurations_load(tmp_path: Path) -> None:
+    for stem, kind in OTHER_KINDS.items():
         config = load_config(kind, ROOT / "configs" / "evaluation" / f"{stem}.yaml")
         if isinstance(config, SweepConfig):
             every = points(config, tmp_path)
             assert len(every) == len({name for name, _, _ in every}) == 4 * 3 * 3
 
 
-def test_pictures_without_captions_are_compared_with_the_whole_set() -> None:
+def test_images_without_captions_are_compared_with_all_images() -> None:
     steps = ROOT / "configs" / "vq-ddm" / "steps.yaml"
     assert load_config(SweepConfig, steps.with_name("shapes-steps.yaml")).evaluation.name == "shapes-steps"
     assert load_config(SweepConfig, steps).evaluation.reference.images == "all"
@@ -53,7 +52,7 @@ def test_pictures_without_captions_are_compared_with_the_whole_set() -> None:
         load_config(SweepConfig, steps, ["evaluation.reference.images=prompted"])
 
 
-def test_what_was_published_is_what_the_files_say() -> None:
+def test_protocol_files_have_published_values() -> None:
     def of(stem: str) -> EvaluationConfig:
         return load_config(EvaluationConfig, ROOT / "configs" / "evaluation" / f"{stem}.yaml")
 

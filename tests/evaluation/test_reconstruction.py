@@ -12,7 +12,7 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.evaluation.reconstruction import psnr, ssim
 
 
-def pictures(seed: int, count: int = 2, height: int = 14, width: int = 17) -> Tensor:
+def random_images(seed: int, count: int = 2, height: int = 14, width: int = 17) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, 3, height, width), generator=generator, dtype=torch.uint8)
 
@@ -23,7 +23,7 @@ def noisy(images: Tensor, amplitude: int) -> Tensor:
 
 
 def slow_ssim(x: Tensor, y: Tensor) -> float:
-    """Equation 13 of Wang et al. written out: a loop over channels and windows, weighted sums in each."""
+    """Compute equation 13 of Wang et al. by a loop over channels and windows with weighted sums."""
     steps = np.arange(-5, 6)
     weights = np.exp(-(steps[:, None] ** 2 + steps[None, :] ** 2) / (2 * 1.5**2))
     weights /= weights.sum()
@@ -46,21 +46,21 @@ def slow_ssim(x: Tensor, y: Tensor) -> float:
 
 @settings(max_examples=15)
 @given(seed=st.integers(0, 1000), amplitude=st.integers(0, 255))
-def test_ssim_equals_its_slow_twin(seed: int, amplitude: int) -> None:
-    originals = pictures(seed)
+def test_ssim_equals_slow_reference(seed: int, amplitude: int) -> None:
+    originals = random_images(seed)
     reconstructions = noisy(originals, amplitude)
     expected = [slow_ssim(x, y) for x, y in zip(originals, reconstructions, strict=True)]
     np.testing.assert_allclose(ssim(originals, reconstructions), expected, rtol=1e-9)
 
 
-def test_ssim_of_flat_pictures_is_their_luminance_term() -> None:
-    black, grey = (
+def test_ssim_of_flat_images_is_luminance_term() -> None:
+    black, gray = (
         torch.zeros(1, 3, 16, 16, dtype=torch.uint8),
         torch.full((1, 3, 16, 16), 100).to(torch.uint8),
     )
     constant = (0.01 * 255) ** 2
-    assert math.isclose(ssim(black, grey).item(), constant / (100**2 + constant), rel_tol=1e-9)
-    assert ssim(grey, grey).item() == pytest.approx(1.0, abs=1e-12)
+    assert math.isclose(ssim(black, gray).item(), constant / (100**2 + constant), rel_tol=1e-9)
+    assert ssim(gray, gray).item() == pytest.approx(1.0, abs=1e-12)
 
 
 @given(difference=st.integers(1, 255))
@@ -71,8 +71,8 @@ def test_psnr_of_a_constant_difference(difference: int) -> None:
     assert math.isclose(psnr(black + difference, black).item(), expected, rel_tol=1e-12, abs_tol=1e-12)
 
 
-def test_psnr_is_each_pictures_own() -> None:
-    originals = pictures(0, count=3)
+def test_psnr_is_computed_per_image() -> None:
+    originals = random_images(0, count=3)
     reconstructions = noisy(originals, 20)
     reconstructions[1] = originals[1]
     errors = (originals.numpy().astype(float) - reconstructions.numpy()) ** 2
@@ -81,14 +81,14 @@ def test_psnr_is_each_pictures_own() -> None:
 
 
 @pytest.mark.parametrize("measure", [psnr, ssim])
-def test_both_fall_with_noise(measure: Callable[[Tensor, Tensor], Tensor]) -> None:
-    originals = pictures(1, height=32, width=32)
+def test_psnr_and_ssim_decrease_with_noise(measure: Callable[[Tensor, Tensor], Tensor]) -> None:
+    originals = random_images(1, height=32, width=32)
     values = [measure(originals, noisy(originals, amplitude)).mean().item() for amplitude in (2, 20, 120)]
     assert values == sorted(values, reverse=True)
 
 
-def test_pictures_that_cannot_be_compared() -> None:
-    images = pictures(0)
+def test_incompatible_images_are_refused() -> None:
+    images = random_images(0)
     for measure in (psnr, ssim):
         with pytest.raises(ValueError, match="expected uint8"):
             measure(images, images.float())

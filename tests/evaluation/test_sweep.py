@@ -7,7 +7,8 @@ import pytest
 from vqd_scale.cli import eval_sweep
 from vqd_scale.core.config import to_yaml
 from vqd_scale.core.errors import UserError
-from vqd_scale.evaluation.sweep import Row, SweepConfig, grouped, points, publish_sweep, separated
+from vqd_scale.evaluation.config import SweepConfig
+from vqd_scale.evaluation.sweep import Row, grouped, points, publish_sweep, separated
 
 SMALL: dict[str, Any] = {
     "name": "test",
@@ -30,12 +31,12 @@ def config_of(**changes: Any) -> SweepConfig:
 def rows_of(values: dict[int, list[float]]) -> list[Row]:
     return [
         Row({"steps": steps, "scale": 1.0}, seed, {"fid": value})
-        for steps, own in values.items()
-        for seed, value in enumerate(own)
+        for steps, seed_values in values.items()
+        for seed, value in enumerate(seed_values)
     ]
 
 
-def test_all_combinations_are_evaluated_one_seed_after_the_other(tmp_path: Path) -> None:
+def test_all_combinations_are_evaluated_seed_by_seed(tmp_path: Path) -> None:
     every = points(config_of(), tmp_path)
     assert [(settings["sampling.seed"], settings["sampling.sampler.steps"]) for _, settings, _ in every] == [
         (0, 1),
@@ -47,7 +48,7 @@ def test_all_combinations_are_evaluated_one_seed_after_the_other(tmp_path: Path)
     assert {protocol.reference.file for _, _, protocol in every} == {tmp_path / "reference.safetensors"}
 
 
-def test_samplers_are_an_axis_as_well(tmp_path: Path) -> None:
+def test_samplers_are_an_axis(tmp_path: Path) -> None:
     samplers = ({"kind": "ancestral"}, {"kind": "strided", "steps": 4}, {"kind": "legacy_fast", "speed": 2})
     axes = {"sampling.sampler": samplers, "sampling.guidance.scale": (1.0, 2.0)}
     every = points(config_of(axes=axes, x_axis="sampling.guidance.scale"), tmp_path)
@@ -63,7 +64,7 @@ def test_samplers_are_an_axis_as_well(tmp_path: Path) -> None:
     ]
     rows = [Row({key: settings[key] for key in axes}, 0, {"fid": 1.0}) for _, settings, _ in every]
     assert len(grouped(rows)) == 6
-    with pytest.raises(UserError, match=r"the values of 'sampling.sampler' are no numbers"):
+    with pytest.raises(UserError, match=r"the values of 'sampling.sampler' are not numbers"):
         points(config_of(axes=axes, x_axis="sampling.sampler"), tmp_path)
 
 
@@ -75,12 +76,12 @@ def test_samplers_are_an_axis_as_well(tmp_path: Path) -> None:
         ({"sampler.steps": (1,)}, "sampler: unknown key"),
     ],
 )
-def test_a_wrong_axis_is_one_sentence(tmp_path: Path, axes: dict[str, Any], sentence: str) -> None:
+def test_invalid_axis_raises_user_error(tmp_path: Path, axes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         points(config_of(axes=axes), tmp_path)
 
 
-def test_seeds_are_one_group_and_only_what_never_overlaps_is_separated() -> None:
+def test_seeds_are_grouped_and_only_disjoint_ranges_are_separated() -> None:
     low, high, between, single = grouped(
         rows_of({1: [1.0, 2.0, 3.0], 2: [4.0, 5.0, 6.0], 3: [2.5, 4.5, 5.0], 4: [9.0]})
     )
@@ -88,37 +89,42 @@ def test_seeds_are_one_group_and_only_what_never_overlaps_is_separated() -> None
     assert separated(low, high, "fid")
     assert separated(high, low, "fid")
     assert not separated(low, between, "fid")
-    # One seed says nothing of the spread.
+    # One seed gives no spread.
     assert not separated(low, single, "fid")
 
 
-def test_the_page_claims_what_is_separated_and_nothing_else(tmp_path: Path) -> None:
+def test_page_reports_only_separated_differences(tmp_path: Path) -> None:
     rows = rows_of({1: [1.0, 2.0], 2: [4.0, 5.0], 3: [1.5, 4.5]})
     publish_sweep("A sweep", rows, "steps", ["fid"], tmp_path, "a note", {"more": 1})
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     claims = page.partition("Separated in every seed")[2].partition("</table>")[0]
     assert claims.count("<tr>") == 2
     assert "<td>1</td><td>2</td>" in claims
-    written = json.loads((tmp_path / "sweep.json").read_text())
-    assert len(written["rows"]) == 6
-    assert written["more"] == 1
-    with pytest.raises(UserError, match="'kid' was not found by these evaluations; there are fid"):
+    sweep_report = json.loads((tmp_path / "sweep.json").read_text())
+    assert len(sweep_report["rows"]) == 6
+    assert sweep_report["more"] == 1
+    with pytest.raises(UserError, match="'kid' is none of these evaluations' metrics: fid"):
         publish_sweep("A sweep", rows, "steps", ["kid"], tmp_path, "", {})
 
 
-def test_a_sweep_that_is_started_again_does_nothing_twice(model: Path, shards: Path, tmp_path: Path) -> None:
+def test_restarted_sweep_repeats_no_evaluation(model: Path, shards: Path, tmp_path: Path) -> None:
     path = tmp_path / "sweep.yaml"
     path.write_text(to_yaml(config_of()))
-    arguments = [str(model), "--data", str(shards), "--config", str(path), "--out", str(tmp_path / "out")]
+    arguments = [str(model), "--data", str(shards), "--config", str(path), "--output", str(tmp_path / "out")]
     eval_sweep.main(arguments)
     reports = sorted((tmp_path / "out" / "points").glob("*/report.json"))
     assert len(reports) == 4
     first = (tmp_path / "out" / "sweep.json").read_bytes()
-    made = [report.stat().st_mtime_ns for report in reports]
+    first_times = [report.stat().st_mtime_ns for report in reports]
     reports[2].unlink()
     eval_sweep.main(arguments)
-    again = [report.stat().st_mtime_ns for report in reports]
-    assert [old == new for old, new in zip(made, again, strict=True)] == [True, True, False, True]
+    second_times = [report.stat().st_mtime_ns for report in reports]
+    assert [old == new for old, new in zip(first_times, second_times, strict=True)] == [
+        True,
+        True,
+        False,
+        True,
+    ]
     rows = [
         json.loads(content)["rows"] for content in (first, (tmp_path / "out" / "sweep.json").read_bytes())
     ]

@@ -53,16 +53,19 @@ def evaluate_tokenizers(
 
     import torch
 
-    from vqd_scale.evaluation.tokenizer_eval import REPORT, MetricNetworks, report_tokenizers, summary_line
+    from vqd_scale.evaluation.tokenizer_eval import REPORT, report_tokenizers, summary_line
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    networks = MetricNetworks.of(
-        None if vgg_weights is None else LPIPSConfig(vgg=vgg_weights, linear=lpips_weights),
-        None if inception_weights is None else Inception(weights=inception_weights),
+    metrics = report_tokenizers(
+        {str(folder): folder for folder in tokenizers},
+        data,
+        image_size,
+        output,
         device,
+        lpips=None if vgg_weights is None else LPIPSConfig(vgg=vgg_weights, linear=lpips_weights),
+        inception=None if inception_weights is None else Inception(weights=inception_weights),
+        max_images=num_samples,
     )
-    bundles = {str(folder): folder for folder in tokenizers}
-    metrics = report_tokenizers(bundles, data, image_size, output, networks, device, max_images=num_samples)
     for name, figures in metrics.items():
         print(f"{name}: {summary_line(figures)}")
     print(f"report: {output / REPORT}")

@@ -38,20 +38,20 @@ def _report(config: AutoencodingConfig, seconds: float) -> None:
 
     import torch
 
-    from vqd_scale.evaluation.tokenizer_eval import REPORT, MetricNetworks, report_tokenizers, summary_line
+    from vqd_scale.evaluation.tokenizer_eval import REPORT, report_tokenizers, summary_line
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizers = {"before": config.tokenizer} if isinstance(config, RefitConfig) else {}
     tokenizers |= {"after" if tokenizers else "tokenizer": config.run / "export"}
     perceptual = config.losses.perceptual
-    lpips = perceptual if isinstance(perceptual, LPIPSConfig) else None
     metrics = report_tokenizers(
         tokenizers,
         config.validation.path,
         config.transform.size,
         config.run,
-        MetricNetworks.of(lpips, config.validation.inception, device),
         device,
+        lpips=perceptual if isinstance(perceptual, LPIPSConfig) else None,
+        inception=config.validation.inception,
         extra={
             "seconds_of_last_start": round(seconds, 1),
             "images": config.total_images,

@@ -48,7 +48,6 @@ class Inception(Config):
         """
         from vqd_scale.evaluation.extractors import inception
 
-        del tokenizer
         return inception(self, device)
 
 
@@ -70,7 +69,6 @@ class TokenizerLatents(Config):
         """
         from vqd_scale.evaluation.extractors import tokenizer_latents
 
-        del device
         return tokenizer_latents(tokenizer)
 
 
@@ -92,7 +90,6 @@ class RandomNetwork(Config):
         """
         from vqd_scale.evaluation.extractors import random_network
 
-        del tokenizer
         return random_network(self, device)
 
 

@@ -1,17 +1,14 @@
 """Evaluation of a model: distributed, resumable, and with the same metrics at any number of ranks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.world import World
 from vqd_scale.data.shards.shard_index import ShardSet
@@ -26,48 +23,12 @@ from vqd_scale.evaluation.resumable_chunks import ResumableChunks, statistics_of
 from vqd_scale.models.generate import Pipeline, generate_batch
 from vqd_scale.models.pipeline import image_slots
 from vqd_scale.nn.config import ClassCondition
-from vqd_scale.reports.plots import publish_image
+from vqd_scale.reports.html import ImageSection
+from vqd_scale.reports.plots import Series, image_grid, plot_curves, publish_image
 
 _POINTS = 200
 """Maximum number of points of a curve over all images."""
-
-Images = UInt8[Tensor, "batch 3 height width"]
-
-
-@dataclass(frozen=True)
-class ReportImages:
-    """Selected images for the report, generated again.
-
-    Attributes:
-        heading: Heading in the report.
-        images: Images, uint8 [count, height, width, 3].
-        captions: Prompt and score of each image.
-    """
-
-    heading: str
-    images: UInt8[NDArray[np.uint8], "count height width 3"]
-    captions: list[str]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Curve for the report.
-
-    Attributes:
-        heading: Heading in the report.
-        positions: Positions on the horizontal axis.
-        values: Values on the vertical axis.
-        x: Label of the horizontal axis.
-        y: Label of the vertical axis.
-        note: Explanation in the report.
-    """
-
-    heading: str
-    positions: list[float]
-    values: list[float]
-    x: str
-    y: str
-    note: str
+_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -76,13 +37,12 @@ class Result:
 
     Attributes:
         report: All metrics and settings, as JSON values.
-        report_images: Best, worst and random images.
-        curves: Distance by number of images, and per-image score over all images.
+        sections: Sections of the page: best, worst and random images; distance by number of images; per-image
+            score over all images. Their files lie in the folder of the evaluation.
     """
 
     report: dict[str, Any]
-    report_images: list[ReportImages]
-    curves: list[Curve]
+    sections: list[ImageSection]
 
 
 def evaluate(
@@ -93,13 +53,13 @@ def evaluate(
     world: World,
     stop: Callable[[], bool] = lambda: False,
 ) -> Result | None:
-    """Generate images, extract features and compute all metrics.
+    """Generate images, extract features, compute all metrics and plot them.
 
     Args:
         config: Evaluation protocol.
         pipe: Model pipeline, on this rank's device.
         model: Name and identifying digests of the model.
-        out: Folder of chunks and statistics, shared by all ranks.
+        out: Folder of chunks, statistics and plots, shared by all ranks.
         world: Ranks that share the work.
         stop: Callback that returns ``True`` after a stop signal on this rank.
 
@@ -123,16 +83,8 @@ def evaluate(
     real = shards if config.reference.data is None else ShardSet.open(config.reference.data)
     if real is None:
         raise UserError("reference: real images need shards; give --data, or reference.data.")
-    reference = reference_of(
-        config.reference,
-        real,
-        prompts,
-        height,
-        extractor,
-        config.reference.file or out / "reference.safetensors",
-        world,
-        stop,
-    )
+    file = config.reference.file or out / "reference.safetensors"
+    reference = reference_of(config.reference, real, prompts, height, extractor, file, world, stop)
     description = {
         "model": model,
         "prompts": prompts_digest(prompts),
@@ -174,8 +126,8 @@ def evaluate(
         "reference": reference.provenance,
         "protocol": config.model_dump(mode="json"),
     }
-    report_images = _report_images(config, pipe, prompts, slots, scores)
-    return Result(report, report_images, _curves(distance, by_count, scores))
+    samples = _sample_sections(config, pipe, prompts, slots, scores, out)
+    return Result(report, [*samples, *_curve_sections(distance, by_count, scores, out)])
 
 
 def _check_prompts(config: PromptsConfig, pipe: Pipeline) -> None:
@@ -211,47 +163,49 @@ def _distances_by_count(features: Tensor, reference: Reference, full_distance: f
     return distances | {str(total): full_distance}
 
 
-def _curves(distance: str, by_count: dict[str, float], scores: ImageScores) -> list[Curve]:
+def _curve_sections(
+    distance: str, by_count: dict[str, float], scores: ImageScores, out: Path
+) -> list[ImageSection]:
+    """Plot the distance by number of images, and the sorted scores."""
     count = len(scores.values)
     positions = torch.linspace(0, count - 1, min(count, _POINTS)).long()
-    sorted_values = scores.values.sort().values[positions]
+    sorted_values = scores.values.sort().values[positions].tolist()
+    fractions = (positions / max(count - 1, 1)).tolist()
+    paths = [out / "curve-0.png", out / "curve-1.png"]
+    by_size = Series(distance, [float(count) for count in by_count], list(by_count.values()))
+    plot_curves(paths[0], [by_size], title="", x_label="samples", y_label=distance)
+    by_rank, x_label = Series(scores.name, fractions, sorted_values), "fraction of samples with a lower value"
+    plot_curves(paths[1], [by_rank], title="", x_label=x_label, y_label=scores.name)
+    note = (
+        "Evenly spaced samples, compared with all real images. Fewer samples give a larger distance, so "
+        "distances of different sample sizes are not comparable."
+    )
     return [
-        Curve(
-            "Distance by number of samples",
-            [float(count) for count in by_count],
-            list(by_count.values()),
-            "samples",
-            distance,
-            "Evenly spaced samples, compared with all real images. Fewer samples give a larger distance, so "
-            "distances of different sample sizes are not comparable.",
-        ),
-        Curve(
-            f"All samples by {scores.name}",
-            (positions / max(count - 1, 1)).tolist(),
-            sorted_values.tolist(),
-            "fraction of samples with a lower value",
-            scores.name,
-            "Sorted from lowest to highest.",
-        ),
+        ImageSection("Distance by number of samples", paths[0], note),
+        ImageSection(f"All samples by {scores.name}", paths[1], "Sorted from lowest to highest."),
     ]
 
 
-def _report_images(
+def _sample_sections(
     config: EvaluationConfig,
     pipe: Pipeline,
     prompts: Sequence[EvaluationPrompt],
     slots: Tensor,
     scores: ImageScores,
-) -> list[ReportImages]:
+    out: Path,
+) -> Iterator[ImageSection]:
     """Generate the best, worst and first images again; the first are random if prompts are shuffled."""
     order = scores.order.argsort(descending=True, stable=True).tolist()
     count = min(config.report_images, len(order))
-    selections = {"Best": order[:count], "Worst": order[::-1][:count], "First": list(range(count))}
-    report_images: list[ReportImages] = []
-    for name, numbers in selections.items():
+    selections = {
+        f"Best by {scores.name}": order[:count],
+        f"Worst by {scores.name}": order[::-1][:count],
+        "First samples, not selected": list(range(count)),
+    }
+    for index, (heading, numbers) in enumerate(selections.items()):
         texts = [prompts[number].text for number in numbers]
-        images = generate_batch(pipe, texts, slots[numbers], config.sampling)
+        images = generate_batch(pipe, texts, slots[numbers], config.sampling).permute(0, 2, 3, 1).numpy()
         captions = [f"{prompts[number].text} ({float(scores.values[number]):.3g})" for number in numbers]
-        heading = f"{name} by {scores.name}" if name != "First" else "First samples, not selected"
-        report_images.append(ReportImages(heading, images.permute(0, 2, 3, 1).numpy(), captions))
-    return report_images
+        path, scale = out / f"samples-{index}.png", max(1, 128 // images.shape[1])
+        publish_image(path, image_grid(images, captions, columns=_COLUMNS, scale=scale))
+        yield ImageSection(heading, path)

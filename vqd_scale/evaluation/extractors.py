@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -79,12 +79,8 @@ def inception(config: Inception, device: torch.device) -> Extractor:
     """
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-    digest = checked_weights(
-        config.weights,
-        config.sha256,
-        "Inception",
-        f"fetch {URL_INCEPTION_V3} and give extractor.weights=FILE.",
-    )
+    instruction = f"fetch {URL_INCEPTION_V3} and give extractor.weights=FILE."
+    digest = checked_weights(config.weights, config.sha256, "Inception", instruction)
     # torch-fidelity unpickles the file, which can execute arbitrary code; pass it a safe copy in memory.
     state = io.BytesIO()
     torch.save(read_tensors(config.weights), state)
@@ -112,10 +108,13 @@ def inception(config: Inception, device: torch.device) -> Extractor:
 
 
 def tokenizer_latents(tokenizer: ImageTokenizer) -> Extractor:
-    """Return the extractor of the tokenizer's latent moments."""
+    """Return the extractor of the spatial mean and deviation of each channel of the tokenizer's latents."""
 
     def columns(images: Images) -> dict[str, Tensor]:
-        return {FEATURES: latent_moments(tokenizer, images)}
+        parameter = next(tokenizer.parameters())
+        signal = to_signal(images.to(parameter.device)).to(parameter.dtype)
+        latents = tokenizer.latents(signal).float().flatten(2)
+        return {FEATURES: torch.cat([latents.mean(dim=2), latents.std(dim=2)], dim=1)}
 
     blank = torch.zeros(1, 3, 2 * tokenizer.factor, 2 * tokenizer.factor, dtype=torch.uint8)
     with torch.no_grad():
@@ -125,14 +124,6 @@ def tokenizer_latents(tokenizer: ImageTokenizer) -> Extractor:
         digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
     description = {"kind": "moments of the tokenizer's latents", "weights_sha256": digest.hexdigest()}
     return Extractor(dimension, description, columns)
-
-
-def latent_moments(tokenizer: ImageTokenizer, images: Images) -> Float[Tensor, "batch features"]:
-    """Compute the spatial mean and standard deviation of each channel of the tokenizer's latents."""
-    parameter = next(tokenizer.parameters())
-    signal = to_signal(images.to(parameter.device)).to(parameter.dtype)
-    latents = tokenizer.latents(signal).float().flatten(2)
-    return torch.cat([latents.mean(dim=2), latents.std(dim=2)], dim=1)
 
 
 def random_network(config: RandomNetwork, device: torch.device) -> Extractor:
@@ -154,8 +145,5 @@ def random_network(config: RandomNetwork, device: torch.device) -> Extractor:
         features = values.mean(dim=(2, 3))
         return {FEATURES: features, LOGITS: 10 * features}
 
-    return Extractor(
-        config.features,
-        {"kind": "random convolutions", "features": config.features, "seed": config.seed},
-        columns,
-    )
+    description = {"kind": "random convolutions", "features": config.features, "seed": config.seed}
+    return Extractor(config.features, description, columns)

@@ -17,14 +17,6 @@ _CHUNK = 1024
 
 
 @dataclass(frozen=True)
-class MeanAndDeviation:
-    """Mean and standard deviation of a metric over several evaluations."""
-
-    mean: float
-    deviation: float
-
-
-@dataclass(frozen=True)
 class NeighborMetrics:
     """Nearest-neighbor metrics of generated and real features.
 
@@ -52,19 +44,15 @@ def kernel_distance(
     *,
     subsets: int,
     size: int,
-) -> MeanAndDeviation:
-    """Compute KID, the unbiased squared MMD under a cubic kernel, over random subsets of both sets.
+) -> dict[str, float]:
+    """Compute ``mean`` and ``deviation`` over random subsets of KID, the unbiased MMD² under a cubic kernel.
 
     Source: Bińkowski et al., "Demystifying MMD GANs", 2018; computed by torch-fidelity.
 
     Raises:
         UserError: A set is smaller than ``size``.
     """
-    from torch_fidelity.metric_kid import (
-        KEY_METRIC_KID_MEAN,
-        KEY_METRIC_KID_STD,
-        kid_features_to_metric,
-    )
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     smallest = min(len(samples), len(real))
     if smallest < size:
@@ -72,36 +60,27 @@ def kernel_distance(
             f"KID: {smallest} images are too few for subsets of {size}; set kid.size to {smallest}."
         )
     metrics = kid_features_to_metric(
-        samples.cpu(),
-        real.cpu(),
-        kid_subsets=subsets,
-        kid_subset_size=size,
-        rng_seed=_SEED,
-        verbose=False,
+        samples.cpu(), real.cpu(), kid_subsets=subsets, kid_subset_size=size, rng_seed=_SEED, verbose=False
     )
-    return MeanAndDeviation(metrics[KEY_METRIC_KID_MEAN], metrics[KEY_METRIC_KID_STD])
+    return {"mean": metrics[KEY_METRIC_KID_MEAN], "deviation": metrics[KEY_METRIC_KID_STD]}
 
 
-def inception_score(logits: Float[Tensor, "count classes"], splits: int) -> MeanAndDeviation:
-    """Compute the Inception score exp(E KL(p(y|x) || p(y))) over splits of the shuffled set.
+def inception_score(logits: Float[Tensor, "count classes"], splits: int) -> dict[str, float]:
+    """Compute ``mean`` and ``deviation`` of exp(E KL(p(y|x) || p(y))) over splits of the shuffled set.
 
     Source: Salimans et al., "Improved techniques for training GANs", 2016; computed by torch-fidelity.
 
     Raises:
         UserError: There are fewer images than splits.
     """
-    from torch_fidelity.metric_isc import (
-        KEY_METRIC_ISC_MEAN,
-        KEY_METRIC_ISC_STD,
-        isc_features_to_metric,
-    )
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
     if len(logits) < splits:
         raise UserError(
             f"Inception score: {len(logits)} images are too few for {splits} parts; lower inception_splits."
         )
     metrics = isc_features_to_metric(logits.cpu(), splits, True, _SEED)
-    return MeanAndDeviation(metrics[KEY_METRIC_ISC_MEAN], metrics[KEY_METRIC_ISC_STD])
+    return {"mean": metrics[KEY_METRIC_ISC_MEAN], "deviation": metrics[KEY_METRIC_ISC_STD]}
 
 
 @torch.no_grad()

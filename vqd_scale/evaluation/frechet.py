@@ -48,10 +48,6 @@ class FeatureStatistics:
         """Unbiased covariance, float64; needs at least two vectors."""
         return self.scatter / (self.count - 1)
 
-    def update(self, features: Float[Tensor, "count features"]) -> "FeatureStatistics":
-        """Return the statistics with at least one further vector added."""
-        return self.merge(FeatureStatistics.of(features))
-
     def merge(self, added: "FeatureStatistics") -> "FeatureStatistics":
         """Return the statistics of the union of both sets, at least one of which must be nonempty.
 
@@ -83,28 +79,27 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
         UserError: The sets differ in dimension, contain nonfinite values, or have no more vectors than
             dimensions (a singular covariance makes the distance meaningless).
     """
+    dimension = len(first.mean)
     for statistics in (first, second):
-        _check(statistics, dimension=len(first.mean))
+        if len(statistics.mean) != dimension:
+            raise UserError(
+                f"Fréchet distance: features of {len(statistics.mean)} and of {dimension} dimensions cannot "
+                "be compared; take both sets from the same extractor."
+            )
+        if statistics.count <= dimension:
+            raise UserError(
+                f"Fréchet distance: {statistics.count} samples are too few for features of {dimension} "
+                f"dimensions; give at least {dimension + 1}."
+            )
+        if not bool(statistics.scatter.isfinite().all()):
+            raise UserError(
+                "Fréchet distance: the features hold values that are not finite; check the images."
+            )
     overlap = torch.linalg.svdvals(_square_root(first.covariance) @ _square_root(second.covariance)).sum()
     spread = first.covariance.trace() + second.covariance.trace() - 2 * overlap
     distance = (first.mean - second.mean).square().sum() + spread
     # Rounding can make the distance of equal sets slightly negative.
     return max(distance.item(), 0.0)
-
-
-def _check(statistics: FeatureStatistics, dimension: int) -> None:
-    if len(statistics.mean) != dimension:
-        raise UserError(
-            f"Fréchet distance: features of {len(statistics.mean)} and of {dimension} dimensions cannot be "
-            "compared; take both sets from the same extractor."
-        )
-    if statistics.count <= dimension:
-        raise UserError(
-            f"Fréchet distance: {statistics.count} samples are too few for features of {dimension} "
-            f"dimensions; give at least {dimension + 1}."
-        )
-    if not bool(statistics.scatter.isfinite().all()):
-        raise UserError("Fréchet distance: the features hold values that are not finite; check the images.")
 
 
 def _square_root(matrix: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:

@@ -7,10 +7,7 @@ from vqd_scale.core.atomic_io import publish_json
 from vqd_scale.core.nested import leaves
 from vqd_scale.evaluation.evaluate import Result
 from vqd_scale.evaluation.registry import METRICS
-from vqd_scale.reports.html import FiguresSection, ImageSection, Section, TextSection, html_report
-from vqd_scale.reports.plots import Series, image_grid, plot_curves, publish_image
-
-_COLUMNS = 8
+from vqd_scale.reports.html import FiguresSection, TextSection, html_report
 
 
 def publish_result(result: Result, out: Path) -> None:
@@ -19,24 +16,13 @@ def publish_result(result: Result, out: Path) -> None:
     Raises:
         UserError: The folder cannot be written.
     """
-    image_sections: list[Section] = []
-    for number, samples in enumerate(result.report_images):
-        scale = max(1, 128 // samples.images.shape[1])
-        path = out / f"samples-{number}.png"
-        publish_image(path, image_grid(samples.images, samples.captions, columns=_COLUMNS, scale=scale))
-        image_sections.append(ImageSection(samples.heading, path))
-    for number, curve in enumerate(result.curves):
-        path = out / f"curve-{number}.png"
-        series = Series(curve.y, curve.positions, curve.values)
-        plot_curves(path, [series], title="", x_label=curve.x, y_label=curve.y)
-        image_sections.append(ImageSection(curve.heading, path, curve.note))
     report = result.report
     html_report(
         out / "report.html",
         f"{report['protocol']['name']}: {report['model']['name']}",
         [
             FiguresSection("Metrics", _rows(report["figures"]), f"Over {report['count']} samples."),
-            *image_sections,
+            *result.sections,
             FiguresSection("Sampling", _rows(report["sampling"] | {"dtype": report["dtype"]})),
             FiguresSection(
                 "Reference", _rows({**report["reference"], "prompts (SHA-256)": report["prompts"]}), _NOTE

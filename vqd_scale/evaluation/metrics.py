@@ -6,17 +6,17 @@ computed from the columns of all images at the end.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
 from vqd_scale.evaluation import clip as clips
 from vqd_scale.evaluation.config import EvaluationConfig
-from vqd_scale.evaluation.extractors import FEATURES, LOGITS
+from vqd_scale.evaluation.extractors import FEATURES, LOGITS, Images
 from vqd_scale.evaluation.feature_metrics import (
     NeighborMetrics,
     inception_score,
@@ -26,9 +26,8 @@ from vqd_scale.evaluation.feature_metrics import (
 from vqd_scale.evaluation.frechet import FeatureStatistics, frechet_distance
 from vqd_scale.evaluation.prompts import EvaluationPrompt
 from vqd_scale.evaluation.reference_stats import Reference
-from vqd_scale.evaluation.scene_reader import alignment_score, correct_attributes, shuffled_scenes
+from vqd_scale.evaluation.scene_reader import correct_attributes, shuffled_scenes
 
-Images = UInt8[Tensor, "batch 3 height width"]
 Columns = dict[str, Tensor]
 """Tensors with one row per image."""
 
@@ -149,7 +148,7 @@ class KernelDistance(Metric):
     def values(self, inputs: MetricInputs) -> dict[str, Any]:
         """Compute mean and deviation."""
         kid, real = self.config.kid, inputs.reference.features
-        return {"kid": asdict(kernel_distance(inputs.features, real, subsets=kid.subsets, size=kid.size))}
+        return {"kid": kernel_distance(inputs.features, real, subsets=kid.subsets, size=kid.size)}
 
 
 class Neighbors(Metric):
@@ -180,8 +179,7 @@ class InceptionScore(Metric):
         """Compute mean and deviation."""
         if LOGITS not in inputs.names:
             return {}
-        score = inception_score(inputs.column(LOGITS), self.config.inception_splits)
-        return {"inception_score": asdict(score)}
+        return {"inception_score": inception_score(inputs.column(LOGITS), self.config.inception_splits)}
 
 
 class ClipMetrics(Metric):
@@ -250,9 +248,14 @@ class Alignment(Metric):
         """Compute the fractions of correct attributes."""
         if not self._scenes:
             return {}
-        score = alignment_score(inputs.column("correct").numpy(), self._scenes["correct"][0])
-        shuffled = float(inputs.column("shuffled").numpy().mean())
-        return {"alignment": asdict(score) | {"shuffled": shuffled}}
+        correct, names = inputs.column("correct").numpy(), self._scenes["correct"][0].attributes()
+        score = {
+            "mean": float(correct.mean()),
+            "all": float(correct.all(axis=1).mean()),
+            "per_attribute": dict(zip(names, correct.mean(axis=0).tolist(), strict=True)),
+            "shuffled": float(inputs.column("shuffled").numpy().mean()),
+        }
+        return {"alignment": score}
 
     def scores(self, inputs: MetricInputs) -> ImageScores | None:
         """Return the number of correct attributes; ties are broken by the distance to real images."""

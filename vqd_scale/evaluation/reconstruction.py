@@ -42,9 +42,7 @@ def ssim(
     _check(originals, reconstructions)
     if min(originals.shape[-2:]) < _WINDOW:
         height, width = originals.shape[-2:]
-        raise UserError(
-            f"SSIM: images of {width}x{height} pixels are smaller than its window of {_WINDOW}."
-        )
+        raise UserError(f"SSIM: images of {width}x{height} pixels are smaller than its window of {_WINDOW}.")
     x, y = originals.double(), reconstructions.double()
     mean_x, mean_y = _windowed(x), _windowed(y)
     variance_x = _windowed(x * x) - mean_x**2

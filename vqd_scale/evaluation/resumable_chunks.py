@@ -137,7 +137,7 @@ def statistics_of(
         features, images = parts.read(part)[FEATURES], parts.images(part)
         if repeats is not None:
             features = features.repeat_interleave(repeats[images.start : images.stop], dim=0)
-        statistics = statistics.update(features)
+        statistics = statistics.merge(FeatureStatistics.of(features))
     return statistics.over_ranks(world)
 
 

@@ -8,7 +8,6 @@ from the products of x with the few coverage masks. Two figures never touch, so 
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -36,36 +35,6 @@ Pixels = Float64[NDArray[np.float64], "images 3 pixels"]
 Gains = Float64[NDArray[np.float64], "images positions looks colors backgrounds"]
 
 
-@dataclass(frozen=True)
-class AlignmentScore:
-    """Accuracy of the attributes in images, compared with their scenes.
-
-    Attributes:
-        mean: Fraction of correct attributes over all images and attributes.
-        all: Fraction of images with all attributes correct.
-        per_attribute: Fraction of images with the attribute correct, by attribute name.
-    """
-
-    mean: float
-    all: float
-    per_attribute: dict[str, float]
-
-
-def attribute_accuracy(
-    images: UInt8[Tensor, "images 3 height width"], scenes: Sequence[Scene]
-) -> AlignmentScore:
-    """Recognize the scene in every image and compare it with the expected scene.
-
-    Args:
-        images: Square RGB images, values 0 to 255.
-        scenes: Expected scene of each image, all with the same number of figures.
-
-    Raises:
-        ValueError: There are no images, or the numbers of images and scenes differ.
-    """
-    return alignment_score(correct_attributes(images, scenes), scenes[0])
-
-
 def correct_attributes(
     images: UInt8[Tensor, "images 3 height width"], scenes: Sequence[Scene]
 ) -> Bool[NDArray[np.bool_], "images attributes"]:
@@ -79,15 +48,6 @@ def correct_attributes(
     recognized = read_scenes(images, objects=len(scenes[0].figures))
     expected = [list(scene.attributes().values()) for scene in scenes]
     return np.array([list(scene.attributes().values()) for scene in recognized]) == np.array(expected)
-
-
-def alignment_score(right: Bool[NDArray[np.bool_], "images attributes"], scene: Scene) -> AlignmentScore:
-    """Summarize the result of `correct_attributes`; any ``scene`` of the set supplies the attribute names."""
-    return AlignmentScore(
-        mean=float(right.mean()),
-        all=float(right.all(axis=1).mean()),
-        per_attribute=dict(zip(scene.attributes(), right.mean(axis=0).tolist(), strict=True)),
-    )
 
 
 def shuffled_scenes(scenes: Sequence[Scene]) -> list[Scene]:

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -87,14 +87,9 @@ def grouped(rows: Sequence[Row]) -> list[Group]:
     groups: list[Group] = []
     for settings, group_rows in by_settings.items():
         columns = {name: [row.figures[name] for row in group_rows] for name in group_rows[0].figures}
-        groups.append(
-            Group(
-                dict(settings),
-                len(group_rows),
-                {name: math.fsum(values) / len(values) for name, values in columns.items()},
-                {name: (min(values), max(values)) for name, values in columns.items()},
-            )
-        )
+        means = {name: math.fsum(values) / len(values) for name, values in columns.items()}
+        ranges = {name: (min(values), max(values)) for name, values in columns.items()}
+        groups.append(Group(dict(settings), len(group_rows), means, ranges))
     return groups
 
 
@@ -142,11 +137,7 @@ def publish_sweep(
         )
     columns = [*(_short(name) for name in names), "seeds", *figures]
     table = [
-        [
-            *map(str, group.settings.values()),
-            str(group.seeds),
-            *(_with_range(group, name) for name in figures),
-        ]
+        [*map(str, (*group.settings.values(), group.seeds)), *(_with_range(group, name) for name in figures)]
         for group in groups
     ]
     html_report(
@@ -155,14 +146,11 @@ def publish_sweep(
         [
             TableSection("All", columns, table, "Means over seeds; in brackets the lowest and the highest."),
             *sections,
-            TableSection(*_separations(groups, figures)),
+            _separations(groups, figures),
             TextSection("Method", note),
         ],
     )
-    entries = [
-        {"settings": dict(row.settings), "seed": row.seed, "figures": dict(row.figures)} for row in rows
-    ]
-    publish_json(out / "sweep.json", {"rows": entries, **extra})
+    publish_json(out / "sweep.json", {"rows": [asdict(row) for row in rows], **extra})
 
 
 def figures_of(report: Mapping[str, Any]) -> dict[str, float]:
@@ -170,9 +158,7 @@ def figures_of(report: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in leaves(report["figures"]) if isinstance(value, float)}
 
 
-def _separations(
-    groups: Sequence[Group], figures: Sequence[str]
-) -> tuple[str, list[str], list[list[float | str]], str]:
+def _separations(groups: Sequence[Group], figures: Sequence[str]) -> TableSection:
     """Build the table of separated pairs of groups that differ in exactly one setting."""
     rows: list[list[float | str]] = []
     for first, second in itertools.combinations(groups, 2):
@@ -182,12 +168,11 @@ def _separations(
         name = differing[0]
         fixed = ", ".join(f"{_short(key)} {value}" for key, value in first.settings.items() if key != name)
         for figure in figures:
-            if not separated(first, second, figure):
-                continue
-            low, high = sorted((first, second), key=lambda group: group.means[figure])
-            rows.append([figure, fixed, _short(name), str(low.settings[name]), str(high.settings[name])])
+            if separated(first, second, figure):
+                low, high = sorted((first, second), key=lambda group: group.means[figure])
+                rows.append([figure, fixed, _short(name), str(low.settings[name]), str(high.settings[name])])
     note = "Pairs that are not listed overlap in some seeds, or have only one."
-    return "Separated in every seed", ["figure", "at", "of", "lower", "higher"], rows, note
+    return TableSection("Separated in every seed", ["figure", "at", "of", "lower", "higher"], rows, note)
 
 
 def _short(name: str) -> str:
@@ -208,15 +193,9 @@ def _curves(groups: Sequence[Group], x: str, figure: str) -> list[Series]:
     curves: list[Series] = []
     for label, points in by_label.items():
         points = sorted(points, key=lambda group: float(group.settings[x]))
-        ranges = [group.ranges[figure] for group in points]
-        curves.append(
-            Series(
-                label,
-                [float(group.settings[x]) for group in points],
-                [group.means[figure] for group in points],
-                ([low for low, _ in ranges], [high for _, high in ranges]),
-            )
-        )
+        positions = [float(group.settings[x]) for group in points]
+        low, high = zip(*(group.ranges[figure] for group in points), strict=True)
+        curves.append(Series(label, positions, [group.means[figure] for group in points], (low, high)))
     return curves
 
 

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
 from torch import Tensor
 
 from vqd_scale.core.arrays import NDArray
@@ -22,7 +21,7 @@ from vqd_scale.data.shards.shard_io import Sample, read_shard
 from vqd_scale.data.sources.shapes import Scene
 from vqd_scale.data.transforms import fitted
 from vqd_scale.evaluation.config import Inception
-from vqd_scale.evaluation.extractors import FEATURES
+from vqd_scale.evaluation.extractors import FEATURES, Images
 from vqd_scale.evaluation.frechet import FeatureStatistics, frechet_distance
 from vqd_scale.evaluation.reconstruction import psnr, ssim
 from vqd_scale.evaluation.scene_reader import correct_attributes
@@ -34,13 +33,12 @@ from vqd_scale.tokenizers.codebook.usage import usage_of
 from vqd_scale.tokenizers.config import LPIPSConfig
 from vqd_scale.tokenizers.perceptual import LPIPS
 
-Images = UInt8[Tensor, "batch 3 height width"]
-
 REPORT = "report.json"
 READER_ON_ORIGINALS = "reader_on_originals"
 READER_ON_RECONSTRUCTIONS = "reader_on_reconstructions"
 READER = (READER_ON_ORIGINALS, READER_ON_RECONSTRUCTIONS)
 """Accuracies of the scene reader, reported if every image shows a scene of the embedded dataset."""
+_BATCH = 32
 _COLUMNS = 8
 _EXAMPLE_SIDE = 128
 _WITHOUT = "not computed: no weights given"
@@ -65,31 +63,6 @@ class TokenizerEvaluation:
     reconstructions: Images
 
 
-@dataclass(frozen=True)
-class MetricNetworks:
-    """Networks for metrics, each optional.
-
-    Attributes:
-        lpips: LPIPS network.
-        inception: Inception configuration for rFID.
-    """
-
-    lpips: LPIPS | None = None
-    inception: Inception | None = None
-
-    @classmethod
-    def of(
-        cls, lpips: LPIPSConfig | None, inception: Inception | None, device: torch.device
-    ) -> "MetricNetworks":
-        """Load the networks whose weights are given.
-
-        Raises:
-            UserError: The weights cannot be read.
-        """
-        network = None if lpips is None else lpips.build()
-        return cls(network.to(device) if isinstance(network, LPIPS) else None, inception)
-
-
 @torch.no_grad()
 def evaluate_tokenizer(
     tokenizer: ImageTokenizer,
@@ -97,7 +70,6 @@ def evaluate_tokenizer(
     size: int,
     *,
     device: torch.device,
-    batch: int = 32,
     max_images: int | None = None,
     lpips: LPIPS | None = None,
     inception: Inception | None = None,
@@ -109,7 +81,6 @@ def evaluate_tokenizer(
         data: Image shards.
         size: Side of the square, in pixels, to which images are resized.
         device: Compute device.
-        batch: Batch size.
         max_images: Maximum number of images; ``None`` evaluates all.
         lpips: LPIPS network; ``None`` omits LPIPS.
         inception: Inception configuration; ``None`` omits rFID.
@@ -120,17 +91,16 @@ def evaluate_tokenizer(
     if size % tokenizer.factor:
         raise UserError(f"size: {size} is not a multiple of the tokenizer's factor {tokenizer.factor}.")
     extractor = inception.build(tokenizer, device) if inception is not None else None
-    statistics: list[FeatureStatistics | None] = [None, None]
+    statistics = [FeatureStatistics.empty(extractor.dimension if extractor is not None else 0)] * 2
     sums: dict[str, float] = {}
     counts = torch.zeros(tokenizer.codes, dtype=torch.int64)
     examples: list[tuple[Tensor, Tensor]] = []
     shards = ShardSet.open(data)
     total = shards.count if max_images is None else min(max_images, shards.count)
     stream = islice(_images(shards, size), total)
-    count = 0
-    scene_count = 0
+    count = scene_count = 0
     with progress_bar("evaluate tokenizer", total, unit="img") as bar:
-        while samples := list(islice(stream, batch)):
+        while samples := list(islice(stream, _BATCH)):
             originals = torch.from_numpy(np.stack([pixels for pixels, _ in samples]))
             originals = originals.permute(0, 3, 1, 2).contiguous()
             signal = to_signal(originals.to(device))
@@ -151,27 +121,22 @@ def evaluate_tokenizer(
             if extractor is not None:
                 for side, batch_images in enumerate((originals, reconstructions)):
                     features = extractor(batch_images.to(device))[FEATURES]
-                    previous = statistics[side]
-                    statistics[side] = (
-                        FeatureStatistics.of(features) if previous is None else previous.update(features)
-                    )
+                    statistics[side] = statistics[side].merge(FeatureStatistics.of(features))
             if count < _EXAMPLES:
                 examples.append((originals, reconstructions))
             count += len(samples)
             bar.update(len(samples))
     if not count:
         raise UserError(f"{data}: has no readable image.")
-    usage = asdict(usage_of(counts))
     figures: dict[str, Any] = {
         "images": count,
         "size": size,
         "factor": tokenizer.factor,
-        **usage,
+        **asdict(usage_of(counts)),
         **{name: total / count for name, total in sums.items() if name not in READER or scene_count == count},
     }
-    real, reconstructed = statistics
-    if real is not None and reconstructed is not None and extractor is not None:
-        figures["rfid"] = frechet_distance(real, reconstructed)
+    if extractor is not None:
+        figures["rfid"] = frechet_distance(*statistics)
         figures["rfid_extractor"] = extractor.description
     originals, reconstructions = (torch.cat(side)[:_EXAMPLES] for side in zip(*examples, strict=True))
     return TokenizerEvaluation(figures, originals, reconstructions)
@@ -182,9 +147,10 @@ def report_tokenizers(
     images: Location,
     size: int,
     out: Path,
-    networks: MetricNetworks,
     device: torch.device,
     *,
+    lpips: LPIPSConfig | None,
+    inception: Inception | None,
     extra: Mapping[str, Any] | None = None,
     max_images: int | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -195,32 +161,30 @@ def report_tokenizers(
         images: Image shards.
         size: Side of the square images in pixels.
         out: Output folder.
-        networks: Networks for metrics.
         device: Compute device.
+        lpips: LPIPS configuration; ``None`` omits LPIPS.
+        inception: Inception configuration; ``None`` omits rFID.
         extra: Additional content of report.json.
         max_images: Maximum number of images; ``None`` evaluates all.
 
     Returns:
         Metrics of each tokenizer.
     """
+    network = None if lpips is None else lpips.build().to(device)
     metrics: dict[str, dict[str, Any]] = {}
     sections: list[Section] = []
     for number, (name, folder) in enumerate(tokenizers.items()):
+        tokenizer = load_tokenizer(folder, device)
         evaluation = evaluate_tokenizer(
-            load_tokenizer(folder, device),
-            images,
-            size,
-            device=device,
-            max_images=max_images,
-            lpips=networks.lpips,
-            inception=networks.inception,
+            tokenizer, images, size, device=device, max_images=max_images, lpips=network, inception=inception
         )
-        metrics[name] = evaluation.figures
+        metrics[name] = figures = evaluation.figures
         path = out / ("reconstructions.png" if number == 0 else f"reconstructions-{number}.png")
-        _publish_reconstructions(evaluation, path)
-        rows = {
-            key: value for key, value in evaluation.figures.items() if isinstance(value, int | float | str)
-        }
+        examples = (evaluation.originals, evaluation.reconstructions)
+        originals, reconstructions = (images.permute(0, 2, 3, 1).numpy() for images in examples)
+        scale = max(1, _EXAMPLE_SIDE // originals.shape[1])
+        publish_image(path, comparison_grid(originals, reconstructions, columns=_COLUMNS, scale=scale))
+        rows = {key: value for key, value in figures.items() if isinstance(value, int | float | str)}
         missing = {key: _WITHOUT for key in ("lpips", "rfid") if key not in rows}
         sections += [
             FiguresSection(name, rows | missing),
@@ -269,11 +233,3 @@ def _figures(
     if lpips is not None:
         metrics["lpips"] = lpips(decoded.clamp(-1, 1), signal)
     return metrics
-
-
-def _publish_reconstructions(evaluation: TokenizerEvaluation, path: Path) -> None:
-    originals, reconstructions = (
-        images.permute(0, 2, 3, 1).numpy() for images in (evaluation.originals, evaluation.reconstructions)
-    )
-    scale = max(1, _EXAMPLE_SIDE // originals.shape[1])
-    publish_image(path, comparison_grid(originals, reconstructions, columns=_COLUMNS, scale=scale))
