@@ -115,8 +115,7 @@ def evaluate_and_publish(
         SystemExit: With `REQUEUE_EXIT_CODE` after a signal.
     """
     from vqd_scale.core.provenance import provenance
-    from vqd_scale.evaluation.evaluate import evaluate
-    from vqd_scale.evaluation.html_report import publish_result
+    from vqd_scale.evaluation.evaluate import evaluate, publish_result
     from vqd_scale.evaluation.resumable_chunks import EvaluationStopped
 
     try:

@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vqd_scale.core.atomic_io import publish_json
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.nested import leaves
 from vqd_scale.core.world import World
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.evaluation.config import Classes, EvaluationConfig, PromptsConfig
@@ -23,12 +25,17 @@ from vqd_scale.evaluation.resumable_chunks import ResumableChunks, statistics_of
 from vqd_scale.models.generate import Pipeline, generate_batch
 from vqd_scale.models.pipeline import image_slots
 from vqd_scale.nn.config import ClassCondition
-from vqd_scale.reports.html import ImageSection
+from vqd_scale.reports.html import FiguresSection, ImageSection, TextSection, html_report
 from vqd_scale.reports.plots import Series, image_grid, plot_curves, publish_image
 
 _POINTS = 200
 """Maximum number of points of a curve over all images."""
 _COLUMNS = 8
+_NOTE = "Metrics are comparable only if all of these values are equal."
+_SEEDS = (
+    "Captions, their order and the random numbers are functions of the seeds above: the same command "
+    "generates the same samples on any number of ranks."
+)
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,37 @@ def evaluate(
     }
     samples = _sample_sections(config, pipe, prompts, slots, scores, out)
     return Result(report, [*samples, *_curve_sections(distance, by_count, scores, out)])
+
+
+def publish_result(result: Result, out: Path) -> None:
+    """Write ``report.json`` and the self-contained page ``report.html``.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    report = result.report
+    reference = report["reference"] | {"prompts (SHA-256)": report["prompts"]}
+    definitions = " ".join(kind.definition for kind in METRICS)
+    sections = [
+        FiguresSection("Metrics", _rows(report["figures"]), f"Over {report['count']} samples."),
+        *result.sections,
+        FiguresSection("Sampling", _rows(report["sampling"] | {"dtype": report["dtype"]})),
+        FiguresSection("Reference", _rows(reference), _NOTE),
+        FiguresSection("Model", _rows(report["model"])),
+        TextSection("Metric definitions", f"{definitions}\n\n{_SEEDS}"),
+    ]
+    html_report(out / "report.html", f"{report['protocol']['name']}: {report['model']['name']}", sections)
+    # Written last: its existence marks a complete report.
+    publish_json(out / "report.json", report)
+
+
+def _rows(values: dict[str, Any]) -> dict[str, float | str]:
+    """Flatten nested plain values to dotted names; ``None`` values are omitted."""
+    return {
+        name: value if isinstance(value, float) else str(value)
+        for name, value in leaves(values)
+        if value is not None
+    }
 
 
 def _check_prompts(config: PromptsConfig, pipe: Pipeline) -> None:
