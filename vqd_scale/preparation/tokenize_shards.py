@@ -32,7 +32,7 @@ from vqd_scale.data.shards.shard_index import (
     SkippedSample,
     begin_set,
     finish_set,
-    is_complete,
+    read_index,
 )
 from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, read_shard
 from vqd_scale.data.transforms import NearCenterCrop, RandomResizedCrop, fitted
@@ -144,9 +144,7 @@ def tokenize_shards(
             f"size: {config.size} is not a multiple of the tokenizer's factor {tokenizer.factor}."
         )
     vocabulary = config.captions
-    captions = (
-        None if vocabulary is None else CaptionTokenizer(vocabulary.context_length, vocabulary.bpe_merges)
-    )
+    captions = vocabulary and CaptionTokenizer(vocabulary.context_length, vocabulary.bpe_merges)
     side = config.size // tokenizer.factor
     described = TokenSetMeta(
         codes=tokenizer.codes,
@@ -178,7 +176,7 @@ def tokenize_shards(
     if merged is not None:
         publish_json(config.output / STATISTICS, statistics_of(merged), shared=True)
         finish_set(config.output, meta, merged.shards)
-    elif not is_complete(config.output):
+    elif not (read_index(config.output) or {}).get("complete"):
         return None
     forget_parts(config.output)
     return ShardSet.open(config.output)
@@ -247,20 +245,14 @@ class _View:
     copied: dict[str, bytes | str]
 
 
+@dataclass(frozen=True)
 class _ShardEncoder:
     """Encoder of an image shard's samples to token samples; a batch never spans two shards."""
 
-    def __init__(
-        self,
-        config: TokenizeConfig,
-        tokenizer: ImageTokenizer,
-        captions: CaptionTokenizer | None,
-        device: torch.device,
-    ) -> None:
-        self.config = config
-        self.tokenizer = tokenizer
-        self.captions = captions
-        self.device = device
+    config: TokenizeConfig
+    tokenizer: ImageTokenizer
+    captions: CaptionTokenizer | None
+    device: torch.device
 
     def __call__(self, shard: Shard, first_slot: int) -> Iterator[Sample | SkippedSample]:
         left_out: list[SkippedSample] = []
