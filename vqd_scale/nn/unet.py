@@ -162,18 +162,7 @@ class UNet(nn.Module):
         condition: Int[Tensor, " batch"] | None,
         head_function: HeadFunction[Output] | None = None,
     ) -> Tensor | Output:
-        """Predict the clean tokens.
-
-        Args:
-            tokens: int64 in 0..K; K is the mask.
-            t: int64 in 0..T-1, one per sample.
-            condition: int64 classes [batch], where the number of classes stands for "none"; ``None`` for an
-                unconditional model.
-            head_function: Replaces the head, see `HeadFunction`.
-
-        Returns:
-            Logits [batch, length, K], or the result of ``head_function``.
-        """
+        """Predict the clean tokens; arguments and result as in `Denoiser.forward`, without text features."""
         image = self.content_emb(tokens).transpose(1, 2).unflatten(-1, self.grid)
         signal = self.time_mlp(self.time(t).to(image.dtype))
         if self.class_emb is not None:

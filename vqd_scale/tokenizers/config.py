@@ -50,15 +50,11 @@ class ConvolutionsConfig(Config):
         return self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
 
     @model_validator(mode="after")
-    def _groups_divide_channels(self) -> Self:
+    def _channels_and_levels_fit(self) -> Self:
         if self.norm == "group" and self.channels % NORM_GROUPS:
             raise ValueError(
                 f"channels {self.channels} must be a multiple of {NORM_GROUPS} under norm 'group'"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _attention_is_at_levels(self) -> Self:
         if any(level >= len(self.channel_multipliers) for level in self.attention):
             raise ValueError(
                 f"attention {list(self.attention)} must name levels below "
