@@ -14,7 +14,7 @@ from vqd_scale.cli.make_shards import main
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.s3 import S3Path, object_sizes, write_object
 from vqd_scale.data.shards.filters import Bounds, Filters
-from vqd_scale.data.shards.index_builder import IndexConfig, SampleFilter, build_index
+from vqd_scale.data.shards.index_builder import SampleFilter, build_index
 from vqd_scale.data.shards.quarantine import QUARANTINE
 from vqd_scale.data.shards.shard_index import INDEX, ShardSet
 from vqd_scale.data.shards.shard_io import KEY, read_shard
@@ -48,12 +48,12 @@ def keys(shards: ShardSet) -> list[str]:
 def test_index_in_place_and_into_another_folder(folder: S3Path, tmp_path: Path, workers: int) -> None:
     for shard in range(2):
         upload(folder, f"{shard}.tar", list(small(5 * shard)), tmp_path)
-    in_place_index = build_index(folder, config=IndexConfig(workers=workers))
+    in_place_index = build_index(folder, workers=workers)
     assert keys(in_place_index) == [str(number) for number in range(10)]
     assert {INDEX, "0.npz", "1.npz"} < object_sizes(folder).keys()
     for elsewhere in (folder / "index", tmp_path / "index"):
         sample_filter = SampleFilter(Filters(columns={"similarity": Bounds(min=0.4, max=0.7)}))
-        opened = build_index(folder, elsewhere, IndexConfig(sample_filter, workers=workers))
+        opened = build_index(folder, elsewhere, sample_filter, workers=workers)
         assert keys(opened) == ["4", "5", "6", "7"]
         assert opened.digests == in_place_index.digests
         assert ShardSet.open(elsewhere) == opened
@@ -65,7 +65,7 @@ def test_truncated_tar_is_detected(folder: S3Path, tmp_path: Path) -> None:
     write_object(folder / "0.tar", path)
     with pytest.raises(UserError, match=r"0\.tar"):
         build_index(folder)
-    assert build_index(folder, config=IndexConfig(max_bad_fraction=1.0)).count == 1
+    assert build_index(folder, max_bad_fraction=1.0).count == 1
     assert "not a readable tar" in (folder / QUARANTINE).read_text()
 
 

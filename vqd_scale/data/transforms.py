@@ -96,9 +96,8 @@ class RandomResizedCrop(Config):
         height, width = pixels.shape[:2]
         low, high = self.scale
         narrow, wide = (math.log(ratio) for ratio in self.ratio)
-        for area, shape in zip(
-            uniforms[0 : 2 * self.tries : 2], uniforms[1 : 2 * self.tries : 2], strict=True
-        ):
+        numbers = uniforms[: 2 * self.tries]
+        for area, shape in zip(numbers[0::2], numbers[1::2], strict=True):
             covered = height * width * (low + area * (high - low))
             ratio = math.exp(narrow + shape * (wide - narrow))
             rows, columns = round(math.sqrt(covered / ratio)), round(math.sqrt(covered * ratio))

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -58,11 +59,9 @@ def choose_prompts(config: PromptsConfig, shards: ShardSet | None) -> list[Evalu
     members, captions = _select_items(config, shards)
     numbers, indices = (column.tolist() for column in shards.locate(np.array(members)))
     prompts: dict[int, EvaluationPrompt] = {}
-    reader: ShardReader | None = None
+    reader_of = lru_cache(maxsize=1)(ShardReader)
     for row in sorted(range(len(members)), key=lambda row: members[row]):
-        shard = shards.shards[numbers[row]]
-        if reader is None or reader.shard != shard:
-            reader = ShardReader(shard)
+        reader = reader_of(shards.shard(numbers[row]))
         prompts[row] = _prompt(reader, indices[row], captions[row], members[row])
     return [prompts[row] for row in range(len(members))]
 

@@ -1,10 +1,10 @@
 """Reference statistics of real images, computed once and stored with their provenance."""
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from vqd_scale.evaluation.resumable_chunks import ResumableChunks, digest, first
 
 _PART = 256
 _PROVENANCE = "provenance"
-_FILTER = "bicubic, anti-aliased, 8 bits"
 
 
 @dataclass(frozen=True)
@@ -75,21 +74,43 @@ def reference_of(
         UserError: The file contains statistics of other images, or a sample has no image.
     """
     members, repeats = _members(config, shards, prompts)
-    provenance = _provenance(config, shards, members, repeats, size, extractor)
+    provenance = {
+        "set": digest([list(shards.names), list(shards.counts), list(shards.digests or shards.sizes)]),
+        "images": len(members),
+        "counted": int(repeats.sum()),
+        "members": digest([list(members), repeats.tolist()]),
+        "stored_features": min(config.stored_features, len(members)),
+        "crop": "the short side resized, the center square cut",
+        "size": size,
+        "filter": "bicubic, anti-aliased, 8 bits",
+        "extractor": extractor.description,
+    }
     if world.any(not file.exists()):
         parts = ResumableChunks(file.with_name(f"{file.name}.parts"), len(members), _PART)
         parts.begin({"provenance": provenance}, world)
-        images = _Images(shards, members, CenterCrop(size=size))
+        places = np.stack(shards.locate(np.array(members)), axis=1)
+        reader_of = lru_cache(maxsize=1)(ShardReader)
 
         def make(numbers: range) -> dict[str, Tensor]:
-            return {FEATURES: extractor(torch.stack(list(map(images, numbers))))[FEATURES]}
+            images = [
+                _image(reader_of(shards.shard(shard)), member, CenterCrop(size=size))
+                for shard, member in places[numbers.start : numbers.stop].tolist()
+            ]
+            return {FEATURES: extractor(torch.stack(images))[FEATURES]}
 
         parts.work(make, world, "reference", stop)
         statistics = statistics_of(parts, extractor.dimension, world, repeats)
 
         def store() -> None:
-            _store(file, statistics, _stored_features(parts, config.stored_features), provenance)
-            shutil.rmtree(parts.folder)
+            tensors = {
+                "count": torch.tensor(statistics.count),
+                "mean": statistics.mean,
+                "scatter": statistics.scatter,
+                "features": _stored_features(parts, config.stored_features),
+            }
+            with published(file) as partial:
+                write_tensors(partial, tensors, {_PROVENANCE: json.dumps(provenance)})
+            parts.discard()
 
         world.on_first_rank(store)
     return _load(file, provenance)
@@ -117,51 +138,16 @@ def _members(
     return members, repeats
 
 
-def _provenance(
-    config: ReferenceConfig,
-    shards: ShardSet,
-    members: Sequence[int],
-    repeats: Tensor,
-    size: int,
-    extractor: Extractor,
-) -> dict[str, Any]:
-    return {
-        "set": digest([list(shards.names), list(shards.counts), list(shards.digests or shards.sizes)]),
-        "images": len(members),
-        "counted": int(repeats.sum()),
-        "members": digest([list(members), repeats.tolist()]),
-        "stored_features": min(config.stored_features, len(members)),
-        "crop": "the short side resized, the center square cut",
-        "size": size,
-        "filter": _FILTER,
-        "extractor": extractor.description,
-    }
-
-
-class _Images:
-    """Real images by their number among the selected samples."""
-
-    def __init__(self, shards: ShardSet, members: Sequence[int], transform: CenterCrop) -> None:
-        self._shards = shards.shards
-        self._locations = np.stack(shards.locate(np.array(members)), axis=1)
-        self._transform = transform
-        self._reader: ShardReader | None = None
-
-    def __call__(self, number: int) -> Tensor:
-        shard_number, inside = self._locations[number].tolist()
-        shard = self._shards[shard_number]
-        if self._reader is None or self._reader.shard != shard:
-            self._reader = ShardReader(shard)
-        reader = self._reader
-        try:
-            extension = image_extension(reader.extensions(inside))
-            pixels = self._transform(decode_image(reader.read(inside, extension)), ())
-        except BadSample as error:
-            raise UserError(
-                f"{reader.shard.path}: sample '{reader.key(inside)}' {error}; a reference needs all of its "
-                f"images, name a set that has them with reference.data."
-            ) from None
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+def _image(reader: ShardReader, member: int, transform: CenterCrop) -> Tensor:
+    try:
+        extension = image_extension(reader.extensions(member))
+        pixels = transform(decode_image(reader.read(member, extension)), ())
+    except BadSample as error:
+        raise UserError(
+            f"{reader.shard.path}: sample '{reader.key(member)}' {error}; a reference needs all of its "
+            f"images, name a set that has them with reference.data."
+        ) from None
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def _stored_features(parts: ResumableChunks, count: int) -> Float32[Tensor, "stored features"]:
@@ -175,17 +161,6 @@ def _stored_features(parts: ResumableChunks, count: int) -> Float32[Tensor, "sto
         if len(inside):
             features.append(parts.read(part)[FEATURES][inside])
     return torch.cat(features)
-
-
-def _store(file: Path, statistics: FeatureStatistics, features: Tensor, provenance: dict[str, Any]) -> None:
-    tensors = {
-        "count": torch.tensor(statistics.count),
-        "mean": statistics.mean,
-        "scatter": statistics.scatter,
-        "features": features,
-    }
-    with published(file) as partial:
-        write_tensors(partial, tensors, {_PROVENANCE: json.dumps(provenance)})
 
 
 def _load(file: Path, expected: dict[str, Any]) -> Reference:

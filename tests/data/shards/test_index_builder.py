@@ -20,13 +20,11 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.s3 import S3Path
 from vqd_scale.data.shards import tar_scanner as tar_module
 from vqd_scale.data.shards.filters import Bounds, Filters
-from vqd_scale.data.shards.index_builder import IndexConfig, SampleFilter, build_index, index_tar
+from vqd_scale.data.shards.index_builder import SampleFilter, build_index, index_tar
 from vqd_scale.data.shards.quarantine import QUARANTINE
 from vqd_scale.data.shards.shard_index import INDEX, ShardSet, read_table
 from vqd_scale.data.shards.shard_io import KEY, read_shard
 from vqd_scale.data.shards.tar_scanner import PROBED, TarScan
-
-TOLERANT = IndexConfig(max_bad_fraction=1.0)
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
@@ -82,7 +80,7 @@ def test_read_only_folder(tmp_path: Path) -> None:
 def test_indexing_with_processes_gives_equal_index(tmp_path: Path) -> None:
     third_party_tars(tmp_path / "set")
     one = build_index(tmp_path / "set", tmp_path / "one")
-    two = build_index(tmp_path / "set", tmp_path / "two", IndexConfig(workers=2))
+    two = build_index(tmp_path / "set", tmp_path / "two", workers=2)
     assert one.digests == two.digests
     for name in (INDEX, "00000.npz", "00001.npz"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
@@ -164,7 +162,7 @@ def test_damaged_tar_is_named(tmp_path: Path, damage: str) -> None:
     with pytest.raises(UserError):
         ShardSet.open(tmp_path / "set")
     # If tolerated, its complete samples are used, and the tar is reported.
-    opened = build_index(tmp_path / "set", config=TOLERANT)
+    opened = build_index(tmp_path / "set", max_bad_fraction=1.0)
     assert opened.counts == (4, 0 if damage == "to nothing" else 1)
     ((shard, key, reason),) = quarantine(tmp_path / "set")
     assert (shard, key) == ("00001.tar", "")
@@ -179,7 +177,7 @@ def test_tar_shorter_than_counted_is_refused(tmp_path: Path) -> None:
         )
     with pytest.raises(UserError, match=r"00001\.tar"):
         build_index(tmp_path / "set")
-    assert build_index(tmp_path / "set", config=TOLERANT).count == 8
+    assert build_index(tmp_path / "set", max_bad_fraction=1.0).count == 8
     assert quarantine(tmp_path / "set") == [
         ("00001.tar", "", "lacks some of the 5 samples in 00001_stats.json; 4 samples were found")
     ]
@@ -200,7 +198,7 @@ def test_unusable_samples_are_skipped_with_reasons(tmp_path: Path) -> None:
             ("d.jpg", b""),
         ],
     )
-    opened = build_index(tmp_path / "set", config=TOLERANT)
+    opened = build_index(tmp_path / "set", max_bad_fraction=1.0)
     assert {(key, reason) for _, key, reason in quarantine(tmp_path / "set")} == {
         ("b", "has two members 'jpg'"),
         ("../../up", "has a name that leads out of its folder"),
@@ -253,16 +251,16 @@ def test_filter_on_missing_column_is_refused(tmp_path: Path) -> None:
     metadata_tar(tmp_path / "set" / "0.tar")
     for filters in (Filters(columns={"punsafe": Bounds(max=0.5)}), Filters(labels={"punsafe": ("no",)})):
         with pytest.raises(UserError, match="no column 'punsafe'; it has NSFW, height, similarity, width"):
-            build_index(tmp_path / "set", tmp_path / "index", IndexConfig(SampleFilter(filters)))
+            build_index(tmp_path / "set", tmp_path / "index", SampleFilter(filters))
     with pytest.raises(UserError, match=r"columns\.NSFW: holds 'N', no number"):
         build_index(
             tmp_path / "set",
             tmp_path / "index",
-            IndexConfig(SampleFilter(Filters(columns={"NSFW": Bounds()}))),
+            SampleFilter(Filters(columns={"NSFW": Bounds()})),
         )
     write_tar(tmp_path / "bare" / "0.tar", [("0.txt", b"words")])
     with pytest.raises(UserError, match=r"no 'json' and .*0\.parquet is missing"):
-        build_index(tmp_path / "bare", config=IndexConfig(SampleFilter(FILTERS[0][0])))
+        build_index(tmp_path / "bare", sample_filter=SampleFilter(FILTERS[0][0]))
 
 
 def test_parquet_without_pyarrow_raises_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +268,7 @@ def test_parquet_without_pyarrow_raises_user_error(tmp_path: Path, monkeypatch: 
     write_tar(tmp_path / "set" / "0.tar", [("0.txt", b"words")])
     (tmp_path / "set" / "0.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"needs pyarrow; install it with pip install 'vqd-scale\[parquet\]'"):
-        build_index(tmp_path / "set", config=IndexConfig(SampleFilter(FILTERS[0][0])))
+        build_index(tmp_path / "set", sample_filter=SampleFilter(FILTERS[0][0]))
 
 
 def test_metadata_from_parquet(tmp_path: Path) -> None:
@@ -279,9 +277,7 @@ def test_metadata_from_parquet(tmp_path: Path) -> None:
     write_tar(tmp_path / "set" / "0.tar", [(f"{number}.txt", b"words") for number in range(4)])
     table = {"key": ["0", "1", "2", "9"], "similarity": [0.1, 0.4, None, 0.9]}
     parquet.write_table(arrow.table(table), tmp_path / "set" / "0.parquet")
-    opened = build_index(
-        tmp_path / "set", config=IndexConfig(SampleFilter(FILTERS[0][0]), max_bad_fraction=1.0)
-    )
+    opened = build_index(tmp_path / "set", sample_filter=SampleFilter(FILTERS[0][0]), max_bad_fraction=1.0)
     assert [sample[KEY] for sample in read_shard(opened.shards[0])] == ["1"]
     assert quarantine(tmp_path / "set") == [
         ("0.tar", "3", "has no 'json' and no line in its tar's parquet file")
@@ -289,7 +285,7 @@ def test_metadata_from_parquet(tmp_path: Path) -> None:
     (tmp_path / "set" / "0.parquet").write_bytes(b"garbage")
     (tmp_path / "set" / "0.npz").unlink()
     with pytest.raises(UserError, match="not a readable parquet file"):
-        build_index(tmp_path / "set", config=IndexConfig(SampleFilter(FILTERS[0][0])))
+        build_index(tmp_path / "set", sample_filter=SampleFilter(FILTERS[0][0]))
 
 
 class FakeObject:
@@ -356,7 +352,7 @@ def test_invalid_use_raises_user_error(tmp_path: Path) -> None:
         build_index(tmp_path)
     metadata_tar(tmp_path / "set" / "0.tar")
     with pytest.raises(UserError, match="holds no sample"):
-        build_index(tmp_path / "set", config=IndexConfig(SampleFilter(Filters(any_of=("nothing",)))))
+        build_index(tmp_path / "set", sample_filter=SampleFilter(Filters(any_of=("nothing",))))
 
 
 def test_metadata_of_two_indices_must_agree(tmp_path: Path) -> None:

@@ -276,12 +276,12 @@ def test_shards_as_a_sequence(tmp_path: Path) -> None:
 
 def test_quarantine_reports_once_and_survives_partial_line(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "bad.jsonl"
-    Quarantine(path).add("000000.tar", "a", "is bad")
+    Quarantine(path).extend([("000000.tar", "a", "is bad")])
     quarantine_text = path.read_text()
     path.write_text(quarantine_text + '{"shard": "0000')
     again = Quarantine(path)
-    again.add("000000.tar", "a", "is bad")
+    again.extend([("000000.tar", "a", "is bad")])
     assert path.read_text() == quarantine_text
-    again.add("000000.tar", "b", "is bad")
+    again.extend([("000000.tar", "b", "is bad")])
     assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["a", "b"]
     assert len(again) == 2

@@ -48,9 +48,8 @@ class Batch:
     @staticmethod
     def cat(batches: Sequence[BatchType]) -> BatchType:
         """Concatenate batches of one type."""
-        columns = {
-            field.name: [getattr(batch, field.name) for batch in batches] for field in fields(batches[0])
-        }
+        names = [field.name for field in fields(batches[0])]
+        columns = {name: [getattr(batch, name) for batch in batches] for name in names}
         tensors = {name: torch.cat(parts) for name, parts in columns.items() if isinstance(parts[0], Tensor)}
         lists = {name: [*chain(*parts)] for name, parts in columns.items() if isinstance(parts[0], list)}
         return replace(batches[0], **tensors, **lists)

@@ -6,10 +6,9 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -26,10 +25,10 @@ def in_thread(produce: Callable[[threading.Event], Generator[Item]], depth: int)
             blocking waits should check the event.
         depth: Number of prefetched items.
     """
-    ready: queue.Queue[Item | _Raised] = queue.Queue(depth)
+    ready: queue.Queue[Item | Exception] = queue.Queue(depth)
     is_closed = threading.Event()
 
-    def offer(item: Item | _Raised) -> None:
+    def offer(item: Item | Exception) -> None:
         while not is_closed.is_set():
             try:
                 ready.put(item, timeout=0.1)
@@ -46,15 +45,15 @@ def in_thread(produce: Callable[[threading.Event], Generator[Item]], depth: int)
                     if is_closed.is_set():
                         return
         except Exception as error:  # noqa: BLE001
-            offer(_Raised(error))
+            offer(error)
 
     thread = threading.Thread(target=run, name="read-ahead", daemon=True)
     thread.start()
     try:
         while True:
             item = ready.get()
-            if isinstance(item, _Raised):
-                raise item.error
+            if isinstance(item, Exception):
+                raise item
             yield item
     finally:
         is_closed.set()
@@ -63,11 +62,6 @@ def in_thread(produce: Callable[[threading.Event], Generator[Item]], depth: int)
             while True:
                 ready.get_nowait()
         thread.join()
-
-
-@dataclass(frozen=True)
-class _Raised:
-    error: Exception
 
 
 def in_processes(
@@ -101,7 +95,13 @@ def in_processes(
             while not connection.poll(0.1):
                 if is_closed.is_set():
                     return
-            yield _received(connection)
+            try:
+                item = connection.recv()
+            except EOFError:
+                raise RuntimeError("a reading process died; what it printed above says why") from None
+            if isinstance(item, UserError):
+                raise item
+            yield item
     finally:
         for process in processes:
             process.terminate()
@@ -120,13 +120,3 @@ def _serve(producer: Callable[[], Generator[object]], depth: int, connection: Co
             connection.send(item)
     except UserError as error:
         connection.send(error)
-
-
-def _received(connection: Connection) -> Any:  # noqa: ANN401 - what the producer yields
-    try:
-        item = connection.recv()
-    except EOFError:
-        raise RuntimeError("a reading process died; what it printed above says why") from None
-    if isinstance(item, UserError):
-        raise item
-    return item

@@ -40,22 +40,20 @@ Slots = Int64[NDArray[np.int64], " batch"]
 Columns = dict[str, NDArray[Any]]
 """Arrays with one row per sample, sent from a reading process to its rank."""
 
+ReadRows = tuple[Columns, dict[int, str]]
+"""Columns, with blank rows for bad samples, and the reason of each bad row."""
+
 
 class SampleKind(Protocol[BatchType_co]):
     """Kind of sample; picklable, since it may be used in another process."""
 
-    def read(
-        self, locations: Sequence[SampleLocation], slots: Slots, seed: int
-    ) -> tuple[Columns, dict[int, str]]:
+    def read(self, locations: Sequence[SampleLocation], slots: Slots, seed: int) -> ReadRows:
         """Read samples into rows.
 
         Args:
             locations: Locations of the samples.
             slots: Global slot of each sample; also the id of its random numbers.
             seed: Seed of the run.
-
-        Returns:
-            The columns, with blank rows for bad samples, and the reason of each bad row.
         """
         ...
 
@@ -82,25 +80,19 @@ class TokenSamples:
     text_length: int = 0
     classes: int = 0
 
-    def read(
-        self, locations: Sequence[SampleLocation], slots: Slots, seed: int
-    ) -> tuple[Columns, dict[int, str]]:
+    def read(self, locations: Sequence[SampleLocation], slots: Slots, seed: int) -> ReadRows:
         """Read codes, and caption ids or class labels; uses no random numbers."""
         del slots, seed
         errors: dict[int, str] = {}
-        extensions = (
-            "tokens.npy",
-            *(["text.npy"] if self.text_length else []),
-            *(["cls"] if self.classes else []),
-        )
+        conditions = {"text.npy": self.text_length, "cls": self.classes}
+        extensions = ("tokens.npy", *(extension for extension, size in conditions.items() if size))
         contents = _read_together(locations, extensions, errors)
         tokens = _integers(contents["tokens.npy"], len(locations), self.length, errors)
         columns: Columns = {"tokens": tokens, "text": np.zeros((len(locations), 0), np.int64)}
         if self.text_length:
             captions = [location.caption for location in locations]
-            columns["text"] = _integers(
-                contents["text.npy"], len(locations), self.text_length, errors, captions
-            )
+            text = contents["text.npy"]
+            columns["text"] = _integers(text, len(locations), self.text_length, errors, captions)
         if self.classes:
             columns["labels"] = _labels(contents["cls"], len(locations), self.classes, errors)
         outside = (tokens.min(axis=1) < 0) | (tokens.max(axis=1) >= self.codes)
@@ -136,9 +128,7 @@ class ImageSamples:
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     captioned: bool = True
 
-    def read(
-        self, locations: Sequence[SampleLocation], slots: Slots, seed: int
-    ) -> tuple[Columns, dict[int, str]]:
+    def read(self, locations: Sequence[SampleLocation], slots: Slots, seed: int) -> ReadRows:
         """Read images and captions."""
         size = self.transform.size
         images = np.zeros((len(locations), 3, size, size), np.uint8)

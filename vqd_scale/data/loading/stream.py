@@ -41,7 +41,6 @@ OPEN_SHARDS_BALANCED = 512
 OPENED_AT_ONCE = 16
 """S3 shards opened in parallel: opening takes two round trips, and a reader starts with >= 1 per lane."""
 
-
 SLOTS_AT_ONCE = 2048
 """Maximum number of slots planned per call (approximate)."""
 
@@ -66,6 +65,9 @@ class Stream(Generic[BatchType]):
     Raises:
         UserError: A dataset cannot be opened, the ranks do not divide the lanes, or the cursor was reached
             with another number of lanes; while iterating, if too many samples are bad or a shard is damaged.
+
+    Attributes:
+        items: Total number of samples of all datasets; of captions with ``captions=each``.
     """
 
     def __init__(
@@ -90,18 +92,13 @@ class Stream(Generic[BatchType]):
         self._kind = kind
         self._seed = seed
         self._lanes = owned_lanes(config.global_batch_size, rank, ranks)
-        self._tolerated = [
-            config.max_bad_fraction * sum(_counts(config, shards)) / ranks for shards in self._sets
-        ]
+        items = [sum(_counts(config, shards)) for shards in self._sets]
+        self.items = sum(items)
+        self._tolerated = [config.max_bad_fraction * count / ranks for count in items]
         self._classes = [classes_of(shards) for shards in self._sets] if config.class_balanced else None
         self._cursor = cursor
         self._quarantine = Quarantine(quarantine)
         self._pinned = pinned
-
-    @property
-    def items(self) -> int:
-        """Total number of samples of all datasets; of captions with ``captions=each``."""
-        return sum(sum(_counts(self._config, shards)) for shards in self._sets)
 
     def __iter__(self) -> Generator[BatchType]:
         """Yield batches without end; closing the iterator ends its thread and processes."""
@@ -123,18 +120,17 @@ class Stream(Generic[BatchType]):
         parts = in_processes(readers, self._config.prefetch_batches, is_closed) if workers else readers[0]()
         with closing(parts):
             while group := list(itertools.islice(parts, len(readers))):
-                batch = self._kind.batch(_joined([part.columns for part in group]))
-                bad_samples = [sample for part in group for sample in part.bad_samples]
+                batch = self._kind.batch(_joined([columns for columns, _ in group]))
+                bad_samples = [sample for _, part_samples in group for sample in part_samples]
                 yield batch.pin_memory() if self._pinned else batch, bad_samples
 
     def _report(self, sample: "_BadSample", count: int) -> None:
-        self._quarantine.add(sample.shard, sample.key, sample.reason)
+        self._quarantine.extend([(sample.shard, sample.key, sample.reason)])
         if count > self._tolerated[sample.set]:
             raise UserError(
-                f"{self._sets[sample.set].folder}: more than max_bad_fraction="
-                f"{self._config.max_bad_fraction} of the samples cannot "
-                f"be used; '{sample.key}' for one {sample.reason}; {self._quarantine.path} lists "
-                "them."
+                f"{self._sets[sample.set].folder}: more than max_bad_fraction={self._config.max_bad_fraction}"
+                f" of the samples cannot be used; '{sample.key}' for one {sample.reason}; "
+                f"{self._quarantine.path} lists them."
             )
 
 
@@ -147,12 +143,8 @@ class _BadSample:
     reason: str
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Rows of a batch that one reader has read."""
-
-    columns: Columns
-    bad_samples: list[_BadSample]
+_Part = tuple[Columns, list[_BadSample]]
+"""Rows of a batch that one reader has read, and the bad samples among them."""
 
 
 @dataclass(frozen=True)
@@ -170,14 +162,15 @@ class _PartReader:
         lanes = len(self.slots)
         window = 1 if self.config.class_balanced else self.config.shuffle_window
         reading = RangedReader.in_lanes(self.sets, lanes, window, self.config.ranged_reads)
-        opened = _OpenShards(self.sets, reading, self._max_open())
+        max_open = max(OPEN_SHARDS_BALANCED if self.config.class_balanced else OPEN_SHARDS, 2 * lanes)
+        opened = _OpenShards(self.sets, reading, max_open)
         ahead = deque[_Planned]()
         for planned in self._plan_batches(self._build_plan()):
             planned.locations.extend(self._locations(planned, opened))
-            for location in planned.locations if reading.policy.turns else ():
+            for location in planned.locations if reading.turns else ():
                 location.reader.expect(location.member)
             ahead.append(planned)
-            if len(ahead) > reading.policy.turns:
+            if len(ahead) > reading.turns:
                 yield self._read(ahead.popleft())
 
     def _build_plan(self) -> Plan:
@@ -192,17 +185,12 @@ class _PartReader:
                 orders.append(BalancedOrder(self.classes[number], counts, share, seed, name))
         return Plan(mixed, orders)
 
-    def _max_open(self) -> int:
-        return max(OPEN_SHARDS_BALANCED if self.config.class_balanced else OPEN_SHARDS, 2 * len(self.slots))
-
     def _locations(self, planned: "_Planned", opened: "_OpenShards") -> list[SampleLocation]:
         """Open the shards of a planned batch and select the captions."""
         readers, members = opened.readers(planned.positions), planned.positions.members.tolist()
         if self.config.captions == "each":
-            return [
-                SampleLocation(reader, *reader.captioned(n))
-                for reader, n in zip(readers, members, strict=True)
-            ]
+            captioned = zip(readers, members, strict=True)
+            return [SampleLocation(reader, *reader.captioned(caption)) for reader, caption in captioned]
         if self.config.captions == "first":
             return list(map(SampleLocation, readers, members))
         slots = torch.from_numpy(planned.slots)
@@ -228,21 +216,13 @@ class _PartReader:
     def _read(self, planned: "_Planned") -> _Part:
         locations, slots = planned.locations, planned.slots
         columns, errors = self.kind.read(locations, slots, self.seed)
-        valid = np.ones(len(slots), np.bool_)
-        valid[list(errors)] = False
+        rows, valid = list(errors), np.ones(len(slots), np.bool_)
+        valid[rows] = False
         keys = np.array([location.reader.key(location.member) for location in locations], dtype=np.object_)
-        positions = planned.positions
-        reports = [
-            _BadSample(
-                int(positions.sets[row]),
-                int(positions.epochs[row]),
-                locations[row].reader.shard.path.name,
-                keys[row],
-                reason,
-            )
-            for row, reason in errors.items()
-        ]
-        return _Part({**columns, "slots": slots, "valid": valid, "keys": keys}, reports)
+        sets, epochs = planned.positions.sets[rows].tolist(), planned.positions.epochs[rows].tolist()
+        shards = [locations[row].reader.shard.path.name for row in rows]
+        reports = list(map(_BadSample, sets, epochs, shards, keys[rows], errors.values()))
+        return {**columns, "slots": slots, "valid": valid, "keys": keys}, reports
 
 
 @dataclass(frozen=True)
@@ -258,14 +238,14 @@ class _OpenShards:
     """LRU cache of open shards."""
 
     def __init__(self, sets: Sequence[ShardSet], reading: RangedReader, max_open: int) -> None:
-        self._sets, self._reading, self._max_open = [shards.shards for shards in sets], reading, max_open
+        self._sets, self._reading, self._max_open = sets, reading, max_open
         self._open = OrderedDict[_ShardNumber, ShardReader]()
 
     def readers(self, positions: SampleLocations) -> list[ShardReader]:
         """Return the shard reader of each sample, opening shards that are not open yet."""
         numbers = list(zip(positions.sets.tolist(), positions.shards.tolist(), strict=True))
         unopened = list({number: None for number in numbers if number not in self._open})
-        if len(unopened) > 1 and any(isinstance(shards[0].path, S3Path) for shards in self._sets):
+        if len(unopened) > 1 and any(isinstance(shards.tars, S3Path) for shards in self._sets):
             with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
                 self._open.update(zip(unopened, pool.map(self._opened, unopened), strict=True))
         else:
@@ -279,7 +259,7 @@ class _OpenShards:
 
     def _opened(self, number: _ShardNumber) -> ShardReader:
         set_number, shard = number
-        return ShardReader(self._sets[set_number][shard], self._reading)
+        return ShardReader(self._sets[set_number].shard(shard), self._reading)
 
 
 def _counts(config: StreamConfig, shards: ShardSet) -> tuple[int, ...]:

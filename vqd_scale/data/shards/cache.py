@@ -11,17 +11,19 @@ process.
 import fcntl
 import hashlib
 import os
+import re
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vqd_scale.core.atomic_io import PARTIAL, published, read_in_order, writing
+from vqd_scale.core.atomic_io import PARTIAL, read_in_order, sync_to_disk, writing
 from vqd_scale.core.errors import UserError
 from vqd_scale.data.config import CacheConfig
 from vqd_scale.data.shards.shard_index import Shard
 
 _LOCKS = 64
 _SUFFIX = ".tar"
+_NAME = re.compile(rf"[0-9a-f]{{64}}\{_SUFFIX}")
 
 
 class ShardCache:
@@ -57,11 +59,7 @@ class ShardCache:
         with _locked(self.folder / "lock-of-room"):
             # Left over from a killed process: this process holds the lock of the key.
             partial.unlink(missing_ok=True)
-            files: list[tuple[float, int, Path]] = []
-            for published_file in self._names():
-                state = _state_of(published_file)
-                if state is not None:
-                    files.append(state)
+            files = [state for file in self._names() if (state := _state_of(file)) is not None]
             free = self.capacity - sum(file_size for _, file_size, _ in files)
             for _, file_size, file in sorted(files):
                 if free < size and self._deleted(file):
@@ -78,8 +76,9 @@ class ShardCache:
         A concurrent rename can hide a shard under both of its names from one listing. Each file is renamed
         once, and downloads start only under the lock of room, so at least one of two listings shows it.
         """
-        listings = [*self.folder.glob(f"*{_SUFFIX}*")], [*self.folder.glob(f"*{_SUFFIX}*")]
-        return {file.with_name(file.name.removesuffix(PARTIAL)) for listing in listings for file in listing}
+        listed = [*self.folder.iterdir(), *self.folder.iterdir()]
+        names = {file.name.removesuffix(PARTIAL) for file in listed}
+        return {self.folder / name for name in names if _NAME.fullmatch(name)}
 
     def _deleted(self, file: Path) -> bool:
         """Delete a file unless it is being read or downloaded; return whether it was deleted."""
@@ -105,16 +104,20 @@ def _state_of(path: Path) -> tuple[float, int, Path] | None:
 
 
 def _fetch(shard: Shard, path: Path) -> None:
-    digest = hashlib.sha256()
+    digest, partial = hashlib.sha256(), path.with_name(path.name + PARTIAL)
     try:
-        with published(path) as partial, partial.open("r+b") as file:
+        with partial.open("r+b") as file:
             for piece in read_in_order(shard.path):
                 digest.update(piece)
                 file.write(piece)
-            if shard.sha256 and digest.hexdigest() != shard.sha256:
-                raise UserError(f"{shard.path}: changed since it was indexed; make the set's index again.")
+        if shard.sha256 and digest.hexdigest() != shard.sha256:
+            raise UserError(f"{shard.path}: changed since it was indexed; make the set's index again.")
+        sync_to_disk(partial)
+        partial.replace(path)
     except FileNotFoundError:
         raise UserError(f"{shard.path}: missing, although the set's index lists it.") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _open_locked(path: Path) -> int | None:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy.lib import format as npy
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.Image import DecompressionBombError
 
 from vqd_scale.core.arrays import NDArray
 from vqd_scale.data.config import DecodeConfig
@@ -24,6 +25,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _ORIENTATION = 0x0112
 
+# On damaged bytes. The bytes are in memory, so an OSError is one of them.
+_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, DecompressionBombError)
 _HEADER_SIZE = slice(npy.MAGIC_LEN, npy.MAGIC_LEN + 2)
 """Position of the header length in a ``.npy`` file."""
 
@@ -78,16 +81,7 @@ def decode_image(
     except UnidentifiedImageError:
         # The original message contains a memory address; reasons must be reproducible.
         raise BadSample("is not a readable image (of no known kind)") from None
-    # Errors of the decoders on damaged bytes. The bytes are in memory, so an OSError is one of them.
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as error:
+    except _READ_ERRORS as error:
         raise BadSample(f"is not a readable image ({error})") from None
 
 

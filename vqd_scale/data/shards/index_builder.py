@@ -45,6 +45,9 @@ from vqd_scale.data.shards.tar_scanner import TarSample, TarScan
 COLUMNS = ("captions", "class")
 """Entries of a sample's ``json`` stored in the table: a number as its value, a list as its length."""
 
+Rows = Mapping[str, Mapping[str, Any]]
+"""Metadata of samples by key."""
+
 
 @dataclass(frozen=True)
 class SampleFilter:
@@ -65,7 +68,7 @@ class SampleFilter:
         captions = ("txt",) if self.filters.read_caption else ()
         return frozenset({"json", *images, *captions})
 
-    def check(self, sample: TarSample, rows: Callable[[], Mapping[str, Mapping[str, Any]]]) -> str:
+    def check(self, sample: TarSample, rows: Callable[[], Rows]) -> str:
         """Return the near-duplicate reason of a sample; empty if the sample is accepted.
 
         Args:
@@ -77,56 +80,44 @@ class SampleFilter:
             Unwanted: The filters reject the sample.
             UserError: A filter names a column that the dataset lacks.
         """
-        caption = _caption(sample) if self.filters.read_caption else ""
+        if self.filters.read_caption and "txt" not in sample.contents:
+            raise BadSample("has no 'txt'")
+        caption = decode_text(sample.contents["txt"]) if self.filters.read_caption else ""
         metadata = _metadata(sample, rows) if self.filters.read_metadata else {}
         if not self.filters.accept(metadata, caption):
             raise Unwanted
         if self.excluded_images is None:
             return ""
-        image = decode_image(sample.contents[image_extension(sample.contents)])
-        if (duplicate := self.excluded_images.nearest(image)) is None:
-            return ""
-        return f"is nearly the image '{duplicate[0]}' ({duplicate[1]} of 64 bits differ)"
+        return self.excluded_images.match(decode_image(sample.contents[image_extension(sample.contents)]))
 
 
 class Unwanted(Exception):
     """Rejection of a sample by the filters."""
 
 
-@dataclass(frozen=True)
-class IndexConfig:
-    """Options of `build_index`.
-
-    Attributes:
-        sample_filter: Filter for the samples of the tables.
-        max_bad_fraction: Largest fraction of bad samples, and of damaged tars.
-        workers: Number of processes.
-    """
-
-    sample_filter: SampleFilter = field(default_factory=SampleFilter)
-    max_bad_fraction: float = 0.01
-    workers: int = 1
-
-
 def build_index(
     tars: Location,
     folder: Location | None = None,
-    config: IndexConfig | None = None,
+    sample_filter: SampleFilter | None = None,
+    *,
     meta: Mapping[str, Any] | None = None,
+    max_bad_fraction: float = 0.01,
+    workers: int = 1,
 ) -> ShardSet:
     """Index a folder of third-party tars; tars that are already indexed are not read again.
 
     Args:
         tars: Folder of the tars. Nothing in it is changed, except that the index may be written there.
         folder: Folder of the index; None writes it beside the tars.
-        config: Indexing options; None takes the defaults.
+        sample_filter: Filter for the samples of the tables; None accepts all usable samples.
         meta: Metadata stored in the index; None keeps the metadata of an existing index.
+        max_bad_fraction: Largest fraction of bad samples, and of damaged tars.
+        workers: Number of processes.
 
     Raises:
         UserError: There is no tar; too many tars are damaged or too many samples bad; a filter names a column
             that the dataset lacks; the folder contains another index or cannot be written.
     """
-    config = IndexConfig() if config is None else config
     folder = tars if folder is None else folder
     names = sorted(name for name in file_sizes(tars) if name.endswith(".tar"))
     if not names:
@@ -134,17 +125,18 @@ def build_index(
     if meta is None:
         index = read_index(folder)
         meta = cast("Mapping[str, Any]", {} if index is None else index["meta"])
-    begin_set(folder, meta, tars)
-    index_one = functools.partial(_indexed_or_index, tars, folder, config.sample_filter)
-    indexed = map_in_processes(index_one, names, config.workers)
+    begin_set(folder, meta, tars, [*map(table_name, names), QUARANTINE, DUPLICATES])
+    index_one = functools.partial(_indexed_or_index, tars, folder, sample_filter)
+    indexed = map_in_processes(index_one, names, workers)
     shards = list(progress(indexed, "index", len(names), unit="shard"))
     report(shards, folder)
-    check_share(shards, sum(map(_sample_count, shards)), config.max_bad_fraction, folder)
+    total = sum(shard.count + shard.filtered + len(shard.left_out) for shard in shards)
+    check_share(shards, total, max_bad_fraction, folder)
     damaged = [shard.name for shard in shards if any(not sample.key for sample in shard.left_out)]
-    if len(damaged) > config.max_bad_fraction * len(shards):
+    if len(damaged) > max_bad_fraction * len(shards):
         raise UserError(
             f"{tars / damaged[0]}: damaged, as {len(damaged)} of {len(shards)} tars are, more than "
-            f"max_bad_fraction={config.max_bad_fraction}; fetch them again or tolerate more; "
+            f"max_bad_fraction={max_bad_fraction}; fetch them again or tolerate more; "
             f"{folder / QUARANTINE} says what is wrong with each."
         )
     return finish_set(folder, meta, shards, tars)
@@ -234,27 +226,24 @@ def index_tar(
     if damage:
         skipped.append(SkippedSample("", f"{damage}; {sample_count} samples were found"))
     content = table_of(entries)
-    captions = content.columns.get("captions")
+    captions = int(np.nan_to_num(content.columns.get("captions", np.ones(len(entries))), nan=1.0).sum())
     indexed = IndexedShard(
-        tar.name,
-        len(entries),
-        scan.size,
-        scan.sha256,
-        len(entries) if captions is None else int(np.nan_to_num(captions, nan=1.0).sum()),
-        filtered,
-        tuple(skipped),
-        version,
+        tar.name, len(entries), scan.size, scan.sha256, captions, filtered, tuple(skipped), version
     )
     publish_table(table, content, indexed)
     return indexed
 
 
 def _indexed_or_index(
-    tars: Location, folder: Location, sample_filter: SampleFilter, name: str
+    tars: Location, folder: Location, sample_filter: SampleFilter | None, name: str
 ) -> IndexedShard:
     """Return a tar's index; the tar is read only if it is not indexed or was replaced since."""
     tar, table = tars / name, folder / table_name(name)
-    version = _version(tar)
+    if isinstance(tar, S3Path):
+        version = f"{S3Object(tar).size}"
+    else:
+        status = tar.stat()
+        version = f"{status.st_size} {status.st_mtime_ns}"
     if table.is_file():
         indexed = read_indexed(name, table)
         # A tar written by this package has no version: its table was written with it.
@@ -263,21 +252,8 @@ def _indexed_or_index(
     return index_tar(tar, table, sample_filter, version=version)
 
 
-def _sample_count(shard: IndexedShard) -> int:
-    return shard.count + shard.filtered + len(shard.left_out)
-
-
-def _version(tar: Location) -> str:
-    if isinstance(tar, S3Path):
-        return f"{S3Object(tar).size}"
-    status = tar.stat()
-    return f"{status.st_size} {status.st_mtime_ns}"
-
-
 def _columns(sample: TarSample) -> dict[str, float]:
-    if "json" not in sample.contents:
-        return {}
-    value = decode_json(sample.contents["json"])
+    value = decode_json(sample.contents.get("json", b"{}"))
     columns: dict[str, float] = {}
     for name in COLUMNS if isinstance(value, dict) else ():
         entry = value.get(name)
@@ -288,13 +264,7 @@ def _columns(sample: TarSample) -> dict[str, float]:
     return columns
 
 
-def _caption(sample: TarSample) -> str:
-    if "txt" not in sample.contents:
-        raise BadSample("has no 'txt'")
-    return decode_text(sample.contents["txt"])
-
-
-def _metadata(sample: TarSample, rows: Callable[[], Mapping[str, Mapping[str, Any]]]) -> Mapping[str, Any]:
+def _metadata(sample: TarSample, rows: Callable[[], Rows]) -> Mapping[str, Any]:
     if "json" in sample.contents:
         value = decode_json(sample.contents["json"])
         if not isinstance(value, dict):
@@ -307,7 +277,7 @@ def _metadata(sample: TarSample, rows: Callable[[], Mapping[str, Mapping[str, An
     return rows()[key]
 
 
-def _parquet_rows(tar: Location) -> Mapping[str, Mapping[str, Any]]:
+def _parquet_rows(tar: Location) -> Rows:
     """Read the rows of the parquet file that img2dataset writes beside a tar, by key."""
     path = tar.with_suffix(".parquet")
     if not path.exists():

@@ -101,9 +101,10 @@ def write_own_shards(
     totals: Totals = np.zeros(1, np.int64)
     with progress_bar(title, sum(recipe.count for recipe in own_recipes), unit="sample") as bar:
         for recipe in own_recipes:
-            shards.append(written_or_write(folder, recipe))
+            shard, table = written_or_write(folder, recipe), folder / table_name(recipe.name)
+            shards.append(shard)
             _check(shards, total, max_bad_fraction, folder)
-            totals = totals + count(_placed(shards[-1], folder))
+            totals = totals + count(Shard(folder / shard.name, table, shard.count, shard.size, shard.sha256))
             bar.update(recipe.count)
     part = {"shards": [asdict(shard) for shard in shards], "totals": totals.tolist()}
     publish_json(_path(folder, worker), part)
@@ -130,25 +131,19 @@ def _merged(folder: Location, workers: int) -> WorkerIndex | None:
     """Merge the parts of all workers; None if some are missing, or another worker has just merged them."""
     parts: list[WorkerIndex] = []
     for number in range(workers):
-        path = _path(folder, Worker(number, workers))
-        if not path.exists():
-            return None
         try:
-            parts.append(_part(path.read_text(encoding="utf-8")))
+            text = _path(folder, Worker(number, workers)).read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
+        content: dict[str, Any] = json.loads(text)
+        shards: list[IndexedShard] = []
+        for shard in content["shards"]:
+            left_out = tuple(SkippedSample(**sample) for sample in shard.pop("left_out"))
+            shards.append(IndexedShard(**shard, left_out=left_out))
+        parts.append(WorkerIndex(tuple(shards), np.array(content["totals"], np.int64)))
     count = sum(len(part.shards) for part in parts)
-    shards = tuple(parts[number % workers].shards[number // workers] for number in range(count))
-    return WorkerIndex(shards, sum((part.totals for part in parts), np.zeros(1, np.int64)))
-
-
-def _part(text: str) -> WorkerIndex:
-    content: dict[str, Any] = json.loads(text)
-    shards: list[IndexedShard] = []
-    for shard in content["shards"]:
-        left_out = tuple(SkippedSample(**sample) for sample in shard.pop("left_out"))
-        shards.append(IndexedShard(**shard, left_out=left_out))
-    return WorkerIndex(tuple(shards), np.array(content["totals"], np.int64))
+    merged = tuple(parts[number % workers].shards[number // workers] for number in range(count))
+    return WorkerIndex(merged, sum((part.totals for part in parts), np.zeros(1, np.int64)))
 
 
 def _check(shards: Sequence[IndexedShard], total: int, max_bad_fraction: float, folder: Location) -> None:
@@ -157,10 +152,6 @@ def _check(shards: Sequence[IndexedShard], total: int, max_bad_fraction: float, 
     except UserError:
         publish_report(folder / QUARANTINE, left_out_of(shards, is_bad=True))
         raise
-
-
-def _placed(shard: IndexedShard, folder: Location) -> Shard:
-    return Shard(folder / shard.name, folder / table_name(shard.name), shard.count, shard.size, shard.sha256)
 
 
 def _path(folder: Location, worker: Worker) -> Location:

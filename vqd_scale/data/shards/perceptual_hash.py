@@ -43,13 +43,14 @@ class ExcludedImages:
         """Digest of the hashes and ``max_distance``, which determine the matches."""
         return hashlib.sha256(self.hashes.tobytes() + bytes([self.max_distance])).hexdigest()
 
-    def nearest(self, pixels: Pixels) -> tuple[str, int] | None:
-        """Return the key and Hamming distance of the nearest excluded image; None above ``max_distance``."""
+    def match(self, pixels: Pixels) -> str:
+        """Return why an image is excluded, completing 'this sample …'; empty above ``max_distance``."""
         distances = np.bitwise_count(self.hashes ^ image_hash(pixels))
         best = int(distances.argmin())
         if distances[best] > self.max_distance:
-            return None
-        return self.keys[best // len(MARGINS)], int(distances[best])
+            return ""
+        image = self.keys[best // len(MARGINS)]
+        return f"is nearly the image '{image}' ({distances[best]} of 64 bits differ)"
 
 
 def margin_hashes(pixels: Pixels) -> list[np.uint64]:

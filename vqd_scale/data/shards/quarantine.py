@@ -32,14 +32,6 @@ class Quarantine:
     def __len__(self) -> int:
         return len(self._lines)
 
-    def add(self, shard: str, key: str, reason: str) -> None:
-        """Report a sample.
-
-        Raises:
-            UserError: The report cannot be written.
-        """
-        self.extend([(shard, key, reason)])
-
     def extend(self, samples: Iterable[tuple[str, str, str]]) -> None:
         """Report samples, each as (shard, key, reason).
 

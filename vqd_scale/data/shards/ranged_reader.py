@@ -9,7 +9,6 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -47,29 +46,17 @@ class SampleBytes(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class ReadAheadPolicy:
-    """Prefetching of S3 shards by one process.
-
-    Attributes:
-        samples: Number of samples fetched by one request.
-        turns: Prefetch distance in batches.
-    """
-
-    samples: int
-    turns: int
-
-
 class RangedReader:
     """Shard access of one process: read-ahead policy, buffer and cache.
 
     Args:
-        policy: Read-ahead policy.
+        samples: Number of samples fetched by one request.
+        turns: Prefetch distance in batches.
         config: Buffer size and cache.
     """
 
-    def __init__(self, policy: ReadAheadPolicy, config: RangedReadConfig) -> None:
-        self.policy = policy
+    def __init__(self, samples: int, turns: int, config: RangedReadConfig) -> None:
+        self.samples, self.turns = samples, turns
         self._pieces = _Pieces(config.buffer_megabytes << 20)
         self._cache = None if config.cache is None else ShardCache(config.cache)
         self._pool = ThreadPoolExecutor(_PARALLEL_DOWNLOADS)
@@ -80,7 +67,7 @@ class RangedReader:
         samples = max(1, PIECE_BYTES * shard.count // max(1, shard.size))
         # A small buffer releases pieces early: reused memory is much faster than fresh memory.
         memory = RangedReadConfig(buffer_megabytes=(PIECES_AHEAD + 2) * PIECE_BYTES >> 20)
-        return cls(ReadAheadPolicy(samples, PIECES_AHEAD), memory)
+        return cls(samples, PIECES_AHEAD, memory)
 
     @classmethod
     def in_lanes(
@@ -92,17 +79,17 @@ class RangedReader:
         pieces that extend beyond both.
         """
         if not any(isinstance(shards.tars, S3Path) for shards in sets):
-            return cls(ReadAheadPolicy(1, 0), config)
+            return cls(1, 0, config)
         size, count = sum(sum(shards.sizes) for shards in sets), sum(shards.count for shards in sets)
         mean = max(1, size // count)
         lane_capacity = (config.buffer_megabytes << 20) // (lanes * mean)
         samples = max(1, min(window, PIECE_BYTES // mean, (lane_capacity - 2 * window) // 2))
         if config.cache is not None:
-            return cls(ReadAheadPolicy(samples, window), config)
+            return cls(samples, window, config)
         # One batch less than a window: the next window is requested after the first batch of this one has
         # arrived, so that this batch does not wait for it.
         turns = window - 1 if samples > 1 else max(1, min(TURNS_AHEAD, lane_capacity - 1))
-        return cls(ReadAheadPolicy(samples, turns), config)
+        return cls(samples, turns, config)
 
     def open(self, shard: Shard, extents: Callable[[], Extents]) -> SampleBytes:
         """Open a shard.
@@ -122,7 +109,7 @@ class RangedReader:
                 raise UserError(f"{path}: this shard cannot be read ({error.strerror}).") from None
 
         def in_pieces() -> SampleBytes:
-            return _InPieces(S3Object(path, shard.size), extents(), self.policy.samples, self._pieces)
+            return _InPieces(S3Object(path, shard.size), extents(), self.samples, self._pieces)
 
         def from_cache(cache: ShardCache) -> SampleBytes:
             descriptor = cache.open(shard)

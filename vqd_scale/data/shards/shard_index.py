@@ -8,10 +8,10 @@ folder named in the manifest.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
-from typing import Any, cast, overload
+from typing import Any, cast
 from zipfile import BadZipFile
 
 import numpy as np
@@ -21,9 +21,13 @@ from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.atomic_io import Location, file_sizes, parse_location, publish_json, published, read_json
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.nested import differences
+from vqd_scale.core.outputs import check_output
+from vqd_scale.core.s3 import S3Path
 
 INDEX = "index.json"
 ABSENT = -1
+
+_MANIFEST_COLUMNS = ("name", "count", "size", "sha256", "captions")
 
 
 @dataclass(frozen=True)
@@ -138,9 +142,15 @@ class ShardSet:
         return sum(self.counts)
 
     @property
-    def shards(self) -> Sequence[Shard]:
-        """Shards as a lazy sequence."""
-        return _Shards(self)
+    def shards(self) -> list[Shard]:
+        """All shards; `shard` returns one of them without building the others."""
+        return [self.shard(number) for number in range(len(self.names))]
+
+    def shard(self, number: int) -> Shard:
+        """Return a shard by its number."""
+        name, table = self.names[number], table_name(self.names[number])
+        size, digest = self.sizes[number], self.digests[number]
+        return Shard(self.tars / name, self.folder / table, self.counts[number], size, digest)
 
     def locate(self, members: Int64[NDArray[np.int64], " samples"]) -> tuple[NDArray[np.int64], ...]:
         """Convert sample indices in the dataset to shard numbers and sample indices in the shards."""
@@ -169,47 +179,15 @@ class ShardSet:
                 f"{folder}: this set of shards is half-made; run the command that makes it again."
             )
         tars = folder if index["tars"] is None else parse_location(index["tars"])
-        columns = [tuple(index["shards"][name]) for name in ("name", "count", "size", "sha256", "captions")]
+        columns = [tuple(index["shards"][name]) for name in _MANIFEST_COLUMNS]
         opened = cls(folder, tars, *columns, meta=index["meta"])
         if opened.count == 0:
             raise UserError(f"{folder}: this set of shards holds no sample.")
-        if look:
-            opened._look()
+        stored = dict(zip(opened.names, opened.sizes, strict=True))
+        if look and (changed := stored.items() - file_sizes(tars).items()):
+            path = tars / min(changed)[0]
+            raise UserError(f"{path}: missing or changed since it was indexed; make the set again.")
         return opened
-
-    def _look(self) -> None:
-        sizes = file_sizes(self.tars)
-        for name, size in zip(self.names, self.sizes, strict=True):
-            if sizes.get(name) != size:
-                raise UserError(
-                    f"{self.tars / name}: missing or changed since it was indexed; make the set again."
-                )
-
-
-class _Shards(Sequence[Shard]):
-    def __init__(self, shards: ShardSet) -> None:
-        self._set = shards
-
-    def __len__(self) -> int:
-        return len(self._set.names)
-
-    @overload
-    def __getitem__(self, number: int) -> Shard: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Shard]: ...
-
-    def __getitem__(self, number: int | slice) -> Shard | Sequence[Shard]:
-        if isinstance(number, slice):
-            return [self[single] for single in range(*number.indices(len(self)))]
-        shard_set = self._set
-        name = shard_set.names[number]
-        return Shard(
-            shard_set.tars / name,
-            shard_set.folder / table_name(name),
-            shard_set.counts[number],
-            shard_set.sizes[number],
-            shard_set.digests[number],
-        )
 
 
 def table_name(tar: str) -> str:
@@ -227,46 +205,59 @@ def read_index(folder: Location) -> dict[str, Any] | None:
     if not path.exists():
         return None
     index = read_json(path, "index of a set of shards")
-    if not isinstance(index, dict) or not {"complete", "tars", "meta", "shards"} <= set(
-        cast("dict[str, Any]", index)
-    ):
+    index = cast("dict[str, Any]", index if isinstance(index, dict) else {})
+    if not {"complete", "tars", "meta", "shards"} <= index.keys():
         raise UserError(f"{path}: not the index of a set of shards; name another folder.")
-    return cast("dict[str, Any]", index)
+    return index
 
 
-def is_complete(folder: Location) -> bool:
-    """Return whether the folder contains a dataset whose shards are all written.
-
-    Raises:
-        UserError: The file is not a manifest.
-    """
-    index = read_index(folder)
-    return index is not None and index["complete"]
-
-
-def begin_set(folder: Location, meta: Mapping[str, Any], tars: Location | None = None) -> None:
+def begin_set(
+    folder: Location, meta: Mapping[str, Any], tars: Location | None = None, names: Iterable[str] = ()
+) -> None:
     """Publish an incomplete manifest, before the first shard is written.
 
     Args:
         folder: Folder of the dataset.
         meta: Free-form metadata.
         tars: Folder of the tars; None if it is ``folder``.
+        names: Names of the files that will be written beside the tars.
 
     Raises:
-        UserError: The folder already contains a dataset with another ``meta`` or other tars, or cannot be
-            written.
+        UserError: The folder already contains a dataset with another ``meta`` or other tars, or something
+            else, or cannot be written.
     """
     index = read_index(folder)
-    elsewhere = None if tars is None or tars == folder else str(tars)
     if index is None:
-        _publish_index(folder, complete=False, tars=elsewhere, meta=meta, shards=())
+        try:
+            _check_new(folder, [] if folder == tars else None, names)
+        except UserError:
+            # Another process may have begun the same dataset.
+            index = read_index(folder)
+            if index is None:
+                raise
+    if index is None:
+        _publish_index(folder, False, tars, meta, ())
         return
     stored = {"tars": index["tars"], **index["meta"]}
-    for path, old, new in differences(stored, {"tars": elsewhere, **json.loads(json.dumps(meta))}):
+    entries = {"tars": _tars_entry(tars, folder), **json.loads(json.dumps(meta))}
+    for path, old, new in differences(stored, entries):
         raise UserError(
             f"{folder}: holds another set of shards ({path} was {old!r}, now is {new!r}); name another "
             "folder or delete it."
         )
+
+
+def _check_new(folder: Location, taken: list[str] | None, names: Iterable[str]) -> None:
+    """Check that a folder without an index is empty or, given ``taken``, has no file of some names."""
+    if taken is None and not isinstance(folder, S3Path):
+        check_output(folder, "an earlier start of this command")
+        return
+    if taken is None:
+        taken = sorted(file_sizes(folder))
+    else:
+        taken = [name for name in names if (folder / name).exists()]
+    if taken:
+        raise UserError(f"{folder / taken[0]}: is in the way, as there is no {INDEX}; name another folder.")
 
 
 def finish_set(
@@ -277,8 +268,7 @@ def finish_set(
     Raises:
         UserError: The folder cannot be written, or the dataset is empty.
     """
-    elsewhere = None if tars is None or tars == folder else str(tars)
-    _publish_index(folder, complete=True, tars=elsewhere, meta=meta, shards=shards)
+    _publish_index(folder, True, tars, meta, shards)
     return ShardSet.open(folder)
 
 
@@ -318,16 +308,9 @@ def read_table(shard: Shard) -> ShardTable:
     arrays = _read_arrays(shard.table)
     if str(arrays["shard_sha256"]) != shard.sha256 or len(arrays["keys"]) != shard.count:
         raise UserError(f"{shard.table}: not the table of this set's shard; make the set again.")
-    return ShardTable(
-        keys=arrays["keys"],
-        extensions=tuple(decoded(extension) for extension in arrays["extensions"].tolist()),
-        offsets=arrays["offsets"],
-        sizes=arrays["sizes"],
-        columns={
-            decoded(name): column
-            for name, column in zip(arrays["column_names"].tolist(), arrays["columns"], strict=True)
-        },
-    )
+    extensions = tuple(map(decoded, arrays["extensions"].tolist()))
+    columns = dict(zip(map(decoded, arrays["column_names"].tolist()), arrays["columns"], strict=True))
+    return ShardTable(arrays["keys"], extensions, arrays["offsets"], arrays["sizes"], columns)
 
 
 def read_indexed(name: str, table: Location) -> IndexedShard:
@@ -337,22 +320,11 @@ def read_indexed(name: str, table: Location) -> IndexedShard:
         UserError: The table is missing or damaged.
     """
     arrays = _read_arrays(table)
-    left_out = zip(
-        arrays["left_out_keys"].tolist(),
-        arrays["left_out_reasons"].tolist(),
-        arrays["left_out_bad"].tolist(),
-        strict=True,
-    )
-    return IndexedShard(
-        name,
-        len(arrays["keys"]),
-        int(arrays["shard_size"]),
-        str(arrays["shard_sha256"]),
-        int(arrays["captions"]),
-        int(arrays["filtered"]),
-        tuple(SkippedSample(decoded(key), decoded(reason), is_bad) for key, reason, is_bad in left_out),
-        str(arrays["version"]),
-    )
+    keys, reasons = (map(decoded, arrays[f"left_out_{entry}"].tolist()) for entry in ("keys", "reasons"))
+    left_out = tuple(map(SkippedSample, keys, reasons, arrays["left_out_bad"].tolist()))
+    size, captions, filtered = (int(arrays[entry]) for entry in ("shard_size", "captions", "filtered"))
+    digest, version = str(arrays["shard_sha256"]), str(arrays["version"])
+    return IndexedShard(name, len(arrays["keys"]), size, digest, captions, filtered, left_out, version)
 
 
 def table_of(
@@ -366,16 +338,12 @@ def table_of(
         for extension, location in members.items():
             locations[row, numbers[extension]] = location
     names = sorted({name for _, _, columns in samples for name in columns})
-    return ShardTable(
-        _text_array([key for key, _, _ in samples]),
-        tuple(extensions),
-        locations[..., 0],
-        locations[..., 1],
-        {
-            name: np.array([columns.get(name, np.nan) for _, _, columns in samples], dtype=np.float64)
-            for name in names
-        },
-    )
+    values = {
+        name: np.array([columns.get(name, np.nan) for _, _, columns in samples], dtype=np.float64)
+        for name in names
+    }
+    keys = _text_array([key for key, _, _ in samples])
+    return ShardTable(keys, tuple(extensions), locations[..., 0], locations[..., 1], values)
 
 
 def decoded(name: bytes) -> str:
@@ -383,28 +351,27 @@ def decoded(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
+def _tars_entry(tars: Location | None, folder: Location) -> str | None:
+    """Return the manifest's entry for the tars: their folder, if it is not the dataset's own."""
+    return None if tars is None or tars == folder else str(tars)
+
+
 def _publish_index(
     folder: Location,
-    *,
     complete: bool,
-    tars: str | None,
+    tars: Location | None,
     meta: Mapping[str, Any],
     shards: Sequence[IndexedShard],
 ) -> None:
-    columns = {
-        "name": [shard.name for shard in shards],
-        "count": [shard.count for shard in shards],
-        "size": [shard.size for shard in shards],
-        "sha256": [shard.sha256 for shard in shards],
-        "captions": [shard.captions for shard in shards],
-    }
+    columns = {name: [getattr(shard, name) for shard in shards] for name in _MANIFEST_COLUMNS}
     skipped = [sample for shard in shards for sample in shard.left_out]
     counts = {
         "bad": sum(sample.is_bad for sample in skipped),
         "near_duplicates": sum(not sample.is_bad for sample in skipped),
         "filtered": sum(shard.filtered for shard in shards),
     }
-    index = {"complete": complete, "tars": tars, "meta": meta, "shards": columns, "left_out": counts}
+    place = _tars_entry(tars, folder)
+    index = {"complete": complete, "tars": place, "meta": meta, "shards": columns, "left_out": counts}
     # Several processes may begin or finish one dataset at the same time.
     publish_json(folder / INDEX, index, shared=True)
 

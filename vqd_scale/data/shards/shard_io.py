@@ -261,10 +261,10 @@ def read_shard(shard: Shard) -> Iterator[dict[str, Any]]:
         UserError: The shard or its table is missing or damaged, or its store cannot be reached.
     """
     reading = RangedReader.in_order(shard)
-    reader, step = ShardReader(shard, reading), reading.policy.samples
+    reader, step = ShardReader(shard, reading), reading.samples
     for member in range(shard.count):
         if member % step == 0:
-            for ahead in range(member, min(member + (1 + reading.policy.turns) * step, shard.count), step):
+            for ahead in range(member, min(member + (1 + reading.turns) * step, shard.count), step):
                 reader.expect(ahead)
         members = {extension: reader.read(member, extension) for extension in reader.extensions(member)}
         yield {KEY: reader.key(member), **members}

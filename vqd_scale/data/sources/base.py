@@ -26,7 +26,7 @@ from vqd_scale.data.transforms import fitted
 class OriginalFile(Config):
     """Original file bytes at original size, after a test decode."""
 
-    kind: Literal["kept"] = "kept"
+    kind: Literal["original"] = "original"
 
 
 class Png(Config):
@@ -95,9 +95,9 @@ class ImageSource(Config, ABC):
     """Arguments of an example command."""
 
     encoding: Encoding = OriginalFile()
-    """Storage format of the images. With ``kept``, training can choose its own crops."""
+    """Storage format of the images. With ``original``, training can choose its own crops."""
     image_size: int = Field(default=256, ge=8, le=4096)
-    """Side in pixels: the short side is resized to it and the center square cut. Unused with ``kept``."""
+    """Side in pixels: the short side is resized to it and the center square cut. Unused with ``original``."""
     samples_per_shard: int = Field(default=1_000, ge=1)
     """Images per shard. Lower it for large images, so that a shard stays below about 1 GB."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
@@ -129,30 +129,19 @@ class ImageSource(Config, ABC):
         """
         images = self.list_images(source)
         excluded_images = hash_excluded_images(self.near_duplicates, self.num_workers)
-        recipes = shard_recipes(
-            images, self.samples_per_shard, functools.partial(_samples, self, excluded_images)
-        )
-        # The excluded settings do not change the contents of a shard; near_duplicates has its own
-        # fingerprint.
-        settings = self.model_dump(
-            mode="json", exclude={"max_bad_fraction", "num_workers", "near_duplicates"}
-        )
-        meta = {
-            "content": "images",
-            "source": {
-                "name": self.name,
-                "images": _fingerprint(images, source),
-                "config": settings,
-                "near_duplicates": None if excluded_images is None else excluded_images.fingerprint,
-            },
+        samples = functools.partial(_samples, self, excluded_images)
+        recipes = shard_recipes(images, self.samples_per_shard, samples)
+        # They do not change the contents of a shard; near_duplicates has its own fingerprint.
+        unstored = {"max_bad_fraction", "num_workers", "near_duplicates"}
+        origin = {
+            "name": self.name,
+            "images": _fingerprint(images, source),
+            "config": self.model_dump(mode="json", exclude=unstored),
+            "near_duplicates": None if excluded_images is None else excluded_images.fingerprint,
         }
+        meta, title = {"content": "images", "source": origin}, f"packing {self.name}"
         return write_shard_set(
-            folder,
-            meta,
-            recipes,
-            title=f"packing {self.name}",
-            workers=self.num_workers,
-            max_bad_fraction=self.max_bad_fraction,
+            folder, meta, recipes, title, workers=self.num_workers, max_bad_fraction=self.max_bad_fraction
         )
 
 
@@ -191,16 +180,11 @@ def _samples(
         try:
             data = _read_file(source.path)
             pixels = decode_image(data)
-            duplicate = None if excluded_images is None else excluded_images.nearest(pixels)
-            if duplicate is None:
-                yield {
-                    KEY: source.key,
-                    **_image(config, source.path, data, pixels),
-                    **_text_members(source),
-                }
-            else:
-                reason = f"is nearly the image '{duplicate[0]}' ({duplicate[1]} of 64 bits differ)"
+            if excluded_images is not None and (reason := excluded_images.match(pixels)):
                 yield SkippedSample(source.source, reason, is_bad=False)
+            else:
+                image = _image(config, source.path, data, pixels)
+                yield {KEY: source.key, **image, **_text_members(source)}
         except BadSample as error:
             yield SkippedSample(source.source, str(error))
 
@@ -251,8 +235,6 @@ def _fingerprint(images: Sequence[SourceImage], root: Path) -> str:
             digest.update(repr((source.key, source.captions, sorted(source.facts.items()))).encode())
         for file in files:
             state = file.stat()
-            relative_path = file.relative_to(root)
-            digest.update(
-                f"{relative_path}\0{state.st_size}\0{state.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
-            )
+            line = f"{file.relative_to(root)}\0{state.st_size}\0{state.st_mtime_ns}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

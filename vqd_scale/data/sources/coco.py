@@ -33,17 +33,10 @@ class CocoConfig(ImageSource):
             UserError: A file is missing or has an invalid format.
         """
         part = f"{self.split}{self.year}"
-        annotations = existing(
-            folder / "annotations" / f"captions_{part}.json",
-            folder / f"captions_{part}.json",
-            name=f"COCO's file of captions for {part}",
-        )
-        image_folder = existing(
-            folder / part / part,
-            folder / part,
-            folder / "images" / part,
-            name=f"COCO's folder of images {part}",
-        )
+        lists = (folder / "annotations" / f"captions_{part}.json", folder / f"captions_{part}.json")
+        annotations = existing(*lists, name=f"COCO's file of captions for {part}")
+        places = (folder / part / part, folder / part, folder / "images" / part)
+        image_folder = existing(*places, name=f"COCO's folder of images {part}")
         images, captions = _annotated(annotations)
         files = file_sizes(image_folder)
         return [

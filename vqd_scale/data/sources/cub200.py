@@ -30,9 +30,8 @@ class CubConfig(ImageSource):
         Raises:
             UserError: A file is missing or has an invalid format.
         """
-        data = existing(
-            folder / "CUB_200_2011" / "images.txt", folder / "images.txt", name="images.txt"
-        ).parent
+        lists = (folder / "CUB_200_2011" / "images.txt", folder / "images.txt")
+        data = existing(*lists, name="images.txt").parent
         captions = captions_folder(folder, data)
         names = _pairs(data / "images.txt")
         classes = {number: int(label) for number, label in _pairs(data / "image_class_labels.txt").items()}

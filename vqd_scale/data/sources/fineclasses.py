@@ -47,9 +47,8 @@ def check_files(name: str, images: list[SourceImage], folder: Path) -> list[Sour
     Raises:
         UserError: A file is missing, or there is no image.
     """
-    captions = [image.captions for image in images]
     needed = [image.path for image in images]
-    needed += [caption.path for caption in captions if isinstance(caption, CaptionFile)]
+    needed += [image.captions.path for image in images if isinstance(image.captions, CaptionFile)]
     missing = [path for path in needed if not path.is_file()]
     if missing:
         raise UserError(f"{missing[0]}: missing, as {len(missing)} files are; fetch {name} again.")

@@ -4,14 +4,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.data.sources.base import (
-    CaptionFile,
-    Encoding,
-    ImageSource,
-    Png,
-    SourceImage,
-    image_files,
-)
+from vqd_scale.data.sources.base import CaptionFile, Encoding, ImageSource, Png, SourceImage, image_files
 
 
 class ImageFolderConfig(ImageSource):

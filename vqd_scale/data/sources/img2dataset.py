@@ -5,7 +5,7 @@ from pydantic import Field
 from vqd_scale.core.atomic_io import Location
 from vqd_scale.core.config import Config
 from vqd_scale.data.shards.filters import Filters
-from vqd_scale.data.shards.index_builder import IndexConfig, SampleFilter, build_index
+from vqd_scale.data.shards.index_builder import SampleFilter, build_index
 from vqd_scale.data.shards.near_duplicates import DuplicatesConfig, hash_excluded_images
 from vqd_scale.data.shards.shard_index import ShardSet
 
@@ -35,15 +35,16 @@ def index_img2dataset(config: Img2datasetConfig, tars: Location, folder: Locatio
             are unusable; ``folder`` contains another index or cannot be written.
     """
     excluded_images = hash_excluded_images(config.near_duplicates, config.num_workers)
-    meta = {
-        "content": "images",
-        "source": {
-            "name": "img2dataset",
-            "filters": config.filters.model_dump(mode="json"),
-            "near_duplicates": None if excluded_images is None else excluded_images.fingerprint,
-        },
+    source = {
+        "name": "img2dataset",
+        "filters": config.filters.model_dump(mode="json"),
+        "near_duplicates": None if excluded_images is None else excluded_images.fingerprint,
     }
-    options = IndexConfig(
-        SampleFilter(config.filters, excluded_images), config.max_bad_fraction, config.num_workers
+    return build_index(
+        tars,
+        folder,
+        SampleFilter(config.filters, excluded_images),
+        meta={"content": "images", "source": source},
+        max_bad_fraction=config.max_bad_fraction,
+        workers=config.num_workers,
     )
-    return build_index(tars, folder, options, meta)

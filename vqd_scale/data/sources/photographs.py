@@ -65,11 +65,8 @@ def write_photographs(config: PhotographsConfig, folder: Path) -> dict[str, Shar
     train_photographs = [paths[name] for name in sorted(paths) if name != config.held_out]
     meta = {"content": "images", "source": {"name": "photographs", **config.model_dump(mode="json")}}
     names = {"photographs": [path.stem for path in train_photographs]}
-    train = shard_recipes(
-        range(config.train_samples),
-        config.samples_per_shard,
-        functools.partial(_crops, config, train_photographs),
-    )
+    crops = functools.partial(_crops, config, train_photographs)
+    train = shard_recipes(range(config.train_samples), config.samples_per_shard, crops)
     tiles = list(_tiles(config, paths[config.held_out]))
     held_out = shard_recipes(tiles, max(1, len(tiles)), iter)
     return {
@@ -79,13 +76,11 @@ def write_photographs(config: PhotographsConfig, folder: Path) -> dict[str, Shar
 
 
 def _crops(config: PhotographsConfig, photographs: list[Path], numbers: Sequence[int]) -> Iterator[Sample]:
-    images = [_read_image(path) for path in photographs]
+    images = [decode_image(path.read_bytes()) for path in photographs]
     areas = np.array([pixels.shape[0] * pixels.shape[1] for pixels in images])
     ends = areas.cumsum()
     for number in numbers:
-        area, *corner = (
-            word * 2.0**-32 for word in integers(config.seed, Purpose.PHOTOGRAPH, number, 3).tolist()
-        )
+        area, *corner = (integers(config.seed, Purpose.PHOTOGRAPH, number, 3) * 2.0**-32).tolist()
         # Photographs are sampled in proportion to their area, so all pixels are about equally likely.
         pixels = images[int(np.searchsorted(ends, area * ends[-1], side="right"))]
         row, column = (
@@ -96,7 +91,7 @@ def _crops(config: PhotographsConfig, photographs: list[Path], numbers: Sequence
 
 
 def _tiles(config: PhotographsConfig, photograph: Path) -> Iterator[Sample]:
-    pixels, size = _read_image(photograph), config.size
+    pixels, size = decode_image(photograph.read_bytes()), config.size
     for row in range(0, pixels.shape[0] - size + 1, size):
         for column in range(0, pixels.shape[1] - size + 1, size):
             yield _sample(f"{row:05d}-{column:05d}", pixels[row : row + size, column : column + size])
@@ -104,7 +99,3 @@ def _tiles(config: PhotographsConfig, photograph: Path) -> Iterator[Sample]:
 
 def _sample(key: str, pixels: Pixels) -> Sample:
     return {KEY: key, "png": np.ascontiguousarray(pixels), "txt": _TEXT}
-
-
-def _read_image(path: Path) -> Pixels:
-    return decode_image(path.read_bytes())

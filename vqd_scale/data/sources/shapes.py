@@ -104,13 +104,9 @@ class Scene:
         }
         return {**named, "relation": self.relation, "background": self.background}
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the scene in the format of a shard's ``json`` member."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Scene":
-        """Parse the scene in a shard's ``json`` member."""
+        """Parse the scene in a shard's ``json`` member, which is its `dataclasses.asdict`."""
         return cls(value["background"], tuple(Figure(**figure) for figure in value["figures"]))
 
 
@@ -138,10 +134,16 @@ def write_shapes(config: ShapesConfig, folder: Path) -> dict[Split, ShardSet]:
     Raises:
         UserError: A folder contains another dataset or cannot be written.
     """
-    return {
-        "train": _write_split(config, "train", config.train_samples, folder / "train"),
-        "held_out": _write_split(config, "held_out", config.held_out_samples, folder / "held_out"),
-    }
+    splits: dict[Split, int] = {"train": config.train_samples, "held_out": config.held_out_samples}
+    datasets: dict[Split, ShardSet] = {}
+    for split, samples in splits.items():
+        generate = functools.partial(map, functools.partial(make_sample, config, split))
+        recipes = shard_recipes(range(samples), config.samples_per_shard, generate)
+        source = {"name": "shapes", "split": split, "config": config.model_dump(mode="json")}
+        meta = {"content": "images", "image_size": config.image_size, "source": source}
+        title = f"rendering {split.replace('_', '-')} scenes"
+        datasets[split] = write_shard_set(folder / split, meta, recipes, title)
+    return datasets
 
 
 def make_sample(config: ShapesConfig, split: Split, index: int) -> Sample:
@@ -153,7 +155,7 @@ def make_sample(config: ShapesConfig, split: Split, index: int) -> Sample:
         KEY: f"{index:09d}",
         "png": _png(scene, config.image_size),
         "txt": caption(scene, words),
-        "json": scene.to_json(),
+        "json": asdict(scene),
     }
 
 
@@ -170,10 +172,7 @@ def all_scenes(objects: int, split: Split) -> tuple[Scene, ...]:
     placements = [(position,) for position in POSITIONS] if objects == 1 else list(RELATIONS.values())
     appearances = list(product(SHAPES, COLORS, SIZES))
     scenes = (
-        Scene(
-            background,
-            tuple(Figure(*look, position) for look, position in zip(looks, positions, strict=True)),
-        )
+        Scene(background, tuple(Figure(*look, at) for look, at in zip(looks, positions, strict=True)))
         for background, positions in product(BACKGROUNDS, placements)
         for looks in product(appearances, repeat=objects)
     )
@@ -182,8 +181,7 @@ def all_scenes(objects: int, split: Split) -> tuple[Scene, ...]:
 
 def render(scene: Scene, pixels: int) -> UInt8[NDArray[np.uint8], "height width 3"]:
     """Render a scene, anti-aliased, with ``pixels`` as height and width."""
-    canvas = np.empty((pixels, pixels, 3), np.float32)
-    canvas[:] = BACKGROUNDS[scene.background]
+    canvas = np.full((pixels, pixels, 3), BACKGROUNDS[scene.background], np.float32)
     for figure in scene.figures:
         cover = coverage(figure.shape, figure.size, figure.position, pixels)[..., None]
         canvas += cover * (np.array(COLORS[figure.color], np.float32) - canvas)
@@ -206,9 +204,7 @@ def coverage(
 
 def caption(scene: Scene, words: Sequence[int]) -> str:
     """Generate a full caption of a scene; two random integers (``words``) choose the wording."""
-    if len(scene.figures) == 1:
-        return _caption_of_one(scene, words)
-    return _caption_of_two(scene, words)
+    return _caption_of_one(scene, words) if len(scene.figures) == 1 else _caption_of_two(scene, words)
 
 
 # Size precedes color, so the article before a figure is "a"; backgrounds all start with a consonant.
@@ -250,9 +246,8 @@ def _caption_of_one(scene: Scene, words: Sequence[int]) -> str:
     template, word = _choose(_ONE_FIGURE, words[0])
     size, _ = _choose(_SIZE_WORDS[figure.size], word)
     position, _ = _choose(_position_phrases(figure.position), words[1])
-    text = template.format(
-        size=size, color=figure.color, shape=figure.shape, position=position, background=scene.background
-    )
+    words_of_figure = {**asdict(figure), "size": size, "position": position}
+    text = template.format(background=scene.background, **words_of_figure)
     return text.replace("a orange", "an orange")
 
 
@@ -266,9 +261,8 @@ def _caption_of_two(scene: Scene, words: Sequence[int]) -> str:
     for figure in scene.figures[::-1] if is_reversed else scene.figures:
         size, word = _choose(_SIZE_WORDS[figure.size], word)
         described.append(f"a {size} {figure.color} {figure.shape}")
-    return template.format(
-        first=described[0], second=described[1], relation=relation, background=scene.background
-    )
+    first, second = described
+    return template.format(first=first, second=second, relation=relation, background=scene.background)
 
 
 def _position_phrases(position: str) -> tuple[str, ...]:
@@ -293,8 +287,7 @@ def _outline(shape: str, radius: float) -> list[tuple[float, float]]:
     if shape == "circle":
         return _regular(120, radius)
     if shape == "square":
-        side = radius
-        return [(-side, -side), (side, -side), (side, side), (-side, side)]
+        return [(-radius, -radius), (radius, -radius), (radius, radius), (-radius, radius)]
     if shape == "triangle":
         # The visual center lies between the center of mass and the center of the bounding box.
         return [(dx, dy + 0.12 * radius) for dx, dy in _regular(3, 1.25 * radius)]
@@ -339,14 +332,3 @@ def _png(scene: Scene, pixels: int) -> bytes:
     with io.BytesIO() as file:
         Image.fromarray(render(scene, pixels)).save(file, format="PNG")
         return file.getvalue()
-
-
-def _write_split(config: ShapesConfig, split: Split, samples: int, folder: Path) -> ShardSet:
-    generate = functools.partial(make_sample, config, split)
-    recipes = shard_recipes(range(samples), config.samples_per_shard, functools.partial(map, generate))
-    meta = {
-        "content": "images",
-        "image_size": config.image_size,
-        "source": {"name": "shapes", "split": split, "config": config.model_dump(mode="json")},
-    }
-    return write_shard_set(folder, meta, recipes, title=f"rendering {split.replace('_', '-')} scenes")
