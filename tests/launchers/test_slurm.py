@@ -1,7 +1,6 @@
 """Jobs through Submitit as processes of this machine; tests/slurm has the same on a real cluster."""
 
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -9,10 +8,9 @@ import pytest
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.launchers.job_record import Launch, State, newest_launch
-from vqd_scale.launchers.slurm import Resources, submit
+from vqd_scale.launchers.slurm import Resources, launch
 
 pytestmark = pytest.mark.ranks
-ROOT = Path(__file__).parents[2]
 TWO_RANKS = Resources(cluster="local", ranks_per_node=2, minutes=5, requeues=1)
 
 TOOL = """
@@ -29,8 +27,8 @@ while len(list(folder.glob(f"start-{start}-rank-*"))) < int(os.environ["WORLD_SI
 def launched(folder: Path, body: str, resources: Resources = TWO_RANKS) -> Launch:
     tool = folder / "tool.py"
     tool.write_text(TOOL + body)
-    command = [sys.executable, str(tool), str(folder)]
-    return submit("test", [command], resources, folder / "jobs" / "1", ROOT, str(folder), {"why": "a test"})
+    # An absolute path takes the place of a tool in the copy.
+    return launch("test", [[str(tool), str(folder)]], resources, folder / "jobs" / "1", folder)
 
 
 def outcome(launch: Launch) -> State:
@@ -43,14 +41,14 @@ def outcome(launch: Launch) -> State:
 
 
 def test_every_rank_gets_its_number_and_imports_the_copy(tmp_path: Path) -> None:
-    launch = launched(tmp_path, "print('hello from', rank)")
-    assert outcome(launch) == State("done", 0)
+    job = launched(tmp_path, "print('hello from', rank)")
+    assert outcome(job) == State("done", 0)
     for rank in (0, 1):
         rank_output = (tmp_path / f"start-0-rank-{rank}").read_text()
-        assert rank_output == f"2 {rank} 127.0.0.1 {ROOT}"
-    output, _ = launch.logs(launch.jobs[0])
+        assert rank_output == f"2 {rank} 127.0.0.1 {tmp_path / 'jobs' / '1' / 'code'}"
+    output, _ = job.logs(job.jobs[0])
     assert "hello from 0" in output.read_text()
-    assert newest_launch(tmp_path) == launch
+    assert newest_launch(tmp_path) == job
 
 
 LOSES_A_RANK = """
@@ -90,18 +88,18 @@ def test_cancelled_job_saves_and_is_not_restarted(tmp_path: Path) -> None:
         "signal.signal(signal.SIGTERM, lambda *_: ((folder / f'saved-{rank}').touch(), sys.exit(75)))\n"
         "(folder / f'ready-{rank}').touch()\ntime.sleep(100)"
     )
-    launch = launched(tmp_path, body)
+    job = launched(tmp_path, body)
     while not all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)):
         time.sleep(0.05)
-    launch.cancel()
-    assert outcome(launch).summary.startswith("canceled")
+    job.cancel()
+    assert outcome(job).summary.startswith("canceled")
     assert (tmp_path / "saved-0").exists()
     assert not list(tmp_path.glob("start-1-*"))
 
 
 def test_debug_cluster_runs_in_one_process(tmp_path: Path) -> None:
-    launch = launched(tmp_path, "sys.exit(0)", Resources(cluster="debug"))
-    assert outcome(launch) == State("done", 0)
+    job = launched(tmp_path, "sys.exit(0)", Resources(cluster="debug"))
+    assert outcome(job) == State("done", 0)
 
 
 def test_missing_slurm_raises_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,9 +34,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         keys = [cast(str, self.construct_object(key, deep=True)) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key}' is given twice", node.start_mark
-                )
+                problem = f"the key '{key}' is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -95,7 +94,11 @@ def validated(
         UserError: A key or value is wrong.
     """
     if isinstance(kind, tuple):
-        kind = _named(kind, values, source)
+        by_tag = {str(each.model_fields["kind"].default): each for each in kind}
+        tag = values.get("kind", next(iter(by_tag)))
+        if tag not in by_tag:
+            raise UserError(f"{source}: kind: given {tag!r}, allowed: {', '.join(map(repr, by_tag))}.")
+        kind = by_tag[tag]
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -103,14 +106,6 @@ def validated(
         first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
         suffix = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise UserError(f"{source}: {_describe(kind, first)}{suffix}") from None
-
-
-def _named(kinds: tuple[type[ConfigType], ...], values: Mapping[str, Any], source: str) -> type[ConfigType]:
-    by_tag = {str(kind.model_fields["kind"].default): kind for kind in kinds}
-    tag = values.get("kind", next(iter(by_tag)))
-    if tag not in by_tag:
-        raise UserError(f"{source}: kind: given {tag!r}, allowed: {', '.join(map(repr, by_tag))}.")
-    return by_tag[tag]
 
 
 def to_yaml(config: Config) -> str:

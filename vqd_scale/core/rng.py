@@ -114,7 +114,11 @@ def uniforms(
 
     dtype = dtype or torch.float32
     each = words_of(dtype)
-    words = _torch_words(seed, purpose, slots, each * count, draw).view(len(slots), count, each)
+    blocks = torch.arange(-(-each * count // 4), device=slots.device)
+    low, high, position = torch.broadcast_tensors(slots[:, None] & _MASK, slots[:, None] >> 32, blocks)
+    counter = (position, torch.full_like(position, draw), low, high)
+    words = torch.stack(philox4x32(counter, key_of(seed, purpose)), dim=-1).flatten(1)[:, : each * count]
+    words = words.view(len(slots), count, each)
     if dtype is torch.float32:
         return (words[..., 0] >> 8).to(torch.float32) * 2.0**-24
     return ((words[..., 0] >> 5) * 2**26 + (words[..., 1] >> 6)).to(torch.float64) * 2.0**-53
@@ -170,14 +174,3 @@ def words_of(dtype: torch.dtype) -> int:
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"uniform numbers are float32 or float64, not {dtype}")
     return dtype.itemsize // 4
-
-
-def _torch_words(
-    seed: int, purpose: Purpose, slots: Int[Tensor, " batch"], count: int, draw: int
-) -> Int[Tensor, "batch count"]:
-    import torch
-
-    blocks = torch.arange(-(-count // 4), device=slots.device)
-    low, high, position = torch.broadcast_tensors(slots[:, None] & _MASK, slots[:, None] >> 32, blocks)
-    counter = (position, torch.full_like(position, draw), low, high)
-    return torch.stack(philox4x32(counter, key_of(seed, purpose)), dim=-1).flatten(1)[:, :count]

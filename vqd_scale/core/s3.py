@@ -6,7 +6,6 @@ never returned. Each of s3fs's own readers lacks some of this (docs/data.md). s3
 objects.
 """
 
-import functools
 import itertools
 import threading
 from bisect import bisect_left, bisect_right
@@ -92,9 +91,8 @@ class S3Path:
         """
         return _size(self) is not None
 
-    def is_file(self) -> bool:
-        """Return whether the object exists; every object is a file."""
-        return self.exists()
+    is_file = exists
+    """Return whether the object exists; every object is a file."""
 
     def read_bytes(self) -> bytes:
         """Return the object's bytes.
@@ -137,8 +135,7 @@ class S3Object:
     """
 
     def __init__(self, path: S3Path, size: int | None = None) -> None:
-        if size is None:
-            size = _size(path)
+        size = _size(path) if size is None else size
         if size is None:
             raise FileNotFoundError(f"{path}: there is no such object")
         self.path = path
@@ -240,9 +237,14 @@ class PartialDownload:
 
     def follow(self, future: "Future[None]") -> None:
         """Set the future of the download; its error is raised to readers that wait for missing bytes."""
-        self._future = future
+        self._future, condition = future, self._condition
+
         # Not a bound method: a reference cycle would keep the bytes alive until garbage collection.
-        future.add_done_callback(functools.partial(_notify, self._condition))
+        def notify(_: object) -> None:
+            with condition:
+                condition.notify_all()
+
+        future.add_done_callback(notify)
 
     def append(self, block: bytes) -> None:
         """Append the next received block."""
@@ -275,12 +277,6 @@ class PartialDownload:
                 self._condition.wait()
         if self._length < length:
             self._future.result()
-
-
-def _notify(condition: threading.Condition, future: object) -> None:
-    del future
-    with condition:
-        condition.notify_all()
 
 
 def write_object(path: S3Path, file: Path) -> None:

@@ -132,10 +132,8 @@ class S3Client(S3FileSystem):
         """Return the size in bytes of each object ``prefix + name`` by name, except those in subfolders."""
 
         async def listing() -> dict[str, int]:
-            entries = self._iterdir(bucket, prefix=prefix)
-            return {
-                str(entry["name"]): int(entry["size"]) async for entry in entries if entry["type"] == "file"
-            }
+            entries = [entry async for entry in self._iterdir(bucket, prefix=prefix)]
+            return {str(entry["name"]): int(entry["size"]) for entry in entries if entry["type"] == "file"}
 
         start = f"{bucket}/{prefix}"
         # Some tools create an empty object, named as the prefix, as a folder marker.
@@ -201,15 +199,11 @@ def cached_client(endpoint: S3Endpoint, process: int) -> S3Client:
 
 def _permanent_error(location: object, participle: str, error: Exception) -> Exception | None:
     """Return the exception to raise for a permanent error; None for a transient one."""
-    if isinstance(error, ClientError):
-        return _refusal(location, participle, error, dict(error.response))
     if isinstance(error, BotoCoreError) and not isinstance(error, _TRANSIENT_ERRORS):
         return UserError(f"{location}: cannot be {participle}: {_in_one_line(error).rstrip('.')}.")
-    return None
-
-
-def _refusal(location: object, participle: str, error: Exception, response: Response) -> Exception | None:
-    """Return the exception to raise for a permanent error response of the store; None for a transient one."""
+    if not isinstance(error, ClientError):
+        return None
+    response: Response = dict(error.response)
     status, code = int(response["ResponseMetadata"]["HTTPStatusCode"]), str(response["Error"].get("Code", ""))
     if status >= 500 or status == 429 or code in _TRANSIENT_CODES:
         return None

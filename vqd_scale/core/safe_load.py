@@ -89,20 +89,17 @@ def _load(path: Path) -> object:
     if archive:
         _check_sums(path)
         named = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    suspect = sorted(
-        name for name in named if not (_INERT.fullmatch(name) or _INERT_MAPPINGS.fullmatch(name))
-    )
-    if suspect:
+    mappings = [name for name in named if _INERT_MAPPINGS.fullmatch(name)]
+    inert = [name for name in named if name not in mappings and _INERT.fullmatch(name)]
+    if suspect := sorted({*named} - {*mappings, *inert}):
         raise UserError(
             f"{path}: would call {', '.join(suspect)} on loading, which no weights need; nothing in it was "
             "executed, get the file from its publisher again."
         )
-    with torch.serialization.safe_globals([_stand_in(name) for name in named]):
+    placeholders: list[Any] = [(_InertMapping, name) for name in mappings]
+    placeholders += [(_Inert, name) for name in inert]
+    with torch.serialization.safe_globals(placeholders):
         return torch.load(path, map_location="cpu", mmap=archive, weights_only=True)
-
-
-def _stand_in(name: str) -> tuple[type, str]:
-    return (_InertMapping if _INERT_MAPPINGS.fullmatch(name) else _Inert), name
 
 
 def _check_sums(path: Path) -> None:

@@ -146,9 +146,8 @@ def is_running_in_slurm(job: str) -> bool:
 def _states_of_slurm(jobs: Sequence[str]) -> dict[str, str]:
     """Return the state of each job in Slurm's queue; ended and forgotten jobs are omitted."""
     numbers = ",".join(sorted({job.partition("_")[0] for job in jobs}))
-    command = ["squeue", "--noheader", "--array", "--format=%i|%T|%r|%N", f"--jobs={numbers}"]
     try:
-        output = _slurm(*command)
+        output = _slurm("squeue", "--noheader", "--array", "--format=%i|%T|%r|%N", f"--jobs={numbers}")
     except UserError as error:
         if "Invalid job id" in str(error):
             return {}

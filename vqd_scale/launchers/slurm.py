@@ -141,12 +141,7 @@ class Rank:
         }
 
     def _conclude(
-        self,
-        job: JobEnvironment,
-        exit_codes: Mapping[int, int],
-        code: int,
-        start: int,
-        requeue: Any,  # noqa: ANN401 - a handler of signals
+        self, job: JobEnvironment, exit_codes: Mapping[int, int], code: int, start: int, requeue: object
     ) -> None:
         failed = rank_with_user_error(exit_codes)
         if code == 0:
@@ -210,90 +205,60 @@ def launch(
         name: Name of the work, such as ``train``; part of the job name.
         commands: File name of a tool, and its further arguments, for each job.
         resources: Resources of each job.
-        folder: Folder of the jobs' files, on a file system shared by all nodes; created.
+        folder: New folder of the jobs' files, on a file system shared by all nodes.
         result: Folder of the run or of its results.
         config: Configuration, written to a file that is the tools' first argument.
 
     Raises:
-        UserError: Slurm is not installed, or refuses the job; nothing is left in ``folder`` then.
+        UserError: ``folder`` exists; Slurm is not installed, or refuses the job, which leaves no ``folder``.
     """
     missing_parents = [path for path in folder.parents if not path.exists()]
+    folder = folder.absolute()
+    if folder.exists():
+        raise UserError(f"{folder}: is in the way; name a new folder for the jobs.")
     try:
-        code = copy_source(folder / "code").absolute()
+        code = copy_source(folder / "code")
         first_arguments: list[str] = []
         if config is not None:
             publish_text(folder / "config.yaml", to_yaml(config))
-            first_arguments = [str((folder / "config.yaml").absolute())]
+            first_arguments = [str(folder / "config.yaml")]
         lines = [
             [sys.executable, str(code / "tools" / tool), *first_arguments, *arguments]
             for tool, *arguments in commands
         ]
         details = {"commands": lines, **provenance(), "modified_files": modified_files()}
-        return submit(name, lines, resources, folder, code, str(result), details)
+        ranks = [Rank(tuple(line), code, Path.cwd(), folder, resources.requeues) for line in lines]
+        jobs = _submit(name, ranks, resources)
+        job_ids = tuple(job.job_id for job in jobs)
+        launch = Launch(folder, name, resources.cluster, job_ids, str(result), details)
+        launch.write()
     except UserError:
         shutil.rmtree(folder, ignore_errors=True)
         for path in missing_parents:
             with contextlib.suppress(OSError):
                 path.rmdir()
         raise
-
-
-def submit(
-    name: str,
-    commands: Sequence[Sequence[str]],
-    resources: Resources,
-    folder: Path,
-    code: Path,
-    run: str,
-    details: Mapping[str, Any],
-) -> Launch:
-    """Submit one command as a job, or several commands as a job array.
-
-    Args:
-        name: Name of the work, used in the job name.
-        commands: Program and arguments of each job; all ranks of a job run the same command.
-        resources: Resources of each job.
-        folder: Folder of the jobs' files, on a file system shared by all nodes.
-        code: Folder of the package that the programs import.
-        run: Folder of the run or of its results.
-        details: Further metadata for the launch record.
-
-    Raises:
-        UserError: Slurm is not installed, or refuses the job.
-    """
-    folder, code = folder.absolute(), code.absolute()
-    try:
-        executor = submitit.AutoExecutor(folder / "logs", cluster=resources.cluster, **_bounds(resources))
-        executor.update_parameters(**_parameters(name, resources))
-        ranks = [Rank(tuple(command), code, Path.cwd(), folder, resources.requeues) for command in commands]
-        # The nodes import the launcher from the submission's working directory, thus from the code copy.
-        # Submitit copies sbatch's message to stderr; it is suppressed because the UserError repeats it.
-        with _inside(code), contextlib.redirect_stderr(io.StringIO()), executor.batch():
-            jobs = [executor.submit(rank) for rank in ranks]
-    except (RuntimeError, ValueError, FailedJobError, FailedSubmissionError) as error:
-        raise UserError(f"{_reason(error)}; nothing was submitted.") from None
-    launch = Launch(folder, name, resources.cluster, tuple(job.job_id for job in jobs), run, dict(details))
-    launch.write()
-    if resources.cluster == "debug":
-        for job in jobs:
-            _run_here(job)
+    for job in jobs if resources.cluster == "debug" else ():
+        # Rank 0 exits with the tool's exit code, which the outcome file has as well.
+        with contextlib.suppress(SystemExit):
+            job.results()
     return launch
 
 
-def _run_here(job: submitit.Job[Any]) -> None:
+def _submit(name: str, ranks: Sequence[Rank], resources: Resources) -> list[submitit.Job[Any]]:
+    """Submit one job, or several jobs as a job array."""
+    # Submitit's limit on restarts, so that it is not the tighter one.
+    limit = {f"{resources.cluster}_max_num_timeout": resources.requeues}
+    limit = {} if resources.cluster == "debug" else limit
     try:
-        job.results()
-    except SystemExit:
-        # The outcome file has the exit code of the tool.
-        get_logger().debug("a job in this process ended early")
-
-
-def _bounds(resources: Resources) -> dict[str, Any]:
-    """Return Submitit's limit on restarts, set to ``requeues`` so that it is not the tighter one."""
-    bound = {"max_num_timeout": resources.requeues}
-    return (
-        {} if resources.cluster == "debug" else {f"{resources.cluster}_{key}": n for key, n in bound.items()}
-    )
+        executor = submitit.AutoExecutor(ranks[0].folder / "logs", cluster=resources.cluster, **limit)
+        executor.update_parameters(**_parameters(name, resources))
+        # The nodes import the launcher from the submission's working directory, thus from the code copy.
+        # Submitit copies sbatch's message to stderr; it is suppressed because the UserError repeats it.
+        with _inside(ranks[0].code), contextlib.redirect_stderr(io.StringIO()), executor.batch():
+            return [executor.submit(rank) for rank in ranks]
+    except (RuntimeError, ValueError, FailedJobError, FailedSubmissionError) as error:
+        raise UserError(f"{_reason(error)}; nothing was submitted.") from None
 
 
 def _parameters(name: str, resources: Resources) -> dict[str, Any]:
