@@ -1,4 +1,5 @@
 import signal
+import sys
 from collections.abc import Callable, Generator
 
 import pytest
@@ -18,6 +19,16 @@ def _restored_signal_handlers() -> Generator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def _left_process_group() -> Generator[None]:
+    """Destroy the process group after each test: a `UserError` of a later one would pass for another rank's."""
+    yield
+    if "torch.distributed" in sys.modules:
+        from vqd_scale.core.world import leave_world
+
+        leave_world()
 
 
 def _missing_ceph() -> str | None:

@@ -7,12 +7,12 @@ from benchmarks.sample import SampleProblem, benchmark_sample, equal_tokens
 SMALL = SampleProblem(width=64, layers=1, side=6, codes=40, steps=3)
 
 
-def test_every_step_of_diffusers_is_drawn_alike(tmp_path: Path) -> None:
+def test_diffusers_steps_are_reproduced(tmp_path: Path) -> None:
     SMALL.write(tmp_path / "pipeline")
     assert equal_tokens(tmp_path / "pipeline", SMALL) == 1.0
 
 
-def test_nothing_is_measured_where_the_sides_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differing_tokens_stop_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     def half(folder: Path, problem: SampleProblem) -> float:
         del folder, problem
         return 0.5
@@ -23,7 +23,7 @@ def test_nothing_is_measured_where_the_sides_differ(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.long
-def test_the_result_says_what_was_measured() -> None:
+def test_result_fields() -> None:
     result = benchmark_sample(1, SMALL)
     assert result["ratio"] == pytest.approx(result["alternative"] / result["ours"])
     assert result["ratio_bf16"] == pytest.approx(result["alternative"] / result["ours_bf16"])

@@ -1,4 +1,4 @@
-"""What `make setup` and the tools answer to an interpreter that will not do."""
+"""Messages of `make setup` and the tools for an unsuitable interpreter."""
 
 import ast
 import os
@@ -15,20 +15,20 @@ SCRIPT = ROOT / "tools" / "_environment.py"
 THIS = ".".join(map(str, sys.version_info[:3]))
 
 
-def ask(script: Path, *arguments: str, **variables: str) -> tuple[int, str, str]:
-    done = subprocess.run(
+def run_script(script: Path, *arguments: str, **variables: str) -> tuple[int, str, str]:
+    completed = subprocess.run(
         [sys.executable, str(script), *arguments],
         env=os.environ | variables,
         capture_output=True,
         text=True,
         check=False,
     )
-    return done.returncode, done.stdout, done.stderr
+    return completed.returncode, completed.stdout, completed.stderr
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A tree that supports only a Python of the future, and its copy of the script."""
+    """Return the script's copy in a tree that supports only a future Python."""
     shutil.copytree(ROOT / "tools", tmp_path / "tools")
     text = (ROOT / "pyproject.toml").read_text()
     bounds = re.sub(r'requires-python = ".*"', 'requires-python = ">=3.98,<3.100"', text)
@@ -36,14 +36,14 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_interpreters_that_are_refused_can_read_the_script() -> None:
+def test_refused_interpreters_can_parse_the_script() -> None:
     ast.parse(SCRIPT.read_text(encoding="utf-8"), feature_version=(3, 6))
 
 
-def test_an_interpreter_outside_the_range_is_refused_and_another_named(tree: Path) -> None:
+def test_interpreter_outside_the_range_is_refused(tree: Path) -> None:
     script = tree / "tools" / "_environment.py"
     alone = {"PATH": "", "PYENV_ROOT": str(tree / "none")}
-    code, _, sentence = ask(script, "check", "python", "lock", **alone)
+    code, _, sentence = run_script(script, "check", "python", "lock", **alone)
     assert (code, sentence.count("\n")) == (2, 1)
     assert sentence.startswith("make setup: Python 3.98 to 3.99 is needed, and ")
     assert sentence.endswith("install one of these versions: none is on this machine.\n")
@@ -51,59 +51,59 @@ def test_an_interpreter_outside_the_range_is_refused_and_another_named(tree: Pat
     newer.parent.mkdir()
     newer.write_text("#!/bin/sh\necho 3 99 1\necho /opt/python3.99\n")
     newer.chmod(0o755)
-    _, _, sentence = ask(script, "check", "python", "lock", **alone | {"PATH": str(newer.parent)})
+    _, _, sentence = run_script(script, "check", "python", "lock", **alone | {"PATH": str(newer.parent)})
     assert sentence.endswith("on this machine: make setup PYTHON=/opt/python3.99.\n")
-    _, listed, _ = ask(script, "list", **alone | {"PATH": str(newer.parent)})
+    _, listed, _ = run_script(script, "list", **alone | {"PATH": str(newer.parent)})
     assert listed == "3.98 missing\n3.99 /opt/python3.99\n"
 
 
-def test_a_python_without_the_package_says_so() -> None:
-    done = subprocess.run(
-        # Without `site` no installed package is seen.
+def test_python_without_the_package_exits_2() -> None:
+    completed = subprocess.run(
+        # Without `site` no installed package is importable.
         [sys.executable, "-S", "tools/sample.py", "--help"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (completed.returncode, completed.stdout) == (2, "")
     assert re.fullmatch(
-        r"sample\.py: .* lacks the package '\w+'; (run `make setup`|start the tool).*\n", done.stderr
+        r"sample\.py: .* lacks the package '\w+'; (run `make setup`|start the tool).*\n", completed.stderr
     )
 
 
-def test_a_defect_of_the_package_keeps_its_traceback(tmp_path: Path) -> None:
+def test_import_error_of_the_package_keeps_its_traceback(tmp_path: Path) -> None:
     run = "from _environment import run; run('vqd_scale.cli.no_such_tool')"
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", run],
         env=os.environ | {"PYTHONPATH": str(ROOT / "tools")},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 1
-    assert "ModuleNotFoundError: No module named 'vqd_scale.cli.no_such_tool'" in done.stderr
+    assert completed.returncode == 1
+    assert "ModuleNotFoundError: No module named 'vqd_scale.cli.no_such_tool'" in completed.stderr
 
 
-def test_the_environment_there_is_compared_with_the_one_asked_for(tmp_path: Path) -> None:
+def test_environment_is_compared_with_requested_checks(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "tools", tmp_path / "tools")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     script = tmp_path / "tools" / "_environment.py"
-    assert ask(script, "check", "python", "lock") == (0, "", "")
+    assert run_script(script, "check", "python", "lock") == (0, "", "")
     interpreter = tmp_path / ".venv" / "bin" / "python"
     interpreter.parent.mkdir(parents=True)
     interpreter.symlink_to(sys.executable)
     (tmp_path / ".venv" / "done").mkdir()
     (tmp_path / ".venv" / "done" / "torch").write_text("lock\n")
-    assert ask(script, "check", "python", "lock") == (0, "", "")
+    assert run_script(script, "check", "python", "lock") == (0, "", "")
     remedy = "; remove it, then try again.\n"
-    code, _, sentence = ask(script, "check", "site")
+    code, _, sentence = run_script(script, "check", "site")
     assert (code, sentence) == (2, f"make setup: {tmp_path / '.venv'} is with TORCH=lock{remedy}")
     interpreter.unlink()
     interpreter.write_text("#!/bin/sh\necho 3 98 1\necho /opt/python3.98\n")
     interpreter.chmod(0o755)
-    assert ask(script, "check", "lock") == (0, "", "")
-    code, _, sentence = ask(script, "check", "python")
+    assert run_script(script, "check", "lock") == (0, "", "")
+    code, _, sentence = run_script(script, "check", "python")
     assert (code, sentence) == (
         2,
         f"make setup: {tmp_path / '.venv'} is of Python 3.98.1, not {THIS}{remedy}",
@@ -120,29 +120,29 @@ def test_the_environment_there_is_compared_with_the_one_asked_for(tmp_path: Path
         ("", 2, r"is of an unknown version"),
     ],
 )
-def test_a_torch_of_the_site_is_taken_from_the_lowest_version_on(
+def test_site_torch_is_accepted_from_the_lowest_version(
     tmp_path: Path, version: str, code: int, sentence: str
 ) -> None:
     for name in ("torch", "torchvision"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('it must not be imported')")
     (tmp_path / "torch" / "version.py").write_text(f"__version__ = '{version}'\n" if version else "")
-    found, line, complaint = ask(SCRIPT, "site-torch", PYTHONPATH=str(tmp_path))
-    assert found == code
+    exit_code, line, complaint = run_script(SCRIPT, "site-torch", PYTHONPATH=str(tmp_path))
+    assert exit_code == code
     assert re.search(sentence, complaint)
     if not code:
         assert line == f"import site; [site.addsitedir(folder) for folder in [{str(tmp_path)!r}]]\n"
 
 
-def test_a_site_without_torchvision_is_told_to_install_it(tmp_path: Path) -> None:
+def test_site_torch_without_torchvision_exits_2(tmp_path: Path) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").touch()
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-S", str(SCRIPT), "site-torch"],
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 2
-    assert "has no torchvision; install it there, or leave TORCH out" in done.stderr
+    assert completed.returncode == 2
+    assert "has no torchvision; install it there, or leave TORCH out" in completed.stderr

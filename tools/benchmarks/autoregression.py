@@ -1,4 +1,4 @@
-"""Sampling beside VQ-AR of the same size: the comparison of which VQ-Diffusion's paper says "15 times"."""
+"""Sampling speed against VQ-AR of the same size: the "15 times" of VQ-Diffusion's paper."""
 
 import time
 from collections.abc import Callable
@@ -11,39 +11,32 @@ from benchmarks.measuring import extra_peak
 from torch import Tensor
 
 from vqd_scale.core.progress import progress_bar
-from vqd_scale.diffusion.guidance import ConstantGuidance
-from vqd_scale.diffusion.samplers import Strided
-from vqd_scale.diffusion.schedule import Released
+from vqd_scale.diffusion.config import ConstantGuidance, Released, Strided
 from vqd_scale.models.autoregressive_sampling import AutoregressiveTextToImage
-from vqd_scale.models.bundle import (
-    AutoregressiveBundleConfig,
-    AutoregressiveModel,
-    Bundle,
-    BundleConfig,
-    Model,
-)
+from vqd_scale.models.bundle import AutoregressiveModel, Bundle, Model
+from vqd_scale.models.config import AutoregressiveBundleConfig, BundleConfig
 from vqd_scale.models.pipeline import TextToImage, image_slots
-from vqd_scale.nn.autoregressive import AutoregressiveConfig
-from vqd_scale.nn.denoiser import DenoiserConfig, TextCondition
-from vqd_scale.text.clip import Tower
-from vqd_scale.tokenizers.vqgan import VQGAN, VQGANConfig
+from vqd_scale.nn.config import AutoregressiveConfig, DenoiserConfig, TextCondition
+from vqd_scale.text.config import Tower
+from vqd_scale.tokenizers.config import VQGANConfig
+from vqd_scale.tokenizers.vqgan import VQGAN
 
 _MOST_DIFFERING = 0.01
-KEPT, AGAIN = "ar_kept", "ar_again"
+WITH_CACHE, WITHOUT_CACHE = "ar_kept", "ar_again"
 
 
 @dataclass(frozen=True)
 class AutoregressionProblem:
-    """What is drawn, by networks of random weights: their speed is that of trained ones.
+    """Sizes of two networks with random weights, which are as fast as trained ones.
 
     Attributes:
-        width: Of both networks.
-        layers: Their blocks.
-        heads: Their heads.
-        codes: K.
-        sides: Rows and columns of tokens, one after the other.
-        steps: Of the diffusion sampler.
-        batch: Pictures at once.
+        width: Width of both networks.
+        layers: Number of blocks.
+        heads: Number of attention heads.
+        codes: Codebook size K.
+        sides: Rows and columns of the token grids, measured in turn.
+        steps: Numbers of diffusion steps.
+        batch: Images per batch.
     """
 
     width: int = 96
@@ -56,18 +49,18 @@ class AutoregressionProblem:
 
 
 def benchmark_autoregression(rounds: int, problem: AutoregressionProblem | None = None) -> dict[str, Any]:
-    """Pictures per second on this machine, all ways in turn, from a prompt to pixels and without guidance.
+    """Measure images per second from a prompt to pixels without guidance, all methods in turn.
 
-    In every round, VQ-AR that keeps keys and values must draw what it draws when it reads everything again.
-    ``ours`` and ``alternative`` are seconds per picture of 25 steps (or of the fewest that
+    In every round, VQ-AR must sample the same images with and without its KV cache.
+    ``ours`` and ``alternative`` are seconds per image of 25 steps (or of the fewest that
     are measured) and of VQ-AR with keys and values kept, at the largest grid.
 
     Args:
-        rounds: How often each is timed; the median counts.
-        problem: The sizes.
+        rounds: Number of timings per method; the median is reported.
+        problem: Sizes of the benchmark.
 
     Raises:
-        RuntimeError: The two ways of VQ-AR draw different pictures.
+        RuntimeError: VQ-AR samples different images without its KV cache.
     """
     problem = AutoregressionProblem() if problem is None else problem
     table: dict[str, dict[str, float]] = {}
@@ -78,27 +71,29 @@ def benchmark_autoregression(rounds: int, problem: AutoregressionProblem | None 
         seconds: dict[str, list[float]] = {name: [] for name in drawings}
         with progress_bar(f"{side}x{side}", rounds * len(drawings)) as bar:
             for _ in range(rounds):
-                pictures: dict[str, Tensor] = {}
+                images: dict[str, Tensor] = {}
                 for name, draw in drawings.items():
                     started = time.perf_counter()
-                    pictures[name] = draw()
+                    images[name] = draw()
                     seconds[name].append((time.perf_counter() - started) / problem.batch)
                     bar.update()
-                _check_equal(pictures[KEPT], pictures[AGAIN])
+                _check_equal(images[WITH_CACHE], images[WITHOUT_CACHE])
         table[f"{side}x{side}"] = {name: median(values) for name, values in seconds.items()}
-        memory = {name: extra_peak(drawings[name]) for name in (_steps_name(_shown(problem)), KEPT)}
+        memory = {
+            name: extra_peak(drawings[name]) for name in (_steps_name(compared_steps(problem)), WITH_CACHE)
+        }
     last = table[f"{problem.sides[-1]}x{problem.sides[-1]}"]
-    ours = _steps_name(_shown(problem))
+    diffusion_name = _steps_name(compared_steps(problem))
     return {
-        "ours": last[ours],
-        "alternative": last[KEPT],
-        "ratio": last[KEPT] / last[ours],
-        "memory_ratio": memory[ours] / max(memory[KEPT], 1),
+        "ours": last[diffusion_name],
+        "alternative": last[WITH_CACHE],
+        "ratio": last[WITH_CACHE] / last[diffusion_name],
+        "memory_ratio": memory[diffusion_name] / max(memory[WITH_CACHE], 1),
         "images_per_second": {
             grid: {name: 1 / value for name, value in row.items()} for grid, row in table.items()
         },
-        "times_faster_than_ar_kept": _times(table, KEPT),
-        "times_faster_than_ar_again": _times(table, AGAIN),
+        "times_faster_than_ar_kept": _times(table, WITH_CACHE),
+        "times_faster_than_ar_again": _times(table, WITHOUT_CACHE),
         "parameters": parameters,
         "width": problem.width,
         "layers": problem.layers,
@@ -108,21 +103,25 @@ def benchmark_autoregression(rounds: int, problem: AutoregressionProblem | None 
     }
 
 
-def _check_equal(kept: Tensor, again: Tensor) -> None:
-    # Sums in another order may turn a token in thousands; what is wrong turns most of those that follow.
-    differing = (kept.int() - again.int()).abs().gt(1).float().mean().item()
+def _check_equal(cached: Tensor, again: Tensor) -> None:
+    # Another summation order may change one token in thousands; an error changes most of the later ones.
+    differing = (cached.int() - again.int()).abs().gt(1).float().mean().item()
     if differing > _MOST_DIFFERING:
         raise RuntimeError(f"{differing:.1%} of VQ-AR's pixels depend on whether keys are kept")
 
 
-def _times(table: dict[str, dict[str, float]], beside: str) -> dict[str, dict[str, float]]:
+def _times(table: dict[str, dict[str, float]], baseline: str) -> dict[str, dict[str, float]]:
     return {
-        grid: {name: row[beside] / value for name, value in row.items() if name not in (KEPT, AGAIN)}
+        grid: {
+            name: row[baseline] / value
+            for name, value in row.items()
+            if name not in (WITH_CACHE, WITHOUT_CACHE)
+        }
         for grid, row in table.items()
     }
 
 
-def _shown(problem: AutoregressionProblem) -> int:
+def compared_steps(problem: AutoregressionProblem) -> int:
     return 25 if 25 in problem.steps else min(problem.steps)
 
 
@@ -137,7 +136,7 @@ def _drawings(
     text = Tower(context_length=16, width=64, heads=2, layers=1, bpe_merges=300)
     condition = TextCondition(width=text.width)
     width, layers, heads = problem.width, problem.layers, problem.heads
-    # Pictures of little to decode, the same on both sides: it is the drawing of tokens that is compared.
+    # A small decoder, equal on both sides: the benchmark compares the sampling of tokens.
     tokenizer = VQGAN(
         VQGANConfig(
             codebook_size=problem.codes, code_dim=4, channels=8, channel_multipliers=(1, 1), norm="none"
@@ -166,8 +165,8 @@ def _drawings(
         return lambda: diffusion.generate_batch(prompts, slots, Strided(steps=count), guidance=alone)
 
     drawings: dict[str, Callable[[], Tensor]] = {_steps_name(count): steps(count) for count in problem.steps}
-    drawings[KEPT] = lambda: ar.generate_batch(prompts, slots, guidance=alone)
-    drawings[AGAIN] = lambda: ar.generate_batch(prompts, slots, guidance=alone, use_cache=False)
+    drawings[WITH_CACHE] = lambda: ar.generate_batch(prompts, slots, guidance=alone)
+    drawings[WITHOUT_CACHE] = lambda: ar.generate_batch(prompts, slots, guidance=alone, use_cache=False)
     counted = {
         "diffusion": sum(value.numel() for value in diffusion.bundle.model.parameters()),
         "ar": sum(value.numel() for value in ar.bundle.model.parameters()),

@@ -13,7 +13,7 @@ from vqd_scale.core.progress import progress
 from vqd_scale.core.world import World, join_world
 from vqd_scale.nn.config import DenoiserConfig
 from vqd_scale.nn.denoiser import Denoiser
-from vqd_scale.training.checkpoint.manager import Checkpoints, consolidated, newest_valid
+from vqd_scale.training.checkpoint.manager import Checkpoints, consolidated
 from vqd_scale.training.config import AdamWConfig, CheckpointConfig, EMAConfig, EngineConfig
 from vqd_scale.training.ema import EMA
 from vqd_scale.training.engine import Engine
@@ -94,7 +94,7 @@ def benchmark_checkpoint(rounds: int, problem: StepProblem = PROBLEM) -> dict[st
                 during, after = run.steps(kind)
                 seconds[kind].append(during)
                 afterwards[kind].append(after)
-        size = sum(path.stat().st_size for path in newest_valid(folder / "ours").iterdir())
+        size = sum(path.stat().st_size for path in max((folder / "ours").iterdir()).iterdir())
         for checkpoints in run.checkpoints.values():
             checkpoints.close()
     extra = {

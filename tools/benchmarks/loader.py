@@ -1,4 +1,4 @@
-"""The loader beside webdataset's ordinary pipeline with Pillow, on the same shards."""
+"""The loader against webdataset's standard pipeline with Pillow, on the same shards."""
 
 import functools
 import io
@@ -22,56 +22,57 @@ from PIL import Image
 from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.progress import progress
 from vqd_scale.core.rng import Purpose, integers
+from vqd_scale.data.config import DecodeConfig, StreamConfig
 from vqd_scale.data.loading.batch import ImageBatch
 from vqd_scale.data.loading.sample_readers import ImageSamples
-from vqd_scale.data.loading.stream import Stream, StreamConfig
-from vqd_scale.data.shards.decode import DecodeConfig, Pixels
+from vqd_scale.data.loading.stream import Stream
+from vqd_scale.data.shards.decode import Pixels
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, shard_name, write_shard_set
 from vqd_scale.data.transforms import CenterCrop
 
 Side = Callable[[Path], Iterator[tuple[list[str], NDArray[np.uint8]]]]
-"""From a folder of shards to batches of keys and pictures [batch, height, width, 3], one epoch."""
+"""Function from a folder of shards to one epoch of batches: keys and images [batch, height, width, 3]."""
 
 LARGEST_DIFFERENCE = 2
-"""By so many levels a pixel of ours may differ from Pillow's."""
+"""Maximum difference of a pixel from Pillow's, in levels."""
 
 
 @dataclass(frozen=True)
-class PictureProblem:
-    """What is read: square JPEGs that look like photographs to a codec.
+class ImageProblem:
+    """Dataset of square JPEGs that compress as photographs do.
 
     Attributes:
-        pictures: How many.
-        side: Their height and width in the shards.
+        images: Number of images.
+        side: Height and width in the shards.
         size: Height and width for the network.
-        batch: How many are put together.
+        batch: Images per batch.
     """
 
-    pictures: int = 384
+    images: int = 384
     side: int = 512
     size: int = 256
     batch: int = 32
 
     def write(self, folder: Path) -> ShardSet:
         """Write the shards."""
-        shards, rest = divmod(self.pictures, 4)
-        counts = [shards + (number < rest) for number in range(4)]
+        shards, remainder = divmod(self.images, 4)
+        counts = [shards + (number < remainder) for number in range(4)]
         ends = list(itertools.accumulate(counts))
         recipes = [
             ShardRecipe(shard_name(number), count, functools.partial(self._samples, range(end - count, end)))
             for number, (count, end) in enumerate(zip(counts, ends, strict=True))
         ]
-        return write_shard_set(folder, {"content": "images"}, recipes, "writing pictures")
+        return write_shard_set(folder, {"content": "images"}, recipes, "writing images")
 
     def _samples(self, numbers: range) -> Iterator[Sample]:
         for number in numbers:
             with io.BytesIO() as file:
-                Image.fromarray(self._picture(number)).save(file, "JPEG", quality=90)
+                Image.fromarray(self._image(number)).save(file, "JPEG", quality=90)
                 yield {KEY: f"{number:06d}", "jpg": file.getvalue(), "txt": f"picture {number}"}
 
-    def _picture(self, number: int) -> Pixels:
-        """Waves of all lengths, the short ones weaker, as photographs have them."""
+    def _image(self, number: int) -> Pixels:
+        """Return an image of waves of all lengths, the short ones weaker, as in photographs."""
         waves = np.arange(1, 25)
         words = integers(0, Purpose.EVALUATION, number, 24 * 6).reshape(24, 6) / 2**32
         y, x = 2 * np.pi * waves**1.5 * (words[:, :2].T - 0.5)
@@ -80,13 +81,13 @@ class PictureProblem:
         rows = np.concatenate([np.sin(places * y), np.cos(places * y)], axis=1)
         angles = places * x + 2 * np.pi * words[:, 2]
         columns = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
-        # The sine of a sum: a wave in any direction is two products of waves along the sides.
-        colours = [128 + (rows * np.tile(strength, 2)) @ columns.T for strength in strengths]
-        return np.stack(colours, axis=-1).clip(0, 255).astype(np.uint8)
+        # Sine of a sum: a wave in any direction is two products of waves along the sides.
+        colors = [128 + (rows * np.tile(strength, 2)) @ columns.T for strength in strengths]
+        return np.stack(colors, axis=-1).clip(0, 255).astype(np.uint8)
 
 
-def ours(problem: PictureProblem, *, dct_scaled: bool = False) -> Side:
-    """Our stream, its one reader in a thread of this process."""
+def package_reader(problem: ImageProblem, *, dct_scaled: bool = False) -> Side:
+    """Return the package's stream with its reader in a thread of this process."""
 
     def batches(folder: Path) -> Iterator[tuple[list[str], NDArray[np.uint8]]]:
         config = StreamConfig(path=folder, global_batch_size=problem.batch)
@@ -94,60 +95,60 @@ def ours(problem: PictureProblem, *, dct_scaled: bool = False) -> Side:
         stream: Stream[ImageBatch] = Stream(
             config, kind, seed=0, rank=0, ranks=1, cursor=0, quarantine=folder / "quarantine.jsonl"
         )
-        with closing(iter(stream)) as read:
-            for batch in itertools.islice(read, -(-problem.pictures // problem.batch)):
+        with closing(iter(stream)) as opened_stream:
+            for batch in itertools.islice(opened_stream, -(-problem.images // problem.batch)):
                 yield batch.keys, batch.images.permute(0, 2, 3, 1).numpy()
 
     return batches
 
 
-def alternative(problem: PictureProblem) -> Side:
-    """The ordinary pipeline of webdataset with Pillow, in this process."""
+def alternative(problem: ImageProblem) -> Side:
+    """Return webdataset's standard pipeline with Pillow, in this process."""
 
     def batches(folder: Path) -> Iterator[tuple[list[str], NDArray[np.uint8]]]:
         tars = sorted(folder.glob("*.tar"))
-        for keys, pictures, _ in plain_batches(tars, problem.size, problem.batch):
-            yield keys, pictures
+        for keys, images, _ in plain_batches(tars, problem.size, problem.batch):
+            yield keys, images
 
     return batches
 
 
 def benchmark_loader(rounds: int) -> dict[str, Any]:
-    """One epoch of pictures on the same shards, one core for each side; seconds for a thousand pictures.
+    """Measure seconds per thousand images over one epoch of the same shards, on one core per side.
 
-    And token samples a second, put together with caption ids and keys; see `token_figures`.
+    Token samples per second are measured as well, see `token_figures`.
 
-    Before anything is measured both sides must give the same pictures, to `LARGEST_DIFFERENCE` levels.
-    Unpacking JPEGs at a fraction of their size is a row of its own: it makes other pictures.
+    Both sides must first return equal images, up to `LARGEST_DIFFERENCE` levels. Decoding JPEGs at a fraction
+    of their size has its own row, because its images differ.
 
     Args:
-        rounds: How often each side is timed, in turn; the median counts.
+        rounds: Number of timings per side, in turn; the median is reported.
 
     Raises:
-        ValueError: The pictures differ by more, or a token sample is not what was written.
+        ValueError: The images differ by more, or a token sample differs from the written one.
     """
     tokens = token_figures(rounds, TokenProblem())
-    return picture_figures(rounds, PictureProblem()) | tokens
+    return image_figures(rounds, ImageProblem()) | tokens
 
 
-def picture_figures(rounds: int, problem: PictureProblem) -> dict[str, Any]:
-    """The figures of pictures; see `benchmark_loader`."""
+def image_figures(rounds: int, problem: ImageProblem) -> dict[str, Any]:
+    """Return the figures of images; see `benchmark_loader`."""
     torch.set_num_threads(1)
     sides = {
-        "ours": ours(problem),
+        "ours": package_reader(problem),
         "alternative": alternative(problem),
-        "dct_scaled": ours(problem, dct_scaled=True),
+        "dct_scaled": package_reader(problem, dct_scaled=True),
     }
     with tempfile.TemporaryDirectory(prefix="vqd-scale-") as temporary:
         folder = Path(temporary)
         problem.write(folder)
-        differences = compared_pictures(sides, folder)
+        differences = compare_images(sides, folder)
         memory = {
             name: in_fresh_process(functools.partial(_epoch_peak, problem, name, folder))
             for name in ("ours", "alternative")
         }
         seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in progress(range(rounds), "pictures", rounds):
+        for _ in progress(range(rounds), "images", rounds):
             for name, side in sides.items():
                 started = time.perf_counter()
                 count = sum(len(keys) for keys, _ in side(folder))
@@ -164,38 +165,38 @@ def picture_figures(rounds: int, problem: PictureProblem) -> dict[str, Any]:
         "difference": differences,
         "dct_scaled_ratio": ratios["dct_scaled"],
         "seconds": {name: [round(value, 3) for value in values] for name, values in seconds.items()},
-        "shape": [problem.pictures, problem.side, problem.size],
+        "shape": [problem.images, problem.side, problem.size],
     }
 
 
-def compared_pictures(sides: Mapping[str, Side], folder: Path) -> dict[str, dict[str, float]]:
-    """By how many levels each side's pixels differ from the alternative's, at most and on average.
+def compare_images(sides: Mapping[str, Side], folder: Path) -> dict[str, dict[str, float]]:
+    """Return the largest and mean difference of each side's pixels from the alternative's, in levels.
 
     Raises:
-        ValueError: Ours differ by more than `LARGEST_DIFFERENCE`, or a side lacks pictures.
+        ValueError: A package image differs by more than `LARGEST_DIFFERENCE`, or a side lacks images.
     """
-    pictures = {
-        name: {key: picture for keys, batch in side(folder) for key, picture in zip(keys, batch, strict=True)}
+    images_by_side = {
+        name: {key: image for keys, batch in side(folder) for key, image in zip(keys, batch, strict=True)}
         for name, side in sides.items()
     }
-    expected = pictures.pop("alternative")
-    found: dict[str, dict[str, float]] = {}
-    for name, given in pictures.items():
-        if given.keys() != expected.keys():
-            raise ValueError(f"{name}: {len(given)} pictures, not the {len(expected)} of the alternative")
-        apart = [np.abs(given[key].astype(np.int16) - expected[key]) for key in expected]
-        found[name] = {
+    expected = images_by_side.pop("alternative")
+    differences: dict[str, dict[str, float]] = {}
+    for name, side_images in images_by_side.items():
+        if side_images.keys() != expected.keys():
+            raise ValueError(f"{name}: {len(side_images)} images, not the {len(expected)} of the alternative")
+        apart = [np.abs(side_images[key].astype(np.int16) - expected[key]) for key in expected]
+        differences[name] = {
             "max": float(max(levels.max() for levels in apart)),
             "mean": round(float(np.mean([levels.mean() for levels in apart])), 4),
         }
-    if found["ours"]["max"] > LARGEST_DIFFERENCE:
-        raise ValueError(f"pixels differ by up to {found['ours']['max']:.0f} levels")
-    return found
+    if differences["ours"]["max"] > LARGEST_DIFFERENCE:
+        raise ValueError(f"pixels differ by up to {differences['ours']['max']:.0f} levels")
+    return differences
 
 
-def _epoch_peak(problem: PictureProblem, name: str, folder: Path) -> int:
-    """How far an epoch raises resident memory, the libraries it needs included."""
-    side = ours(problem) if name == "ours" else alternative(problem)
+def _epoch_peak(problem: ImageProblem, name: str, folder: Path) -> int:
+    """Return the increase of resident memory in an epoch, including the libraries it needs."""
+    side = package_reader(problem) if name == "ours" else alternative(problem)
 
     def epoch() -> None:
         for _ in side(folder):

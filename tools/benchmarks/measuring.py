@@ -1,4 +1,4 @@
-"""What the benchmarks share: memory and fresh processes."""
+"""Memory measurements and fresh processes for the benchmarks."""
 
 import ctypes
 import gc
@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 
 def extra_peak(action: Callable[[], object]) -> int:
-    """How many bytes this process's resident memory rises in an action above what it holds before (Linux)."""
+    """Return the peak increase of this process's resident memory during an action, in bytes (Linux)."""
     _give_back_what_is_free()
     # Sets the process's high-water mark back to what it holds now.
     Path("/proc/self/clear_refs").write_text("5")
@@ -21,13 +21,13 @@ def extra_peak(action: Callable[[], object]) -> int:
 
 
 def resident() -> int:
-    """How many bytes of this process are in memory now (Linux)."""
+    """Return this process's resident memory in bytes (Linux)."""
     _give_back_what_is_free()
     return _resident("VmRSS")
 
 
 def in_fresh_process(measure: Callable[[], Result]) -> Result:
-    """What a picklable function returns in a process that has done nothing else."""
+    """Run a picklable function in a new process and return its result."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(measure)
 

@@ -1,4 +1,4 @@
-"""The order of a very large set, begun and taken up again by single ones of very many reading processes."""
+"""Start and resume of single reader processes in the order of a very large dataset."""
 
 import hashlib
 import tempfile
@@ -27,22 +27,22 @@ from vqd_scale.data.shards.shard_index import (
 from vqd_scale.data.shards.shard_io import ShardReader, shard_name
 
 _LANES_WALKED = 64
-"""So many lanes are read through to their ends when it is checked that every sample comes once."""
+"""Number of lanes that the check for completeness reads to their ends."""
 
 _BYTES = 4096
-"""Size of a shard's file, which is a hole: only its table is read."""
+"""Size of a shard's sparse file, of which only the table is read."""
 
 
 @dataclass(frozen=True)
 class PlanProblem:
-    """A set and who reads it; by default LAION-400M as img2dataset makes it, on a thousand GPUs.
+    """Dataset and its readers; by default LAION-400M as written by img2dataset, on a thousand GPUs.
 
     Attributes:
-        shards: How many.
-        samples: In each shard.
-        ranks: How many.
-        workers: Reading processes of each; a lane for each of all ranks'.
-        shuffle_window: Over how many neighbours of its lane a sample may be moved.
+        shards: Number of shards.
+        samples: Samples per shard.
+        ranks: Number of ranks.
+        workers: Reader processes per rank, with one lane each.
+        shuffle_window: Number of neighboring samples of a lane that are shuffled together.
     """
 
     shards: int = 41_408
@@ -53,7 +53,7 @@ class PlanProblem:
 
     @property
     def lanes(self) -> int:
-        """One for each reading process."""
+        """Number of lanes, one per reader process."""
         return self.ranks * self.workers
 
     @property
@@ -62,21 +62,21 @@ class PlanProblem:
         return self.shards * self.samples
 
     def order(self, shards: ShardSet | None = None) -> LaneOrder:
-        """The order of the set, its counts known or read."""
+        """Return the order of the dataset, from given counts or from its index."""
         counts = [self.samples] * self.shards if shards is None else shards.counts
         (share,) = shares([1], self.lanes)
         return LaneOrder(counts, share, self.shuffle_window, seed=0)
 
     def first_slots(self, worker: int, place: float) -> Slots:
-        """The slots of a reading process's first batch from a place in the epoch on, 0 to 1."""
+        """Return the slots of a reader process's first batch from a position in the epoch, 0 to 1."""
         rank, of_rank = divmod(worker, self.workers)
         lanes = np.array_split(np.asarray(owned_lanes(self.lanes, rank, self.ranks)), self.workers)[of_rank]
         return int(self.total * place) // self.lanes * self.lanes + lanes.astype(np.int64)
 
     def write(self, folder: Path, tables: Sequence[int]) -> None:
-        """Write the set's index, and the tables of a few shards: all of them would be 40 GB."""
+        """Write the dataset's index, and the tables of a few shards: all tables would be 40 GB."""
         names = [shard_name(number) for number in range(self.shards)]
-        found = [
+        shards = [
             IndexedShard(name, self.samples, _BYTES, hashlib.sha256(name.encode()).hexdigest(), self.samples)
             for name in names
         ]
@@ -92,12 +92,12 @@ class PlanProblem:
             ]
         )
         for number in tables:
-            publish_table(folder / f"{number:06d}.npz", table, found[number])
-        finish_set(folder, {"content": "images"}, found)
+            publish_table(folder / f"{number:06d}.npz", table, shards[number])
+        finish_set(folder, {"content": "images"}, shards)
 
 
 def benchmark_plan(rounds: int, problem: PlanProblem | None = None) -> dict[str, Any]:
-    """What it takes a process to know what it reads next: seconds, and megabytes added to the process.
+    """Measure seconds and added megabytes until a reader process has located its first batch.
 
     Each time in a fresh process, from opening the index to the open shards of its first batch, tables
     included, at the beginning of an epoch and at nine tenths of it; the worst of several processes counts.
@@ -127,29 +127,35 @@ def benchmark_plan(rounds: int, problem: PlanProblem | None = None) -> dict[str,
                 figures[worker, place].append((seconds, added))
     by_place = {
         place: max(
-            median(seconds for seconds, _ in found) for (_, of), found in figures.items() if of == place
+            median(seconds for seconds, _ in measurements)
+            for (_, of), measurements in figures.items()
+            if of == place
         )
         for place in (0, 0.9)
     }
     return {
         "seconds": round(by_place[0], 4),
         "seconds_at_nine_tenths": round(by_place[0.9], 4),
-        "megabytes": round(max(added for found in figures.values() for _, added in found) / 1e6, 2),
+        "megabytes": round(
+            max(added for measurements in figures.values() for _, added in measurements) / 1e6, 2
+        ),
         "shape": [problem.shards, problem.samples, problem.ranks, problem.workers],
         "lanes_walked": min(_LANES_WALKED, problem.lanes),
-        "all_seconds": [round(seconds, 4) for found in figures.values() for seconds, _ in found],
+        "all_seconds": [
+            round(seconds, 4) for measurements in figures.values() for seconds, _ in measurements
+        ],
     }
 
 
 def check_complete(problem: PlanProblem, walked: int) -> None:
-    """See that an epoch holds every sample exactly once, whoever reads it.
+    """Check that an epoch contains every sample exactly once over all readers.
 
     The pieces of all lanes together are the epoch's line of samples, and the line is one order of the shards;
     so it is left to see that a lane goes through its own piece. ``walked`` lanes, evenly chosen, are asked
     for every one of their slots, and must give the samples of their pieces, each once.
 
     Raises:
-        ValueError: They do not.
+        ValueError: A sample is missing or occurs twice.
     """
     order = problem.order()
     epoch = order.epoch(0)
@@ -170,10 +176,10 @@ def check_complete(problem: PlanProblem, walked: int) -> None:
 
 
 def _begin(problem: PlanProblem, folder: Path, slots: Slots) -> list[ShardReader]:
-    """What a reading process does before its first sample."""
+    """Locate the first batch as a reader process does."""
     shards = ShardSet.open(folder, look=False)
     _, numbers, _ = problem.order(shards).locate(slots)
-    return [ShardReader(shards.shards[number]) for number in set(numbers.tolist())]
+    return [ShardReader(shards.shard(number)) for number in set(numbers.tolist())]
 
 
 def _seconds(problem: PlanProblem, folder: Path, slots: Slots) -> float:

@@ -1,4 +1,4 @@
-"""Sampling beside diffusers' ``VQDiffusionPipeline``: the same weights, prompt, guidance and steps."""
+"""Sampling against diffusers' ``VQDiffusionPipeline``: the same weights, prompt, guidance and steps."""
 
 import functools
 import importlib
@@ -19,36 +19,37 @@ from torch.nn import functional
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress
-from vqd_scale.diffusion.guidance import ConstantGuidance, apply_guidance
-from vqd_scale.diffusion.samplers import LegacyDiffusers
+from vqd_scale.diffusion.config import ConstantGuidance, LegacyDiffusers, Released
+from vqd_scale.diffusion.guidance import apply_guidance
 from vqd_scale.diffusion.sampling_plan import SamplerContext, SamplerNoise
-from vqd_scale.diffusion.schedule import Released
-from vqd_scale.models.bundle import Bundle, BundleConfig, Model
+from vqd_scale.models.bundle import Bundle, Model
 from vqd_scale.models.conditions import conditions_of
-from vqd_scale.models.exchange.diffusers import read_diffusers
+from vqd_scale.models.config import BundleConfig
+from vqd_scale.models.exchange.diffusers import plan_diffusers
 from vqd_scale.models.exchange.export import export_diffusers
 from vqd_scale.models.pipeline import TextToImage, image_slots
-from vqd_scale.nn.denoiser import DenoiserConfig, TextCondition
-from vqd_scale.text.clip import Tower
-from vqd_scale.tokenizers.taming import TamingVQ, TamingVQConfig
+from vqd_scale.nn.config import DenoiserConfig, TextCondition
+from vqd_scale.text.config import Tower
+from vqd_scale.tokenizers.config import TamingVQConfig
+from vqd_scale.tokenizers.taming import TamingVQ
 
 LEAST_EQUAL = 0.9999
-"""The share of tokens that one step from the same tokens, with the same noise, must draw alike."""
+"""Minimum fraction of equal tokens after one step from the same tokens and noise."""
 
 Side = Callable[[Path, "SampleProblem"], Callable[[], object]]
-"""From the folder and the sizes to the drawing of one picture."""
+"""Function from the folder and the sizes to a function that generates one image."""
 
 
 @dataclass(frozen=True)
 class SampleProblem:
-    """What is drawn: one picture of 256 x 256 pixels from a codebook of the released size.
+    """Sizes of one image of 256 x 256 pixels with a codebook of the released size.
 
     Attributes:
-        width: Of the network.
-        layers: Its blocks.
+        width: Width of the network.
+        layers: Number of blocks.
         side: Rows and columns of tokens.
-        codes: K.
-        channels: Of the tokenizer at its finest level.
+        codes: Codebook size K.
+        channels: Channels of the tokenizer at its finest level.
         steps: Network evaluations.
         guidance: Scale of classifier-free guidance.
         prompt: The caption.
@@ -64,7 +65,7 @@ class SampleProblem:
     prompt: str = "a red bus in the rain"
 
     def write(self, folder: Path) -> None:
-        """A model of random weights as a folder that both sides load."""
+        """Write a model with random weights as a folder that both sides load."""
         torch.manual_seed(0)
         config = BundleConfig(
             codebook_size=self.codes,
@@ -74,7 +75,7 @@ class SampleProblem:
                 layers=self.layers,
                 heads=max(1, self.width // 64),
                 condition=TextCondition(width=128),
-                # Predictions of random weights should differ from place to place, as a trained network's do.
+                # Predictions of random weights should differ between positions, as a trained network's do.
                 init_std=0.1,
             ),
             text=Tower(width=128, heads=2, layers=2),
@@ -84,46 +85,51 @@ class SampleProblem:
         export_diffusers(Bundle(config, Model(config), tokenizer), folder)
 
 
-def ours(folder: Path, problem: SampleProblem, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
-    """Our pipeline, from a prompt to pixels, by its exact strided posterior."""
-    pipe = TextToImage(read_diffusers(folder)).to(dtype)
+def package_pipeline(
+    folder: Path, problem: SampleProblem, dtype: torch.dtype = torch.float32
+) -> Callable[[], object]:
+    """Return the package's pipeline from a prompt to pixels, with its exact strided posterior."""
+    pipe = TextToImage(plan_diffusers(folder).bundle()).to(dtype)
     return lambda: pipe(problem.prompt, steps=problem.steps, guidance=problem.guidance, progress=False)
 
 
-def alternative(folder: Path, problem: SampleProblem) -> Callable[[], object]:
-    """The pipeline of diffusers, from a prompt to pixels, by its own steps."""
-    pipe = their_pipeline(folder)
+def diffusers_pipeline(folder: Path, problem: SampleProblem) -> Callable[[], object]:
+    """Return diffusers' pipeline from a prompt to pixels, with its own steps."""
+    pipe = load_diffusers_pipeline(folder)
     return lambda: pipe(
         problem.prompt, num_inference_steps=problem.steps, guidance_scale=problem.guidance, output_type="np"
     )
 
 
-ours_in_bfloat16 = functools.partial(ours, dtype=torch.bfloat16)
+package_pipeline_in_bfloat16 = functools.partial(package_pipeline, dtype=torch.bfloat16)
 
 
 def benchmark_sample(rounds: int, problem: SampleProblem | None = None) -> dict[str, Any]:
-    """One picture at a time on the CPU, from a prompt to pixels.
+    """Measure one image at a time on the CPU, from a prompt to pixels.
 
-    Before anything is measured, every step of diffusers must be ours, too: from the same tokens, with the
-    same noise. ``ratio_bf16`` is diffusers in float32 to ours in bfloat16, in which its pipeline cannot give
-    pictures.
+    The package must first reproduce every step of diffusers from the same tokens and noise. ``ratio_bf16``
+    compares diffusers in float32 with the package in bfloat16, which diffusers' pipeline does not support.
 
     Args:
-        rounds: How often each side is timed, in turn; the median counts.
-        problem: The sizes.
+        rounds: Number of timings per side, in turn; the median is reported.
+        problem: Sizes of the benchmark.
 
     Raises:
         UserError: diffusers is not installed.
-        RuntimeError: The two sides draw different tokens.
+        RuntimeError: The two sides sample different tokens.
     """
     problem = SampleProblem() if problem is None else problem
-    sides: dict[str, Side] = {"ours": ours, "ours_bf16": ours_in_bfloat16, "alternative": alternative}
+    sides: dict[str, Side] = {
+        "ours": package_pipeline,
+        "ours_bf16": package_pipeline_in_bfloat16,
+        "alternative": diffusers_pipeline,
+    }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         problem.write(folder / "pipeline")
         equal = equal_tokens(folder / "pipeline", problem)
         if equal < LEAST_EQUAL:
-            raise RuntimeError(f"only {equal:.2%} of the tokens are drawn alike")
+            raise RuntimeError(f"only {equal:.2%} of the sampled tokens are equal")
         memory = {
             name: in_fresh_process(functools.partial(_extra_peak, side, folder / "pipeline", problem))
             for name, side in sides.items()
@@ -157,14 +163,14 @@ def _figures(
     }
 
 
-def their_pipeline(folder: Path) -> Any:  # noqa: ANN401 - of a library that need not be there
-    """The pipeline of diffusers, without its bar.
+def load_diffusers_pipeline(folder: Path) -> Any:  # noqa: ANN401 - of a library that need not be there
+    """Return diffusers' pipeline, without its progress bar.
 
     Raises:
         UserError: diffusers is not installed.
     """
     try:
-        # It warns of its own deprecated ways.
+        # diffusers warns of its own deprecated functions.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pipe = importlib.import_module("diffusers").VQDiffusionPipeline.from_pretrained(folder)
@@ -177,14 +183,14 @@ def their_pipeline(folder: Path) -> Any:  # noqa: ANN401 - of a library that nee
 
 
 def equal_tokens(folder: Path, problem: SampleProblem) -> float:
-    """The share of tokens alike when every step of diffusers is drawn by our pipeline and `LegacyDiffusers`.
+    """Return the fraction of equal tokens over all steps of diffusers and of `LegacyDiffusers`.
 
-    Each step is given the tokens that diffusers had reached, and the numbers that it drew.
+    Each step starts from the tokens of diffusers and uses its random numbers.
 
     Raises:
         UserError: diffusers is not installed.
     """
-    theirs, pipe = their_pipeline(folder), TextToImage(read_diffusers(folder))
+    diffusers_pipe, pipe = load_diffusers_pipeline(folder), TextToImage(plan_diffusers(folder).bundle())
     length, states = problem.side**2, problem.codes + 1
     visited = [torch.full((1, length), problem.codes)]
 
@@ -192,7 +198,7 @@ def equal_tokens(folder: Path, problem: SampleProblem) -> float:
         del step, t
         visited.append(tokens.clone())
 
-    theirs(
+    diffusers_pipe(
         problem.prompt,
         num_inference_steps=problem.steps,
         guidance_scale=problem.guidance,
@@ -203,31 +209,33 @@ def equal_tokens(folder: Path, problem: SampleProblem) -> float:
     conditions = conditions_of(pipe.bundle, [problem.prompt], None)
     predict = apply_guidance(*pipe.predictions(conditions), ConstantGuidance(scale=problem.guidance))
     sampler, generator = LegacyDiffusers(steps=problem.steps), torch.Generator().manual_seed(0)
-    plan = sampler.plan(pipe.transition, pipe.transition.steps - 1)
+    plan = sampler.build().plan(pipe.transition, pipe.transition.steps - 1)
     equal = 0
     for number, step in enumerate(plan):
-        # Its last step has no row for the mask.
-        drawn = torch.rand(1, states - (step.s < 0), length, generator=generator)
-        noise = _SameNoise(0, image_slots(0, 1), length, number, drawn)
+        # diffusers' last step has no row for the mask.
+        uniform_numbers = torch.rand(1, states - (step.s < 0), length, generator=generator)
+        noise = _SameNoise(0, image_slots(0, 1), length, number, uniform_numbers)
         free = torch.ones(1, length, dtype=torch.bool)
-        moment = SamplerContext(pipe.transition, step, noise, free, free.sum(-1), pipe.transition.steps - 1)
-        tokens = sampler.advance(visited[number], predict(visited[number], step.network_time), moment)
+        context = SamplerContext(pipe.transition, step, noise, free, free.sum(-1), pipe.transition.steps - 1)
+        tokens = sampler.build().advance(
+            visited[number], predict(visited[number], step.network_time), context
+        )
         equal += int((tokens == visited[number + 1]).sum())
     return equal / (length * len(plan))
 
 
 @dataclass(frozen=True)
 class _SameNoise(SamplerNoise):
-    """The numbers that diffusers drew for one step."""
+    """The random numbers of diffusers for one step."""
 
-    drawn: Float[Tensor, "batch states length"]
+    numbers: Float[Tensor, "batch states length"]
 
     def gumbel(self, states: int) -> Float[Tensor, "batch length states"]:
-        numbers = -torch.log(-torch.log(self.drawn + 1e-30) + 1e-30).transpose(1, 2)
-        # Ours has a row for the mask in the last step, too, which cannot be drawn.
-        return functional.pad(numbers, (0, states - numbers.shape[-1]))
+        gumbel = -torch.log(-torch.log(self.numbers + 1e-30) + 1e-30).transpose(1, 2)
+        # The package's last step has a row for the mask as well, which has probability 0.
+        return functional.pad(gumbel, (0, states - gumbel.shape[-1]))
 
 
 def _extra_peak(side: Side, folder: Path, problem: SampleProblem) -> int:
-    """How far resident memory rises above a loaded pipeline in the first drawing."""
+    """Return the increase of resident memory over a loaded pipeline for the first image."""
     return extra_peak(side(folder, problem))

@@ -1,4 +1,4 @@
-"""The token half of the loader's benchmark: codes, caption ids and keys, put together into batches."""
+"""The token half of the loader's benchmark: batches of codes, caption ids and keys."""
 
 import functools
 import itertools
@@ -18,9 +18,10 @@ from jaxtyping import Int64
 from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.progress import progress
 from vqd_scale.core.rng import Purpose, integers
+from vqd_scale.data.config import StreamConfig
 from vqd_scale.data.loading.batch import TokenBatch
 from vqd_scale.data.loading.sample_readers import TokenSamples
-from vqd_scale.data.loading.stream import Stream, StreamConfig
+from vqd_scale.data.loading.stream import Stream
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, shard_name, write_shard_set
 
@@ -29,15 +30,15 @@ Ids = Int64[NDArray[np.int64], " length"]
 
 @dataclass(frozen=True)
 class TokenProblem:
-    """What is read: token shards as `tokenize_shards.py` writes them for pictures of 256 pixels.
+    """Token shards as written by `tokenize_shards.py` for images of 256 pixels.
 
     Attributes:
-        shards: How many.
-        samples: In each shard.
-        length: Codes per picture.
+        shards: Number of shards.
+        samples: Samples per shard.
+        length: Codes per image.
         codes: Size of the codebook.
         text_length: Ids per caption.
-        batch: How many samples are put together.
+        batch: Samples per batch.
     """
 
     shards: int = 16
@@ -56,7 +57,7 @@ class TokenProblem:
         return write_shard_set(folder, {"content": "tokens"}, recipes, "writing tokens")
 
     def arrays(self, number: int) -> tuple[Ids, Ids]:
-        """A sample's codes and caption ids."""
+        """Return a sample's codes and caption ids."""
         words = integers(0, Purpose.EVALUATION, number, self.length + self.text_length)
         return words[: self.length] % self.codes, words[self.length :] % 49_408
 
@@ -73,7 +74,7 @@ class TokenProblem:
 
 
 def token_batches(problem: TokenProblem, folder: Path, workers: int) -> Generator[TokenBatch]:
-    """Our stream, its readers in a thread of this process or in so many processes."""
+    """Return the package's stream, with its readers in a thread of this process or in processes."""
     config = StreamConfig(path=folder, global_batch_size=problem.batch, num_workers=workers)
     kind = TokenSamples(problem.length, problem.codes, problem.text_length)
     stream: Stream[TokenBatch] = Stream(
@@ -83,9 +84,9 @@ def token_batches(problem: TokenProblem, folder: Path, workers: int) -> Generato
 
 
 def token_figures(rounds: int, problem: TokenProblem, workers: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
-    """Token samples a second, for each number of reading processes, and by webdataset's ordinary pipeline.
+    """Measure token samples per second by number of reader processes, and of webdataset's pipeline.
 
-    One core works where nobody reads beside this process, and webdataset has one; two where somebody does.
+    A reader thread and webdataset use one core; reader processes use two.
     Samples for each second that this process computes, its reader in a thread, are told beside them: a
     machine that does other work as well changes them little.
 
@@ -133,15 +134,15 @@ def check_tokens(problem: TokenProblem, folder: Path, workers: int) -> None:
         ValueError: It is not.
     """
     total = problem.shards * problem.samples
-    seen: list[str] = []
+    keys: list[str] = []
     with closing(token_batches(problem, folder, workers)) as batches:
         for batch in itertools.islice(batches, -(-total // problem.batch)):
-            seen.extend(batch.keys)
+            keys.extend(batch.keys)
             for key, tokens, text in zip(batch.keys, batch.tokens.numpy(), batch.text.numpy(), strict=True):
                 codes, ids = problem.arrays(int(key))
                 if not (np.array_equal(tokens, codes) and np.array_equal(text, ids)):
                     raise ValueError(f"sample {key} is not what was written")
-    if sorted(seen[:total]) != [f"{number:09d}" for number in range(total)]:
+    if sorted(keys[:total]) != [f"{number:09d}" for number in range(total)]:
         raise ValueError("an epoch does not hold every sample once")
 
 
@@ -149,7 +150,7 @@ def _speed(problem: TokenProblem, folder: Path, workers: int) -> tuple[float, fl
     """Samples a second over an epoch once the readers are there, and for each that this process computes."""
     count = problem.shards * problem.samples // problem.batch
     with closing(token_batches(problem, folder, workers)) as batches:
-        # What was read ahead while nobody asked must not count.
+        # Batches that were prefetched between timings must not count.
         for _ in itertools.islice(batches, 32):
             pass
         started, computed = time.perf_counter(), time.process_time()
