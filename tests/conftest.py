@@ -23,7 +23,7 @@ def _restored_signal_handlers() -> Generator[None]:
 
 @pytest.fixture(autouse=True)
 def _left_process_group() -> Generator[None]:
-    """Destroy the process group after each test: a `UserError` of a later one would pass for another rank's."""
+    """Destroy the process group after each test, or a later `UserError` would pass for another rank's."""
     yield
     if "torch.distributed" in sys.modules:
         from vqd_scale.core.world import leave_world
