@@ -6,6 +6,7 @@ did to ``OUT/results.json``.
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.training.checkpoint.damages import DAMAGES
 from tests.training.plain_training import train_plainly
+from vqd_scale.core.atomic_io import sha256_of
 from vqd_scale.core.config import load_config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.world import World, join_world, leave_world
@@ -233,16 +236,78 @@ def native(runner: Runner) -> Result:
     return {"native": str(runner.out / "native"), "ours": str(runner.out / "ours" / f"{0:012d}")}
 
 
+DAMAGED_CHECKPOINTS = {"newest": (48,), "last but one": (32,), "both": (48, 32)}
+"""Image counts of the checkpoints that are damaged; the run ends at the first."""
+
+
+def damage(runner: Runner, is_full_matrix: bool = False) -> Result:
+    """Finished runs whose checkpoints are damaged in one kind of file, started again.
+
+    The short form covers every kind of file, every damage and every choice of checkpoints at least once.
+    """
+    run, finished = runner.out / "damaged", runner.out / "damaged-finished"
+    overrides = ["checkpoint.every_images=16", "checkpoint.keep_last=3"]
+
+    def start(case: str = "undisturbed") -> Result:
+        result = runner.run("damaged", *overrides, images=48)
+        checkpoints = {
+            path.name: {file.name: sha256_of(file) for file in path.iterdir()}
+            for path in (run / "checkpoints").iterdir()
+        }
+        digest = sha256_of(run / "export" / "model.safetensors")
+        return {**result, "case": case, "digest": digest, "checkpoints": checkpoints}
+
+    def disturb(file: str, damage: str, images: Sequence[int]) -> None:
+        shutil.rmtree(run)
+        shutil.copytree(finished, run)
+        shutil.rmtree(run / "export")
+        for count in images:
+            DAMAGES[damage](run / "checkpoints" / f"{count:012d}" / file)
+
+    results = [start()]
+    runner.world.on_first_rank(lambda: shutil.copytree(run, finished))
+    shards = [
+        f"slices-{rank:05d}-of-{runner.world.size:05d}.safetensors" for rank in range(runner.world.size)
+    ]
+    files = ["manifest.json", "state.safetensors", *shards]
+    matrix = [(file, kind, place) for file in files for kind in DAMAGES for place in DAMAGED_CHECKPOINTS]
+    if not is_full_matrix:
+        kinds, places = list(DAMAGES), ["newest", "both", "newest", "last but one"]
+        matrix = list(zip(files, kinds, places, strict=False))
+    for file, kind, place in matrix:
+        images = DAMAGED_CHECKPOINTS[place]
+        runner.world.on_first_rank(lambda file=file, kind=kind, images=images: disturb(file, kind, images))
+        results.append(start(f"{place}: {file}: {kind}"))
+        runner.world.barrier()
+    return {result["case"]: result for result in results}
+
+
+def damage_matrix(runner: Runner) -> Result:
+    """Every kind of file, damage and choice of checkpoints."""
+    return damage(runner, is_full_matrix=True)
+
+
 SCENARIOS: dict[str, Callable[[Runner], Result]] = {
     scenario.__name__: scenario
-    for scenario in (invariance, stages, lion, compiled, half_precision, health, held_out, native)
+    for scenario in (
+        invariance,
+        stages,
+        lion,
+        compiled,
+        half_precision,
+        health,
+        held_out,
+        native,
+        damage,
+        damage_matrix,
+    )
 }
 
 
 def main(arguments: Sequence[str]) -> None:
     world = join_world()
     folder, out = Path(arguments[0]), Path(arguments[1])
-    names = arguments[2:] or [name for name in SCENARIOS if name != "compiled"]
+    names = arguments[2:] or [name for name in SCENARIOS if name not in ("compiled", "damage_matrix")]
     runner = Runner(world, folder, out)
     results = {name: SCENARIOS[name](runner) for name in names}
     if world.is_first:

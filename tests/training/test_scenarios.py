@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.training import rank_processes
+from tests.training.scenarios import DAMAGED_CHECKPOINTS
 from vqd_scale.core.errors import UserError
 from vqd_scale.training.checkpoint.manager import consolidated
 from vqd_scale.training.engine import imported_weights
@@ -168,3 +169,31 @@ def test_deepspeed_checkpoint_has_equal_weights(results: Callable[..., Results])
     assert all(torch.equal(imported_state[name], tensor) for name, tensor in package_state.items())
     with pytest.raises(UserError, match="holds no checkpoint of DeepSpeed's"):
         imported_weights(Path(native["ours"]))
+
+
+DAMAGE = [
+    (TWO, "damage"),
+    pytest.param((2, "damage_matrix"), "damage_matrix", marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("selection", "scenario"), DAMAGE)
+def test_damaged_checkpoint_is_set_aside_and_redone(
+    results: Callable[..., Results], selection: Any, scenario: str
+) -> None:
+    """In every kind of file, with the model of the undisturbed run in the end."""
+    cases = results(*selection)[scenario]
+    undisturbed = cases.pop("undisturbed")
+    for case, result in cases.items():
+        place, file, _ = case.split(": ")
+        assert result["error"] == "", case
+        assert result["digest"] == undisturbed["digest"], case
+        # A damaged checkpoint that is older than the newest valid one is not read.
+        damaged = [] if place == "last but one" else DAMAGED_CHECKPOINTS[place]
+        assert len(result["warnings"]) == len(damaged), case
+        for count, warning in zip(damaged, result["warnings"], strict=True):
+            assert f"{count:012d}: not used, {file} is " in warning, case
+            assert f"{count:012d}.damaged" in result["checkpoints"], case
+        for count in {16, 32, 48} - (set() if damaged else {32}):
+            name = f"{count:012d}"
+            assert result["checkpoints"][name] == undisturbed["checkpoints"][name], case

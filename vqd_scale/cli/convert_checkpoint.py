@@ -133,11 +133,11 @@ def consolidate(
     """Convert a checkpoint of a run, also of an unfinished one, to a bundle."""
     config = load_config(TOKEN_RUNS, run / "config.yaml")
 
-    from vqd_scale.training.checkpoint.manager import consolidated, newest_valid
+    from vqd_scale.training.checkpoint.manager import newest_consolidated
 
-    checkpoint = newest_valid(run / "checkpoints", images)
-    _task_of(config).export(consolidated(checkpoint, WEIGHTS[weights]), output)
-    print(f"{output}: the {weights} weights at {int(checkpoint.name):,} images")
+    checkpoint_images, parameters = newest_consolidated(run / "checkpoints", WEIGHTS[weights], images)
+    _task_of(config).export(parameters, output)
+    print(f"{output}: the {weights} weights at {checkpoint_images:,} images")
 
 
 @main.command(

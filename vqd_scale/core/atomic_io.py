@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.s3 import SCHEME, S3Object, S3Path, object_sizes, write_object
 
 PARTIAL = ".partial"
+DAMAGED = ".damaged"
 
 _BLOCK_BYTES = 1 << 20
 
@@ -135,6 +137,18 @@ def writing(path: Path) -> Generator[None]:
         if error.errno not in reasons:
             raise
         raise UserError(f"{path}: cannot be written: {reasons[error.errno]}.") from None
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file or folder to ``NAME.damaged``, or ``NAME.damaged-2`` and so on; return the path.
+
+    Raises:
+        UserError: The parent folder is read-only, or permission is denied.
+    """
+    names = chain([path.name + DAMAGED], (f"{path.name}{DAMAGED}-{number}" for number in count(2)))
+    target = next(target for target in map(path.with_name, names) if not target.exists())
+    with writing(path):
+        return path.rename(target)
 
 
 def publish_text(path: Location, text: str, *, shared: bool = False) -> None:

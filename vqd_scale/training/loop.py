@@ -23,7 +23,7 @@ from vqd_scale.core.world import World
 from vqd_scale.data.loading.batch import BatchType
 from vqd_scale.data.loading.stream import Stream
 from vqd_scale.nn.flops import peak_flops
-from vqd_scale.training.checkpoint.manager import Checkpoints, consolidated
+from vqd_scale.training.checkpoint.manager import Checkpoints
 from vqd_scale.training.config import RunConfig
 from vqd_scale.training.ema import EMA
 from vqd_scale.training.engine import Engine
@@ -112,8 +112,9 @@ def train(task: Task[BatchType], config: RunConfig, world: World, title: str) ->
     finally:
         trainer.close()
     if not result.stopped:
-        newest = config.run / "checkpoints" / f"{result.images:012d}"
-        world.on_first_rank(lambda: task.export(consolidated(newest, "ema"), config.run / "export"))
+        trainer.checkpoints.weights(
+            result.images, lambda weights: task.export(weights, config.run / "export")
+        )
     return result
 
 

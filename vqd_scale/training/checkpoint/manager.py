@@ -2,21 +2,19 @@
 
 Every rank writes its shard (`vqd_scale.training.checkpoint.shards`) in a thread, with size and digest in a
 JSON file next to it. The first rank's thread waits for all of these JSON files, writes the manifest and
-renames the folder. Only a folder with a valid manifest is a checkpoint; leftovers of a kill or a full disk
-are ignored. Nothing is pickled, and no thread communicates with another rank.
+renames the folder. Only a folder whose files all match its manifest is a checkpoint. A damaged one is renamed
+to ``NAME.damaged`` and written again when training reaches its image count. Nothing is pickled, and no thread
+communicates with another rank.
 """
 
-import hashlib
-import json
 import logging
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -24,16 +22,25 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from vqd_scale.core.atomic_io import (
+    DAMAGED,
     PARTIAL,
     publish_json,
-    read_json,
-    sha256_of,
+    set_aside,
     sync_to_disk,
     writing,
 )
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.nested import differences
 from vqd_scale.core.world import World
+from vqd_scale.training.checkpoint.manifest import (
+    MANIFEST,
+    DamageError,
+    Manifest,
+    StoredFile,
+    is_checkpoint,
+    parsed,
+    verified,
+)
 from vqd_scale.training.checkpoint.mirror import fetch_newest, send
 from vqd_scale.training.checkpoint.shards import HostSlices, StoredSlices, lower_priority, write_file
 from vqd_scale.training.config import CheckpointConfig
@@ -43,10 +50,8 @@ from vqd_scale.training.periods import is_due
 
 logger = logging.getLogger(__name__)
 
-_MANIFEST = "manifest.json"
 _STATE = "state.safetensors"
 _DESCRIPTION = ".json"
-_FORMAT = 2
 _POLL_SECONDS = 0.05
 
 
@@ -103,6 +108,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=lower_priority)
         self._save: _Save | None = None
         self._failures = 0
+        self._loaded: dict[Path, Manifest] = {}
 
     def save(self, images: int, state: Mapping[str, Tensor], *, must: bool = False) -> None:
         """Wait for the previous save, then start a new one; collective.
@@ -120,10 +126,9 @@ class Checkpoints:
         final = self.folder / f"{images:012d}"
         partial = final.with_name(final.name + PARTIAL)
         if self.world.is_first:
-            for leftover in self.folder.glob(f"*{PARTIAL}"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
         # Also a barrier: no rank writes before the leftovers of an earlier attempt are deleted.
-        if self.world.any(final.exists()):
+        if self.world.any(final.exists()) and self._verified(final, "and written again") is not None:
             return
         if self._host is None:
             self._host = HostSlices(self.partition, self._tensors())
@@ -135,13 +140,12 @@ class Checkpoints:
             state_file = serialize(
                 {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
             )
-            manifest = {
-                "format": _FORMAT,
-                "images": images,
-                "optimizer_steps": self.partition.steps,
-                "ranks": self.world.size,
-                "parameters": self._shapes(),
-            }
+            manifest = Manifest(
+                images=images,
+                optimizer_steps=self.partition.steps,
+                ranks=self.world.size,
+                parameters=self._shapes(),
+            )
             publication = self._thread.submit(self._publish, partial, final, manifest, state_file, abandoned)
         self._save = _Save(final, write, publication, abandoned)
         if must:
@@ -158,12 +162,12 @@ class Checkpoints:
         save, self._save = self._save, None
         if save is None:
             return
-        error = _error_of(save.write)
+        error = _error_of(save, save.write)
         if self.world.any(error is not None):
             save.abandoned.set()
         if save.publication is not None:
             # Always wait: after a failure it deletes the partial folder, which must end before the next save.
-            publish_error = _error_of(save.publication)
+            publish_error = _error_of(save, save.publication)
             error = error or publish_error
         if self.world.any(error is not None):
             raise error or UserError(
@@ -189,27 +193,71 @@ class Checkpoints:
         Raises:
             UserError: No checkpoint is valid although some exist, or they belong to another model.
         """
-        mirror = self.config.mirror
-        if mirror is not None:
-            # Fetch from the mirror if the folder has no checkpoint.
-            self.world.on_first_rank(
-                lambda: _named(self.folder) or fetch_newest(mirror, self.folder, _MANIFEST)
-            )
-        candidates = sorted(_named(self.folder), reverse=True)
-        if before is not None:
-            candidates = [path for path in candidates if int(path.name) < before]
-        for candidate in candidates:
-            reports = self.world.gathered({"damage": _damage(candidate, self.world.rank, self.world.size)})
-            damage = next((report["damage"] for report in reports if report["damage"] is not None), None)
-            if damage is None:
-                return self._load(candidate)
-            if self.world.is_first:
-                logger.warning("%s: not used, %s; trying the previous checkpoint.", candidate, damage)
-        if candidates:
-            raise UserError(
-                f"{self.folder}: contains no valid checkpoint; restore one, or start in a new folder."
-            )
+        mirror = self.config.mirror if before is None else None
+        if before is None and self.world.is_first:
+            # Left behind by a kill. A save deletes only what is in its own place.
+            for leftover in self.folder.glob(f"*{PARTIAL}"):
+                if is_checkpoint(leftover.with_name(leftover.name.removesuffix(PARTIAL))):
+                    shutil.rmtree(leftover, ignore_errors=True)
+        while True:
+            # The first rank's list counts: other nodes may see a shared file system in another state.
+            listed = _named(self.folder) if self.world.is_first else []
+            names = self.world.gathered({"names": [path.name for path in listed]})[0]["names"]
+            candidates = [name for name in names if before is None or int(name) < before]
+            if candidates:
+                folder = self.folder / candidates[-1]
+                manifest = self._verified(folder, "trying the previous checkpoint")
+                if manifest is not None:
+                    self._loaded = {folder: manifest}
+                    return self._load(folder, manifest)
+            elif mirror is not None:
+                source, mirror = mirror, None
+                self.world.on_first_rank(lambda source=source: fetch_newest(source, self.folder))
+            else:
+                if before is None:
+                    self.world.on_first_rank(self._check_none_was_damaged)
+                return None
+
+    def weights(self, images: int, use: Callable[[dict[str, Tensor]], object]) -> None:
+        """Verify the checkpoint at ``images`` and call ``use`` with its EMA on the first rank; collective.
+
+        Raises:
+            UserError: The checkpoint is damaged; it is set aside, and the next start continues before it.
+        """
+        folder = self.folder / f"{images:012d}"
+        manifest = self._loaded.get(folder) or self._verified(folder, "and written again by the next start")
+        if manifest is None:
+            raise UserError(f"{folder}: was damaged since it was written; run the same command again.")
+        self.world.on_first_rank(lambda: use(_parameters(folder, manifest, "ema")))
+
+    def _verified(self, folder: Path, consequence: str) -> Manifest | None:
+        """Verify a checkpoint, each rank a part of the files; set it aside if it is damaged; collective."""
+        manifest: Manifest | None = None
+        report = {"error": "", "damage": ""}
+        try:
+            manifest = verified(folder, self.world.rank, self.world.size)
+        except UserError as error:
+            report["damage" if isinstance(error, DamageError) else "error"] = str(error)
+        reports = self.world.gathered(report)
+        errors, damages = ([item[kind] for item in reports if item[kind]] for kind in ("error", "damage"))
+        if not errors and not damages:
+            return manifest
+
+        def settle() -> None:
+            if errors:
+                raise UserError(errors[0])
+            _set_aside(folder, damages[0], consequence)
+
+        self.world.on_first_rank(settle)
         return None
+
+    def _check_none_was_damaged(self) -> None:
+        damaged = sorted(path.name for path in self.folder.glob(f"*{DAMAGED}*"))
+        if damaged:
+            raise UserError(
+                f"{self.folder}: contains no valid checkpoint, as {', '.join(damaged)} had to be set aside; "
+                "restore one from a copy, or delete these folders to start from the beginning."
+            )
 
     def _wait_with_tolerance(self) -> None:
         try:
@@ -241,12 +289,12 @@ class Checkpoints:
         self,
         partial: Path,
         final: Path,
-        manifest: Mapping[str, Any],
+        manifest: Manifest,
         state_file: bytes,
         abandoned: threading.Event,
     ) -> None:
         """Wait for all ranks' files, write the manifest and rename the folder; first rank only."""
-        state = write_file(partial / _STATE, state_file)
+        state = StoredFile(**write_file(partial / _STATE, state_file))
         descriptions = [
             partial / f"slices-{rank:05d}-of-{self.world.size:05d}{_DESCRIPTION}"
             for rank in range(self.world.size)
@@ -256,9 +304,9 @@ class Checkpoints:
         if abandoned.is_set():
             shutil.rmtree(partial, ignore_errors=True)
             return
-        files = [read_json(path, "description of slices") for path in descriptions]
         try:
-            publish_json(partial / _MANIFEST, _sealed({**manifest, "files": [*files, state]}))
+            manifest.files = [*(parsed(StoredFile, path) for path in descriptions), state]
+            publish_json(partial / MANIFEST, manifest.sealed())
             with writing(final):
                 for path in descriptions:
                     path.unlink()
@@ -269,11 +317,10 @@ class Checkpoints:
             raise
         prune(self.folder, self.config)
         if self.config.mirror is not None:
-            send(final, self.config.mirror, _MANIFEST)
+            send(final, self.config.mirror)
 
-    def _load(self, folder: Path) -> Restored:
-        manifest = _manifest(folder)
-        differing = sorted(differences(manifest["parameters"], self._shapes()))
+    def _load(self, folder: Path, manifest: Manifest) -> Restored:
+        differing = sorted(differences(manifest.parameters, self._shapes()))
         if differing:
             name, stored_shape, shape = differing[0]
             raise UserError(
@@ -285,9 +332,9 @@ class Checkpoints:
         for kind, flats in self._tensors().items():
             for piece in self.partition.pieces:
                 stored.copy(kind, piece, self.partition.view(flats, piece))
-        self.partition.steps = int(manifest["optimizer_steps"])
+        self.partition.steps = manifest.optimizer_steps
         self.partition.masters_changed()
-        return Restored(int(manifest["images"]), load_file(folder / _STATE))
+        return Restored(manifest.images, load_file(folder / _STATE))
 
     def _shapes(self) -> dict[str, list[int]]:
         return {piece.name: list(piece.shape) for piece in self.partition.pieces}
@@ -297,58 +344,55 @@ class Checkpoints:
 
 
 def consolidated(folder: Path, kind: str) -> dict[str, Tensor]:
-    """Consolidate a checkpoint's slices into full parameters, on the CPU in float32.
+    """Verify a checkpoint and consolidate its slices into full parameters, on the CPU in float32.
 
     Args:
         folder: Folder of one checkpoint.
         kind: ``ema`` or ``master``.
 
-    Returns:
-        Parameters by name.
-
     Raises:
-        UserError: The folder contains no valid checkpoint.
+        DamageError: The folder contains no valid checkpoint.
+        UserError: A file cannot be read.
     """
-    manifest = _manifest(folder)
-    stored = _stored(folder, manifest)
-    parameters: dict[str, Tensor] = {}
-    for name, shape in manifest["parameters"].items():
-        flat = torch.empty(torch.Size(shape).numel())
-        stored.copy(kind, Piece(name, tuple(shape), 0, flat.numel(), 0, 0), flat)
-        parameters[name] = flat.view(shape)
-    return parameters
+    return _parameters(folder, verified(folder), kind)
 
 
-def newest_valid(folder: Path, images: int | None = None) -> Path:
-    """Return the newest valid checkpoint of a run, or the one at a given number of images.
+def newest_consolidated(folder: Path, kind: str, images: int | None = None) -> tuple[int, dict[str, Tensor]]:
+    """Return images and parameters of the newest valid checkpoint, or of the one at a number of images.
 
     Args:
         folder: Checkpoint folder of the run.
+        kind: ``ema`` or ``master``.
         images: Images seen by the checkpoint; ``None`` selects the newest.
 
     Raises:
         UserError: There is no such checkpoint, or it is damaged.
     """
-    candidates = sorted(_named(folder), reverse=True)
+    candidates = _named(folder)[::-1]
     for candidate in candidates:
-        if images is not None and int(candidate.name) != images:
-            continue
-        damage = _damage(candidate, 0, 1)
-        if damage is None:
-            return candidate
-        logger.warning("%s: not used, %s.", candidate, damage)
+        if images in (None, int(candidate.name)):
+            try:
+                return int(candidate.name), consolidated(candidate, kind)
+            except DamageError as damage:
+                logger.warning("%s: not used, %s.", candidate, damage)
     description = "checkpoint" if images is None else f"checkpoint at {images} images"
     existing = ", ".join(str(int(path.name)) for path in candidates) or "none"
     raise UserError(f"{folder}: contains no valid {description}; the existing ones are: {existing}.")
 
 
 def prune(folder: Path, config: CheckpointConfig) -> None:
-    """Delete checkpoints beyond the retention policy, provided the newest one is complete."""
-    checkpoints = sorted(_named(folder))
-    if not checkpoints or not _is_complete(checkpoints[-1]):
-        return
-    permanent = config.keep_every_images
-    for checkpoint in checkpoints[: -config.keep_last]:
+    """Delete checkpoints beyond the retention policy; only valid ones, whose files are read, are counted."""
+    checkpoints = _named(folder)[::-1]
+    valid_count = 0
+    for checkpoint in checkpoints if len(checkpoints) > config.keep_last else []:
+        if valid_count < config.keep_last:
+            try:
+                verified(checkpoint)
+                valid_count += 1
+            except DamageError as damage:
+                _set_aside(checkpoint, str(damage), "and an older checkpoint is kept")
+            continue
+        permanent = config.keep_every_images
         if permanent is not None and is_due(permanent, int(checkpoint.name), config.every_images):
             continue
         # Rename before deleting, so a partly deleted folder is not taken for a checkpoint.
@@ -356,61 +400,35 @@ def prune(folder: Path, config: CheckpointConfig) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _damage(folder: Path, rank: int, ranks: int) -> str | None:
-    """Verify this rank's part of a checkpoint's files; return a description of the damage, if any."""
-    try:
-        files = _manifest(folder)["files"]
-    except UserError as error:
-        return str(error).removeprefix(f"{folder / _MANIFEST}: ").removesuffix(".")
-    for file in files[rank::ranks]:
-        path = folder / file["name"]
-        if not path.is_file():
-            return f"{path.name} is missing"
-        if path.stat().st_size != file["bytes"] or sha256_of(path) != file["sha256"]:
-            return f"{path.name} is damaged"
-    return None
+def _parameters(folder: Path, manifest: Manifest, kind: str) -> dict[str, Tensor]:
+    stored = _stored(folder, manifest)
+    parameters: dict[str, Tensor] = {}
+    for name, shape in manifest.parameters.items():
+        flat = torch.empty(torch.Size(shape).numel())
+        stored.copy(kind, Piece(name, tuple(shape), 0, flat.numel(), 0, 0), flat)
+        parameters[name] = flat.view(shape)
+    return parameters
+
+
+def _set_aside(folder: Path, damage: str, consequence: str) -> None:
+    renamed = set_aside(folder)
+    logger.warning("%s: not used, %s; set aside as '%s', %s.", folder, damage, renamed.name, consequence)
 
 
 def _named(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*") if path.name.isdigit()]
+    """Return a run's checkpoints, valid or not, by images seen."""
+    return sorted(filter(is_checkpoint, folder.glob("*")), key=lambda path: int(path.name))
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        files = _manifest(checkpoint)["files"]
-        return all((checkpoint / file["name"]).stat().st_size == file["bytes"] for file in files)
-    except (UserError, OSError):
-        return False
+def _error_of(save: _Save, future: "Future[None]") -> UserError | None:
+    error = future.exception()
+    if isinstance(error, OSError):
+        # For example a file that another process deleted.
+        return UserError(f"{save.folder}: cannot be written ({error}).")
+    if error is not None and not isinstance(error, UserError):
+        raise error
+    return error
 
 
-def _error_of(future: "Future[None]") -> UserError | None:
-    try:
-        future.result()
-    except UserError as error:
-        return error
-    return None
-
-
-def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return a manifest with its own digest added."""
-    return {**manifest, "sha256": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    """Read and verify a checkpoint's manifest.
-
-    Raises:
-        UserError: The manifest is missing or damaged, or has another format version.
-    """
-    path = folder / _MANIFEST
-    content = read_json(path, "checkpoint manifest")
-    manifest = cast(dict[str, Any], content) if isinstance(content, dict) else {}
-    if manifest.get("format") != _FORMAT:
-        raise UserError(f"{path}: {path.name} is damaged, or of another version of this program.")
-    if _sealed({key: value for key, value in manifest.items() if key != "sha256"}) != manifest:
-        raise UserError(f"{path}: {path.name} is damaged.")
-    return manifest
-
-
-def _stored(folder: Path, manifest: Mapping[str, Any]) -> StoredSlices:
-    return StoredSlices(folder / file["name"] for file in manifest["files"] if file["name"] != _STATE)
+def _stored(folder: Path, manifest: Manifest) -> StoredSlices:
+    return StoredSlices(folder / file.name for file in manifest.files if file.name != _STATE)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vqd_scale.core.atomic_io import publish_text, writing
+from vqd_scale.core.atomic_io import publish_text, set_aside, writing
 from vqd_scale.core.errors import UserError
 from vqd_scale.training.config import LogConfig
 from vqd_scale.training.logging.loggers import AsyncLogger, TensorBoardWriter, WandbWriter, Writer
@@ -25,7 +25,12 @@ class MetricsFile:
 
     def __init__(self, path: Path, images: int) -> None:
         self.path = path
-        rows = [row for row in read_metrics(path) if row["images"] <= images]
+        rows = read_metrics(path)
+        damaged = path.read_bytes().count(b"\n") - len(rows) if path.exists() else 0
+        if damaged:
+            original = set_aside(path).name
+            logger.warning("%s: %d damaged lines are left out; see '%s'.", path, damaged, original)
+        rows = [row for row in rows if row["images"] <= images]
         publish_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._pending: list[str] = []
 
@@ -77,11 +82,19 @@ class MetricLogger:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Read all complete rows of a metrics file; empty if there is no file.
+    """Read all valid rows of a metrics file; empty if there is no file.
 
-    A last row truncated by a kill is ignored.
+    A last row truncated by a kill is ignored, as are damaged lines.
     """
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [row for row in map(_parsed, lines) if row is not None]
+
+
+def _parsed(line: bytes) -> dict[str, float] | None:
+    """Return the row of a line, or ``None`` if it is no JSON object of numbers."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_row = isinstance(row, dict) and "images" in row
+    return row if is_row and all(isinstance(value, int | float) for value in row.values()) else None
