@@ -92,7 +92,7 @@ def test_generation_resumes_after_kill(folder: Path, tmp_path: Path) -> None:
     generate(pipe, "model", prompts, sampling, tmp_path / "killed")
     for lost in ("003", "006"):
         (tmp_path / "killed" / f"{lost}.png").unlink()
-    with pytest.raises(UserError, match=r"2 images are missing, 003\.png first"):
+    with pytest.raises(UserError, match=r"003\.png: missing"):
         read_generated(tmp_path / "killed")
     generate(pipe, "model", prompts, sampling, tmp_path / "killed")
     uninterrupted, resumed = (read_generated(tmp_path / name) for name in ("whole", "killed"))
@@ -327,7 +327,7 @@ def test_bundle_is_written_atomically(folder: Path, tmp_path: Path, monkeypatch:
     def full(*paths: Path) -> None:
         raise OSError(errno.ENOSPC, "full", str(paths[0]))
 
-    monkeypatch.setattr(bundle_module.shutil, "copytree", full)
+    monkeypatch.setattr(bundle_module.shutil, "copyfile", full)
     with pytest.raises(UserError, match="the disk is full"):
         save_bundle(folder, CONFIG, Model(CONFIG).state_dict(), tmp_path / "tokenizer")
     monkeypatch.undo()

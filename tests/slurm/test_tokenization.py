@@ -20,7 +20,7 @@ if [ "$SLURM_ARRAY_TASK_ID" = 2 ] && [ "${{SLURM_RESTART_COUNT:-0}}" = 0 ]; then
 import os, runpy, signal, sys
 flush = os.fsync
 def dying_flush(descriptor):
-    if os.readlink(f"/proc/self/fd/{{descriptor}}").endswith(".tar.partial"):
+    if ".tar.vqd-" in os.readlink(f"/proc/self/fd/{{descriptor}}"):
         os.kill(os.getpid(), signal.SIGKILL)
     flush(descriptor)
 os.fsync = dying_flush
@@ -51,7 +51,7 @@ def test_array_of_four_with_a_killed_task_writes_equal_shards(submit: Submit, sh
         log = (submit.folder / f"job-{worker}.log").read_text()
         assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, int(worker == 2)), log
     assert digests(out) == digests(shapes_folder / "tokens" / "train")
-    assert not list(out.glob("*.tar.partial"))
+    assert not list(out.glob(".*.partial"))
 
 
 def test_launch_through_submitit(submit: Submit, launch: Launch, shapes_folder: Path) -> None:

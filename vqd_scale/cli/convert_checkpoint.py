@@ -9,6 +9,7 @@ from vqd_scale.cli.base import Tool
 from vqd_scale.cli.run import check_datasets, check_model
 from vqd_scale.core.config import load_config
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.outputs import check_output
 from vqd_scale.core.s3 import SCHEME
 from vqd_scale.training.tasks.config import TOKEN_RUNS, TokenRun
 
@@ -60,13 +61,14 @@ def microsoft(
 ) -> None:
     """Import a .pth file of Microsoft's VQ-Diffusion: EMA weights, text tower, tokenizer."""
     _check_file(file)
+    purpose = _checked_purpose(output, "microsoft")
 
     from vqd_scale.models.exchange.microsoft import MicrosoftOptions, plan_microsoft
 
     options = MicrosoftOptions(
         heads=heads, grid=grid, null_condition=null_condition, reduction=reduction, tokenizer=tokenizer
     )
-    _carry_out(plan_microsoft(file, options), output, dry_run)
+    _carry_out(plan_microsoft(file, options), output, dry_run, purpose)
 
 
 @main.command("python tools/convert_checkpoint.py taming vqgan_imagenet_f16_16384.ckpt model.yaml runs/vqgan")
@@ -79,10 +81,11 @@ def taming(
     """Import a .ckpt file of taming-transformers: a VQ-GAN, also within a transformer."""
     _check_file(config)
     _check_file(file)
+    purpose = _checked_purpose(output, "taming")
 
     from vqd_scale.models.exchange.autoencoders import plan_taming
 
-    _carry_out(plan_taming(file, config), output, dry_run)
+    _carry_out(plan_taming(file, config), output, dry_run, purpose)
 
 
 @main.command("python tools/convert_checkpoint.py diffusers vq-diffusion-ithq runs/ithq")
@@ -96,12 +99,13 @@ def diffusers(
     """Import a folder of diffusers' VQDiffusionPipeline; sample.py also takes such a folder unconverted."""
     if not folder.startswith(SCHEME) and not (Path(folder) / "model_index.json").is_file():
         raise UserError(f"{folder}: there is no diffusers pipeline here, as no model_index.json is.")
+    purpose = _checked_purpose(output, "diffusers")
 
     from vqd_scale.models.exchange.diffusers import COMPONENTS, plan_diffusers
     from vqd_scale.models.s3_download import local_folder
 
     with local_folder(folder, tuple(COMPONENTS)) as local_folder:
-        _carry_out(plan_diffusers(local_folder), output, dry_run)
+        _carry_out(plan_diffusers(local_folder), output, dry_run, purpose)
 
 
 @main.command("python tools/convert_checkpoint.py export runs/coco/export vq-diffusion-coco")
@@ -111,11 +115,12 @@ def export(
 ) -> None:
     """Export a bundle to a folder that diffusers' VQDiffusionPipeline loads."""
     check_model(str(model))
+    purpose = _checked_purpose(output, "export")
 
     from vqd_scale.models.bundle import load_bundle
     from vqd_scale.models.exchange.export import export_diffusers
 
-    export_diffusers(load_bundle(model), output)
+    export_diffusers(load_bundle(model), output, purpose)
     print(f"{output}: VQDiffusionPipeline.from_pretrained loads it")
 
 
@@ -132,11 +137,12 @@ def consolidate(
 ) -> None:
     """Convert a checkpoint of a run, also of an unfinished one, to a bundle."""
     config = load_config(TOKEN_RUNS, run / "config.yaml")
+    purpose = _checked_purpose(output, "consolidate")
 
     from vqd_scale.training.checkpoint.manager import newest_consolidated
 
     checkpoint_images, parameters = newest_consolidated(run / "checkpoints", WEIGHTS[weights], images)
-    _task_of(config).export(parameters, output)
+    _task_of(config).export(parameters, output, purpose)
     print(f"{output}: the {weights} weights at {checkpoint_images:,} images")
 
 
@@ -161,6 +167,7 @@ def deepspeed(
             f"{folder}: DeepSpeed's files are pickles, and reading them executes whatever code is in them; "
             f"if you trust their author, give --trust-pickle."
         )
+    purpose = _checked_purpose(output, "deepspeed")
     task = _task_of(load_config(TOKEN_RUNS, config))
 
     from vqd_scale.training.engine import imported_weights
@@ -174,13 +181,20 @@ def deepspeed(
             f"{folder}: {len(differing)} weights of the run that {config} describes are missing or of "
             f"another shape, '{differing[0]}' for one."
         )
-    task.export({name: imported[name] for name in expected_shapes}, output)
+    task.export({name: imported[name] for name in expected_shapes}, output, purpose)
     print(f"{output}: {len(expected_shapes):,} weights from {folder}")
 
 
 def _check_file(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"{path}: cannot be read (there is no such file).")
+
+
+def _checked_purpose(output: Path, command: str) -> str:
+    """Check the output folder before the conversion; return the purpose for its marker."""
+    purpose = f"convert_checkpoint.py {command}"
+    check_output(output, purpose)
+    return purpose
 
 
 def _task_of(config: TokenRun) -> "TokenTask":
@@ -194,10 +208,10 @@ def _task_of(config: TokenRun) -> "TokenTask":
     return config.build(World(0, 1, torch.device("cpu")))
 
 
-def _carry_out(plan: "Plan", output: Path, dry_run: bool) -> None:
+def _carry_out(plan: "Plan", output: Path, dry_run: bool, purpose: str) -> None:
     if dry_run:
         print("\n".join(plan.exchange.lines()))
         plan.exchange.check()
         return
-    plan.save(output)
+    plan.save(output, purpose)
     print(f"{output}: {len(plan.exchange.target_weights):,} weights from {plan.exchange.source}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from vqd_scale.cli.base import RunConfigOptions, Tool
-from vqd_scale.core.atomic_io import publish_json
+from vqd_scale.core.atomic_io import check_file, publish_json
 from vqd_scale.nn.config import ClassCondition, TextCondition
 from vqd_scale.training.tasks.config import TrainConfig
 
@@ -44,6 +44,8 @@ def cost(
     An operation is a multiplication or an addition; a multiply-add is two.
     """
     config = options.load(TrainConfig)
+    if output is not None:
+        check_file(output)
 
     import torch
     from torch import nn

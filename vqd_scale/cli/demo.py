@@ -12,6 +12,7 @@ from vqd_scale.cli.base import Tool
 from vqd_scale.core.atomic_io import publish_json, read_json
 from vqd_scale.core.environment import computes_bfloat16
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.outputs import reserve
 
 _STAGES_FILE = "stages.json"
 _GRID_IMAGES = 40
@@ -112,6 +113,7 @@ def demo(
         # On CPUs without bfloat16 instructions bf16 is slower than fp32; the demo is slower with either.
         precision = "bf16" if computes_bfloat16() else "fp32"
         plan = stages(Path("configs/demo"), folder, 256, ["train_samples=8192"], precision)
+    reserve(folder, "demo.py", [_STAGES_FILE, "report.json", "report.html", "loss.png"])
     seconds = _run(plan, tools, folder)
     report = _metrics(folder) | {"seconds": seconds}
     publish_json(folder / "report.json", report)

@@ -11,6 +11,7 @@ from vqd_scale.cli.eval_coco_fid import evaluate_and_publish, model_identity
 from vqd_scale.cli.run import check_bundles, check_datasets
 from vqd_scale.core.atomic_io import read_json
 from vqd_scale.core.config import Config, load_config
+from vqd_scale.core.outputs import check_output, reserve
 from vqd_scale.core.signals import REQUEUE_EXIT_CODE, StopFlag
 from vqd_scale.diffusion.config import Strided
 from vqd_scale.evaluation.config import EvaluationConfig
@@ -68,6 +69,7 @@ def ablate(options: RunConfigOptions) -> None:
     train = load_config(TrainConfig, config.train, config.overrides)
     check_datasets(*(source.path for source in train.data.mixed))
     check_bundles(train.tokenizer)
+    check_output(config.output, "eval_ablation.py")
 
     from vqd_scale.core.provenance import provenance
     from vqd_scale.core.world import join_world, leave_world
@@ -95,7 +97,10 @@ def _reserve_folder(config: AblationConfig, train: TrainConfig, world: "World") 
         UserError: The folder's models were trained or evaluated with other settings.
     """
     from vqd_scale.evaluation.resumable_chunks import reserve_folder
+    from vqd_scale.evaluation.sweep import sweep_files
 
+    names = ["shared.json", *sweep_files(config.metrics)]
+    world.on_first_rank(lambda: reserve(config.output, "eval_ablation.py", names))
     path = config.output / "shared.json"
     shared = {
         "train": train.model_dump(mode="json", exclude={"diffusion", "seed", "run"}),

@@ -10,6 +10,7 @@ from vqd_scale.cli.run import check_datasets, check_model
 from vqd_scale.core.atomic_io import Location, publish_text, sha256_of
 from vqd_scale.core.config import to_yaml
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.outputs import check_output, safe_name
 from vqd_scale.core.s3 import SCHEME
 from vqd_scale.core.signals import REQUEUE_EXIT_CODE, StopFlag
 from vqd_scale.evaluation.config import EvaluationConfig
@@ -46,7 +47,7 @@ def evaluate_model(
     """
     config = options.load(EvaluationConfig, *data_override("data", data))
     check_model(model.model)
-    folder = output_folder(model.model, output, config.name)
+    folder = output_folder(model.model, output, config.name, "eval_coco_fid.py")
     check_datasets(*filter(None, [config.data]))
 
     from vqd_scale.core.world import join_world, leave_world
@@ -67,17 +68,17 @@ def data_override(key: str, data: Location | None) -> list[str]:
     return [] if data is None else [f"{key}={json.dumps(str(data))}"]
 
 
-def output_folder(model: str, output: Path | None, name: str) -> Path:
-    """Return the output folder of the results.
+def output_folder(model: str, output: Path | None, name: str, purpose: str) -> Path:
+    """Return the output folder of the results, checked by `check_output`.
 
     Raises:
-        UserError: The model is in S3 and ``--output`` is not given.
+        UserError: The model is in S3 and ``--output`` is not given; or see `check_output`.
     """
-    if output is not None:
-        return output
-    if model.startswith(SCHEME):
+    if output is None and model.startswith(SCHEME):
         raise UserError("the model is in S3: name a local folder for the results with --output.")
-    return Path(model) / "evaluation" / name
+    folder = Path(model) / "evaluation" / safe_name(name) if output is None else output
+    check_output(folder, purpose)
+    return folder
 
 
 def model_identity(name: str) -> dict[str, Any]:

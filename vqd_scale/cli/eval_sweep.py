@@ -11,6 +11,7 @@ from vqd_scale.cli.model_options import ModelOptions
 from vqd_scale.cli.run import check_datasets, check_model
 from vqd_scale.core.atomic_io import read_json
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.outputs import reserve
 from vqd_scale.core.signals import StopFlag
 from vqd_scale.evaluation.config import SEED, SweepConfig
 
@@ -34,17 +35,18 @@ def sweep(model: ModelOptions, options: ConfigOptions, data: Data = None, output
         raise UserError(f"x_axis: '{config.x_axis}' is none of the axes, {', '.join(config.axes)}.")
     check_model(model.model)
     evaluation = config.evaluation
-    folder = output_folder(model.model, output, f"{evaluation.name}-sweep")
+    folder = output_folder(model.model, output, f"{evaluation.name}-sweep", "eval_sweep.py")
     check_datasets(*filter(None, [evaluation.data]))
 
     from vqd_scale.core.progress import progress
     from vqd_scale.core.provenance import provenance
     from vqd_scale.core.world import join_world, leave_world
-    from vqd_scale.evaluation.sweep import Row, figures_of, points, publish_sweep
+    from vqd_scale.evaluation.sweep import Row, figures_of, points, publish_sweep, sweep_files
 
     combinations = points(config, folder)
     world, stop = join_world(), StopFlag()
     try:
+        world.on_first_rank(lambda: reserve(folder, "eval_sweep.py", sweep_files(config.metrics)))
         pipe, identity = model.load(), model_identity(model.model)
         rows: list[Row] = []
         evaluations = progress(

@@ -9,6 +9,7 @@ from vqd_scale.cli.base import Tool, location_from
 from vqd_scale.cli.run import check_bundles, check_datasets
 from vqd_scale.core.atomic_io import Location
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.outputs import check_output
 from vqd_scale.evaluation.config import Inception
 from vqd_scale.tokenizers.config import LPIPSConfig
 
@@ -50,6 +51,7 @@ def evaluate_tokenizers(
         raise UserError("--lpips-weights: needs --vgg-weights as well, the network whose features it weighs.")
     check_datasets(data)
     check_bundles(*tokenizers)
+    check_output(output, "evaluate_tokenizer.py")
 
     import torch
 

@@ -7,6 +7,7 @@ from vqd_scale.cli.base import Tool
 from vqd_scale.cli.model_options import ModelOptions, SamplingOptions
 from vqd_scale.cli.run import check_model
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.outputs import check_output, reserve
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,6 +33,8 @@ def inpaint(
     """Generate the masked part of an image and keep the rest."""
     sampling = options.config()
     check_model(model.model)
+    names = [f"{number:06d}.png" for number in range(num_samples)]
+    check_output(output, "inpaint.py", names)
     original, mask_image = _opened(image), _opened(mask)
 
     from vqd_scale.reports.plots import publish_image
@@ -46,8 +49,9 @@ def inpaint(
         seed=sampling.seed,
         batch=sampling.batch_size,
     )
-    for number, inpainted in enumerate(images):
-        publish_image(output / f"{number:06d}.png", inpainted)
+    reserve(output, "inpaint.py", names)
+    for name, inpainted in zip(names, images, strict=True):
+        publish_image(output / name, inpainted)
     print(f"{num_samples} images in {output}")
 
 

@@ -13,6 +13,7 @@ from vqd_scale.cli.base import RunConfigOptions, Tool
 from vqd_scale.core.atomic_io import Location
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.outputs import JOBS, TRAINING, check_output, safe_name
 from vqd_scale.data.config import StreamConfig
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.launchers.job_record import Cluster, Launch, newest_launch
@@ -20,7 +21,6 @@ from vqd_scale.preparation.config import TokenizeConfig
 from vqd_scale.training.tasks.config import TOKEN_RUNS, TOKENIZER_RUNS
 
 _POLL_SECONDS = 2.0
-_JOBS = "jobs"
 
 _tool = Tool(
     "Submit a tool as a job: to Slurm, or on this machine. The job runs a copy of the code. It saves a "
@@ -84,7 +84,8 @@ def train(options: RunConfigOptions, job: JobOptions) -> None:
     """Train a model on token shards."""
     config = options.load(TOKEN_RUNS)
     _check_data(config.data)
-    _launch("train", config.run / _JOBS, config.run, [["train.py"]], job, config)
+    check_output(config.run, TRAINING, siblings=[JOBS])
+    _launch("train", config.run / JOBS, config.run, [["train.py"]], job, config)
 
 
 @_tool.command("python tools/launch.py tokenizer configs/demo/tokenizer.yaml --gpus-per-node 8")
@@ -92,7 +93,8 @@ def tokenizer(options: RunConfigOptions, job: JobOptions) -> None:
     """Train a tokenizer on image shards."""
     config = options.load(TOKENIZER_RUNS)
     _check_data(config.data)
-    _launch("tokenizer", config.run / _JOBS, config.run, [["train_tokenizer.py"]], job, config)
+    check_output(config.run, TRAINING, siblings=[JOBS])
+    _launch("tokenizer", config.run / JOBS, config.run, [["train_tokenizer.py"]], job, config)
 
 
 @_tool.command("python tools/launch.py tokenize configs/demo/tokenize.yaml --num-workers 16 --hours 12")
@@ -109,7 +111,7 @@ def tokenize(
         for worker in range(num_workers)
     ]
     # The output may be in S3; the records of the launch are local.
-    folder = Path("runs") / _JOBS / config.output.name
+    folder = Path("runs") / JOBS / safe_name(config.output.name)
     _launch("tokenize", folder, config.output, commands, job, config)
 
 
@@ -127,7 +129,7 @@ def evaluate(
     if not run.is_dir():
         raise UserError(f"{run}: there is no such folder; name the run, or its export.")
     command = ["eval_coco_fid.py", str(run), *(arguments or [])]
-    _launch("eval", run / _JOBS, run, [command], job)
+    _launch("eval", run / JOBS, run, [command], job)
 
 
 @_tool.command("python tools/launch.py status runs/f/pretrain")
@@ -148,11 +150,7 @@ def cancel(folder: LaunchFolder) -> None:
 
 
 def _check_data(data: StreamConfig) -> None:
-    """Check that the shards exist, before the job is queued.
-
-    Raises:
-        UserError: Shards are missing.
-    """
+    """Raise a `UserError` unless the shards exist, before the job is queued."""
     for source in data.mixed:
         ShardSet.open(source.path)
 

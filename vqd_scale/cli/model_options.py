@@ -31,11 +31,7 @@ class ModelOptions:
     ] = "float32"
 
     def load(self) -> "Pipeline":
-        """Load the pipeline of any kind of model.
-
-        Raises:
-            UserError: The model does not exist, or one of its files is damaged.
-        """
+        """Load the pipeline of any kind of model; errors as for `load_pipeline`."""
         import torch
 
         from vqd_scale.models.generate import load_pipeline
@@ -43,11 +39,7 @@ class ModelOptions:
         return load_pipeline(self.model, dtype=getattr(torch, self.dtype))
 
     def load_denoiser(self) -> "TextToImage":
-        """Load the pipeline of a diffusion model, for features that other models lack, such as inpainting.
-
-        Raises:
-            UserError: The model does not exist, or one of its files is damaged.
-        """
+        """Load a diffusion model's pipeline, which has features that others lack, such as inpainting."""
         import torch
 
         from vqd_scale.models.pipeline import TextToImage

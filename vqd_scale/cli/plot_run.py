@@ -6,6 +6,7 @@ import typer
 
 from vqd_scale.cli.base import Tool
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.outputs import reserve
 
 if TYPE_CHECKING:
     from vqd_scale.reports.plots import Series
@@ -42,6 +43,8 @@ def plot(
                 raise UserError(f"{run}: has no metric '{name}'; it has {', '.join(available)}.")
             curves.append(_curve(rows, name, f"{run.name}: {name}" if len(runs) > 1 else name))
     path = output or runs[0] / "curves.png"
+    if output is None:
+        reserve(runs[0].resolve(), "plot_run.py", [path.name], siblings=None)
     plot_curves(path, curves, title=runs[0].name, x_label="images seen", y_label="")
     print(path)
 

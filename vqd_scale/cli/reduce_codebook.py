@@ -8,8 +8,9 @@ import typer
 
 from vqd_scale.cli.base import Tool, location_from
 from vqd_scale.cli.run import check_bundles, check_datasets
-from vqd_scale.core.atomic_io import Location, publish_json, read_json
+from vqd_scale.core.atomic_io import Location, check_file, publish_json, read_json
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.outputs import check_output
 from vqd_scale.tokenizers.config import Unused
 
 main = Tool(
@@ -30,6 +31,7 @@ def count(
 ) -> None:
     """Count how often each code occurs in token shards."""
     check_datasets(tokens)
+    check_file(output)
 
     from vqd_scale.preparation.reduce_tokens import count_codes
     from vqd_scale.tokenizers.codebook.usage import usage_of
@@ -68,6 +70,7 @@ def reduce(
     source = counts or code_map
     if source is None or (counts is not None and code_map is not None):
         raise UserError("--counts and --map: give exactly one of them.")
+    check_output(output, "reduce_codebook.py reduce")
 
     import torch
 

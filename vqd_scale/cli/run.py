@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from vqd_scale.core.atomic_io import Location
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.outputs import JOBS, TRAINING, check_output
 from vqd_scale.core.s3 import SCHEME
 from vqd_scale.core.signals import REQUEUE_EXIT_CODE
 from vqd_scale.data.shards.shard_index import INDEX, ShardSet
@@ -16,33 +17,21 @@ if TYPE_CHECKING:
 
 
 def check_datasets(*folders: Location) -> None:
-    """Check that the indices of local datasets exist; reading them is left to the first rank.
-
-    Raises:
-        UserError: There is no dataset.
-    """
+    """Raise a `UserError` unless the indices of local datasets exist; the first rank reads them later."""
     for folder in folders:
         if isinstance(folder, Path) and not (folder / INDEX).exists():
             ShardSet.open(folder)
 
 
 def check_bundles(*folders: Path) -> None:
-    """Check that tokenizer bundles exist.
-
-    Raises:
-        UserError: One does not.
-    """
+    """Raise a `UserError` unless tokenizer bundles exist."""
     for folder in folders:
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: there is no tokenizer bundle here; train_tokenizer.py makes one.")
 
 
 def check_model(model: str) -> None:
-    """Check that a local folder contains a model, in any of the layouts that can be loaded.
-
-    Raises:
-        UserError: It does not.
-    """
+    """Raise a `UserError` unless a local folder contains a model, in any layout that can be loaded."""
     folder = Path(model)
     configs = (folder / "config.json", folder / "export" / "config.json", folder / "model_index.json")
     if not model.startswith(SCHEME) and not any(path.is_file() for path in configs):
@@ -60,6 +49,7 @@ def run_task(config: TokenRun | TokenizerRun) -> bool:
         SystemExit: With `REQUEUE_EXIT_CODE` after a signal and a saved checkpoint; a restart resumes the run.
     """
     check_datasets(*(source.path for source in config.data.mixed))
+    check_output(config.run, TRAINING, siblings=[JOBS])
 
     from vqd_scale.core.world import join_world, leave_world
     from vqd_scale.training.loop import train

@@ -7,6 +7,7 @@ from vqd_scale.cli.base import Tool
 from vqd_scale.cli.model_options import ModelOptions, SamplingOptions
 from vqd_scale.cli.run import check_model
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.outputs import check_output
 from vqd_scale.data.shards.shard_index import ShardSet
 
 _GRID_IMAGES = 40
@@ -37,8 +38,9 @@ def sample(
     sampling = options.config()
     shards = None if data is None else ShardSet.open(data)
     check_model(model.model)
+    check_output(output, "sample.py")
 
-    from vqd_scale.models.generate import Prompt, generate, prompts_of, read_generated
+    from vqd_scale.models.generate import GRID, Prompt, generate, prompts_of, read_generated
     from vqd_scale.reports.plots import image_grid, publish_image
 
     if shards is None:
@@ -50,7 +52,5 @@ def sample(
     captions = [prompt.caption for prompt in generated[:_GRID_IMAGES]]
     scale = max(1, 128 // images.shape[1])
     columns = min(_GRID_COLUMNS, len(images))
-    publish_image(
-        output / "grid.png", image_grid(images[:_GRID_IMAGES], captions, columns=columns, scale=scale)
-    )
-    print(f"{len(generated)} images in {output}; the first of them in {output / 'grid.png'}")
+    publish_image(output / GRID, image_grid(images[:_GRID_IMAGES], captions, columns=columns, scale=scale))
+    print(f"{len(generated)} images in {output}; the first of them in {output / GRID}")

@@ -3,6 +3,7 @@ from typing import TYPE_CHECKING
 
 from vqd_scale.cli.base import RunConfigOptions, Tool
 from vqd_scale.cli.run import check_bundles, run_task
+from vqd_scale.core.outputs import TRAINING
 from vqd_scale.tokenizers.config import LPIPSConfig
 from vqd_scale.training.tasks.config import TOKENIZER_RUNS, AutoencodingConfig, RefitConfig
 
@@ -57,6 +58,7 @@ def _report(config: AutoencodingConfig, seconds: float) -> None:
             "images": config.total_images,
             "usage_in_training": _usage(config, device),
         },
+        purpose=TRAINING,
     )
     for name, figures in metrics.items():
         print(f"{name}: {summary_line(figures)}")

@@ -1,12 +1,13 @@
 """Atomic file writes: readers never see a half-written file.
 
-On a file system, a file is written to ``*.partial`` in the same folder, flushed to the disk, and renamed
-atomically. A full disk or a kill can leave a ``*.partial`` file; readers ignore it and the next writer
-replaces it. For S3, the file is written to a local temporary folder and then uploaded; an object appears
-only when the upload is complete.
+On a file system, a file is written under a unique name in the same folder, ``.NAME.vqd-*.partial``, flushed
+to the disk, and renamed atomically. A kill can leave such a file; readers ignore it and the next writer
+deletes it. For S3, the file is written to a local temporary folder and then uploaded; an object appears only
+when the upload is complete.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -58,12 +59,12 @@ def published(path: Location, *, shared: bool = False) -> Generator[Path]:
 
     Args:
         path: Final path of the file.
-        shared: Allow concurrent writers; the last one wins. Each writer's partial file then has a unique
-            name, and later writers do not replace one that a kill left behind: for small files only.
+        shared: Allow concurrent writers; the last one wins. Writers then do not delete a partial file that a
+            kill left behind: for small files only.
 
     Raises:
-        UserError: The disk is full, the folder is read-only, or permission is denied; the S3 store cannot be
-            reached or refuses.
+        UserError: The path is a folder, a link or a device; the disk is full, the folder is read-only, or
+            permission is denied; the S3 store cannot be reached or refuses.
     """
     if isinstance(path, S3Path):
         with tempfile.TemporaryDirectory(prefix="vqd-scale-") as folder:
@@ -72,10 +73,10 @@ def published(path: Location, *, shared: bool = False) -> Generator[Path]:
                 yield partial
             write_object(path, partial)
         return
-    suffix = f".{secrets.token_hex(8)}" if shared else ""
-    partial = path.with_name(path.name + suffix + PARTIAL)
     with writing(path):
+        check_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial = partial_of(path, shared=shared)
         try:
             yield partial
             sync_to_disk(partial)
@@ -87,30 +88,30 @@ def published(path: Location, *, shared: bool = False) -> Generator[Path]:
             raise
 
 
-@contextmanager
-def published_folder(path: Path) -> Generator[Path]:
-    """Yield a temporary folder to fill; rename it to ``path`` on success, delete it on failure.
+def check_file(path: Path) -> None:
+    """Raise a `UserError` if a path is a folder, a link or a device, which no file may replace."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        kind = "link" if path.is_symlink() else "folder" if path.is_dir() else "device"
+        raise UserError(f"{path}: cannot be written: a {kind} of this name is in the way.")
 
-    An existing folder at ``path`` is deleted before the rename.
 
-    Raises:
-        UserError: The disk is full, the parent folder is read-only, or permission is denied.
+def partial_of(path: Path, *, shared: bool = False) -> Path:
+    """Return a unique name beside a file or folder to be written; delete what killed writers of it left.
+
+    Args:
+        path: Final path.
+        shared: Keep what other writers of the path have begun.
     """
-    partial = path.with_name(path.name + PARTIAL)
-    with writing(path):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            for file in sorted(partial.rglob("*")):
-                sync_to_disk(file)
-            if path.exists():
-                shutil.rmtree(path)
-            partial.rename(path)
-            sync_to_disk(path.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+    if not shared:
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.vqd-*{PARTIAL}"):
+            if is_partial(leftover.name):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.vqd-{secrets.token_hex(8)}{PARTIAL}")
+
+
+def is_partial(name: str) -> bool:
+    """Return whether a name is one of `partial_of`."""
+    return re.fullmatch(rf"\..+\.vqd-[0-9a-f]{{16}}\{PARTIAL}", name, re.DOTALL) is not None
 
 
 @contextmanager
@@ -129,7 +130,7 @@ def writing(path: Path) -> Generator[None]:
         errno.EPERM: "permission was denied",
         errno.ENOTDIR: "a part of the path is a file, not a folder",
         errno.EEXIST: "a part of the path is a file, not a folder",
-        errno.EISDIR: "a folder of this name is in the way",
+        errno.ENAMETOOLONG: "the name is too long",
     }
     try:
         yield
@@ -152,26 +153,13 @@ def set_aside(path: Path) -> Path:
 
 
 def publish_text(path: Location, text: str, *, shared: bool = False) -> None:
-    """Write a small text file atomically; ``shared`` as for `published`.
-
-    Raises:
-        UserError: See `published`.
-    """
+    """Write a small text file atomically; ``shared`` and errors as for `published`."""
     with published(path, shared=shared) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
-def publish_json(
-    path: Location,
-    value: Any,  # noqa: ANN401 - whatever JSON can hold
-    *,
-    shared: bool = False,
-) -> None:
-    """Write a JSON file atomically; ``shared`` as for `published`.
-
-    Raises:
-        UserError: See `published`.
-    """
+def publish_json(path: Location, value: Any, *, shared: bool = False) -> None:  # noqa: ANN401 - any JSON
+    """Write a JSON file atomically; ``shared`` and errors as for `published`."""
     publish_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n", shared=shared)
 
 

@@ -64,11 +64,7 @@ def write_tensors(
 
 
 def check_names(state: Mapping[str, Tensor], expected: Iterable[str], whose: str) -> None:
-    """Check that a state dictionary has exactly the expected entries.
-
-    Raises:
-        UserError: Entries are unknown or missing; the message lists all of them.
-    """
+    """Raise a `UserError` that lists the unknown and the missing entries of a state dictionary, if any."""
     expected_names = set(expected)
     unknown, missing = sorted(state.keys() - expected_names), sorted(expected_names - state.keys())
     if unknown or missing:

@@ -114,11 +114,7 @@ def even_steps(transition: MaskAndReplace, first: int, steps: int) -> list[Sampl
 
 
 def check_steps(transition: MaskAndReplace, steps: int) -> None:
-    """Check a sampler's number of steps.
-
-    Raises:
-        UserError: ``steps`` exceeds the schedule's number of steps.
-    """
+    """Raise a `UserError` if ``steps`` exceeds the schedule's number of steps."""
     if steps > transition.steps:
         raise UserError(
             f"sampler.steps: {steps} exceeds the {transition.steps} steps of the schedule; give fewer."

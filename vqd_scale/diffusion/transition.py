@@ -187,11 +187,7 @@ class MaskAndReplace:
             )
 
     def check_times(self, t: Int[Tensor, " batch"]) -> None:
-        """Check time values; synchronizes with the device (for first batches and debugging).
-
-        Raises:
-            UserError: A time is not between 0 and T-1.
-        """
+        """Raise a `UserError` unless times are in 0..T-1; synchronizes with the device (for debugging)."""
         invalid = t[(t < 0) | (t >= self.steps)]
         if len(invalid):
             raise UserError(
@@ -199,11 +195,7 @@ class MaskAndReplace:
             )
 
     def check_codes(self, codes: int, subject: str) -> None:
-        """Check that a number of classes equals K.
-
-        Raises:
-            UserError: The number differs from K.
-        """
+        """Raise a `UserError` unless a number of classes equals K."""
         if codes != self.codes:
             raise UserError(
                 f"{subject} has {codes} classes, but the diffusion schedule has {self.codes} codes; "

@@ -12,6 +12,7 @@ from torch import Tensor
 from vqd_scale.core.atomic_io import publish_json
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.nested import leaves
+from vqd_scale.core.outputs import reserve
 from vqd_scale.core.world import World
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.evaluation.config import Classes, EvaluationConfig, PromptsConfig
@@ -31,6 +32,10 @@ from vqd_scale.reports.plots import Series, image_grid, plot_curves, publish_ima
 _POINTS = 200
 """Maximum number of points of a curve over all images."""
 _COLUMNS = 8
+_FILES = (
+    *("config.yaml", "report.json", "report.html", "reference.safetensors", "curve-0.png", "curve-1.png"),
+    *("samples-0.png", "samples-1.png", "samples-2.png"),
+)
 _NOTE = "Metrics are comparable only if all of these values are equal."
 _SEEDS = (
     "Captions, their order and the random numbers are functions of the seeds above: the same command "
@@ -75,8 +80,8 @@ def evaluate(
 
     Raises:
         EvaluationStopped: A rank received a stop signal; the same call resumes the evaluation.
-        UserError: Data, weights or statistics are missing or differ from the configuration, or there are too
-            few images.
+        UserError: Data, weights or statistics are missing or differ from the configuration, there are too
+            few images, or the folder contains something else.
     """
     shards = None if config.data is None else ShardSet.open(config.data, look=world.is_first)
     prompts = choose_prompts(config.prompts, shards)
@@ -90,6 +95,8 @@ def evaluate(
     real = shards if config.reference.data is None else ShardSet.open(config.reference.data)
     if real is None:
         raise UserError("reference: real images need shards; give --data, or reference.data.")
+    images = [f"images/{number:06d}.png" for number in range(len(prompts) * config.sampling.save_images)]
+    world.on_first_rank(lambda: reserve(out, "eval_coco_fid.py", [*_FILES, *images]))
     file = config.reference.file or out / "reference.safetensors"
     reference = reference_of(config.reference, real, prompts, height, extractor, file, world, stop)
     description = {
@@ -138,11 +145,7 @@ def evaluate(
 
 
 def publish_result(result: Result, out: Path) -> None:
-    """Write ``report.json`` and the self-contained page ``report.html``.
-
-    Raises:
-        UserError: The folder cannot be written.
-    """
+    """Write ``report.json`` and the self-contained page ``report.html``; errors as for `published`."""
     report = result.report
     reference = report["reference"] | {"prompts (SHA-256)": report["prompts"]}
     definitions = " ".join(kind.definition for kind in METRICS)

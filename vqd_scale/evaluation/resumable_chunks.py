@@ -8,6 +8,7 @@ other, and no image is counted twice.
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from vqd_scale.core.atomic_io import publish_json, published, read_json
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.nested import differences
+from vqd_scale.core.outputs import MARKER, reserve
 from vqd_scale.core.progress import progress_bar
 from vqd_scale.core.tensors import read_tensors, write_tensors
 from vqd_scale.core.world import World
@@ -66,8 +68,10 @@ class ResumableChunks:
         """Write the description of the computation, or check that the folder has the same description.
 
         Raises:
-            UserError: The folder contains chunks of another computation.
+            UserError: The folder contains chunks of another computation, or something else.
         """
+        names = [_DESCRIPTION, *(self.path(part).name for part in self.numbers)]
+        world.on_first_rank(lambda: reserve(self.folder, "an evaluation", names))
         complete = {"count": self.count, "size": self.size, **description}
         reserve_folder(self.folder / _DESCRIPTION, complete, world, option="--output")
 
@@ -105,19 +109,18 @@ class ResumableChunks:
             raise EvaluationStopped
 
     def read(self, part: int) -> dict[str, Tensor]:
-        """Read the columns of a chunk.
-
-        Raises:
-            UserError: The chunk is missing or damaged.
-        """
+        """Read the columns of a chunk; errors as for `read_tensors`."""
         return read_tensors(self.path(part))
 
-    def column(self, name: str) -> Tensor:
-        """Read one column of all images, in order.
+    def discard(self) -> None:
+        """Delete the chunks, and the folder unless it contains something else."""
+        for path in (self.folder / MARKER, self.folder / _DESCRIPTION, *map(self.path, self.numbers)):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()
 
-        Raises:
-            UserError: A chunk is missing or damaged.
-        """
+    def column(self, name: str) -> Tensor:
+        """Read one column of all images, in order; errors as for `read_tensors`."""
         return torch.cat([self.read(part)[name] for part in self.numbers])
 
 

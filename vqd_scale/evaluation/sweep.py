@@ -11,6 +11,7 @@ from vqd_scale.core.atomic_io import publish_json
 from vqd_scale.core.config import validated
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.nested import leaves, set_at
+from vqd_scale.core.outputs import safe_name
 from vqd_scale.evaluation.config import SEED, EvaluationConfig, SweepConfig
 from vqd_scale.reports.html import ImageSection, Section, TableSection, TextSection, html_report
 from vqd_scale.reports.plots import Series, plot_curves
@@ -75,8 +76,14 @@ def points(config: SweepConfig, out: Path) -> list[tuple[str, dict[str, Any], Ev
         settings = {key: _named(value) for key, value in settings.items()}
         name = ",".join(f"{key.removeprefix('sampling.')}={value}" for key, value in settings.items())
         protocol = validated(EvaluationConfig, plain, source=f"axes: {name}")
-        combinations.append((name.replace("/", "_"), settings, protocol))
+        combinations.append((safe_name(name), settings, protocol))
     return combinations
+
+
+def sweep_files(figures: Sequence[str]) -> list[str]:
+    """Return the names of the files that `publish_sweep` and the evaluations' common reference need."""
+    plots = [f"plot-{number}.png" for number in range(len(figures))]
+    return ["sweep.json", "report.html", "reference.safetensors", *plots]
 
 
 def grouped(rows: Sequence[Row]) -> list[Group]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.atomic_io import Location, publish_json
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.outputs import reserve
 from vqd_scale.core.progress import progress_bar
 from vqd_scale.data.shards.decode import BadSample, decode_image, decode_json, image_extension
 from vqd_scale.data.shards.shard_index import ShardSet
@@ -153,6 +154,7 @@ def report_tokenizers(
     inception: Inception | None,
     extra: Mapping[str, Any] | None = None,
     max_images: int | None = None,
+    purpose: str = "evaluate_tokenizer.py",
 ) -> dict[str, dict[str, Any]]:
     """Evaluate tokenizers and write report.json, report.html and an image grid of reconstructions for each.
 
@@ -166,20 +168,24 @@ def report_tokenizers(
         inception: Inception configuration; ``None`` omits rFID.
         extra: Additional content of report.json.
         max_images: Maximum number of images; ``None`` evaluates all.
+        purpose: Name of the writing tool.
 
     Returns:
         Metrics of each tokenizer.
     """
+    grids = ["reconstructions.png"]
+    grids += [f"reconstructions-{number}.png" for number in range(1, len(tokenizers))]
+    reserve(out, purpose, [REPORT, "report.html", *grids])
     network = None if lpips is None else lpips.build().to(device)
     metrics: dict[str, dict[str, Any]] = {}
     sections: list[Section] = []
-    for number, (name, folder) in enumerate(tokenizers.items()):
+    for grid, (name, folder) in zip(grids, tokenizers.items(), strict=True):
         tokenizer = load_tokenizer(folder, device)
         evaluation = evaluate_tokenizer(
             tokenizer, images, size, device=device, max_images=max_images, lpips=network, inception=inception
         )
         metrics[name] = figures = evaluation.figures
-        path = out / ("reconstructions.png" if number == 0 else f"reconstructions-{number}.png")
+        path = out / grid
         examples = (evaluation.originals, evaluation.reconstructions)
         originals, reconstructions = (images.permute(0, 2, 3, 1).numpy() for images in examples)
         scale = max(1, _EXAMPLE_SIDE // originals.shape[1])

@@ -34,11 +34,7 @@ class AutoregressiveTextToImage:
     def load(
         cls, path: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> Self:
-        """Load a model from its bundle or a finished run; see `TextToImage.load`.
-
-        Raises:
-            UserError: There is no such model, or a file of it is missing or damaged.
-        """
+        """Load a model from its bundle or a finished run; see `TextToImage.load`."""
         with local_folder(path, FOLDERS) as folder:
             bundle = load_autoregressive_bundle(folder)
         bundle.to(dtype or torch.float32)

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from vqd_scale.core.atomic_io import publish_json, publish_text, published_folder, read_json, sha256_of
+from vqd_scale.core.atomic_io import publish_json, publish_text, read_json, sha256_of
 from vqd_scale.core.config import Config, ConfigType, kinds_of, validated
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.outputs import published_folder
 from vqd_scale.core.tensors import write_tensors
 from vqd_scale.diffusion.config import Schedule
 from vqd_scale.models.config import AutoregressiveBundleConfig, BundleConfig
@@ -201,27 +202,30 @@ def save_bundle(
     config: BundleConfig | AutoregressiveBundleConfig,
     weights: Mapping[str, Tensor],
     tokenizer: Path | tuple[TokenizerConfig, Mapping[str, Tensor]],
+    purpose: str = "save_bundle",
 ) -> None:
     """Write a model bundle, including its tokenizer's, atomically.
 
     Args:
-        folder: Output folder; replaced if it exists.
+        folder: Output folder; a bundle of the same purpose is replaced.
         config: Configuration of the model.
         weights: State dictionary of the model.
         tokenizer: Tokenizer bundle to copy, or the tokenizer's configuration and state dictionary.
+        purpose: Name of the writing tool.
 
     Raises:
-        UserError: The disk is full or the folder cannot be written.
+        UserError: See `published_folder`.
     """
     if isinstance(config.text, Pretrained):
         config = config.model_copy(update={"text": config.text.without_weights()})
-    with published_folder(folder) as partial:
+    with published_folder(folder, purpose) as partial:
         schedule = {_SCHEDULE: _fingerprint(config.diffusion)} if isinstance(config, BundleConfig) else {}
         _save(partial, config, weights, schedule)
+        (partial / _TOKENIZER).mkdir()
         if isinstance(tokenizer, Path):
-            shutil.copytree(tokenizer, partial / _TOKENIZER)
+            for name in (CONFIG, WEIGHTS):
+                shutil.copyfile(tokenizer / name, partial / _TOKENIZER / name)
         else:
-            (partial / _TOKENIZER).mkdir()
             _save(partial / _TOKENIZER, *tokenizer)
         card = render(
             "model_card.md.j2",
@@ -270,11 +274,7 @@ def is_autoregressive(folder: Path) -> bool:
 
 
 def load_autoregressive_bundle(folder: Path) -> AutoregressiveBundle:
-    """Load an autoregressive model from its bundle or a finished run, in float32 on the CPU.
-
-    Raises:
-        UserError: There is no bundle, or a file is missing, damaged or of another shape.
-    """
+    """Load an autoregressive model as `load_bundle` loads a denoiser."""
     folder = _export_folder(folder)
     config = _load_config(_MODELS, folder, "model bundle")
     if not isinstance(config, AutoregressiveBundleConfig):
@@ -282,22 +282,16 @@ def load_autoregressive_bundle(folder: Path) -> AutoregressiveBundle:
     return _load_model(folder, config, AutoregressiveModel(config))
 
 
-def save_tokenizer(folder: Path, config: TokenizerConfig, weights: Mapping[str, Tensor]) -> None:
-    """Write a tokenizer bundle.
-
-    Raises:
-        UserError: The disk is full or the folder cannot be written.
-    """
-    with published_folder(folder) as partial:
+def save_tokenizer(
+    folder: Path, config: TokenizerConfig, weights: Mapping[str, Tensor], purpose: str = "save_tokenizer"
+) -> None:
+    """Write a tokenizer bundle; ``purpose`` and errors as for `save_bundle`."""
+    with published_folder(folder, purpose) as partial:
         _save(partial, config, weights)
 
 
 def load_tokenizer(folder: Path, device: torch.device) -> ImageTokenizer:
-    """Load a tokenizer bundle.
-
-    Raises:
-        UserError: There is no bundle, or a file is missing, damaged or of another shape.
-    """
+    """Load a tokenizer bundle; errors as for `load_bundle`."""
     config: TokenizerConfig = _load_config(kinds_of(TokenizerConfig), folder, "tokenizer bundle")
     tokenizer = config.build()
     _load_weights(tokenizer, folder)
@@ -321,11 +315,7 @@ def weights_file(folder: Path) -> Path:
 
 
 def schedule_of(folder: Path) -> Schedule:
-    """Load the noise schedule of a denoiser from its bundle or a finished run.
-
-    Raises:
-        UserError: There is no bundle.
-    """
+    """Load the noise schedule of a denoiser; arguments and errors as for `load_bundle`."""
     return _load_config(BundleConfig, _export_folder(folder), "model bundle").diffusion
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.atomic_io import publish_json, read_json
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.outputs import check_output, reserve, safe_name
 from vqd_scale.core.progress import progress_bar
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.shards.shard_io import KEY, read_shard
@@ -25,7 +26,11 @@ from vqd_scale.models.pipeline import FOLDERS, TextToImage, image_slots
 from vqd_scale.models.s3_download import local_folder
 from vqd_scale.reports.plots import publish_image
 
+GRID = "grid.png"
+"""Name of the contact sheet beside the images."""
+
 _LIST = "samples.json"
+_PURPOSE = "sample.py"
 
 Pipeline: TypeAlias = TextToImage | AutoregressiveTextToImage
 """Pipeline that generates an image for a prompt."""
@@ -33,10 +38,14 @@ Pipeline: TypeAlias = TextToImage | AutoregressiveTextToImage
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption and the file name (stem) of its image."""
+    """A caption and its key in a dataset, which names its image."""
 
     key: str
     caption: str
+
+    def path(self, folder: Path) -> Path:
+        """Return the path of the image."""
+        return folder / f"{safe_name(self.key, [GRID.removesuffix('.png')])}.png"
 
 
 def prompts_of(shards: ShardSet, count: int) -> list[Prompt]:
@@ -59,11 +68,7 @@ def prompts_of(shards: ShardSet, count: int) -> list[Prompt]:
 def load_pipeline(
     path: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> Pipeline:
-    """Load the pipeline for the kind of model in a bundle; see `TextToImage.load`.
-
-    Raises:
-        UserError: There is no such model, or a file of it is missing or damaged.
-    """
+    """Load the pipeline for the kind of model in a bundle; see `TextToImage.load`."""
     with local_folder(path, FOLDERS) as folder:
         kind = AutoregressiveTextToImage if is_autoregressive(folder) else TextToImage
         return kind.load(folder, dtype=dtype, device=device)
@@ -111,20 +116,21 @@ def generate(pipe: Pipeline, model: str, prompts: list[Prompt], config: Sampling
         "dtype": str(pipe.bundle.dtype).removeprefix("torch."),
         "prompts": {prompt.key: prompt.caption for prompt in prompts},
     }
-    if not (folder / _LIST).exists():
-        publish_json(folder / _LIST, record)
-    elif read_json(folder / _LIST, "list of samples") != record:
+    check_output(folder, _PURPOSE)
+    if (folder / _LIST).exists() and read_json(folder / _LIST, "list of samples") != record:
         raise UserError(
             f"{folder}: contains images of other prompts, model or sampling options; give another --output."
         )
+    reserve(folder, _PURPOSE, [_LIST, GRID, *(prompt.path(folder).name for prompt in prompts)])
+    publish_json(folder / _LIST, record)
     with progress_bar("sample", len(prompts), unit="img") as bar:
         for start in range(0, len(prompts), config.batch_size):
             part = prompts[start : start + config.batch_size]
-            if not all((folder / f"{prompt.key}.png").exists() for prompt in part):
+            if not all(prompt.path(folder).exists() for prompt in part):
                 slots = image_slots(config.seed, len(prompts))[start : start + len(part)]
                 images = generate_batch(pipe, [prompt.caption for prompt in part], slots, config)
                 for prompt, image in zip(part, images.permute(0, 2, 3, 1).numpy(), strict=True):
-                    publish_image(folder / f"{prompt.key}.png", Image.fromarray(image))
+                    publish_image(prompt.path(folder), Image.fromarray(image))
             bar.update(len(part))
 
 
@@ -132,13 +138,14 @@ def read_generated(folder: Path) -> tuple[list[Prompt], UInt8[NDArray[np.uint8],
     """Read the prompts and images written by `generate`.
 
     Raises:
-        UserError: The list or an image is missing.
+        UserError: The list or an image is missing or damaged.
     """
     record = read_json(folder / _LIST, "list of samples (sample.py writes it)")
     prompts = [Prompt(key, caption) for key, caption in record["prompts"].items()]
-    missing = [prompt.key for prompt in prompts if not (folder / f"{prompt.key}.png").exists()]
-    if missing:
-        raise UserError(
-            f"{folder}: {len(missing)} images are missing, {missing[0]}.png first; run sample.py again."
-        )
-    return prompts, np.stack([np.asarray(Image.open(folder / f"{prompt.key}.png")) for prompt in prompts])
+    images: list[NDArray[np.uint8]] = []
+    for path in (prompt.path(folder) for prompt in prompts):
+        try:
+            images.append(np.asarray(Image.open(path)))
+        except OSError:
+            raise UserError(f"{path}: missing or no image; delete it and run sample.py again.") from None
+    return prompts, np.stack(images)

@@ -159,7 +159,8 @@ def _save(
     inner = {} if used is None else {"kept": used}
     reduced.load_state_dict({**reduced.state_dict(), "map": map, **inner})
     full = cast(FullTokenizerConfig, tokenizer.config)
-    save_tokenizer(out, ReducedConfig(codebook_size=codes, unused=unused, full=full), reduced.state_dict())
+    config = ReducedConfig(codebook_size=codes, unused=unused, full=full)
+    save_tokenizer(out, config, reduced.state_dict(), "reduce_codebook.py reduce")
     return reduced
 
 

@@ -63,11 +63,7 @@ Section = TextSection | FiguresSection | TableSection | ImageSection
 
 
 def html_report(path: Path, title: str, sections: Sequence[Section]) -> None:
-    """Write a self-contained HTML page: images are embedded, and all text is escaped.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
+    """Write a self-contained HTML page: images are embedded, and all text is escaped."""
     publish_text(path, render("report.html.j2", title=title, sections=sections))
 
 

@@ -31,11 +31,7 @@ class Series:
 
 
 def plot_curves(path: Path, series: Sequence[Series], *, title: str, x_label: str, y_label: str) -> None:
-    """Plot curves to a PNG file: pale raw values, and a dark running mean over 1/50 of the values.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
+    """Plot curves to a PNG file: pale raw values, and a dark running mean over 1/50 of the values."""
     # Imported here because the import takes half a second, which tools without plots should not pay.
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -121,12 +117,8 @@ def comparison_grid(
 
 
 def publish_image(path: Path, image: Image.Image) -> None:
-    """Write a PNG file atomically.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
-    with published(path) as partial:
+    """Write a PNG file atomically; errors as for `published`."""
+    with published(path, shared=True) as partial:
         image.save(partial, format="PNG")
 
 

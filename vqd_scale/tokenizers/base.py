@@ -88,11 +88,7 @@ def to_bytes(signal: Images) -> UInt8[Tensor, "batch 3 height width"]:
 
 
 def check_signal(images: Images, factor: int) -> None:
-    """Check that images have the format of `to_signal` and a size divisible by ``factor``.
-
-    Raises:
-        ValueError: The dtype, shape, size or value range is wrong.
-    """
+    """Raise a `ValueError` unless images are those of `to_signal`, of a size divisible by ``factor``."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
             f"expected float images [batch, 3, height, width], got {images.dtype} {list(images.shape)}"

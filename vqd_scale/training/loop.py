@@ -15,6 +15,7 @@ from vqd_scale.core.atomic_io import publish_json, publish_text
 from vqd_scale.core.config import read_yaml, to_yaml
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.nested import differences
+from vqd_scale.core.outputs import JOBS, TRAINING, reserve
 from vqd_scale.core.progress import progress_bar
 from vqd_scale.core.provenance import modified_files, provenance
 from vqd_scale.core.signals import StopFlag
@@ -38,6 +39,7 @@ from vqd_scale.training.validation import ValidationSet
 
 logger = logging.getLogger(__name__)
 
+_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "wandb-id.txt")
 _CHANGEABLE = (
     "total_images.",
     "checkpoint.",
@@ -120,6 +122,7 @@ def train(task: Task[BatchType], config: RunConfig, world: World, title: str) ->
 
 def _lock_run_folder(folder: Path, config: RunConfig) -> None:
     """Check that the run folder contains no other run, then write the resolved configuration to it."""
+    reserve(folder, TRAINING, _FILES, siblings=[JOBS])
     path = folder / "config.yaml"
     if path.exists():
         for key, stored, new_value in differences(read_yaml(path), config.model_dump(mode="json")):

@@ -189,3 +189,15 @@ def test_many_processes_share_a_folder(remote_shards: Path, tmp_path: Path) -> N
             time.sleep(0.001)
     assert all(count > 20 for count in waiting.get())
     assert 0 < most <= 3 * SIZE
+
+
+def test_other_files_in_the_folder_are_never_evicted(remote_shards: Path, tmp_path: Path) -> None:
+    cache = cache_of(tmp_path / "near", shards=1)
+    (tmp_path / "near").mkdir()
+    names = ("mine.tar", "a" * 64 + ".tar.gz", "notes.tar.partial")
+    for name in names:
+        (tmp_path / "near" / name).write_bytes(bytes(SIZE))
+        os.utime(tmp_path / "near" / name, (0, 0))
+    for number in range(2):
+        assert cached_bytes(cache, shard_of(remote_shards, number)) == content(number)
+    assert all((tmp_path / "near" / name).exists() for name in names)

@@ -39,11 +39,7 @@ class BadSample(Exception):
 
 
 def image_extension(extensions: Container[str]) -> str:
-    """Return the extension of a sample's image among those of its members.
-
-    Raises:
-        BadSample: The sample has no image.
-    """
+    """Return the extension of a sample's image among those of its members; a `BadSample` if it has none."""
     for extension in IMAGE_EXTENSIONS:
         if extension in extensions:
             return extension
@@ -102,11 +98,7 @@ def _decoded_jpeg(data: bytes) -> Pixels:
 
 
 def decode_text(data: bytes) -> str:
-    """Decode a caption and strip white space.
-
-    Raises:
-        BadSample: Not UTF-8, or empty.
-    """
+    """Decode a caption and strip white space; a `BadSample` if it is not UTF-8, or empty."""
     try:
         text = data.decode("utf-8").strip()
     except UnicodeDecodeError:
@@ -117,11 +109,7 @@ def decode_text(data: bytes) -> str:
 
 
 def decode_json(data: bytes) -> Any:  # noqa: ANN401 - whatever JSON can hold
-    """Decode a JSON member.
-
-    Raises:
-        BadSample: Invalid JSON.
-    """
+    """Decode a JSON member; a `BadSample` if it is invalid."""
     try:
         return json.loads(data)
     except ValueError:

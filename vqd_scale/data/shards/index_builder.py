@@ -166,11 +166,7 @@ def left_out_of(shards: Sequence[IndexedShard], *, is_bad: bool) -> list[tuple[s
 def check_share(
     shards: Sequence[IndexedShard], total: int, max_bad_fraction: float, folder: Location
 ) -> None:
-    """Check that at most ``max_bad_fraction`` of ``total`` samples are bad.
-
-    Raises:
-        UserError: More samples are bad.
-    """
+    """Raise a `UserError` if more than ``max_bad_fraction`` of ``total`` samples are bad."""
     bad_samples = [(shard.name, sample) for shard in shards for sample in shard.left_out if sample.is_bad]
     if len(bad_samples) > max_bad_fraction * total:
         name, sample = bad_samples[0]

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
+from pathlib import Path
 from typing import Any, cast
 from zipfile import BadZipFile
 
@@ -226,16 +227,15 @@ def begin_set(
         UserError: The folder already contains a dataset with another ``meta`` or other tars, or something
             else, or cannot be written.
     """
+    # Listed before the index is read: another process that begins the same dataset publishes its index first.
+    listed = file_sizes(folder) if isinstance(folder, S3Path) and folder != tars else names
+    obstacles = sorted(name for name in listed if (folder / name).exists())
     index = read_index(folder)
     if index is None:
-        try:
-            _check_new(folder, [] if folder == tars else None, names)
-        except UserError:
-            # Another process may have begun the same dataset.
-            index = read_index(folder)
-            if index is None:
-                raise
-    if index is None:
+        if isinstance(folder, Path) and folder != tars:
+            check_output(folder, "an earlier start", siblings=[INDEX])
+        if obstacles:
+            raise UserError(f"{folder / obstacles[0]}: is in the way; name another folder.")
         _publish_index(folder, False, tars, meta, ())
         return
     stored = {"tars": index["tars"], **index["meta"]}
@@ -245,19 +245,6 @@ def begin_set(
             f"{folder}: holds another set of shards ({path} was {old!r}, now is {new!r}); name another "
             "folder or delete it."
         )
-
-
-def _check_new(folder: Location, taken: list[str] | None, names: Iterable[str]) -> None:
-    """Check that a folder without an index is empty or, given ``taken``, has no file of some names."""
-    if taken is None and not isinstance(folder, S3Path):
-        check_output(folder, "an earlier start of this command")
-        return
-    if taken is None:
-        taken = sorted(file_sizes(folder))
-    else:
-        taken = [name for name in names if (folder / name).exists()]
-    if taken:
-        raise UserError(f"{folder / taken[0]}: is in the way, as there is no {INDEX}; name another folder.")
 
 
 def finish_set(
@@ -273,11 +260,7 @@ def finish_set(
 
 
 def publish_table(path: Location, table: ShardTable, indexed: IndexedShard) -> None:
-    """Publish a shard's table, together with the result of indexing, by atomic rename.
-
-    Raises:
-        UserError: The table cannot be written.
-    """
+    """Publish a shard's table, together with the result of indexing; errors as for `published`."""
     # Pass a file, not a path: numpy would append its own suffix to the temporary name.
     with published(path) as partial, partial.open("wb") as file:
         np.savez(

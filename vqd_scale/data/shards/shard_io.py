@@ -113,11 +113,7 @@ def write_shard_set(
 
 
 def write_shard(path: Location, samples: Iterable[Sample | SkippedSample]) -> IndexedShard:
-    """Write one tar and its table, byte-for-byte reproducible.
-
-    Raises:
-        UserError: The folder cannot be written.
-    """
+    """Write one tar and its table, byte-for-byte reproducible; errors as for `published`."""
     # Imported here: webdataset imports torch.
     from webdataset.writer import ShardWriter
 

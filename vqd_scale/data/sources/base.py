@@ -114,6 +114,9 @@ class ImageSource(Config, ABC):
 
         Args:
             folder: Folder of the source, which contains all its files.
+
+        Raises:
+            UserError: There is no image, or a file is missing or has an invalid format.
         """
 
     def pack(self, source: Path, folder: Location) -> ShardSet:

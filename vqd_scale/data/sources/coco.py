@@ -27,11 +27,7 @@ class CocoConfig(ImageSource):
     """Split to pack."""
 
     def list_images(self, folder: Path) -> list[SourceImage]:
-        """Return the images of the split, ordered by id.
-
-        Raises:
-            UserError: A file is missing or has an invalid format.
-        """
+        """Return the images of the split, ordered by id."""
         part = f"{self.split}{self.year}"
         lists = (folder / "annotations" / f"captions_{part}.json", folder / f"captions_{part}.json")
         annotations = existing(*lists, name=f"COCO's file of captions for {part}")

@@ -25,11 +25,7 @@ class CubConfig(ImageSource):
     the dataset's own ``train_test_split.txt``."""
 
     def list_images(self, folder: Path) -> list[SourceImage]:
-        """Return the images of the split, ordered by number.
-
-        Raises:
-            UserError: A file is missing or has an invalid format.
-        """
+        """Return the images of the split, ordered by number."""
         lists = (folder / "CUB_200_2011" / "images.txt", folder / "images.txt")
         data = existing(*lists, name="images.txt").parent
         captions = captions_folder(folder, data)

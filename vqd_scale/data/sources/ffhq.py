@@ -19,11 +19,7 @@ class FFHQConfig(ImageSource):
     example: ClassVar[str] = "/data/ffhq/images1024x1024 runs/ffhq encoding.kind=png image_size=256"
 
     def list_images(self, folder: Path) -> list[SourceImage]:
-        """Return all images below a folder.
-
-        Raises:
-            UserError: There is no image.
-        """
+        """Return all images below a folder."""
         return [
             SourceImage(path, f"{number:09d}", path.relative_to(folder).as_posix())
             for number, path in enumerate(image_files(folder))

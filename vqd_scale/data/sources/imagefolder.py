@@ -16,11 +16,7 @@ class ImageFolderConfig(ImageSource):
     """Storage format of the images; ``png`` by default, so that all images get ``image_size``."""
 
     def list_images(self, folder: Path) -> list[SourceImage]:
-        """Return all images below a folder.
-
-        Raises:
-            UserError: There is no image, or one has no caption.
-        """
+        """Return all images below a folder."""
         paths = image_files(folder)
         captionless = [path for path in paths if not path.with_suffix(".txt").is_file()]
         if captionless:

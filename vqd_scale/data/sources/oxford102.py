@@ -24,11 +24,7 @@ class OxfordConfig(ImageSource):
     ``setid.mat``."""
 
     def list_images(self, folder: Path) -> list[SourceImage]:
-        """Return the images of the split, ordered by number.
-
-        Raises:
-            UserError: A file is missing or has an invalid format.
-        """
+        """Return the images of the split, ordered by number."""
         labels = _matrix(folder / "imagelabels.mat", "labels")
         captions = captions_folder(folder, folder)
         numbers: Sequence[int] = range(1, len(labels) + 1)

@@ -34,11 +34,7 @@ class ModelPlan:
     exchange: Exchange
 
     def bundle(self) -> Bundle:
-        """Return the model without writing it.
-
-        Raises:
-            UserError: Weights are missing, unknown or of another shape.
-        """
+        """Return the model without writing it; errors as for `Exchange.weights`."""
         weights = self.exchange.weights()
         model = Model(self.config)
         model.load_state_dict(without_prefix(weights, MODEL))
@@ -48,17 +44,13 @@ class ModelPlan:
         tokenizer.load_state_dict(without_prefix(weights, TOKENIZER))
         return Bundle(self.config, model, tokenizer)
 
-    def save(self, folder: Path) -> None:
-        """Write the model bundle.
-
-        Raises:
-            UserError: Weights are missing, unknown or of another shape, or the folder cannot be written.
-        """
+    def save(self, folder: Path, purpose: str = "import") -> None:
+        """Write the model bundle; errors as for `Exchange.weights` and `save_bundle`."""
         weights = self.exchange.weights()
         tokenizer = self.tokenizer
         if not isinstance(tokenizer, Path):
             tokenizer = (tokenizer, without_prefix(weights, TOKENIZER))
-        save_bundle(folder, self.config, without_prefix(weights, MODEL), tokenizer)
+        save_bundle(folder, self.config, without_prefix(weights, MODEL), tokenizer, purpose)
 
 
 @dataclass(frozen=True)
@@ -73,13 +65,9 @@ class TokenizerPlan:
     config: TokenizerConfig
     exchange: Exchange
 
-    def save(self, folder: Path) -> None:
-        """Write the tokenizer bundle.
-
-        Raises:
-            UserError: Weights are missing, unknown or of another shape, or the folder cannot be written.
-        """
-        save_tokenizer(folder, self.config, self.exchange.weights())
+    def save(self, folder: Path, purpose: str = "import") -> None:
+        """Write the tokenizer bundle; errors as for `Exchange.weights` and `save_bundle`."""
+        save_tokenizer(folder, self.config, self.exchange.weights(), purpose)
 
 
 Plan = ModelPlan | TokenizerPlan

@@ -7,8 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vqd_scale.core.atomic_io import publish_json, publish_text, published_folder
+from vqd_scale.core.atomic_io import publish_json, publish_text
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.outputs import published_folder
 from vqd_scale.core.tensors import without_prefix, write_tensors
 from vqd_scale.diffusion.config import Released
 from vqd_scale.models.bundle import Bundle
@@ -30,7 +31,7 @@ _TRAINING_KEYS = {"attention", "init_std", "gradient_checkpointing", "adaln_zero
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
-def export_diffusers(bundle: Bundle, folder: Path) -> None:
+def export_diffusers(bundle: Bundle, folder: Path, purpose: str = "export_diffusers") -> None:
     """Write a model as a ``VQDiffusionPipeline`` folder.
 
     diffusers' only codebook is the nearest learned vector. A tokenizer with another one still decodes to the
@@ -81,7 +82,7 @@ def export_diffusers(bundle: Bundle, folder: Path) -> None:
             "length": None if text.null is None else text.null.shape[0],
         },
     }
-    with published_folder(folder) as partial:
+    with published_folder(folder, purpose) as partial:
         publish_json(partial / INDEX, {"_class_name": "VQDiffusionPipeline", **COMPONENTS})
         for component, state in states.items():
             publish_json(partial / component / "config.json", configs[component])

@@ -111,11 +111,7 @@ class Exchange:
         return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
     def check(self) -> None:
-        """Check that there are no problems.
-
-        Raises:
-            UserError: Weights are missing, unknown or of another shape; the message lists them.
-        """
+        """Raise a `UserError` that lists the missing, unknown and misshapen weights, if any."""
         problems = self.problems()
         if problems:
             omitted = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""

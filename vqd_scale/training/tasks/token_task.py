@@ -8,6 +8,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.outputs import EXPORT
 from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.core.tensors import without_prefix
 from vqd_scale.core.world import World
@@ -108,9 +109,10 @@ class TokenTask(Task[TokenBatch]):
         condition = batch.text if batch.labels is None else batch.labels
         return condition, uniform < self.config.condition_dropout
 
-    def export(self, parameters: Mapping[str, Tensor], folder: Path) -> None:
+    def export(self, parameters: Mapping[str, Tensor], folder: Path, purpose: str = EXPORT) -> None:
         """Write a bundle for the pipelines of `vqd_scale.models`."""
-        save_bundle(folder, self.bundle, without_prefix(parameters, _PREFIX), self.config.tokenizer)
+        weights = without_prefix(parameters, _PREFIX)
+        save_bundle(folder, self.bundle, weights, self.config.tokenizer, purpose)
 
     def _sample_kind(self, model: Model | AutoregressiveModel) -> TokenSamples:
         condition = model.condition

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vqd_scale.core.outputs import EXPORT
 from vqd_scale.core.tensors import with_prefix, without_prefix
 from vqd_scale.core.world import World
 from vqd_scale.data.loading.batch import ImageBatch
@@ -121,4 +122,5 @@ class TokenizerTask(Task[ImageBatch]):
         """Write a bundle for `vqd_scale.models.bundle.load_tokenizer`."""
         # Trained weights may be sharded over the ranks: `parameters` replaces all of them.
         weights = {**self.tokenizer.state_dict(), **without_prefix(parameters, self.prefix)}
-        save_tokenizer(folder, self.shape, {name: value.cpu() for name, value in weights.items()})
+        weights = {name: value.cpu() for name, value in weights.items()}
+        save_tokenizer(folder, self.shape, weights, EXPORT)
