@@ -8,6 +8,7 @@ import pytest
 
 import vqd_scale
 from tests.tiny_models import write_model
+from vqd_scale.core.outputs import TRAINING, reserve
 
 # In the order of use: a run is trained before its curves are plotted.
 NAMES = [name for name in vqd_scale.__all__ if name != "launch"] + ["launch"]
@@ -21,7 +22,7 @@ def folder(token_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "runs" / "demo").mkdir(parents=True)
     (folder / "bundle").rename(folder / "runs" / "demo" / "model")
     (folder / "train.yaml").write_text((token_world / "train.yaml").read_text())
-    (folder / "runs" / "mine").mkdir()
+    reserve(folder / "runs" / "mine", TRAINING, ["metrics.jsonl"])
     rows = [{"images": images, "loss": 1 / images} for images in (8, 16)]
     (folder / "runs" / "mine" / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return folder
