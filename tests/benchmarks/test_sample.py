@@ -18,7 +18,7 @@ def test_differing_tokens_stop_the_benchmark(monkeypatch: pytest.MonkeyPatch) ->
         return 0.5
 
     monkeypatch.setattr(sample, "equal_tokens", half)
-    with pytest.raises(RuntimeError, match=r"only 50.00% of the tokens"):
+    with pytest.raises(RuntimeError, match=r"only 50.00% of the sampled tokens"):
         benchmark_sample(1, SMALL)
 
 
