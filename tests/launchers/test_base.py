@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from vqd_scale.launchers.base import copy_source, rank_with_user_error, read_exit_codes, write_exit_code
+from vqd_scale.launchers.base import (
+    copy_source,
+    decisive_exit_code,
+    rank_with_user_error,
+    read_exit_codes,
+    write_exit_code,
+)
 
 
 def test_rank_results_are_recorded_by_rank(tmp_path: Path) -> None:
@@ -22,6 +28,22 @@ def test_rank_results_are_recorded_by_rank(tmp_path: Path) -> None:
 )
 def test_user_error_is_reported_among_terminated_ranks(ends: dict[int, int], mistaken: int | None) -> None:
     assert rank_with_user_error(ends) == mistaken
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "decisive"),
+    [
+        ({}, 143, 143),
+        ({0: 143, 1: 76}, 143, 76),
+        ({0: 137, 1: 75}, 137, 75),
+        ({0: 76, 1: 75}, 76, 75),
+        ({0: 0, 1: 0}, 0, 0),
+    ],
+)
+def test_terminated_rank_does_not_hide_a_save_or_a_hang(
+    ends: dict[int, int], code: int, decisive: int
+) -> None:
+    assert decisive_exit_code(ends, code) == decisive
 
 
 def test_code_copy_is_what_its_tools_import(tmp_path: Path) -> None:

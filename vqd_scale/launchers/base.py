@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from vqd_scale.core.errors import USER_ERROR_EXIT_CODE, UserError
-from vqd_scale.core.signals import STOP_SIGNALS
+from vqd_scale.core.signals import HUNG_EXIT_CODE, REQUEUE_EXIT_CODE, STOP_SIGNALS
 
 _DIE_WITH_PARENT = 1
 
@@ -64,6 +64,12 @@ def read_exit_codes(folder: Path) -> dict[int, int]:
 def rank_with_user_error(exit_codes: Mapping[int, int]) -> int | None:
     """Return the first rank with `USER_ERROR_EXIT_CODE`, if any; ranks that waited for it are ignored."""
     return next((rank for rank, code in exit_codes.items() if code == USER_ERROR_EXIT_CODE), None)
+
+
+def decisive_exit_code(exit_codes: Mapping[int, int], code: int) -> int:
+    """Return the exit code of a rank that saved or hung, else ``code``: the other ranks were ended for it."""
+    codes = set(exit_codes.values())
+    return next((decisive for decisive in (REQUEUE_EXIT_CODE, HUNG_EXIT_CODE) if decisive in codes), code)
 
 
 def copy_source(folder: Path) -> Path:

@@ -30,6 +30,7 @@ from vqd_scale.core.errors import USER_ERROR_EXIT_CODE, UserError
 from vqd_scale.core.provenance import modified_files, provenance
 from vqd_scale.launchers.base import (
     copy_source,
+    decisive_exit_code,
     forward_signals,
     rank_with_user_error,
     read_exit_codes,
@@ -147,6 +148,7 @@ class Rank:
         if code == 0:
             self._record(job, 0, "done")
             return
+        code = decisive_exit_code(exit_codes, code)
         if failed is not None:
             code = USER_ERROR_EXIT_CODE
             summary = _last_line(JobPaths(job.paths.folder, job.job_id, failed).stderr)
