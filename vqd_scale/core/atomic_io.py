@@ -19,12 +19,15 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import PlainSerializer, PlainValidator
+from pydantic import PlainSerializer, PlainValidator, TypeAdapter
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.s3 import SCHEME, S3Object, S3Path, object_sizes, write_object
+from vqd_scale.core.safe_json import JSON, parse_json, read_bounded
+
+T = TypeVar("T")
 
 PARTIAL = ".partial"
 DAMAGED = ".damaged"
@@ -163,14 +166,20 @@ def publish_json(path: Location, value: Any, *, shared: bool = False) -> None:  
     publish_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n", shared=shared)
 
 
-def read_json(path: Location, kind: str) -> Any:  # noqa: ANN401 - whatever JSON can hold
-    """Read a JSON file; ``kind`` is the kind of file named in error messages.
+def read_json(path: Location, kind: str, shape: TypeAdapter[T] = JSON) -> T:
+    """Read a JSON file.
+
+    Args:
+        path: Path of the file.
+        kind: Kind of file, named in error messages.
+        shape: Expected shape, checked strictly (`parse_json`).
 
     Raises:
-        UserError: The file is missing, unreadable or invalid JSON.
+        UserError: The file is missing, unreadable, no regular file, too large, invalid JSON, or of another
+            shape.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(read_bounded(path) if isinstance(path, Path) else path.read_bytes(), shape)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no {kind} here.") from None
     except (OSError, ValueError) as error:
