@@ -60,6 +60,41 @@ def test_fitted_keeps_or_crops_matching_side() -> None:
     assert np.array_equal(fitted(noise(16, 40), 16), noise(16, 40)[:, 12:28])
 
 
+@pytest.mark.parametrize(
+    "transform", [CenterCrop(size=256), NearCenterCrop(size=256), RandomResizedCrop(size=256)]
+)
+@pytest.mark.parametrize("shape", [(65_000, 1), (1, 65_000), (2, 30_000)])
+def test_extreme_aspect_needs_little_memory(
+    shape: tuple[int, int], transform: Transform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def recorded(pixels: Pixels, height: int, width: int) -> Pixels:
+        sizes.append(height * width)
+        return resized(pixels, height, width)
+
+    monkeypatch.setattr("vqd_scale.data.transforms.resized", recorded)
+    pixels = position_image(*shape)
+    crop = transform(pixels, [0.5] * transform.draws)
+    assert crop.shape == (256, 256, 3)
+    assert max(sizes) <= 16 * 256 * 256
+    if isinstance(transform, CenterCrop):
+        # The middle of the picture: the same pixels as resizing a short piece of it.
+        middle = max(shape) // 2
+        piece = (
+            pixels[middle - 20 : middle + 20] if shape[0] > shape[1] else pixels[:, middle - 20 : middle + 20]
+        )
+        assert np.abs(crop.astype(int) - fitted(piece, 256).astype(int)).max() <= 1
+
+
+@given(st.integers(1, 20), st.integers(1, 15), st.booleans())
+def test_ordinary_aspects_are_resized_whole(short: int, aspect: int, is_tall: bool) -> None:
+    pixels = noise(short * aspect, short) if is_tall else noise(short, short * aspect)
+    zoomed = resized(pixels, 24 * pixels.shape[0] // short, 24 * pixels.shape[1] // short)
+    row, column = (round((side - 24) / 2) for side in zoomed.shape[:2])
+    np.testing.assert_array_equal(fitted(pixels, 24), zoomed[row : row + 24, column : column + 24])
+
+
 def released_crop(image: Image.Image, size: int, numbers: list[float]) -> Image.Image:
     """Apply the published preprocessing literally, with Pillow and five given numbers."""
     width, height = image.size

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from vqd_scale.data.shards.decode import Pixels
 
 
+_MAX_ASPECT = 16
+"""Largest ratio of the longer to the shorter side that is resized whole; longer images are cut first."""
+
+
 class CenterCrop(Config):
     """Resize of the short side to ``size`` and center crop, as used in evaluation."""
 
@@ -121,8 +125,11 @@ Transform = Annotated[
 
 def fitted(pixels: Pixels, size: int) -> Pixels:
     """Resize the short side to ``size`` and cut the center square."""
+    short = min(pixels.shape[:2])
+    # Otherwise 1 x 65,000 pixels would be resized to 256 x 16,640,000.
+    row, column = (max(0, side - _MAX_ASPECT * short) // 2 for side in pixels.shape[:2])
+    pixels = pixels[row : row + _MAX_ASPECT * short, column : column + _MAX_ASPECT * short]
     height, width = pixels.shape[:2]
-    short = min(height, width)
     zoomed = resized(pixels, size * height // short, size * width // short)
     row, column = (round((side - size) / 2) for side in zoomed.shape[:2])
     return zoomed[row : row + size, column : column + size]

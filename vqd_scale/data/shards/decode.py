@@ -2,31 +2,44 @@
 
 import functools
 import io
-import json
-import struct
-import zlib
+import re
 from collections import defaultdict
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import compress
+from pathlib import PurePath
 from typing import Any, cast
 
 import numpy as np
 from jaxtyping import UInt8
 from numpy.lib import format as npy
-from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.Image import DecompressionBombError
+from PIL import Image, UnidentifiedImageError
+from pydantic import TypeAdapter
 
 from vqd_scale.core.arrays import NDArray
+from vqd_scale.core.safe_json import JSON, parse_json
 from vqd_scale.data.config import DecodeConfig
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "tiff")
 
 # Allowlist: Pillow would start a PostScript interpreter for an EPS file.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-_ORIENTATION = 0x0112
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 
-# On damaged bytes. The bytes are in memory, so an OSError is one of them.
-_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, DecompressionBombError)
+_MAX_SCANS = 100
+"""Maximum number of scans of a JPEG, as in libtiff. Encoders write about 10; each visits every pixel."""
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""Operation that turns an image upright, by EXIF orientation."""
+
+_CAPTIONS: TypeAdapter[str | list[str] | None] = TypeAdapter(str | list[str] | None)
 _HEADER_SIZE = slice(npy.MAGIC_LEN, npy.MAGIC_LEN + 2)
 """Position of the header length in a ``.npy`` file."""
 
@@ -44,6 +57,12 @@ def image_extension(extensions: Container[str]) -> str:
         if extension in extensions:
             return extension
     raise BadSample("has no image")
+
+
+def image_extension_of(name: str) -> str:
+    """Return the image extension of a file name, such as ``jpg`` for ``a.JPG`` and ``a.jpg_large``, or ''."""
+    extension = re.split("[_:?!-]", PurePath(name).suffix.lower()[1:], maxsplit=1)[0]
+    return extension if extension in IMAGE_EXTENSIONS else ""
 
 
 def decode_image(
@@ -67,18 +86,38 @@ def decode_image(
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > config.max_pixels:
                 raise BadSample(f"has {image.width} x {image.height} pixels, more than {config.max_pixels}")
+            # In the data of a scan, 0xFF is followed by 0 or by a restart marker.
+            if image.format in ("JPEG", "MPO") and (scans := data.count(b"\xff\xda")) > _MAX_SCANS:
+                raise BadSample(f"is a JPEG of {scans} scans, more than {_MAX_SCANS}")
             is_plain_jpeg = image.format == "JPEG" and image.mode in ("RGB", "L")
             if is_plain_jpeg and config.dct_scaled and smallest_side is not None:
                 image.draft(image.mode, (smallest_side, smallest_side))
-            elif is_plain_jpeg and ("exif" not in image.info or image.getexif().get(_ORIENTATION, 1) == 1):
+            elif is_plain_jpeg and _turn(image) is None:
                 return _decoded_jpeg(data)
             image.load()
-            return np.array(_as_rgb(ImageOps.exif_transpose(image)))
+            turn = _turn(image)
+            return np.array(_as_rgb(image if turn is None else image.transpose(turn)))
+    except BadSample:
+        raise
     except UnidentifiedImageError:
         # The original message contains a memory address; reasons must be reproducible.
         raise BadSample("is not a readable image (of no known kind)") from None
-    except _READ_ERRORS as error:
-        raise BadSample(f"is not a readable image ({error})") from None
+    # Decoders raise anything on damaged bytes: OSError, KeyError, TypeError, MemoryError for a wrong size, …
+    except Exception as error:  # noqa: BLE001 - see above
+        raise BadSample(f"is not a readable image ({str(error) or type(error).__name__})") from None
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Return the operation that turns an image upright.
+
+    Pillow's ``exif_transpose`` also writes the EXIF data again, and fails if a tag has another type than the
+    standard's. Unreadable EXIF data are ignored, as viewers do.
+    """
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # noqa: BLE001 - anything, as for damaged pixels
+        return None
+    return _TURNS.get(orientation) if isinstance(orientation, int) else None
 
 
 def _decoded_jpeg(data: bytes) -> Pixels:
@@ -99,21 +138,70 @@ def _decoded_jpeg(data: bytes) -> Pixels:
 
 def decode_text(data: bytes) -> str:
     """Decode a caption and strip white space; a `BadSample` if it is not UTF-8, or empty."""
-    try:
-        text = data.decode("utf-8").strip()
-    except UnicodeDecodeError:
-        raise BadSample("has a caption that is not UTF-8") from None
-    if not text:
+    if not (text := _stripped(data)):
         raise BadSample("has an empty caption")
     return text
 
 
-def decode_json(data: bytes) -> Any:  # noqa: ANN401 - whatever JSON can hold
-    """Decode a JSON member; a `BadSample` if it is invalid."""
+def decode_captions(members: Mapping[str, bytes], place: str = "txt") -> list[str]:
+    """Decode the captions of a sample, without empty ones.
+
+    ``json`` may list all captions under ``captions``; the first one is that of ``txt`` if it is not empty.
+
+    Args:
+        members: Content by extension.
+        place: Extension of the member with the first caption, or ``json.FIELD`` for captions in that field.
+
+    Raises:
+        BadSample: The sample has no caption, or one that is not text.
+    """
+    extension, _, field = place.partition(".")
+    content = decode_json(members["json"]) if "json" in members else None
+    captions = listed_captions(content, field or "captions")
+    if not field and extension in members and (first := _stripped(members[extension])):
+        captions = [first, *captions[1:]]
+    if captions:
+        return captions
+    if extension in members:
+        raise BadSample("has an empty caption" if not field else f"has no caption in '{place}'")
+    raise no_member(extension, members)
+
+
+def listed_captions(content: object, field: str = "captions") -> list[str]:
+    """Return the captions in a field of a sample's ``json``, without empty ones.
+
+    Raises:
+        BadSample: The field is neither text nor a list of texts.
+    """
+    value = cast("Mapping[str, Any]", content).get(field) if isinstance(content, dict) else None
     try:
-        return json.loads(data)
+        captions = _CAPTIONS.validate_python(value, strict=True)
+    except ValueError:
+        raise BadSample(f"has '{field}' in its 'json' that are not text") from None
+    return [
+        text for text in map(str.strip, [captions] if isinstance(captions, str) else captions or []) if text
+    ]
+
+
+def no_member(extension: str, members: Iterable[str]) -> BadSample:
+    """Return the error for a missing member, which names the members that the sample has."""
+    names = sorted(name for name in members if not name.startswith("__"))
+    return BadSample(f"has no '{extension}', only {', '.join(map(repr, names))}")
+
+
+def decode_json(data: bytes) -> Any:  # noqa: ANN401 - whatever JSON can hold
+    """Decode a JSON member; a `BadSample` if it is invalid, too deep, or has half of a surrogate pair."""
+    try:
+        return parse_json(data, JSON)
     except ValueError:
         raise BadSample("has a member that is not JSON") from None
+
+
+def _stripped(data: bytes) -> str:
+    try:
+        return data.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        raise BadSample("has a caption that is not UTF-8") from None
 
 
 def decode_array(data: bytes) -> NDArray[Any]:
@@ -126,7 +214,8 @@ def decode_array(data: bytes) -> NDArray[Any]:
     try:
         dtype, shape = _array_header(data[:start])
         return np.frombuffer(data, dtype, offset=start).reshape(shape)
-    except (ValueError, SyntaxError) as error:
+    # The header is a Python expression, whose parser raises anything.
+    except Exception as error:  # noqa: BLE001 - see above
         raise BadSample(f"has an array that cannot be read ({error})") from None
 
 
