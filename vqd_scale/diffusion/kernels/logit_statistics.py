@@ -8,6 +8,7 @@ Memory traffic equals that of a copy; PyTorch operations pass over the logits a 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from vqd_scale.diffusion.logit_statistics import LOG_HUGE, LogitRows, Logits, LogitStatistics, LossFactors
 
@@ -20,41 +21,71 @@ class TritonRows:
 
     def compute_statistics(self, logits: Logits, rows: LogitRows, statistics: LogitStatistics) -> None:
         """Write the statistics of each row into ``statistics``."""
-        with torch.cuda.device_of(logits):
-            _statistics_kernel[(len(logits),)](
-                logits,
-                logits.stride(0),
-                logits.stride(1),
-                rows.true,
-                rows.observed,
-                rows.reach,
-                rows.log_ratio,
-                statistics.log_true,
-                statistics.log_observed,
-                statistics.code_sum,
-                statistics.correct,
-                logits.shape[1],
-                **_launch(logits.shape[1]),
-            )
+        _write_statistics(
+            logits,
+            rows.true,
+            rows.observed,
+            rows.reach,
+            rows.log_ratio,
+            statistics.log_true,
+            statistics.log_observed,
+            statistics.code_sum,
+            statistics.correct,
+        )
 
     def compute_gradient(self, logits: Logits, rows: LogitRows, factors: LossFactors) -> Logits:
         """Overwrite the logits with their gradient."""
-        with torch.cuda.device_of(logits):
-            _gradient_kernel[(len(logits),)](
-                logits,
-                logits.stride(0),
-                logits.stride(1),
-                rows.true,
-                rows.observed,
-                factors.of_true.contiguous(),
-                factors.of_observed.contiguous(),
-                factors.of_sum.contiguous(),
-                factors.ratio,
-                factors.slope,
-                logits.shape[1],
-                **_launch(logits.shape[1]),
-            )
+        _overwrite_with_gradient(
+            logits,
+            rows.true,
+            rows.observed,
+            factors.of_true.contiguous(),
+            factors.of_observed.contiguous(),
+            factors.of_sum.contiguous(),
+            factors.ratio,
+            factors.slope,
+        )
         return logits
+
+
+# As operators of torch's library the kernels can be traced without a GPU, compiled around and exported.
+@torch.library.custom_op(
+    "vqd_scale::logit_statistics", mutates_args=("log_true", "log_observed", "code_sum", "correct")
+)
+def _write_statistics(
+    logits: Tensor,
+    true: Tensor,
+    observed: Tensor,
+    reach: Tensor,
+    log_ratio: Tensor,
+    log_true: Tensor,
+    log_observed: Tensor,
+    code_sum: Tensor,
+    correct: Tensor,
+) -> None:
+    strides, codes = logits.stride(), logits.shape[1]
+    outputs = (log_true, log_observed, code_sum, correct)
+    with torch.cuda.device_of(logits):
+        _statistics_kernel[(len(logits),)](
+            logits, *strides, true, observed, reach, log_ratio, *outputs, codes, **_launch(codes)
+        )
+
+
+@torch.library.custom_op("vqd_scale::logit_gradient", mutates_args=("logits",))
+def _overwrite_with_gradient(
+    logits: Tensor,
+    true: Tensor,
+    observed: Tensor,
+    of_true: Tensor,
+    of_observed: Tensor,
+    of_sum: Tensor,
+    ratio: Tensor,
+    slope: Tensor,
+) -> None:
+    strides, codes = logits.stride(), logits.shape[1]
+    factors = (of_true, of_observed, of_sum, ratio, slope)
+    with torch.cuda.device_of(logits):
+        _gradient_kernel[(len(logits),)](logits, *strides, true, observed, *factors, codes, **_launch(codes))
 
 
 def _launch(codes: int) -> dict[str, int]:

@@ -28,22 +28,27 @@ def uniforms(
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "batch count"]:
     """Return uniform numbers in [0, 1), a row per slot; arguments and errors as in `vqd_scale.core.rng`."""
-    words_per_number = words_of(dtype)
     low, high = key_of(seed, purpose)
-    out = torch.empty(len(slots), count, dtype=dtype, device=slots.device)
+    return _generate(slots.contiguous(), high << 32 | low, draw, count, words_of(dtype))
+
+
+@torch.library.custom_op("vqd_scale::uniforms", mutates_args=())
+def _generate(slots: Tensor, key: int, draw: int, count: int, words_per_number: int) -> Tensor:
+    out = _empty(slots, key, draw, count, words_per_number)
     blocks = triton.cdiv(words_per_number * count, 4)
     if out.numel():
         with torch.cuda.device_of(slots):
             _uniforms[(len(slots), triton.cdiv(blocks, _BLOCKS))](
-                out,
-                slots.contiguous(),
-                count,
-                high << 32 | low,
-                draw,
-                words_per_number=words_per_number,
-                blocks=_BLOCKS,
+                out, slots, count, key, draw, words_per_number=words_per_number, blocks=_BLOCKS
             )
     return out
+
+
+@_generate.register_fake
+def _empty(slots: Tensor, key: int, draw: int, count: int, words_per_number: int) -> Tensor:
+    del key, draw
+    dtype = torch.float32 if words_per_number == 1 else torch.float64
+    return torch.empty(len(slots), count, dtype=dtype, device=slots.device)
 
 
 @triton.jit
