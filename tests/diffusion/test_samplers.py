@@ -1,4 +1,6 @@
-from itertools import pairwise
+from fractions import Fraction
+from itertools import count, pairwise
+from math import floor
 from typing import cast
 
 import pytest
@@ -356,6 +358,19 @@ def test_halton_order_visits_every_position_once_and_spreads() -> None:
         halton_order(60)
 
 
+@pytest.mark.parametrize("side", range(1, 65))
+def test_halton_order_equals_fractions(side: int) -> None:
+    def mirrored(index: int, base: int) -> Fraction:
+        return (index % base + mirrored(index // base, base)) / base if index else Fraction(0)
+
+    positions = ((floor(mirrored(n, 2) * side), floor(mirrored(n, 3) * side)) for n in count(1))
+    expected: dict[int, None] = {}
+    while len(expected) < side * side:
+        row, column = next(positions)
+        expected[row * side + column] = None
+    assert halton_order(side * side) == list(expected)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.kind)
 def test_known_tokens_are_fixed_and_noised_at_each_step(sampler: SamplerConfig) -> None:
     codes, length, batch = 9, 1024, 4
@@ -438,6 +453,20 @@ def test_progress_is_reported() -> None:
         on_step=lambda number, total: reported_steps.append((number, total)),
     )
     assert reported_steps == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.kind)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nonfinite_logits_stop_every_sampler(sampler: SamplerConfig, value: float) -> None:
+    """Tokens remain valid indices: on a GPU an invalid one is a device-side assertion."""
+    table = torch.zeros(5, 4)
+    table[4, 1] = value
+
+    def network(tokens: Tensor, t: int) -> Tensor:
+        return torch.nn.functional.embedding(tokens, table).log_softmax(-1)
+
+    with pytest.raises(UserError, match="prediction contains NaN or infinity"):
+        sample(network, sampler, MaskAndReplace(Released(), 4), torch.arange(3), 4, seed=0)
 
 
 def test_invalid_input_is_refused() -> None:

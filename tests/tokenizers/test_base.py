@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from vqd_scale.tokenizers.base import check_signal, check_tokens, to_bytes, to_signal
+from vqd_scale.core.errors import UserError
+from vqd_scale.tokenizers.base import check_signal, check_tokens, to_bytes, to_pixels, to_signal
 from vqd_scale.tokenizers.config import VQGANConfig
 from vqd_scale.tokenizers.vqgan import VQGAN
 
@@ -11,6 +12,15 @@ def test_bytes_and_signal_are_inverse() -> None:
     assert torch.equal(to_bytes(to_signal(every)), every)
     assert to_signal(every).min() == -1
     assert to_signal(every).max() == 1
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nonfinite_images_are_refused(value: float) -> None:
+    signal = torch.rand(2, 3, 4, 4)
+    assert torch.equal(to_pixels(signal), to_bytes(signal))
+    signal[1, 0, 2, 3] = value
+    with pytest.raises(UserError, match="decoded images contain NaN or infinity"):
+        to_pixels(signal)
 
 
 def test_images_of_another_range_or_dtype_are_refused() -> None:

@@ -127,14 +127,18 @@ def uniforms(
 def sample_codes(
     weights: Float[Tensor, "*shape states"], uniform: Float[Tensor, "*shape"]
 ) -> Int[Tensor, "*shape"]:
-    """Sample one state per uniform number by inverse CDF in float64; ``weights`` may be unnormalized."""
+    """Sample one state per uniform number by inverse CDF in float64; ``weights`` may be unnormalized.
+
+    NaN weights give some state as well, so that an invalid index cannot end in a device-side assertion; the
+    caller checks the weights.
+    """
     import torch
 
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     total = cumulative[..., -1:]
     # Rounding must not select a state past the last one of nonzero probability.
     target = torch.minimum(uniform.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=weights.shape[-1] - 1)
 
 
 def integers(seed: int, purpose: Purpose, slot: int, count: int, *, draw: int = 0) -> NDArray[np.int64]:

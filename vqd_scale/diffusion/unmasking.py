@@ -108,20 +108,20 @@ def halton_order(length: int) -> list[int]:
     order: dict[int, None] = {}
     index = 1
     while len(order) < length:
-        row, column = int(_radical_inverse(index, 2) * side), int(_radical_inverse(index, 3) * side)
+        row, column = _scaled_radical_inverse(index, 2, side), _scaled_radical_inverse(index, 3, side)
         order[row * side + column] = None
         index += 1
     return list(order)
 
 
-def _radical_inverse(index: int, base: int) -> float:
-    """Mirror the digits of ``index`` at the radix point."""
-    result, weight = 0.0, 1.0
+def _scaled_radical_inverse(index: int, base: int, side: int) -> int:
+    """Mirror the digits of ``index`` at the radix point; return ``side`` times the result, rounded down."""
+    mirrored, power = 0, 1
     while index:
         index, digit = divmod(index, base)
-        weight /= base
-        result += digit * weight
-    return result
+        mirrored, power = base * mirrored + digit, base * power
+    # In integers: in floating point a product that is an integer can be rounded to less.
+    return mirrored * side // power
 
 
 def unmask(tokens: Tokens, codes: Tokens, priority: PerToken, context: SamplerContext) -> Tokens:

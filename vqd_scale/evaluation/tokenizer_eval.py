@@ -29,7 +29,7 @@ from vqd_scale.evaluation.scene_reader import correct_attributes
 from vqd_scale.models.bundle import load_tokenizer
 from vqd_scale.reports.html import FiguresSection, ImageSection, Section, html_report
 from vqd_scale.reports.plots import comparison_grid, publish_image
-from vqd_scale.tokenizers.base import ImageTokenizer, to_bytes, to_signal
+from vqd_scale.tokenizers.base import ImageTokenizer, to_pixels, to_signal
 from vqd_scale.tokenizers.codebook.usage import usage_of
 from vqd_scale.tokenizers.config import LPIPSConfig
 from vqd_scale.tokenizers.perceptual import LPIPS
@@ -107,7 +107,7 @@ def evaluate_tokenizer(
             signal = to_signal(originals.to(device))
             tokens = tokenizer.encode(signal)
             decoded = tokenizer.decode(tokens)
-            reconstructions = to_bytes(decoded).cpu()
+            reconstructions = to_pixels(decoded)
             counts += torch.bincount(tokens.flatten().cpu(), minlength=tokenizer.codes)
             figures_of_batch = _figures(originals, reconstructions, signal, decoded, lpips)
             scenes = [scene for _, scene in samples if scene is not None]

@@ -29,7 +29,7 @@ from vqd_scale.models.bundle import Bundle, load_bundle
 from vqd_scale.models.conditions import Conditions, Prompts, conditions_of
 from vqd_scale.models.exchange.diffusers import COMPONENTS, INDEX, plan_diffusers
 from vqd_scale.models.s3_download import local_folder
-from vqd_scale.tokenizers.base import to_bytes, to_signal
+from vqd_scale.tokenizers.base import to_pixels, to_signal
 
 FOLDERS = ("export", "export/tokenizer", *COMPONENTS)
 """Subfolders that a model folder may contain, in any of the layouts that can be loaded."""
@@ -238,7 +238,7 @@ class TextToImage:
             start=start,
             on_step=on_step,
         )
-        return to_bytes(self.bundle.tokenizer.decode(tokens.unflatten(1, (rows, columns)))).cpu()
+        return to_pixels(self.bundle.tokenizer.decode(tokens.unflatten(1, (rows, columns))))
 
     def _generate(
         self,

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from vqd_scale.core.errors import UserError
+
 Images: TypeAlias = Float[Tensor, "batch 3 height width"]
 TokenGrid: TypeAlias = Int[Tensor, "batch rows columns"]
 Latents: TypeAlias = Float[Tensor, "batch code rows columns"]
@@ -85,6 +87,23 @@ def to_signal(images: UInt8[Tensor, "batch 3 height width"]) -> Images:
 def to_bytes(signal: Images) -> UInt8[Tensor, "batch 3 height width"]:
     """Convert float images in [-1, 1] to bytes 0..255; values outside are clamped."""
     return ((signal.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
+def to_pixels(signal: Images) -> UInt8[Tensor, "batch 3 height width"]:
+    """Convert a decoder's images in [-1, 1] to bytes on the CPU.
+
+    Raises:
+        UserError: A value is NaN or infinite, which bytes cannot represent.
+    """
+    is_finite = signal.isfinite().all()
+    # The copy waits for the device anyway; the check is read after it.
+    pixels = to_bytes(signal).cpu()
+    if not bool(is_finite):
+        raise UserError(
+            "the decoded images contain NaN or infinity: in float16 the decoder's values overflow, take "
+            "bfloat16 or float32; in other dtypes its weights are unusable."
+        )
+    return pixels
 
 
 def check_signal(images: Images, factor: int) -> None:
