@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vqd_scale.core import compiled
 from vqd_scale.nn import small_heads
 from vqd_scale.nn.attention import attention
 from vqd_scale.nn.small_heads import is_faster, small_heads_attention
@@ -47,8 +48,7 @@ def width(request: pytest.FixtureRequest, empty_cache: Path, monkeypatch: pytest
     """The processor's own width, then those of all processors: the compiler splits what is too wide here,
     for a long time if it is to do it well."""
     if request.param is not None:
-        flags = small_heads._FLAGS  # pyright: ignore[reportPrivateUsage]
-        monkeypatch.setattr(small_heads, "_FLAGS", f"{flags} -DWIDTH={request.param} -O1")
+        monkeypatch.setattr(compiled, "FLAGS", f"{compiled.FLAGS} -DWIDTH={request.param} -O1")
 
 
 @pytest.mark.usefixtures("width")

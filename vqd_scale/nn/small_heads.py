@@ -2,13 +2,6 @@
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import shutil
-import subprocess
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,15 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vqd_scale.core.environment import processor_features
-
-logger = logging.getLogger(__name__)
+from vqd_scale.core.compiled import compiled, over_threads
 
 Queries: TypeAlias = Float[Tensor, "batch queries heads dim"]
 Keys: TypeAlias = Float[Tensor, "batch keys heads dim"]
 
 _SOURCE = Path(__file__).with_suffix(".c")
-_FLAGS = "-O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math -shared -fPIC"
 _MOST_FEATURES = 12
 _FEWEST_KEYS = 512
 """Speed measured on two cores with AVX2, forward and backward, relative to sdpa: over 1,024 keys 3.4 times
@@ -105,47 +95,10 @@ def _run(name: str, query: Tensor, key: Tensor, arrays: tuple[Tensor, ...]) -> N
     def compute(first: int, last: int) -> int:
         return function(*pointers, ctypes.c_long(first), ctypes.c_long(last), *sizes, scale)
 
-    count = min(torch.get_num_threads(), batch * heads)
-    cuts = [batch * heads * part // count for part in range(count + 1)]
-    apply = _threads(os.getpid(), count).map if count > 1 else map
-    if any(list(apply(compute, cuts[:-1], cuts[1:]))):
-        raise MemoryError(f"the attention of {batch * heads} heads over {key.shape[1]} keys")
-
-
-@functools.lru_cache(maxsize=1)
-def _threads(process: int, count: int) -> ThreadPoolExecutor:
-    # One pool per process: threads do not survive a fork.
-    return ThreadPoolExecutor(count, f"attention-{process}")
+    over_threads(compute, batch * heads, torch.get_num_threads())
 
 
 @functools.cache
 def _kernel(dim: int) -> ctypes.CDLL | None:
-    """Load the kernel for ``dim`` features from the user's cache or compile it; ``None`` on failure."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        logger.warning(
-            "no C compiler is installed; attention over heads of %d features is slower by half", dim
-        )
-        return None
-    try:
-        return ctypes.CDLL(str(_build_kernel(compiler, dim)))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
-        logger.warning("%s cannot be built by %s or saved; sdpa is used: %s", _SOURCE, compiler, reason)
-        return None
-
-
-def _build_kernel(compiler: str, dim: int) -> Path:
-    command = [compiler, *_FLAGS.split(), f"-DHEAD={dim}", str(_SOURCE)]
-    identity = repr((_SOURCE.read_bytes(), command, sorted(processor_features())))
-    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vqd_scale"
-    library = folder / f"small-heads-{dim}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            temporary = Path(scratch) / library.name
-            subprocess.run(  # noqa: S603 - our own source, and the user's own compiler
-                [*command, "-o", str(temporary), "-lm"], capture_output=True, text=True, check=True
-            )
-            temporary.replace(library)
-    return library
+    """Load the kernel for heads of ``dim`` features; ``None`` without a C compiler."""
+    return compiled(_SOURCE, f"for heads of {dim} features the slower sdpa is used", f"-DHEAD={dim}")
