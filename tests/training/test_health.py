@@ -1,6 +1,4 @@
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,6 @@ from torch import nn
 
 from tests.training.rank_threads import on_ranks, own_seed
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.signals import HUNG_EXIT_CODE
 from vqd_scale.core.world import World
 from vqd_scale.training.config import HealthConfig, SpikeConfig
 from vqd_scale.training.health import (
@@ -201,29 +198,3 @@ def test_flipped_bit_of_one_rank_is_detected_and_named(dtype: torch.dtype) -> No
 
 def test_digest_has_one_number_per_parameter() -> None:
     assert weights_digest(nn.Linear(3, 2)).shape == (2,)
-
-
-HANG = """
-import sys, time
-from pathlib import Path
-from typing import Any
-from vqd_scale.training.health import Watchdog
-
-def waiting_for_a_rank_that_is_gone():
-    time.sleep(60)
-
-with Watchdog(0.5, Path(sys.argv[1])) as watchdog:
-    watchdog.beat()
-    waiting_for_a_rank_that_is_gone()
-"""
-
-
-def test_hang_exits_with_stacks_and_its_own_code(tmp_path: Path) -> None:
-    report = tmp_path / "stacks.txt"
-    completed = subprocess.run(
-        [sys.executable, "-c", HANG, str(report)], capture_output=True, text=True, check=False
-    )
-    assert completed.returncode == HUNG_EXIT_CODE
-    for text in (completed.stderr, report.read_text()):
-        assert "no step has finished for" in text
-        assert "waiting_for_a_rank_that_is_gone" in text

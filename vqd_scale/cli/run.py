@@ -1,15 +1,19 @@
 """Functions shared by the tools: checks before torch is imported, and the training run."""
 
 import logging
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from vqd_scale.core.atomic_io import Location
+from vqd_scale.core.environment import place_among_ranks
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.outputs import JOBS, TRAINING, check_output
 from vqd_scale.core.s3 import SCHEME
-from vqd_scale.core.signals import REQUEUE_EXIT_CODE
+from vqd_scale.core.signals import REQUEUE_EXIT_CODE, StopFlag
+from vqd_scale.core.watchdog import phase, watched
 from vqd_scale.data.shards.shard_index import INDEX, ShardSet
+from vqd_scale.training.config import STACKS
 from vqd_scale.training.tasks.config import TokenizerRun, TokenRun
 
 if TYPE_CHECKING:
@@ -51,14 +55,20 @@ def run_task(config: TokenRun | TokenizerRun) -> bool:
     check_datasets(*(source.path for source in config.data.mixed))
     check_output(config.run, TRAINING, siblings=[JOBS])
 
-    from vqd_scale.core.world import join_world, leave_world
-    from vqd_scale.training.loop import train
-
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("vqd_scale").setLevel(logging.INFO)
-    world = join_world()
-    result = train(cast("Task[Any]", config.build(world)), config, world, config.title)
-    leave_world()
+    stacks = config.run / STACKS.format(place_among_ranks()[0])
+    # Before the imports: they take long on a busy file system, and a signal during them must not be lost.
+    with closing(StopFlag()), watched(config.health.hang_seconds, stacks):
+        with phase("imports"):
+            from vqd_scale.core.world import join_world, leave_world
+            from vqd_scale.training.loop import train
+
+        world = join_world()
+        with phase("build of the network"):
+            task = cast("Task[Any]", config.build(world))
+        result = train(task, config, world, config.title)
+        leave_world()
     if result.stopped:
         raise SystemExit(REQUEUE_EXIT_CODE)
     if world.is_first:

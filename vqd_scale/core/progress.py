@@ -9,7 +9,17 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from vqd_scale.core.watchdog import beat
+
 Item = TypeVar("Item")
+
+
+class _ProgressBar(tqdm):  # pyright: ignore[reportMissingTypeArgument]
+    """Progress bar whose updates are progress for the watchdog."""
+
+    def update(self, n: float | None = 1) -> bool | None:
+        beat()
+        return super().update(n)
 
 
 def progress_bar(
@@ -25,7 +35,7 @@ def progress_bar(
         quiet: Disable the bar (ranks other than 0).
     """
     # The stubs leave the item type of a bar without an iterable unknown.
-    bar: tqdm[Any] = tqdm(
+    bar: tqdm[Any] = _ProgressBar(
         total=total,
         initial=initial,
         desc=description,

@@ -10,14 +10,19 @@ from typing import Any, cast
 import torch
 import torch.distributed as distributed
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, TCPStore
 
 from vqd_scale.core.environment import is_srun_task, place_among_ranks
 from vqd_scale.core.errors import FirstRankError, UserError
+from vqd_scale.core.watchdog import is_watched, phase, share_progress, watched
 
-_PATIENCE = timedelta(hours=1)
-"""Timeout of a collective operation: longer than the package's watchdogs, which report the position of each
-rank."""
+_RENDEZVOUS_SECONDS = 1800.0
+"""Longest rendezvous of a process without a watchdog."""
+_TIMEOUT = timedelta(hours=1)
+"""Timeout of a collective operation without a watchdog."""
+_WATCHED_TIMEOUT = timedelta(days=7)
+"""Timeout of a collective operation with one: a rank may wait long for the progress of another."""
+_BEATS = "vqd_scale/beats"
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,8 @@ def join_world() -> World:
     """Initialize the process group (torchrun, srun or a single process); gloo on CPU, NCCL on GPU.
 
     Raises:
-        UserError: srun started several ranks, but ``MASTER_ADDR`` is not set.
+        UserError: srun started several ranks, but ``MASTER_ADDR`` is not set; or there are fewer GPUs than
+            ranks.
         ValueError: Another launcher did not set the rendezvous; torch names the missing variable.
     """
     rank, size, local_rank = place_among_ranks()
@@ -99,18 +105,32 @@ def join_world() -> World:
         )
     for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", local_rank)):
         os.environ.setdefault(name, str(value))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+    device = _device(local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if not distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if size == 1:
             distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         else:
-            distributed.init_process_group(backend, rank=rank, world_size=size, timeout=_PATIENCE)
+            address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            timeout = _WATCHED_TIMEOUT if is_watched() else _TIMEOUT
+            with watched(_RENDEZVOUS_SECONDS), phase(f"rendezvous of {size} ranks at {address}:{port}"):
+                distributed.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+                # A connection of its own: the threads of one would wait for each other.
+                store = TCPStore(address, int(port), is_master=False, wait_for_workers=False)
+                share_progress(lambda amount: store.add(_BEATS, amount))
     return World(rank, size, device)
+
+
+def _device(local_rank: int) -> torch.device:
+    """Select this rank's GPU; under ``--gpus-per-task`` a rank sees only its own."""
+    count = torch.cuda.device_count()
+    index = 0 if count == 1 else local_rank
+    if index >= count:
+        raise UserError(
+            f"rank {local_rank} of this node has no GPU, as only {count} are visible; start one rank per GPU."
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def leave_world() -> None:

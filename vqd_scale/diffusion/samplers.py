@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, sample_codes
+from vqd_scale.core.watchdog import beat
 from vqd_scale.diffusion.config import LegacyDiffusers, LegacyFast, SamplerConfig, Strided
 from vqd_scale.diffusion.guidance import Predict
 from vqd_scale.diffusion.sampling_plan import (
@@ -177,6 +178,7 @@ def sample(
     first_masks = ((tokens == transition.mask) & free).sum(-1)
     all_finite = torch.ones((), dtype=torch.bool, device=slots.device)
     for number, step in enumerate(plan):
+        beat()
         log_p = predict(tokens, step.network_time)
         transition.check_codes(log_p.shape[-1], "the network's prediction")
         all_finite = all_finite & log_p.amax(-1).isfinite().all()

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     from vqd_scale.training.optim import PlateauFeedback
 
+STACKS = "stacks-{:05d}.txt"
+"""Name of the file in a run folder for the stacks of a rank that hung."""
+
 
 class ZeroConfig(Config):
     """ZeRO sharding. Results are the same for all settings up to the order of summation."""
@@ -259,7 +262,8 @@ class HealthConfig(Config):
     checksum_every_images: PositiveInt = 1_000_000
     """Images between two comparisons of the weights across ranks (ZeRO stages 1 and 2 only)."""
     hang_seconds: PositiveFloat | None = 1800.0
-    """Seconds without a step before every rank writes its stack traces and exits, to be restarted."""
+    """Seconds without progress on any rank before every rank writes its stack traces and exits, to be
+    restarted. Progress is a step, a batch of the validation, a sampling step, or a block of a file."""
 
 
 class CheckpointConfig(Config):

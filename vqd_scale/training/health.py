@@ -1,22 +1,15 @@
-"""Health checks of long runs: nonfinite losses and gradients, loss spikes, diverging weights, hangs."""
+"""Health checks of long runs: nonfinite losses and gradients, loss spikes, diverging weights."""
 
-import faulthandler
 import logging
 import math
-import os
-import sys
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.signals import HUNG_EXIT_CODE
 from vqd_scale.core.world import World
 from vqd_scale.training.config import HealthConfig, SpikeConfig
 
@@ -287,63 +280,6 @@ def weights_digest(module: nn.Module) -> Int[Tensor, " parameters"]:
             for parameter in module.parameters()
         ]
     )
-
-
-class Watchdog:
-    """Hang detector: writes the stack traces of all threads, then exits the process.
-
-    In a hung run every rank waits for another one, so the watchdog of every rank fires.
-
-    Args:
-        seconds: Timeout between two heartbeats; ``None`` disables the watchdog.
-        report: File for the stack traces, which also go to the standard error stream.
-    """
-
-    def __init__(self, seconds: float | None, report: Path) -> None:
-        self.seconds = seconds
-        self.report = report
-        self._stop = threading.Event()
-        self._last = time.monotonic()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-
-    def beat(self) -> None:
-        """Record a heartbeat."""
-        self._last = time.monotonic()
-
-    def __enter__(self) -> "Watchdog":
-        """Start the watchdog thread."""
-        self.beat()
-        if self.seconds is not None:
-            self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop the watchdog thread."""
-        self._stop.set()
-
-    def _watch(self) -> None:
-        if self.seconds is None:
-            return
-        while not self._stop.wait(min(1.0, self.seconds / 10)):
-            idle = time.monotonic() - self._last
-            if idle > self.seconds:
-                self._exit(idle)
-
-    def _exit(self, idle: float) -> None:
-        message = f"no step has finished for {idle:.0f} s; all threads' stacks are in {self.report}\n"
-        sys.stderr.write(message)
-        sys.stderr.flush()
-        faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        try:
-            with self.report.open("a", encoding="utf-8") as file:
-                file.write(message)
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
-        finally:
-            # No cleanup: it would wait for the hung operation.
-            os._exit(HUNG_EXIT_CODE)
 
 
 def _listed(values: Sequence[object]) -> str:

@@ -18,17 +18,18 @@ from vqd_scale.core.nested import differences
 from vqd_scale.core.outputs import JOBS, TRAINING, reserve
 from vqd_scale.core.progress import progress_bar
 from vqd_scale.core.provenance import modified_files, provenance
-from vqd_scale.core.signals import StopFlag
+from vqd_scale.core.signals import TIME_LIMIT_SIGNAL, StopFlag, report_progress
 from vqd_scale.core.tensors import with_prefix, without_prefix
+from vqd_scale.core.watchdog import beat, phase, watched
 from vqd_scale.core.world import World
 from vqd_scale.data.loading.batch import BatchType
 from vqd_scale.data.loading.stream import Stream
 from vqd_scale.nn.flops import peak_flops
 from vqd_scale.training.checkpoint.manager import Checkpoints
-from vqd_scale.training.config import RunConfig
+from vqd_scale.training.config import STACKS, RunConfig
 from vqd_scale.training.ema import EMA
 from vqd_scale.training.engine import Engine
-from vqd_scale.training.health import HealthMonitor, Watchdog
+from vqd_scale.training.health import HealthMonitor
 from vqd_scale.training.logging.aggregator import MetricAggregator
 from vqd_scale.training.logging.sample_images import write_sample_images
 from vqd_scale.training.optim import LearningRate
@@ -108,15 +109,18 @@ def train(task: Task[BatchType], config: RunConfig, world: World, title: str) ->
             f"{config.engine.gradient_accumulation_steps} parts; choose a multiple of {parts}."
         )
     world.on_first_rank(lambda: _lock_run_folder(config.run, config))
-    trainer = _Trainer(task, config, world)
-    try:
-        result = trainer.run(title)
-    finally:
-        trainer.close()
-    if not result.stopped:
-        trainer.checkpoints.weights(
-            result.images, lambda weights: task.export(weights, config.run / "export")
-        )
+    with watched(config.health.hang_seconds, config.run / STACKS.format(world.rank)):
+        with phase("build of the engine"):
+            trainer = _Trainer(task, config, world)
+        try:
+            result = trainer.run(title)
+        finally:
+            trainer.close()
+        if not result.stopped:
+            with phase("export"):
+                trainer.checkpoints.weights(
+                    result.images, lambda weights: task.export(weights, config.run / "export")
+                )
     return result
 
 
@@ -156,8 +160,8 @@ class _Trainer(Generic[BatchType]):
             quarantine = config.run / f"quarantine-validation-{world.rank:05d}.jsonl"
             self.validation = ValidationSet(config.validation, task, world, quarantine)
         self.stop = StopFlag()
-        self.watchdog = Watchdog(config.health.hang_seconds, config.run / f"stacks-{world.rank:05d}.txt")
-        self._resume()
+        with phase("load of a checkpoint"):
+            self._resume()
         self.metrics = MetricAggregator(config, world, self.images, self._ideal_seconds())
 
     def _resume(self) -> None:
@@ -197,14 +201,22 @@ class _Trainer(Generic[BatchType]):
             title, self.config.total_images, initial=self.images, unit="img", quiet=not self.world.is_first
         )
         has_replicas = self.config.engine.zero.stage < 3
-        with closing(iter(stream)) as batches, bar, self.watchdog:
+        with closing(iter(stream)) as batches, bar, phase("training"):
+            if self.world.any(self.stop.received == TIME_LIMIT_SIGNAL):
+                raise UserError(
+                    f"{self.config.run}: the signal before the time limit came before the first step; allow "
+                    "more time (--time, --hours), or send it later (--signal=USR2@SECONDS, --signal-seconds)."
+                )
+            if self.world.any(self.stop.requested):
+                return RunResult(self.images, stopped=True)
             self.metrics.reset()
             while not self._is_finished:
                 is_stopping = self._step(self.metrics.next_batch(batches))
                 self.images += self.batch
                 self.ema.update(self.images, self.batch)
                 self.task.on_step_end(self.images)
-                self.watchdog.beat()
+                beat()
+                report_progress()
                 bar.update(self.batch)
                 self._log(self._validate(), bar)
                 self._sample_images()
@@ -218,7 +230,8 @@ class _Trainer(Generic[BatchType]):
         return RunResult(self.images, stopped=False)
 
     def close(self) -> None:
-        """Abandon a save in progress and close the metric writers."""
+        """Abandon a save in progress, close the metric writers and restore the signal handlers."""
+        self.stop.close()
         self.checkpoints.close()
         self.metrics.close()
 
@@ -280,7 +293,7 @@ class _Trainer(Generic[BatchType]):
             return {}
         if not self._is_finished and not self._is_due(config.every_images):
             return {}
-        with self.ema.in_place_of_weights():
+        with phase("validation"), self.ema.in_place_of_weights():
             metrics = self.validation.metrics(self.engine)
         return {f"validation_{name}": value for name, value in metrics.items()}
 
@@ -299,10 +312,12 @@ class _Trainer(Generic[BatchType]):
         config = self.config.sample_images
         if config is None or not (self._is_finished or self._is_due(config.every_images)):
             return
-        parameters = gather(self.engine.partition, self.ema.flats, self.world)
         path = self.config.run / "sample_images" / f"{self.images:012d}.png"
-        self.world.on_first_rank(lambda: write_sample_images(self.task, parameters, config, path, self.world))
-        self.watchdog.beat()
+        with phase("sample images"):
+            parameters = gather(self.engine.partition, self.ema.flats, self.world)
+            self.world.on_first_rank(
+                lambda: write_sample_images(self.task, parameters, config, path, self.world)
+            )
 
     @property
     def _stateful(self) -> dict[str, Task[BatchType] | LearningRate | HealthMonitor]:

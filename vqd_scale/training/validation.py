@@ -8,6 +8,7 @@ from typing import Generic
 import torch
 from torch import Tensor
 
+from vqd_scale.core.watchdog import beat
 from vqd_scale.core.world import World
 from vqd_scale.data.config import StreamConfig
 from vqd_scale.data.loading.batch import Batch, BatchType
@@ -52,7 +53,11 @@ class ValidationSet(Generic[BatchType]):
         count_per_rank = -(-count // world.size)
         numbers = torch.arange(count_per_rank) * world.size + world.rank
         with closing(iter(stream)) as batches:
-            samples = Batch.cat([next(batches) for _ in range(-(-count // lanes))])
+            parts: list[BatchType] = []
+            for _ in range(-(-count // lanes)):
+                parts.append(next(batches))
+                beat()
+        samples = Batch.cat(parts)
         # If the samples do not divide evenly over the ranks, a rank pads with its first sample, masked out.
         exists = numbers < count
         samples = samples.select(torch.where(exists, numbers, numbers[0].clamp(max=count - 1)))
@@ -66,6 +71,7 @@ class ValidationSet(Generic[BatchType]):
         """Return the task's metrics as means over all validation samples; collective."""
         sums: dict[str, Tensor] = {}
         for samples in self._batches:
+            beat()
             batch = samples.to(self._world.device, non_blocking=True)
             for name, value in self._task.validate(forward, batch).items():
                 sums[name] = sums.get(name, torch.zeros(2, dtype=torch.float64)) + value.double().cpu()
