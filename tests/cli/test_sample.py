@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.evaluation.test_evaluate import change_model
 from tests.models.exchange.microsoft_files import HEADS, ITHQ_SLIM, Kind, checkpoint_of, write
 from vqd_scale.cli import inpaint, sample
 from vqd_scale.core.config import Config
@@ -50,6 +51,77 @@ def test_option_of_a_sampler_changes_the_samples(bundle: str, tmp_path: Path) ->
         sample.main([bundle, *("a star" for _ in range(4)), *options, "--output", str(tmp_path / weight)])
     grids = [(tmp_path / weight / "grid.png").read_bytes() for weight in ("0", "50")]
     assert grids[0] != grids[1]
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as end:
+        sample.main(arguments)
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_images_of_a_retrained_model_are_not_reused(
+    bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = [bundle, "a star", "--steps", "3", "--output", str(out)]
+    sample.main(arguments)
+    image = (out / "000000.png").read_bytes()
+    change_model(Path(bundle), "weights")
+    assert "model.weights_sha256" in refused(arguments, capsys)
+    # Without the record, an image still belongs to its inputs.
+    (out / "samples.json").unlink()
+    assert f"{out / '000000.png'}: not the image of this prompt" in refused(arguments, capsys)
+    assert (out / "000000.png").read_bytes() == image
+    (out / "000000.png").unlink()
+    sample.main(arguments)
+    assert (out / "000000.png").read_bytes() != image
+
+
+def test_refused_call_writes_nothing(bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [bundle, "a star", "--output", str(tmp_path / "out")]
+    assert "101 exceeds the 100 steps" in refused([*arguments, "--steps", "101"], capsys)
+    assert not (tmp_path / "out").exists()
+    sample.main([*arguments, "--steps", "3"])
+
+
+def test_one_image_of_a_batch_is_drawn_again_alone(bundle: str, tmp_path: Path) -> None:
+    prompts, options = ["a star", "a bus", "a cat"], ["--steps", "3", "--seed", "7", "--output"]
+    sample.main([bundle, *prompts, *options, str(tmp_path / "batch")])
+    sample.main([bundle, *prompts, "--index", "2", *options, str(tmp_path / "listed")])
+    sample.main([bundle, "a cat", "--index", "2", *options, str(tmp_path / "alone")])
+    image = (tmp_path / "batch" / "000002.png").read_bytes()
+    for folder in ("listed", "alone"):
+        assert (tmp_path / folder / "000002.png").read_bytes() == image
+        assert len(list((tmp_path / folder).glob("*.png"))) == 2
+
+
+def test_another_batch_size_continues_and_gives_equal_images(bundle: str, tmp_path: Path) -> None:
+    arguments = [bundle, *("a star" for _ in range(5)), "--steps", "3", "--output", str(tmp_path / "out")]
+    sample.main([*arguments, "--batch-size", "5"])
+    paths = sorted((tmp_path / "out").glob("00*.png"))
+    images = [path.read_bytes() for path in paths]
+    for path in paths[1:]:
+        path.unlink()
+    sample.main([*arguments, "--batch-size", "2"])
+    assert [path.read_bytes() for path in paths] == images
+
+
+def test_negative_prompt_changes_the_image(bundle: str, tmp_path: Path) -> None:
+    for name, options in {"with": ["--negative", "a bus"], "without": []}.items():
+        sample.main([bundle, *["a star"] * 4, "--steps", "3", *options, "--output", str(tmp_path / name)])
+    grids = [(tmp_path / name / "grid.png").read_bytes() for name in ("with", "without")]
+    assert grids[0] != grids[1]
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"prompts": {"a": "b"}}', "[" * 100_000])
+def test_list_of_samples_of_another_shape_is_refused(
+    bundle: str, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [bundle, "a star", "--steps", "3", "--output", str(tmp_path / "out")]
+    sample.main(arguments)
+    (tmp_path / "out" / "samples.json").write_text(content)
+    assert str(tmp_path / "out") in refused(arguments, capsys)
 
 
 def test_inpainting_keeps_unmasked_pixels(bundle: str, tmp_path: Path) -> None:

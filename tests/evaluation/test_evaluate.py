@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.training.rank_threads import on_ranks
 from vqd_scale.cli import eval_coco_fid
-from vqd_scale.core.atomic_io import sha256_of
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.world import World
 from vqd_scale.data.shards.shard_index import ShardSet
@@ -36,7 +37,7 @@ from vqd_scale.evaluation.extractors import FEATURES
 from vqd_scale.evaluation.frechet import FeatureStatistics, frechet_distance
 from vqd_scale.evaluation.prompts import choose_prompts, prompts_digest
 from vqd_scale.evaluation.resumable_chunks import EvaluationStopped, ResumableChunks, statistics_of
-from vqd_scale.models.generate import generate_batch
+from vqd_scale.models.generate import generate_batch, model_identity
 from vqd_scale.models.pipeline import TextToImage
 
 FEATURE_COUNT = 6
@@ -209,13 +210,15 @@ def test_mismatched_reference_statistics_are_refused(
             model,
             tmp_path / "third",
         )
+    statistics = file.read_bytes()
     # Another version's resize gives different real images.
     replace_metadata(file, "bicubic, anti-aliased, 8 bits", "bilinear, 8 bits")
     with pytest.raises(UserError, match=r'filter "bilinear, 8 bits", not "bicubic, anti-aliased, 8 bits"'):
         scored(file_protocol, model, tmp_path / "fourth")
-    file.write_bytes(b"no statistics at all")
-    with pytest.raises(UserError, match="holds no statistics of real images"):
-        scored(file_protocol, model, tmp_path / "fifth")
+    for content in (b"no statistics at all", statistics[:-1] + bytes([statistics[-1] ^ 1])):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"reference\.safetensors: (is )?damaged"):
+            scored(file_protocol, model, tmp_path / "fifth")
     del single_rank_result
 
 
@@ -331,11 +334,7 @@ def test_command_writes_figures_and_page(model: Path, shards: Path, tmp_path: Pa
     eval_coco_fid.main([*arguments_for(model, shards, tmp_path), "sampling.save_images=true"])
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["count"] == 23
-    assert report["model"] == {
-        "name": str(model),
-        "weights_sha256": sha256_of(model / "model.safetensors"),
-        "tokenizer_sha256": sha256_of(model / "tokenizer" / "model.safetensors"),
-    }
+    assert report["model"] == model_identity(str(model), TextToImage.load(model, device="cpu"))
     assert report["reference"]["extractor"]["kind"] == "random convolutions"
     page = (tmp_path / "report.html").read_text()
     assert report["prompts"] in page
@@ -344,6 +343,66 @@ def test_command_writes_figures_and_page(model: Path, shards: Path, tmp_path: Pa
     assert list(report["distance_by_count"]) == ["11", "23"]
     assert report["distance_by_count"]["23"] == report["figures"]["frechet_distance"]
     assert len(list((tmp_path / "images").glob("*.png"))) == 23
+
+
+def change_model(folder: Path, part: str) -> None:
+    """Change one part of a bundle, so that it still loads."""
+    if part == "config":
+        path = folder / "config.json"
+        path.write_text(path.read_text().replace('"normalize": true', '"normalize": false'))
+        return
+    path = folder / ("tokenizer/model.safetensors" if part == "tokenizer" else "model.safetensors")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    state = load_file(path)
+    name = max(state, key=lambda name: state[name].numel())
+    save_file({**state, name: state[name].flip(0)}, path, metadata)
+
+
+@pytest.mark.parametrize("part", ["weights", "tokenizer", "config"])
+def test_replaced_model_is_refused(
+    model: Path, shards: Path, tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle, out = tmp_path / "bundle", tmp_path / "out"
+    shutil.copytree(model, bundle)
+    eval_coco_fid.main(arguments_for(bundle, shards, out))
+    report = (out / "report.json").read_bytes()
+    change_model(bundle, part)
+    with pytest.raises(SystemExit) as end:
+        eval_coco_fid.main(arguments_for(bundle, shards, out))
+    assert end.value.code == 2
+    assert f"model.{part}_sha256" in capsys.readouterr().err
+    assert (out / "report.json").read_bytes() == report
+
+
+def test_refused_sampler_leaves_no_folder(model: Path, shards: Path, tmp_path: Path) -> None:
+    arguments = arguments_for(model, shards, tmp_path / "out")
+    with pytest.raises(SystemExit) as end:
+        eval_coco_fid.main([*arguments, "sampling.sampler.steps=11"])
+    assert end.value.code == 2
+    assert not (tmp_path / "out").exists()
+    eval_coco_fid.main(arguments)
+
+
+def test_chunks_without_description_or_damaged_are_not_used(
+    model: Path, shards: Path, tmp_path: Path
+) -> None:
+    first = scored(protocol(shards), model, tmp_path).report
+    (tmp_path / "parts" / "parts.json").unlink()
+    sampling = protocol(shards).sampling.model_copy(update={"seed": 1})
+    assert scored(protocol(shards, sampling=sampling), model, tmp_path).report["figures"] != first["figures"]
+    path = tmp_path / "parts" / "000001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    with pytest.raises(UserError, match=r"000001\.safetensors: damaged"):
+        scored(protocol(shards, sampling=sampling), model, tmp_path)
+
+
+def test_sampling_options_are_those_of_the_sampling_tools(model: Path, shards: Path, tmp_path: Path) -> None:
+    options = ["--sampler", "purity", "--steps", "3", "--top-p", "0.5", "--negative", "a star"]
+    eval_coco_fid.main([*arguments_for(model, shards, tmp_path), *options, "--batch-size", "5"])
+    sampling = json.loads((tmp_path / "report.json").read_text())["protocol"]["sampling"]
+    assert (sampling["sampler"]["kind"], sampling["sampler"]["steps"]) == ("purity", 3)
+    assert (sampling["truncation"]["p"], sampling["negative"], sampling["batch_size"]) == (0.5, "a star", 5)
 
 
 def test_command_prints_user_error(

@@ -1,12 +1,15 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.evaluation.test_evaluate import change_model
 from vqd_scale.cli import eval_sweep
 from vqd_scale.core.config import to_yaml
 from vqd_scale.core.errors import UserError
+from vqd_scale.data.sources.shapes import ShapesConfig, write_shapes
 from vqd_scale.evaluation.config import SweepConfig
 from vqd_scale.evaluation.sweep import Row, grouped, points, publish_sweep, separated
 
@@ -132,3 +135,31 @@ def test_restarted_sweep_repeats_no_evaluation(model: Path, shards: Path, tmp_pa
     with pytest.raises(SystemExit) as end:
         eval_sweep.main([*arguments, "evaluation.prompts.seed=1"])
     assert end.value.code == 2
+
+
+@pytest.mark.parametrize("change", ["model", "captions", "shape"])
+def test_sweep_reuses_no_evaluation_of_other_inputs(
+    model: Path, shards: Path, tmp_path: Path, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, bundle, data = tmp_path / "sweep.yaml", tmp_path / "bundle", tmp_path / "data"
+    path.write_text(to_yaml(config_of()))
+    shutil.copytree(model, bundle)
+    shutil.copytree(shards, data)
+    arguments = [str(bundle), "--data", str(data), "--config", str(path), "--output", str(tmp_path / "out")]
+    eval_sweep.main(arguments)
+    if change == "model":
+        change_model(bundle, "weights")
+    elif change == "captions":
+        shutil.rmtree(data)
+        write_shapes(
+            ShapesConfig(image_size=16, train_samples=1, held_out_samples=60, seed=1), tmp_path / "new"
+        )
+        (tmp_path / "new" / "held_out").rename(data)
+    else:
+        for report in (tmp_path / "out" / "points").glob("*/report.json"):
+            report.write_text('{"figures": [], "model": 5}')
+    with pytest.raises(SystemExit) as end:
+        eval_sweep.main(arguments)
+    assert end.value.code == 2
+    words = {"model": "model.weights_sha256", "captions": "prompts", "shape": "cannot be read (figures"}
+    assert words[change] in capsys.readouterr().err

@@ -179,11 +179,11 @@ def test_bundle_samples_from_its_network(folder: Path) -> None:
 def test_batch_sampling_takes_either_model_kind(folder: Path, tmp_path: Path) -> None:
     pipe = load_pipeline(folder, device="cpu")
     assert isinstance(pipe, AutoregressiveTextToImage)
-    prompts = [Prompt(str(number), prompt) for number, prompt in enumerate(PROMPTS)]
+    prompts = [Prompt(str(number), prompt, number) for number, prompt in enumerate(PROMPTS)]
     sampling = SamplingConfig(
         guidance=ConstantGuidance(scale=2.0), truncation=TopP(p=0.9), seed=5, batch_size=2
     )
-    generate(pipe, "model", prompts, sampling, tmp_path / "drawn")
+    generate(pipe, {"name": "model"}, prompts, sampling, tmp_path / "drawn")
     expected = pipe(PROMPTS, guidance=2.0, truncation=0.9, seed=5).tensor.permute(0, 2, 3, 1).numpy()
     assert np.array_equal(read_generated(tmp_path / "drawn")[1], expected)
     config = BundleConfig(

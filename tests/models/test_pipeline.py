@@ -81,25 +81,25 @@ def test_prompt_and_guidance_change_the_image(folder: Path) -> None:
 
 def test_generation_resumes_after_kill(folder: Path, tmp_path: Path) -> None:
     pipe = TextToImage.load(folder, device="cpu")
-    prompts = [Prompt(f"{n:03d}", PROMPTS[n % 3]) for n in range(7)]
+    prompts = [Prompt(f"{n:03d}", PROMPTS[n % 3], n) for n in range(7)]
     sampling = SamplingConfig(
         sampler=Strided(steps=3),
         guidance=ConstantGuidance(scale=2.0),
         truncation=TopP(p=0.9),
         batch_size=2,
     )
-    generate(pipe, "model", prompts, sampling, tmp_path / "whole")
-    generate(pipe, "model", prompts, sampling, tmp_path / "killed")
+    generate(pipe, {"name": "model"}, prompts, sampling, tmp_path / "whole")
+    generate(pipe, {"name": "model"}, prompts, sampling, tmp_path / "killed")
     for lost in ("003", "006"):
         (tmp_path / "killed" / f"{lost}.png").unlink()
     with pytest.raises(UserError, match=r"003\.png: missing"):
         read_generated(tmp_path / "killed")
-    generate(pipe, "model", prompts, sampling, tmp_path / "killed")
+    generate(pipe, {"name": "model"}, prompts, sampling, tmp_path / "killed")
     uninterrupted, resumed = (read_generated(tmp_path / name) for name in ("whole", "killed"))
     assert uninterrupted[0] == resumed[0] == prompts
     assert np.array_equal(uninterrupted[1], resumed[1])
     with pytest.raises(UserError, match="other prompts, model or sampling options"):
-        generate(pipe, "model", prompts[:-1], sampling, tmp_path / "killed")
+        generate(pipe, {"name": "model"}, prompts[:-1], sampling, tmp_path / "killed")
 
 
 def test_missing_and_damaged_bundles_raise_user_error(folder: Path, tmp_path: Path) -> None:

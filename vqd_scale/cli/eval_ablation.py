@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from vqd_scale.cli.base import RunConfigOptions, Tool
-from vqd_scale.cli.eval_coco_fid import evaluate_and_publish, model_identity
+from vqd_scale.cli.eval_coco_fid import evaluate_and_publish
 from vqd_scale.cli.run import check_bundles, check_datasets
-from vqd_scale.core.atomic_io import read_json
 from vqd_scale.core.config import Config, load_config
 from vqd_scale.core.outputs import check_output, reserve
 from vqd_scale.core.signals import REQUEUE_EXIT_CODE, StopFlag
@@ -113,6 +112,8 @@ def _rows(config: AblationConfig, world: "World") -> "Iterator[Row]":
     """Train and evaluate all models; yield the results, all models of the first seed first."""
     from vqd_scale.core.progress import progress
     from vqd_scale.evaluation.sweep import Row, figures_of
+    from vqd_scale.models.generate import model_identity
+    from vqd_scale.models.pipeline import TextToImage
 
     models = list(product(config.seeds, config.mask_rates.items(), config.trained_steps))
     for seed, (noise, mask_rate), timesteps in progress(
@@ -121,8 +122,11 @@ def _rows(config: AblationConfig, world: "World") -> "Iterator[Row]":
         folder = config.output / "models" / f"mask={mask_rate},T={timesteps},seed={seed}"
         if world.any(not (folder / "export").is_dir()):
             _train(config, folder, mask_rate, timesteps, seed, world)
+        pipe = TextToImage.load(folder, device=world.device)
+        identity = model_identity(str(folder), pipe)
         for steps in sorted({min(steps, timesteps) for steps in config.inference_steps}):
-            report = _evaluate(config, folder, steps, seed, world)
+            protocol, output = _protocol(config, steps, seed), folder / "evaluation" / f"steps={steps}"
+            report = evaluate_and_publish(protocol, pipe, identity, output, world, StopFlag())
             yield Row({"noise": noise, "T": timesteps, _X: steps}, seed, figures_of(report))
 
 
@@ -138,21 +142,14 @@ def _train(
         raise SystemExit(REQUEUE_EXIT_CODE)
 
 
-def _evaluate(
-    config: AblationConfig, folder: Path, steps: int, seed: int, world: "World"
-) -> dict[str, dict[str, float]]:
-    from vqd_scale.models.pipeline import TextToImage
-
-    output = folder / "evaluation" / f"steps={steps}"
-    if world.any(not (output / "report.json").exists()):
-        sampling = config.evaluation.sampling.model_copy(
-            update={"sampler": Strided(steps=steps), "seed": seed}
-        )
-        reference = config.evaluation.reference.model_copy(
-            update={"file": config.evaluation.reference.file or config.output / "reference.safetensors"}
-        )
-        protocol = config.evaluation.model_copy(update={"sampling": sampling, "reference": reference})
-        pipe = TextToImage.load(folder, device=world.device)
-        evaluate_and_publish(protocol, pipe, model_identity(str(folder)), output, world, StopFlag())
-    world.barrier()
-    return read_json(output / "report.json", "report of an evaluation")
+def _protocol(config: AblationConfig, steps: int, seed: int) -> EvaluationConfig:
+    evaluation = config.evaluation
+    file = evaluation.reference.file or config.output / "reference.safetensors"
+    return evaluation.model_copy(
+        update={
+            "sampling": evaluation.sampling.model_copy(
+                update={"sampler": Strided(steps=steps), "seed": seed}
+            ),
+            "reference": evaluation.reference.model_copy(update={"file": file}),
+        }
+    )

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vqd_scale.cli.base import ConfigOptions, Tool, location_from
-from vqd_scale.cli.model_options import ModelOptions
+from vqd_scale.cli.model_options import ModelOptions, SamplingOptions
 from vqd_scale.cli.run import check_datasets, check_model
-from vqd_scale.core.atomic_io import Location, publish_text, sha256_of
+from vqd_scale.core.atomic_io import Location, publish_text, read_json
 from vqd_scale.core.config import to_yaml
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.outputs import check_output, safe_name
@@ -17,6 +17,7 @@ from vqd_scale.evaluation.config import EvaluationConfig
 
 if TYPE_CHECKING:
     from vqd_scale.core.world import World
+    from vqd_scale.evaluation.evaluate import Report
     from vqd_scale.models.generate import Pipeline
 
 main = Tool()
@@ -38,23 +39,30 @@ Output = Annotated[
     "--config configs/evaluation/embedded.yaml"
 )
 def evaluate_model(
-    model: ModelOptions, options: ConfigOptions, data: Data = None, output: Output = None
+    model: ModelOptions,
+    options: ConfigOptions,
+    sampling: SamplingOptions,
+    data: Data = None,
+    output: Output = None,
 ) -> None:
     """Evaluate a model under a protocol: FID, KID, precision and recall, CLIP score, attribute accuracy.
 
     The default protocol is COCO's 30,000 captions. The ranks that torchrun or srun starts divide the images.
     The same command resumes an interrupted evaluation.
     """
-    config = options.load(EvaluationConfig, *data_override("data", data))
+    config = options.load(EvaluationConfig, *data_override("data", data), *sampling.overrides("sampling."))
     check_model(model.model)
     folder = output_folder(model.model, output, config.name, "eval_coco_fid.py")
     check_datasets(*filter(None, [config.data]))
 
     from vqd_scale.core.world import join_world, leave_world
+    from vqd_scale.models.generate import model_identity
 
     world, stop = join_world(), StopFlag()
     try:
-        evaluate_and_publish(config, model.load(), model_identity(model.model), folder, world, stop)
+        pipe = model.load()
+        identity = model_identity(model.model, pipe)
+        evaluate_and_publish(config, pipe, identity, folder, world, stop, repeat=True)
         if world.is_first:
             publish_text(folder / "config.yaml", to_yaml(config))
     finally:
@@ -81,26 +89,6 @@ def output_folder(model: str, output: Path | None, name: str, purpose: str) -> P
     return folder
 
 
-def model_identity(name: str) -> dict[str, Any]:
-    """Return a model's name and, for a local model, the SHA-256 digests of model and tokenizer weights."""
-    from vqd_scale.models.bundle import tokenizer_folder, weights_file
-    from vqd_scale.models.exchange.diffusers import COMPONENTS, INDEX
-
-    folder = Path(name)
-    if name.startswith(SCHEME):
-        return {"name": name}
-    if (folder / INDEX).is_file():
-        files = {
-            f"{part}_sha256": file for part in COMPONENTS for file in (folder / part).glob("*.safetensors")
-        }
-    else:
-        files = {
-            "weights_sha256": weights_file(folder),
-            "tokenizer_sha256": weights_file(tokenizer_folder(folder)),
-        }
-    return {"name": name} | {key: sha256_of(file) for key, file in files.items() if file.is_file()}
-
-
 def evaluate_and_publish(
     config: EvaluationConfig,
     pipe: "Pipeline",
@@ -108,21 +96,38 @@ def evaluate_and_publish(
     output: Path,
     world: "World",
     stop: StopFlag,
-) -> None:
-    """Evaluate a model and write the report on rank 0.
+    *,
+    repeat: bool = False,
+) -> "Report":
+    """Return the report of an evaluation; evaluate the model and write the report unless it exists.
+
+    Args:
+        config: Evaluation protocol.
+        pipe: Model pipeline.
+        model: Identity of the model.
+        output: Output folder.
+        world: Ranks that share the work.
+        stop: Flag of the stop signals.
+        repeat: Compute the metrics again even if the report exists.
 
     Raises:
-        UserError: See `evaluate`.
+        UserError: The report depends on other inputs, or see `evaluate`.
         SystemExit: With `REQUEUE_EXIT_CODE` after a signal.
     """
     from vqd_scale.core.provenance import provenance
-    from vqd_scale.evaluation.evaluate import evaluate, publish_result
+    from vqd_scale.evaluation.evaluate import REPORT, evaluate, publish_result
     from vqd_scale.evaluation.resumable_chunks import EvaluationStopped
 
+    path = output / "report.json"
+    finished = None
+    if not repeat and not world.any(not path.exists()):
+        finished = read_json(path, "report of an evaluation", REPORT)
     try:
-        result = evaluate(config, pipe, model, output, world, lambda: stop.requested)
+        result = evaluate(config, pipe, model, output, world, lambda: stop.requested, finished)
     except EvaluationStopped:
         raise SystemExit(REQUEUE_EXIT_CODE) from None
     if result is not None:
         result.report.update(provenance())
         publish_result(result, output)
+    world.barrier()
+    return read_json(path, "report of an evaluation", REPORT)

@@ -4,12 +4,10 @@ from vqd_scale.cli.eval_coco_fid import (
     Output,
     data_override,
     evaluate_and_publish,
-    model_identity,
     output_folder,
 )
-from vqd_scale.cli.model_options import ModelOptions
+from vqd_scale.cli.model_options import ModelOptions, SamplingOptions
 from vqd_scale.cli.run import check_datasets, check_model
-from vqd_scale.core.atomic_io import read_json
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.outputs import reserve
 from vqd_scale.core.signals import StopFlag
@@ -25,12 +23,19 @@ main = Tool()
     "python tools/eval_sweep.py runs/demo/model --data runs/demo/shards/held_out "
     "--config configs/evaluation/embedded-sweep.yaml"
 )
-def sweep(model: ModelOptions, options: ConfigOptions, data: Data = None, output: Output = None) -> None:
+def sweep(
+    model: ModelOptions,
+    options: ConfigOptions,
+    sampling: SamplingOptions,
+    data: Data = None,
+    output: Output = None,
+) -> None:
     """Evaluate one model under many sampling settings: samplers, steps, guidance, truncation, seeds.
 
     Finished evaluations are not repeated.
     """
-    config = options.load(SweepConfig, *data_override("evaluation.data", data))
+    overrides = [*data_override("evaluation.data", data), *sampling.overrides("evaluation.sampling.")]
+    config = options.load(SweepConfig, *overrides)
     if config.x_axis not in config.axes:
         raise UserError(f"x_axis: '{config.x_axis}' is none of the axes, {', '.join(config.axes)}.")
     check_model(model.model)
@@ -42,26 +47,22 @@ def sweep(model: ModelOptions, options: ConfigOptions, data: Data = None, output
     from vqd_scale.core.provenance import provenance
     from vqd_scale.core.world import join_world, leave_world
     from vqd_scale.evaluation.sweep import Row, figures_of, points, publish_sweep, sweep_files
+    from vqd_scale.models.generate import model_identity
 
     combinations = points(config, folder)
     world, stop = join_world(), StopFlag()
     try:
         world.on_first_rank(lambda: reserve(folder, "eval_sweep.py", sweep_files(config.metrics)))
-        pipe, identity = model.load(), model_identity(model.model)
+        pipe = model.load()
+        identity = model_identity(model.model, pipe)
         rows: list[Row] = []
         evaluations = progress(
             combinations, "sweep", len(combinations), unit="evaluation", quiet=not world.is_first
         )
         for name, settings, protocol in evaluations:
-            path = folder / "points" / name / "report.json"
-            if world.any(not path.exists()):
-                evaluate_and_publish(protocol, pipe, identity, path.parent, world, stop)
-            if world.is_first:
-                report = read_json(path, "report of an evaluation")
-                if report["model"] != identity or report["protocol"] != protocol.model_dump(mode="json"):
-                    raise UserError(f"{path}: is of another model or protocol; give another --output.")
-                seed = settings.pop(SEED)
-                rows.append(Row(settings, seed, figures_of(report)))
+            report = evaluate_and_publish(protocol, pipe, identity, folder / "points" / name, world, stop)
+            seed = settings.pop(SEED)
+            rows.append(Row(settings, seed, figures_of(report)))
         if world.is_first:
             details = {"model": identity, "protocol": evaluation.model_dump(mode="json"), **provenance()}
             title = f"{evaluation.name}: {identity['name']}"

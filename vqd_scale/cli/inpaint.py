@@ -46,6 +46,7 @@ def inpaint(
         sampler=sampling.sampler,
         guidance=sampling.guidance,
         truncation=sampling.truncation,
+        negative=sampling.negative,
         seed=sampling.seed,
         batch=sampling.batch_size,
     )

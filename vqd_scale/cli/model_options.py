@@ -1,5 +1,6 @@
 """Options for the model and for sampling, shared by the tools that generate images."""
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
@@ -51,7 +52,9 @@ class ModelOptions:
 class SamplingOptions:
     """Sampler and guidance; each option sets a key of `SamplingConfig`."""
 
-    sampler: Annotated[str, typer.Option(metavar="KIND", help=f"sampler: {_KINDS}")] = "strided"
+    sampler: Annotated[
+        str | None, typer.Option(metavar="KIND", help=f"sampler: {_KINDS} (default: strided)")
+    ] = None
     sampler_option: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="setting of the sampler, such as weight=2; repeatable"),
@@ -60,13 +63,45 @@ class SamplingOptions:
         int | None, typer.Option(help="sampling steps, each one forward pass (default: the sampler's)")
     ] = None
     guidance_scale: Annotated[
-        float, typer.Option(help="scale of classifier-free guidance; 1 disables it")
-    ] = 3.0
+        float | None, typer.Option(help="scale of classifier-free guidance; 1 disables it (default: 3)")
+    ] = None
     top_p: Annotated[
         float | None, typer.Option(help="sample only from the most probable codes of this total probability")
     ] = None
-    seed: Annotated[int, typer.Option(help="seed of the samples")] = 0
-    batch_size: Annotated[int, typer.Option(help="images per batch")] = 32
+    negative: Annotated[
+        str | None, typer.Option(help="negative prompt: what guidance leads away from (default: no caption)")
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="seed of the samples (default: 0)")] = None
+    batch_size: Annotated[int | None, typer.Option(help="images per batch (default: 32)")] = None
+
+    def overrides(self, prefix: str = "") -> list[str]:
+        """Return the overrides of `SamplingConfig` that the given options stand for.
+
+        Args:
+            prefix: Dotted path of the sampling options in a larger configuration, with a dot at the end.
+        """
+        kinds = {
+            "sampler.kind": self.sampler,
+            "guidance.kind": None if self.guidance_scale is None else "constant",
+            "truncation.kind": None if self.top_p is None else "top_p",
+        }
+        values = {
+            "sampler.steps": self.steps,
+            "guidance.scale": self.guidance_scale,
+            "truncation.p": self.top_p,
+            "negative": self.negative,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+        }
+        settings = {**kinds, **values}.items()
+        return [
+            *(
+                f"{prefix}{key}={json.dumps(value, ensure_ascii=False)}"
+                for key, value in settings
+                if value is not None
+            ),
+            *(f"{prefix}sampler.{setting}" for setting in self.sampler_option or []),
+        ]
 
     def config(self) -> SamplingConfig:
         """Return the validated configuration.
@@ -74,17 +109,4 @@ class SamplingOptions:
         Raises:
             UserError: The kind of the sampler is unknown, or a value is wrong.
         """
-        settings = [*([] if self.steps is None else [f"steps={self.steps}"]), *(self.sampler_option or [])]
-        truncation = ["truncation.kind=top_p", f"truncation.p={self.top_p}"]
-        return load_config(
-            SamplingConfig,
-            overrides=[
-                f"sampler.kind={self.sampler}",
-                *(f"sampler.{setting}" for setting in settings),
-                "guidance.kind=constant",
-                f"guidance.scale={self.guidance_scale}",
-                *([] if self.top_p is None else truncation),
-                f"seed={self.seed}",
-                f"batch_size={self.batch_size}",
-            ],
-        )
+        return load_config(SamplingConfig, overrides=["sampler.kind=strided", *self.overrides()])

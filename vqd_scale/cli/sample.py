@@ -12,6 +12,7 @@ from vqd_scale.data.shards.shard_index import ShardSet
 
 _GRID_IMAGES = 40
 _GRID_COLUMNS = 8
+_MAX_INDEX = (1 << 32) - 1
 
 main = Tool()
 """Entry point of ``tools/sample.py``."""
@@ -27,6 +28,14 @@ def sample(
     ] = None,
     data: Annotated[Path | None, typer.Option(help="use the captions of these shards as prompts")] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="number of captions used from --data")] = 256,
+    index: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=_MAX_INDEX,
+            help="generate only the image of this number among those of all prompts, or for a single prompt",
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option(help="output folder")] = Path("samples"),
 ) -> None:
     """Generate an image for each prompt, or for the captions of a dataset.
@@ -40,14 +49,28 @@ def sample(
     check_model(model.model)
     check_output(output, "sample.py")
 
-    from vqd_scale.models.generate import GRID, Prompt, generate, prompts_of, read_generated
+    from vqd_scale.models.generate import (
+        GRID,
+        Prompt,
+        generate,
+        model_identity,
+        prompts_of,
+        read_generated,
+    )
     from vqd_scale.reports.plots import image_grid, publish_image
 
     if shards is None:
-        listed = [Prompt(f"{number:06d}", caption) for number, caption in enumerate(prompts or [])]
+        listed = [Prompt(f"{number:06d}", caption, number) for number, caption in enumerate(prompts or [])]
     else:
         listed = prompts_of(shards, num_samples)
-    generate(model.load(), model.model, listed, sampling, output)
+    if index is not None:
+        if len(listed) > 1 and index >= len(listed):
+            raise UserError(f"--index: given {index}, allowed: 0 to {len(listed) - 1}, the images' numbers.")
+        chosen = listed[index] if len(listed) > 1 else listed[0]
+        key = chosen.key if data is not None else f"{index:06d}"
+        listed = [Prompt(key, chosen.caption, index)]
+    pipe = model.load()
+    generate(pipe, model_identity(model.model, pipe), listed, sampling, output)
     generated, images = read_generated(output)
     captions = [prompt.caption for prompt in generated[:_GRID_IMAGES]]
     scale = max(1, 128 // images.shape[1])

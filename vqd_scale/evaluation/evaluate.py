@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from PIL import Image
+from pydantic import ConfigDict, TypeAdapter, with_config
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from vqd_scale.core.atomic_io import publish_json
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.fingerprint import first_difference
 from vqd_scale.core.nested import leaves
 from vqd_scale.core.outputs import reserve
 from vqd_scale.core.world import World
@@ -20,10 +23,10 @@ from vqd_scale.evaluation.extractors import Extractor
 from vqd_scale.evaluation.frechet import FeatureStatistics, frechet_distance
 from vqd_scale.evaluation.metrics import ImageScores, MetricInputs, distance_name
 from vqd_scale.evaluation.prompts import EvaluationPrompt, choose_prompts, prompts_digest
-from vqd_scale.evaluation.reference_stats import Reference, reference_of
+from vqd_scale.evaluation.reference_stats import Reference, ReferenceImages, reference_of
 from vqd_scale.evaluation.registry import METRICS
 from vqd_scale.evaluation.resumable_chunks import ResumableChunks, statistics_of
-from vqd_scale.models.generate import Pipeline, generate_batch
+from vqd_scale.models.generate import Pipeline, check_sampling, generate_batch
 from vqd_scale.models.pipeline import image_slots
 from vqd_scale.nn.config import ClassCondition
 from vqd_scale.reports.html import FiguresSection, ImageSection, TextSection, html_report
@@ -41,6 +44,18 @@ _SEEDS = (
     "Captions, their order and the random numbers are functions of the seeds above: the same command "
     "generates the same samples on any number of ranks."
 )
+
+
+@with_config(ConfigDict(extra="allow"))
+class Report(TypedDict):
+    """Report of an evaluation, as far as it is read back; other keys are kept."""
+
+    figures: dict[str, Any]
+    model: dict[str, Any]
+
+
+REPORT = TypeAdapter(Report)
+"""Shape of ``report.json``."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +79,21 @@ def evaluate(
     out: Path,
     world: World,
     stop: Callable[[], bool] = lambda: False,
+    finished: Report | None = None,
 ) -> Result | None:
     """Generate images, extract features, compute all metrics and plot them.
 
     Args:
         config: Evaluation protocol.
         pipe: Model pipeline, on this rank's device.
-        model: Name and identifying digests of the model.
+        model: Identity of the model; see `model_identity`.
         out: Folder of chunks, statistics and plots, shared by all ranks.
         world: Ranks that share the work.
         stop: Callback that returns ``True`` after a stop signal on this rank.
+        finished: Report of an earlier call, which is compared with the inputs instead of computed again.
 
     Returns:
-        Result on the first rank, ``None`` on other ranks.
+        Result on the first rank; ``None`` on other ranks, and for a finished evaluation.
 
     Raises:
         EvaluationStopped: A rank received a stop signal; the same call resumes the evaluation.
@@ -86,6 +103,7 @@ def evaluate(
     shards = None if config.data is None else ShardSet.open(config.data, look=world.is_first)
     prompts = choose_prompts(config.prompts, shards)
     _check_prompts(config.prompts, pipe)
+    check_sampling(pipe, [prompt.text for prompt in prompts], config.sampling)
     extractor = config.extractor.build(pipe.bundle.tokenizer, world.device)
     _check_count(len(prompts), extractor)
     metrics = [kind(config, prompts, world.device) for kind in METRICS]
@@ -95,18 +113,29 @@ def evaluate(
     real = shards if config.reference.data is None else ShardSet.open(config.reference.data)
     if real is None:
         raise UserError("reference: real images need shards; give --data, or reference.data.")
-    images = [f"images/{number:06d}.png" for number in range(len(prompts) * config.sampling.save_images)]
-    world.on_first_rank(lambda: reserve(out, "eval_coco_fid.py", [*_FILES, *images]))
-    file = config.reference.file or out / "reference.safetensors"
-    reference = reference_of(config.reference, real, prompts, height, extractor, file, world, stop)
     description = {
-        "model": model,
+        "model": {key: value for key, value in model.items() if key != "name"},
         "prompts": prompts_digest(prompts),
-        "sampling": config.sampling.model_dump(mode="json", exclude={"save_images"}),
+        "sampling": config.sampling.model_dump(mode="json"),
         "dtype": str(pipe.bundle.dtype).removeprefix("torch."),
         "extractor": extractor.description,
         **{metric.name: metric.description for metric in metrics if metric.description is not None},
     }
+    protocol = {"protocol": config.model_dump(mode="json")}
+    reference_images = ReferenceImages(config.reference, real, prompts, height, extractor)
+    if finished is not None:
+        inputs = {**description, "reference": reference_images.provenance, **protocol}
+        stored = {name: finished.get(name) for name in inputs}
+        stored["model"] = {key: value for key, value in finished["model"].items() if key != "name"}
+        difference = first_difference(stored, inputs)
+        if difference is not None:
+            raise UserError(f"{out}: its report has other inputs ({difference}); give another --output.")
+        return None
+    images = [f"images/{number:06d}.png" for number in range(len(prompts) * config.sampling.save_images)]
+    world.on_first_rank(lambda: reserve(out, "eval_coco_fid.py", [*_FILES, *images]))
+    reference = reference_of(
+        reference_images, config.reference.file or out / "reference.safetensors", world, stop
+    )
     parts = ResumableChunks(out / "parts", len(prompts), config.sampling.batch_size)
     parts.begin(description, world)
     slots = image_slots(config.sampling.seed, len(prompts))
@@ -137,8 +166,9 @@ def evaluate(
         "count": statistics.count,
         "distance_by_count": by_count,
         **description,
+        "model": model,
         "reference": reference.provenance,
-        "protocol": config.model_dump(mode="json"),
+        **protocol,
     }
     samples = _sample_sections(config, pipe, prompts, slots, scores, out)
     return Result(report, [*samples, *_curve_sections(distance, by_count, scores, out)])

@@ -1,6 +1,5 @@
 """Feature extractors for distance metrics, with a description of everything the features depend on."""
 
-import hashlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch.nn import functional
 
 from vqd_scale.core.atomic_io import sha256_of
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.fingerprint import configs_digest, tensors_digest
 from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.core.tensors import read_tensors
 from vqd_scale.evaluation.config import Inception, RandomNetwork
@@ -119,10 +119,11 @@ def tokenizer_latents(tokenizer: ImageTokenizer) -> Extractor:
     blank = torch.zeros(1, 3, 2 * tokenizer.factor, 2 * tokenizer.factor, dtype=torch.uint8)
     with torch.no_grad():
         dimension = columns(blank)[FEATURES].shape[1]
-    digest = hashlib.sha256()
-    for name, value in sorted(tokenizer.state_dict().items()):
-        digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
-    description = {"kind": "moments of the tokenizer's latents", "weights_sha256": digest.hexdigest()}
+    description = {
+        "kind": "moments of the tokenizer's latents",
+        "config_sha256": configs_digest(tokenizer),
+        "weights_sha256": tensors_digest(tokenizer.state_dict()),
+    }
     return Extractor(dimension, description, columns)
 
 

@@ -4,19 +4,24 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vqd_scale.core.atomic_io import published
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.tensors import write_tensors
+from vqd_scale.core.fingerprint import (
+    first_difference,
+    json_digest,
+    read_with_digest,
+    write_with_digest,
+)
+from vqd_scale.core.safe_json import JSON_OBJECT, parse_json
 from vqd_scale.core.world import World
 from vqd_scale.data.shards.decode import BadSample, decode_image, image_extension
 from vqd_scale.data.shards.shard_index import ShardSet
@@ -26,7 +31,7 @@ from vqd_scale.evaluation.config import ReferenceConfig
 from vqd_scale.evaluation.extractors import FEATURES, Extractor
 from vqd_scale.evaluation.frechet import FeatureStatistics
 from vqd_scale.evaluation.prompts import EvaluationPrompt
-from vqd_scale.evaluation.resumable_chunks import ResumableChunks, digest, first_difference, statistics_of
+from vqd_scale.evaluation.resumable_chunks import ResumableChunks, statistics_of
 
 _PART = 256
 _PROVENANCE = "provenance"
@@ -47,24 +52,56 @@ class Reference:
     provenance: dict[str, Any]
 
 
-def reference_of(
-    config: ReferenceConfig,
-    shards: ShardSet,
-    prompts: Sequence[EvaluationPrompt],
-    size: int,
-    extractor: Extractor,
-    file: Path,
-    world: World,
-    stop: Callable[[], bool],
-) -> Reference:
-    """Load the reference statistics from their file, or compute and store them; collective.
+@dataclass(frozen=True)
+class ReferenceImages:
+    """Real images of a reference.
 
-    Args:
+    Attributes:
         config: Selection of real images.
         shards: Shards of the real images.
         prompts: Selected prompts.
         size: Side of the model's images in pixels.
         extractor: Feature extractor.
+    """
+
+    config: ReferenceConfig
+    shards: ShardSet
+    prompts: Sequence[EvaluationPrompt]
+    size: int
+    extractor: Extractor
+
+    @cached_property
+    def members(self) -> tuple[list[int], Int64[Tensor, " images"]]:
+        """Indices of the selected samples, and the multiplicity of each.
+
+        Raises:
+            UserError: ``repeat_to`` does not fit the images.
+        """
+        return _members(self.config, self.shards, self.prompts)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Everything that the statistics depend on."""
+        shards, (members, repeats) = self.shards, self.members
+        versions = [digest or size for digest, size in zip(shards.digests, shards.sizes, strict=True)]
+        return {
+            "set": json_digest([shards.names, shards.counts, versions]),
+            "images": len(members),
+            "counted": int(repeats.sum()),
+            "members": json_digest([members, repeats.tolist()]),
+            "stored_features": min(self.config.stored_features, len(members)),
+            "crop": "the short side resized, the center square cut",
+            "size": self.size,
+            "filter": "bicubic, anti-aliased, 8 bits",
+            "extractor": self.extractor.description,
+        }
+
+
+def reference_of(images: ReferenceImages, file: Path, world: World, stop: Callable[[], bool]) -> Reference:
+    """Load the reference statistics from their file, or compute and store them; collective.
+
+    Args:
+        images: Real images.
         file: File of the statistics, created if missing.
         world: Ranks that share the work.
         stop: Callback that returns ``True`` after a stop signal.
@@ -73,30 +110,19 @@ def reference_of(
         EvaluationStopped: A rank received a stop signal.
         UserError: The file contains statistics of other images, or a sample has no image.
     """
-    members, repeats = _members(config, shards, prompts)
-    provenance = {
-        "set": digest([list(shards.names), list(shards.counts), list(shards.digests or shards.sizes)]),
-        "images": len(members),
-        "counted": int(repeats.sum()),
-        "members": digest([list(members), repeats.tolist()]),
-        "stored_features": min(config.stored_features, len(members)),
-        "crop": "the short side resized, the center square cut",
-        "size": size,
-        "filter": "bicubic, anti-aliased, 8 bits",
-        "extractor": extractor.description,
-    }
+    (members, repeats), provenance, extractor = images.members, images.provenance, images.extractor
     if world.any(not file.exists()):
         parts = ResumableChunks(file.with_name(f"{file.name}.parts"), len(members), _PART)
         parts.begin({"provenance": provenance}, world)
-        places = np.stack(shards.locate(np.array(members)), axis=1)
+        places = np.stack(images.shards.locate(np.array(members)), axis=1)
         reader_of = lru_cache(maxsize=1)(ShardReader)
 
         def make(numbers: range) -> dict[str, Tensor]:
-            images = [
-                _image(reader_of(shards.shard(shard)), member, CenterCrop(size=size))
+            squares = [
+                _image(reader_of(images.shards.shard(shard)), member, CenterCrop(size=images.size))
                 for shard, member in places[numbers.start : numbers.stop].tolist()
             ]
-            return {FEATURES: extractor(torch.stack(images))[FEATURES]}
+            return {FEATURES: extractor(torch.stack(squares))[FEATURES]}
 
         parts.work(make, world, "reference", stop)
         statistics = statistics_of(parts, extractor.dimension, world, repeats)
@@ -106,10 +132,10 @@ def reference_of(
                 "count": torch.tensor(statistics.count),
                 "mean": statistics.mean,
                 "scatter": statistics.scatter,
-                "features": _stored_features(parts, config.stored_features),
+                FEATURES: _stored_features(parts, images.config.stored_features),
             }
             with published(file) as partial:
-                write_tensors(partial, tensors, {_PROVENANCE: json.dumps(provenance)})
+                write_with_digest(partial, tensors, {_PROVENANCE: json.dumps(provenance)})
             parts.discard()
 
         world.on_first_rank(store)
@@ -164,18 +190,16 @@ def _stored_features(parts: ResumableChunks, count: int) -> Float32[Tensor, "sto
 
 
 def _load(file: Path, expected: dict[str, Any]) -> Reference:
+    tensors, metadata = read_with_digest(file)
     try:
-        with safe_open(file, framework="pt") as stored:
-            provenance: dict[str, Any] = json.loads((stored.metadata() or {})[_PROVENANCE])
-            difference = first_difference(provenance, json.loads(json.dumps(expected)))
-            if difference is not None:
-                raise UserError(
-                    f"{file}: these are statistics of other real images ({difference}); name another "
-                    f"reference.file."
-                )
-            statistics = FeatureStatistics(
-                int(stored.get_tensor("count")), stored.get_tensor("mean"), stored.get_tensor("scatter")
-            )
-            return Reference(statistics, stored.get_tensor("features"), provenance)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        provenance = parse_json(metadata[_PROVENANCE], JSON_OBJECT)
+        statistics = FeatureStatistics(int(tensors["count"]), tensors["mean"], tensors["scatter"])
+        reference = Reference(statistics, tensors[FEATURES], provenance)
+    except (KeyError, ValueError) as error:
         raise UserError(f"{file}: holds no statistics of real images ({error}).") from None
+    difference = first_difference(provenance, expected)
+    if difference is not None:
+        raise UserError(
+            f"{file}: these are statistics of other real images ({difference}); name another reference.file."
+        )
+    return reference

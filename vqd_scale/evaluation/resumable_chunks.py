@@ -5,8 +5,6 @@ of images to chunks is independent of the ranks. Any number of ranks can therefo
 other, and no image is counted twice.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,10 +17,9 @@ from torch import Tensor
 
 from vqd_scale.core.atomic_io import publish_json, published, read_json
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.nested import differences
+from vqd_scale.core.fingerprint import first_difference, read_with_digest, write_with_digest
 from vqd_scale.core.outputs import MARKER, reserve
 from vqd_scale.core.progress import progress_bar
-from vqd_scale.core.tensors import read_tensors, write_tensors
 from vqd_scale.core.world import World
 from vqd_scale.evaluation.extractors import FEATURES
 from vqd_scale.evaluation.frechet import FeatureStatistics
@@ -71,7 +68,15 @@ class ResumableChunks:
             UserError: The folder contains chunks of another computation, or something else.
         """
         names = [_DESCRIPTION, *(self.path(part).name for part in self.numbers)]
-        world.on_first_rank(lambda: reserve(self.folder, "an evaluation", names))
+
+        def prepare() -> None:
+            reserve(self.folder, "an evaluation", names)
+            if not (self.folder / _DESCRIPTION).exists():
+                # Chunks without a description may be of any computation.
+                for path in map(self.path, self.numbers):
+                    path.unlink(missing_ok=True)
+
+        world.on_first_rank(prepare)
         complete = {"count": self.count, "size": self.size, **description}
         reserve_folder(self.folder / _DESCRIPTION, complete, world, option="--output")
 
@@ -103,14 +108,14 @@ class ResumableChunks:
                     break
                 columns = make(self.images(part))
                 with published(self.path(part)) as partial:
-                    write_tensors(partial, columns)
+                    write_with_digest(partial, columns, {})
                 bar.update(len(self.images(part)))
         if world.any(stopped):
             raise EvaluationStopped
 
     def read(self, part: int) -> dict[str, Tensor]:
-        """Read the columns of a chunk; errors as for `read_tensors`."""
-        return read_tensors(self.path(part))
+        """Read the columns of a chunk; errors as for `read_with_digest`."""
+        return read_with_digest(self.path(part))[0]
 
     def discard(self) -> None:
         """Delete the chunks, and the folder unless it contains something else."""
@@ -120,7 +125,7 @@ class ResumableChunks:
             self.folder.rmdir()
 
     def column(self, name: str) -> Tensor:
-        """Read one column of all images, in order; errors as for `read_tensors`."""
+        """Read one column of all images, in order; errors as for `read_with_digest`."""
         return torch.cat([self.read(part)[name] for part in self.numbers])
 
 
@@ -156,27 +161,9 @@ def reserve_folder(path: Path, description: Mapping[str, Any], world: World, opt
     Raises:
         UserError: The folder contains the description of another computation.
     """
-    expected = json.loads(json.dumps(description))
-    world.on_first_rank(lambda: path.exists() or publish_json(path, expected))
-    difference = first_difference(read_json(path, "description of this computation"), expected)
+    world.on_first_rank(lambda: path.exists() or publish_json(path, description))
+    difference = first_difference(read_json(path, "description of this computation"), description)
     if difference is not None:
         raise UserError(
             f"{path.parent}: was begun with {difference}; give another {option}, or delete this folder."
         )
-
-
-def first_difference(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
-    """Return the first difference of two nested mappings as 'a.b this, not that'; ``None`` if equal."""
-    for path, value, expected_value in differences(stored, expected):
-        return f"{path} {_short(value)}, not {_short(expected_value)}"
-    return None
-
-
-def digest(value: Any) -> str:  # noqa: ANN401 - whatever JSON can hold
-    """Return the hex SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _short(value: Any) -> str:  # noqa: ANN401 - JSON
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

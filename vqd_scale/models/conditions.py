@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.models.bundle import AnyBundleConfig, AnyModel, Bundle
-from vqd_scale.nn.config import ClassCondition, TextCondition
+from vqd_scale.nn.config import ClassCondition, Condition, TextCondition
 
 Prompts = str | int | Sequence[str] | Sequence[int]
 """One or several captions; or labels, for a class-conditional model."""
@@ -35,14 +35,24 @@ def conditions_of(
         UserError: A label is invalid, or the model takes no text and a negative prompt is given.
     """
     condition = bundle.model.condition
+    check_prompts(condition, prompts, negative)
     if isinstance(condition, TextCondition):
         return _text(bundle, prompts), _text(bundle, negative or [""] * len(prompts))
-    if negative is not None:
-        raise UserError("this model takes no text; leave the negative prompt out.")
     if isinstance(condition, ClassCondition):
         labels = torch.tensor([_label(prompt, condition.classes) for prompt in prompts], device=bundle.device)
         return labels, torch.full_like(labels, condition.classes)
     return None
+
+
+def check_prompts(
+    condition: Condition, prompts: Sequence[str] | Sequence[int], negative: Sequence[str] | None
+) -> None:
+    """Check prompts without computing anything; arguments and errors of `conditions_of`."""
+    if negative is not None and not isinstance(condition, TextCondition):
+        raise UserError("this model takes no text; leave the negative prompt out.")
+    if isinstance(condition, ClassCondition):
+        for prompt in prompts:
+            _label(prompt, condition.classes)
 
 
 @torch.no_grad()

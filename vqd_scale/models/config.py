@@ -63,6 +63,8 @@ class SamplingConfig(Config):
     """Scale of classifier-free guidance; 1 disables it."""
     truncation: Truncation | None = None
     """Truncation of the predicted code distribution; disabled if not given."""
+    negative: str | None = None
+    """Negative prompt, used instead of the null condition of classifier-free guidance."""
     seed: int = Field(default=0, ge=0, lt=1 << 31)
     """Seed of the samples."""
     batch_size: int = Field(default=32, ge=1)

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.atomic_io import published
 
+_INPUTS = "vqd_scale inputs"
 _MARGIN = 16
 _FONT_SIZE = 13
 _LINE_HEIGHT = 18
@@ -116,10 +118,32 @@ def comparison_grid(
     return image_grid(np.concatenate([originals, gap, reconstructions], axis=1), columns=columns, scale=scale)
 
 
-def publish_image(path: Path, image: Image.Image) -> None:
-    """Write a PNG file atomically; errors as for `published`."""
+def publish_image(path: Path, image: Image.Image, inputs: str | None = None) -> None:
+    """Write a PNG file atomically; errors as for `published`.
+
+    Args:
+        path: File to write.
+        image: Image.
+        inputs: Fingerprint of what the image depends on, for `inputs_of`.
+    """
+    metadata = PngInfo()
+    if inputs is not None:
+        metadata.add_text(_INPUTS, inputs)
     with published(path, shared=True) as partial:
-        image.save(partial, format="PNG")
+        image.save(partial, format="PNG", pnginfo=metadata)
+
+
+def inputs_of(path: Path) -> str | None:
+    """Return the fingerprint that `publish_image` wrote into a file; ``None`` for any other file.
+
+    Raises:
+        OSError: The file is missing or unreadable.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get(_INPUTS)
+    except (UnidentifiedImageError, SyntaxError, ValueError):
+        return None
 
 
 def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
