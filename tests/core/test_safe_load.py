@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -78,8 +79,8 @@ def _foreign(name: str, *bases: type) -> type:
     return foreign_class
 
 
-@pytest.fixture
-def lightning_checkpoint(tmp_path: Path) -> Path:
+@pytest.fixture(params=[True, False], ids=["zip", "legacy"])
+def lightning_checkpoint(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """Return a checkpoint with the settings that taming's published files hold beside the weights."""
     before = set(sys.modules)
     settings_kind = _foreign("omegaconf.dictconfig.DictConfig")
@@ -99,6 +100,7 @@ def lightning_checkpoint(tmp_path: Path) -> Path:
             "arguments": argparse.Namespace(seed=23, any=Any, kinds=np.ones(3), choices=[dict, slice]),
         },
         path,
+        _use_new_zipfile_serialization=request.param,
     )
     for name in set(sys.modules) - before:
         if name.startswith(("omegaconf", "pytorch_lightning")):
@@ -140,6 +142,77 @@ def test_damaged_file_raises_user_error(tmp_path: Path, data: st.DataObject) -> 
     else:
         assert not damaged
         assert not weights or torch.equal(weights["w"], torch.arange(300.0))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("function", [bytearray, torch.FloatTensor, torch.UntypedStorage])
+def test_call_that_allocates_is_refused(tmp_path: Path, zipped: bool, function: Any) -> None:
+    path = tmp_path / "model.pth"
+    torch.save({"w": Executes(function, 3 << 30)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"would call .*(bytearray|FloatTensor|UntypedStorage) on loading"):
+        read_saved(path)
+
+
+def test_compressed_archive_is_refused_before_it_is_inflated(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(1 << 20)}, tmp_path / "model.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "model.pth") as archive,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as compressed,
+    ):
+        for name in archive.namelist():
+            compressed.writestr(name, archive.read(name))
+    with pytest.raises(UserError, match=r"claims .* bytes of content, more than the file can contain"):
+        read_saved(tmp_path / "bomb.pth")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tensor_larger_than_its_file_is_refused(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "model.pth"
+    tensors = [torch.zeros(1).expand(1 << 20, 1 << 10)]
+    torch.save({"optimizer": {"state": tensors}}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="claims 4,294,967,296 bytes of tensors"):
+        read_saved(path)
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.ckpt", "w.bin", "w.safetensors"])
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "pointer of git-lfs.*'git lfs pull'",
+        ),
+        (b"\xef\xbb\xbf\n<!DOCTYPE html><html lang='de'>\xc3\xbc</html>", "is a web page"),
+        (b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code></Error>", "is a web page"),
+        (b"Entry not found", "its content is the text 'Entry not found'; download it again"),
+        (b'{"error": "Access to model is restricted"}', "its content is the text"),
+    ],
+)
+def test_failed_download_is_named(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=sentence):
+        read_saved(tmp_path / name)
+
+
+def test_prefixes_of_wrapped_modules_are_removed() -> None:
+    weights = {"a.weight": torch.ones(2), "b": torch.zeros(1)}
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
+        assert list(tensors_in({prefix + name: value for name, value in weights.items()})) == list(weights)
+    mixed = {"module.a": weights["b"], "b": weights["b"]}
+    assert list(tensors_in(mixed)) == list(mixed)
+
+
+@pytest.mark.parametrize("dots", [True, False])
+def test_averaged_weights_replace_the_others(dots: bool) -> None:
+    last = {"encoder.conv.weight": torch.ones(2), "quantize.codes": torch.ones(1)}
+    averaged = "encoder.conv.weight" if dots else "encoderconvweight"
+    counters = {"model_ema.decay": torch.ones(()), "model_ema.num_updates": torch.ones(())}
+    state = tensors_in({**last, f"model_ema.{averaged}": torch.zeros(2), **counters})
+    assert {name: float(value.sum()) for name, value in state.items()} == {
+        "encoder.conv.weight": 0.0,
+        "quantize.codes": 1.0,
+    }
+    assert list(tensors_in({"model_ema.a.b": last["quantize.codes"], **counters})) == ["a.b"]
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.tensors import read_tensors, write_tensors
+from vqd_scale.core.tensors import check_finite, read_tensors, write_tensors
 
 WEIGHTS = {"a": torch.arange(3.0), "b": torch.ones(2, 2)}
 
@@ -69,6 +69,21 @@ def test_missing_and_foreign_files_raise_user_error(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "w.pt")
     with pytest.raises(UserError, match="holds no tensors"):
         read_tensors(tmp_path / "w.pt")
+
+
+def test_safetensors_are_recognized_by_content(tmp_path: Path) -> None:
+    save_file(WEIGHTS, tmp_path / "w.pth")
+    assert read_tensors(tmp_path / "w.pth").keys() == WEIGHTS.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_nonfinite_weights_are_refused(dtype: torch.dtype) -> None:
+    weights = {"ids": torch.arange(3), "none": torch.zeros(0), "w": torch.ones(3, 5, dtype=dtype)}
+    check_finite(weights, "file")
+    for value in (torch.nan, torch.inf, -torch.inf):
+        weights["w"][1, 2] = value
+        with pytest.raises(UserError, match="file: the weight 'w' has NaN or infinite values"):
+            check_finite(weights, "file")
 
 
 def test_written_file_has_default_permissions(tmp_path: Path) -> None:

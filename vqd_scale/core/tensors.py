@@ -1,48 +1,49 @@
 """Reading and writing of files of named tensors, without executing code in them."""
 
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.safe_load import read_saved
+from vqd_scale.core.safe_load import read_saved, tensors_in
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Load the tensors of a safetensors file or of a ``torch.save`` file (a mapping or a single tensor).
 
-    A mapping may be nested under the key ``state_dict``. Other entries than tensors are dropped. A single
-    tensor gets the empty name. `vqd_scale.core.safe_load` reads ``torch.save`` files without executing code.
+    A mapping may be nested under the key ``state_dict``; see `vqd_scale.core.safe_load.tensors_in` for its
+    names. A single tensor gets the empty name. No code in the file is executed.
 
     Raises:
         UserError: The file is missing, damaged, a TorchScript program, or contains no tensors.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file of weights.")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: is damaged or no safetensors file ({_line(error)}).") from None
-    if _is_program(path):
-        raise UserError(
-            f"{path}: is a TorchScript program, not a file of weights; where you trust it, convert it by "
-            f"safetensors.torch.save_file(torch.jit.load(path).state_dict(), 'weights.safetensors')."
-        )
     loaded = read_saved(path)
     if isinstance(loaded, Tensor):
         return {"": loaded}
     entries = cast(dict[Any, Any], loaded) if isinstance(loaded, dict) else {}
-    entries = entries.get("state_dict", entries)
-    tensors = {str(name): value for name, value in entries.items() if isinstance(value, Tensor)}
+    tensors = tensors_in(entries.get("state_dict", entries))
     if not tensors:
         raise UserError(f"{path}: holds no tensors.")
     return tensors
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise a `UserError` if a weight is NaN or infinite; one pass over the memory, without a copy."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
+            raise UserError(
+                f"{source}: the weight '{name}' has NaN or infinite values; take another checkpoint."
+            )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # aminmax propagates NaN; it does not exist for float8.
+    extremes = (tensor.float() if tensor.dtype.itemsize == 1 else tensor).aminmax()
+    return all(bool(extreme.isfinite()) for extreme in extremes)
 
 
 def write_tensors(
@@ -82,14 +83,3 @@ def with_prefix(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the entries under a prefix, with the prefix removed."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def _is_program(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
