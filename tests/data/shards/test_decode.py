@@ -340,7 +340,7 @@ def test_captions_of_a_sample(name: str) -> None:
 
 @pytest.mark.parametrize("value", [b"3", b"-5", b"true", b"1e15", b'[1, "a"]', b'["a", null]', b'{"a": "b"}'])
 def test_captions_that_are_not_text_are_bad_samples(value: bytes) -> None:
-    with pytest.raises(BadSample, match="has 'captions' in its 'json' that are not text"):
+    with pytest.raises(BadSample, match="has a 'captions' that is neither text nor a list of texts"):
         decode_captions({"txt": b"a", "json": b'{"captions": ' + value + b"}"})
 
 
@@ -370,7 +370,7 @@ def test_image_extension_of_a_file_name() -> None:
         "jpg",
         "jpeg",
         "png",
-        "jfif",
+        "jpg",
         "avif",
         "",
         "",

@@ -143,14 +143,103 @@ def test_invalid_use_raises_user_error(make_coco: Callable[..., Path], tmp_path:
     coco = make_coco(split="train")
     annotations = coco / "annotations" / "captions_train2014.json"
     (coco / "train2014" / "COCO_train2014_000000000009.jpg").unlink()
-    with pytest.raises(UserError, match=r"COCO_train2014_000000000009\.jpg: this image is missing"):
+    with pytest.raises(UserError, match=r"1 of 4 .*_000000000009\.jpg' for one is not in train2014"):
         CocoConfig().pack(coco, tmp_path / "out")
     content = json.loads(annotations.read_text())
     content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] != 25]
     annotations.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"no caption for COCO_train2014_000000000025\.jpg, as for 1 of 4"):
+    with pytest.raises(UserError, match=r"2 of 4 .*_000000000009\.jpg' for one is not in train2014"):
         CocoConfig().pack(coco, tmp_path / "out")
     annotations.write_text('{"images": []}')
-    with pytest.raises(UserError, match="not COCO's captions"):
+    with pytest.raises(UserError, match="this file of COCO captions cannot be read"):
         CocoConfig().pack(coco, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def pack_annotations(
+    folder: Path,
+    images: list[dict[str, Any]],
+    captions: list[tuple[Any, Any]],
+    config: CocoConfig | None = None,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Pack a file of annotations; return the samples, and the keys in the report of bad samples."""
+    entries = [{"id": n, "image_id": image, "caption": text} for n, (image, text) in enumerate(captions)]
+    (folder / "coco" / "annotations").mkdir(parents=True)
+    annotations = folder / "coco" / "annotations" / "captions_train2017.json"
+    annotations.write_text(json.dumps({"images": images, "annotations": entries}))
+    shards = (config or CocoConfig(year=2017, max_bad_fraction=0.5)).pack(folder / "coco", folder / "out")
+    report = folder / "out" / QUARANTINE
+    lines = report.read_text().splitlines() if report.exists() else []
+    return samples_of(shards), [json.loads(line)["key"] for line in lines]
+
+
+IDENTIFIERS = {
+    "texts": (["000000000001", "000000000002"], [1, 2], ["000000000001", "000000000002"]),
+    "floats": ([1.0, 2.0], [1, 2], ["000000000001", "000000000002"]),
+    "mixed": (["1", 2.0], [1, 2], ["000000000001", "000000000002"]),
+    "names": (["img_1", "img_2"], ["img_1", "img_2"], ["000000000000", "000000000001"]),
+    "one name": ([7, "img_2"], [7, "img_2"], ["000000000000", "000000000001"]),
+    "huge": ([10**30, 10**31], [str(10**30), str(10**31)], ["000000000000", "000000000001"]),
+    "negative": ([-1, 5], ["-1", 5], ["000000000000", "000000000001"]),
+}
+
+
+@pytest.mark.parametrize("kind", IDENTIFIERS)
+def test_identifiers_of_any_type(kind: str, tmp_path: Path, image_writer: Place) -> None:
+    identifiers, stored, keys = IDENTIFIERS[kind]
+    images = [{"id": value, "file_name": f"img_{number}.jpg"} for number, value in enumerate(identifiers)]
+    for number in range(2):
+        image_writer(tmp_path / "coco" / "train2017" / f"img_{number}.jpg", number)
+    captions = [(value, f"picture {number}") for number, value in enumerate(identifiers)]
+    samples, bad_keys = pack_annotations(tmp_path, images, captions)
+    assert sorted(sample["txt"].decode() for sample in samples) == ["picture 0", "picture 1"]
+    assert [sample[KEY] for sample in samples] == keys
+    assert sorted(str(json.loads(sample["json"])["image_id"]) for sample in samples) == sorted(
+        map(str, stored)
+    )
+    assert bad_keys == []
+
+
+def test_images_without_a_caption_are_bad_samples(tmp_path: Path, image_writer: Place) -> None:
+    """Captions that are empty or null are skipped; the first of the others becomes ``txt``."""
+    images = [{"id": number, "file_name": f"{number:012d}.jpg"} for number in (1, 2, 3, 4, 5, 3)]
+    for number in range(1, 6):
+        image_writer(tmp_path / "coco" / "train2017" / f"{number:012d}.jpg", number)
+    captions = [
+        (1, "\n"),
+        (1, "good"),
+        (1, "better"),
+        (2, ""),
+        (3, "three"),
+        (3, " "),
+        (4, None),
+        (9, "of none"),
+    ]
+    samples, bad_keys = pack_annotations(
+        tmp_path, images, captions, CocoConfig(year=2017, max_bad_fraction=0.6)
+    )
+    assert [sample["txt"].decode() for sample in samples] == ["good", "three"]
+    assert json.loads(samples[0]["json"])["captions"] == ["good", "better"]
+    assert bad_keys == [f"train2017/{number:012d}.jpg" for number in (2, 4, 5)]
+
+
+def test_folders_in_file_names(tmp_path: Path, image_writer: Place, caplog: pytest.LogCaptureFixture) -> None:
+    names = ("sub/cat.jpg", "train2017/dog.jpg", "C:\\x\\train2017\\cow.jpg", "../../secret.jpg", "gone.jpg")
+    for path in ("coco/train2017/sub/cat", "coco/train2017/dog", "coco/train2017/cow", "secret"):
+        image_writer(tmp_path / f"{path}.jpg")
+    image_writer(tmp_path / "coco" / "train2017" / "unlisted.jpg")
+    images = [{"id": number, "file_name": name} for number, name in enumerate(names)]
+    samples, bad_keys = pack_annotations(
+        tmp_path, images, [(number, name) for number, name in enumerate(names)]
+    )
+    assert [sample["txt"].decode() for sample in samples] == list(names[:3])
+    assert bad_keys == ["train2017/../../secret.jpg", "train2017/gone.jpg"]
+    assert "1 .jpg (unlisted.jpg)" in caplog.records[0].getMessage()
+
+
+def test_two_images_of_one_identifier_are_refused(tmp_path: Path, image_writer: Place) -> None:
+    image_writer(tmp_path / "coco" / "train2017" / "a.jpg")
+    with pytest.raises(UserError, match="5 is the id of two images"):
+        pack_annotations(
+            tmp_path, [{"id": 5, "file_name": "a.jpg"}, {"id": "5", "file_name": "b.jpg"}], [(5, "a")]
+        )

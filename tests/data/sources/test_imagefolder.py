@@ -1,6 +1,9 @@
+import csv
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.data.shards.quarantine import QUARANTINE
 from vqd_scale.data.shards.shard_index import INDEX, ShardSet
 from vqd_scale.data.shards.shard_io import read_shard
-from vqd_scale.data.sources.base import Jpeg
+from vqd_scale.data.sources.base import Jpeg, OriginalFile
 from vqd_scale.data.sources.imagefolder import ImageFolderConfig
 from vqd_scale.data.transforms import fitted
 
@@ -42,6 +45,17 @@ def corrupt(image_folder: Path, count: int) -> list[str]:
     for path in paths:
         path.write_bytes(path.read_bytes()[:200])
     return [path.relative_to(image_folder).as_posix() for path in paths]
+
+
+def quarantined(out: Path) -> list[str]:
+    lines = (out / QUARANTINE).read_text().splitlines()
+    return sorted(json.loads(line)["key"] for line in lines)
+
+
+def samples_of(shards: ShardSet) -> dict[str, str]:
+    """Return the first caption of each sample by the name of its file."""
+    samples = [sample for shard in shards.shards for sample in read_shard(shard)]
+    return {json.loads(sample["json"])["source"]: sample["txt"].decode() for sample in samples}
 
 
 def test_every_image_with_its_caption(image_folder: Path, tmp_path: Path) -> None:
@@ -93,9 +107,14 @@ def test_corrupt_image_limit_stops_and_higher_limit_resumes(image_folder: Path, 
 def test_images_without_captions(image_folder: Path, tmp_path: Path) -> None:
     (image_folder / "pic 0.txt").unlink()
     (image_folder / "deep/er/pic 4.txt").unlink()
-    with pytest.raises(UserError, match=r"deep/er/pic 4\.png: .* 2 of 10"):
-        CONFIG.pack(image_folder, tmp_path / "out")
+    strict = CONFIG.model_copy(update={"max_bad_fraction": 0.1})
+    with pytest.raises(
+        UserError, match=r"2 of 10 images .* 'deep/er/pic 4\.png' for one has no caption; write it"
+    ):
+        strict.pack(image_folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    assert CONFIG.pack(image_folder, tmp_path / "out").count == 8
+    assert quarantined(tmp_path / "out") == ["deep/er/pic 4.png", "pic 0.png"]
 
 
 def test_empty_caption_is_a_bad_sample(image_folder: Path, tmp_path: Path) -> None:
@@ -118,3 +137,176 @@ def test_invalid_use_raises_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no image"):
         CONFIG.pack(tmp_path / "empty", tmp_path / "out")
     assert not (tmp_path / "out" / INDEX).exists()
+
+
+TOLERANT = CONFIG.model_copy(update={"max_bad_fraction": 0.5})
+
+
+def write_image(path: Path, kind: str = "PNG", caption: str | None = "a texture") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texture(0).save(path, kind)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption)
+
+
+def test_linked_folders_and_images_are_packed(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    for path in (folder / "a" / "0.png", tmp_path / "store" / "b" / "1.png"):
+        write_image(path)
+    (folder / "b").symlink_to(tmp_path / "store" / "b")
+    (folder / "loop").symlink_to(folder)
+    for name in ("2.png", "2.txt"):
+        (folder / name).symlink_to(tmp_path / "store" / "b" / f"1{name[1:]}")
+    shards = CONFIG.pack(folder, tmp_path / "out")
+    assert sorted(samples_of(shards)) == ["2.png", "a/0.png", "b/1.png"]
+
+
+def test_links_whose_target_is_missing_are_bad_samples(tmp_path: Path) -> None:
+    for number in range(3):
+        write_image(tmp_path / "in" / f"{number}.png")
+    for name in ("9.png", "9.txt"):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "nowhere" / name)
+    (tmp_path / "in" / "0.txt").unlink()
+    (tmp_path / "in" / "0.txt").symlink_to(tmp_path / "nowhere")
+    assert TOLERANT.pack(tmp_path / "in", tmp_path / "out").count == 2
+    assert quarantined(tmp_path / "out") == ["0.png", "9.png"]
+
+
+def test_images_of_rare_names_are_packed_and_others_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kinds = {"0.jpg": "JPEG", "1.jfif": "JPEG", "2.jpe": "JPEG", "3.avif": "AVIF", "4.jpg_large": "JPEG"}
+    for name, kind in kinds.items():
+        write_image(tmp_path / "in" / name, kind)
+    for name in ("5.heic", "6.heic", "7.mp4", "noname"):
+        (tmp_path / "in" / name).write_bytes(b"something else")
+    os.mkfifo(tmp_path / "in" / "8.png")
+    original = CONFIG.model_copy(update={"encoding": OriginalFile()})
+    shards = original.pack(tmp_path / "in", tmp_path / "out")
+    assert sorted(samples_of(shards)) == sorted(kinds)
+    members = [
+        set(sample) - {"__key__", "json", "txt"} for shard in shards.shards for sample in read_shard(shard)
+    ]
+    assert members == [{"jpg"}, {"jpg"}, {"jpg"}, {"avif"}, {"jpg"}]
+    (record,) = caplog.records
+    for text in (
+        "2 .heic (5.heic)",
+        "1 .mp4 (7.mp4)",
+        "1 without extension (noname)",
+        "1 special files (8.png)",
+    ):
+        assert text in record.getMessage()
+
+
+def test_files_of_operating_systems_are_no_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("0.png", "__MACOSX/0.png", "@eaDir/0.png", ".ipynb_checkpoints/0-checkpoint.png"):
+        write_image(tmp_path / "in" / name, caption="a texture" if name == "0.png" else None)
+    for name in ("._0.png", "._0.txt", ".DS_Store"):
+        (tmp_path / "in" / name).write_bytes(b"\0\5\x16\7")
+    assert list(samples_of(CONFIG.pack(tmp_path / "in", tmp_path / "out"))) == ["0.png"]
+    assert "6 hidden (" in caplog.records[0].getMessage()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the test drops root's rights")
+def test_unreadable_folders_and_files_are_named(tmp_path: Path) -> None:
+    write_image(tmp_path / "in" / "0.png")
+    write_image(tmp_path / "in" / "deep" / "1.png")
+    (tmp_path / "in" / "deep").chmod(0)
+    rights = "-dac_override,-dac_read_search"
+    tool = [
+        sys.executable,
+        "tools/make_shards.py",
+        "imagefolder",
+        str(tmp_path / "in"),
+        str(tmp_path / "out"),
+    ]
+    command = ["setpriv", "--bounding-set", rights, "--inh-caps", rights, *tool]
+    end = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3], check=False)
+    assert end.returncode == 2, end.stderr
+    assert f"{tmp_path / 'in' / 'deep'}: cannot be read (Permission denied)" in end.stderr
+
+
+def test_file_names_that_are_not_utf8_are_escaped(tmp_path: Path) -> None:
+    write_image(tmp_path / "in" / os.fsdecode(b"caf\xe9.png"))
+    assert list(samples_of(CONFIG.pack(tmp_path / "in", tmp_path / "out"))) == ["caf\\xe9.png"]
+
+
+ROWS = [("train/0.png", "a red square"), ("train/1.png", "a blue square")]
+
+
+def write_metadata(folder: Path, kind: str, rows: list[tuple[str, str]], column: str = "text") -> None:
+    table = [{"file_name": name, "other": 5, column: text} for name, text in rows]
+    if kind == "parquet":
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(arrow.Table.from_pylist(table), folder / "metadata.parquet")
+    elif kind == "csv":
+        with (folder / "metadata.csv").open("w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.DictWriter(file, ["file_name", "other", column])
+            writer.writeheader()
+            writer.writerows(table)
+    else:
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("column", ["text", "caption", "my words"])
+def test_captions_from_metadata(tmp_path: Path, kind: str, column: str) -> None:
+    for name, _ in ROWS:
+        write_image(tmp_path / "in" / name, caption=None)
+    write_image(tmp_path / "in" / "more" / "2.png", caption=None)
+    write_image(tmp_path / "in" / "3.png", caption="a text file")
+    write_metadata(tmp_path / "in", kind, ROWS, column)
+    write_metadata(tmp_path / "in" / "more", kind, [("2.png", 'a "quoted", one\nin lines')], column)
+    config = CONFIG.model_copy(update={"caption_column": "my words" if column == "my words" else None})
+    expected = {**dict(ROWS), "more/2.png": 'a "quoted", one\nin lines', "3.png": "a text file"}
+    assert samples_of(config.pack(tmp_path / "in", tmp_path / "out")) == expected
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_metadata_name_no_file_outside_of_their_folder(tmp_path: Path, kind: str) -> None:
+    write_image(tmp_path / "secret.png", caption=None)
+    for name, _ in ROWS:
+        write_image(tmp_path / "in" / name, caption=None)
+    (tmp_path / "in" / "link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "in" / "folder").symlink_to(tmp_path / "other")
+    write_image(tmp_path / "other" / "4.png", caption=None)
+    names = [
+        "../secret.png",
+        str(tmp_path / "secret.png"),
+        "link.png",
+        "folder/4.png",
+        "train/../0.png",
+        "",
+        "9.png",
+    ]
+    names += ["a\0.png"] if kind != "csv" else []
+    write_metadata(tmp_path / "in", kind, [*ROWS, *((name, "a secret") for name in names)])
+    config = CONFIG.model_copy(update={"max_bad_fraction": 0.9})
+    shards = config.pack(tmp_path / "in", tmp_path / "out")
+    assert samples_of(shards) == dict(ROWS)
+    assert [name for name in quarantined(tmp_path / "out") if name.startswith("metadata")] == sorted(
+        f"metadata.{kind}:{number}" for number in range(3, 3 + len(names))
+    )
+
+
+def test_bad_rows_of_metadata_are_counted(tmp_path: Path) -> None:
+    for number in range(6):
+        write_image(tmp_path / "in" / f"{number}.png", caption=None)
+    rows = [
+        '{"file_name": "0.png", "text": "good"}',
+        '{"file_name": "0.png", "text": "another"}',
+        '{"file_name": "1.png", "text": ["", "one", "two"]}',
+        '{"file_name": "2.png", "text": "half \\ud83d"}',
+        '{"file_name": "3.png", "text": null}',
+        '{"file_name": "4.png", "text": 5}',
+        '{"file_name": "5.png", "te',
+        "[]",
+    ]
+    (tmp_path / "in" / "metadata.jsonl").write_text("\n".join(rows))
+    config = CONFIG.model_copy(update={"max_bad_fraction": 0.9})
+    shards = config.pack(tmp_path / "in", tmp_path / "out")
+    assert samples_of(shards) == {"0.png": "good", "1.png": "one"}
+    assert sum(shards.captions) == 4
+    assert len(quarantined(tmp_path / "out")) == 5 + 2
+    with pytest.raises(UserError, match="has no column words, only file_name, text"):
+        CONFIG.model_copy(update={"caption_column": "words"}).pack(tmp_path / "in", tmp_path / "other")

@@ -62,6 +62,8 @@ def image_extension(extensions: Container[str]) -> str:
 def image_extension_of(name: str) -> str:
     """Return the image extension of a file name, such as ``jpg`` for ``a.JPG`` and ``a.jpg_large``, or ''."""
     extension = re.split("[_:?!-]", PurePath(name).suffix.lower()[1:], maxsplit=1)[0]
+    if extension in ("jpe", "jfif"):
+        return "jpg"
     return extension if extension in IMAGE_EXTENSIONS else ""
 
 
@@ -105,6 +107,15 @@ def decode_image(
     # Decoders raise anything on damaged bytes: OSError, KeyError, TypeError, MemoryError for a wrong size, …
     except Exception as error:  # noqa: BLE001 - see above
         raise BadSample(f"is not a readable image ({str(error) or type(error).__name__})") from None
+
+
+def image_format(data: bytes) -> str:
+    """Return the extension for an image of which only the content is known; a `BadSample` if it is none."""
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            return "jpg" if image.format in ("JPEG", "MPO") else str(image.format).lower()
+    except Exception:  # noqa: BLE001 - as in `decode_image`
+        raise BadSample("is not a readable image (of no known kind)") from None
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -177,7 +188,7 @@ def listed_captions(content: object, field: str = "captions") -> list[str]:
     try:
         captions = _CAPTIONS.validate_python(value, strict=True)
     except ValueError:
-        raise BadSample(f"has '{field}' in its 'json' that are not text") from None
+        raise BadSample(f"has a '{field}' that is neither text nor a list of texts") from None
     return [
         text for text in map(str.strip, [captions] if isinstance(captions, str) else captions or []) if text
     ]

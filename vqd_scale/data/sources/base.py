@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import io
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,17 @@ from pydantic import Field
 from vqd_scale.core.atomic_io import Location
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
-from vqd_scale.data.shards.decode import IMAGE_EXTENSIONS, BadSample, Pixels, decode_image, decode_text
+from vqd_scale.core.safe_json import read_bounded
+from vqd_scale.data.folder_walk import FolderListing
+from vqd_scale.data.shards.decode import (
+    IMAGE_EXTENSIONS,
+    BadSample,
+    Pixels,
+    decode_image,
+    decode_text,
+    image_extension_of,
+    image_format,
+)
 from vqd_scale.data.shards.near_duplicates import DuplicatesConfig, hash_excluded_images
 from vqd_scale.data.shards.perceptual_hash import ExcludedImages
 from vqd_scale.data.shards.shard_index import ShardSet, SkippedSample
@@ -56,6 +67,8 @@ class SourceImage:
         source: Name of the image in reports.
         captions: Captions, or the text file with the captions.
         facts: Other entries of the sample's ``json``, such as ``class``.
+        fault: Reason why the image cannot be used, completing the sentence 'this sample …'; empty if none is
+            known yet.
     """
 
     path: Path
@@ -63,6 +76,15 @@ class SourceImage:
     source: str
     captions: "tuple[str, ...] | CaptionFile" = ()
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    fault: str = ""
+
+    def read(self) -> tuple[bytes, "tuple[str, ...] | CaptionFile"]:
+        """Return the content of the image file, and the captions.
+
+        Raises:
+            BadSample: The file cannot be read.
+        """
+        return _read_file(self.path), self.captions
 
 
 @dataclass(frozen=True)
@@ -130,7 +152,16 @@ class ImageSource(Config, ABC):
             UserError: The source is incomplete, too many images are unusable, or ``folder`` contains another
                 dataset or cannot be written.
         """
-        images = self.list_images(source)
+        try:
+            images = self.list_images(source)
+        except OSError as error:
+            raise UserError(f"{error.filename or source}: cannot be read ({error.strerror}).") from None
+        faults = [image for image in images if image.fault]
+        if len(faults) > self.max_bad_fraction * len(images):
+            raise UserError(
+                f"{source}: {len(faults)} of {len(images)} images cannot be used, more than "
+                f"max_bad_fraction={self.max_bad_fraction}; '{faults[0].source}' for one {faults[0].fault}."
+            )
         excluded_images = hash_excluded_images(self.near_duplicates, self.num_workers)
         samples = functools.partial(_samples, self, excluded_images)
         recipes = shard_recipes(images, self.samples_per_shard, samples)
@@ -148,18 +179,21 @@ class ImageSource(Config, ABC):
         )
 
 
-def image_files(folder: Path) -> list[Path]:
-    """List all image files below a folder, sorted by path.
+def images_of(listing: FolderListing) -> list[Path]:
+    """Return the image files of a listing.
 
     Raises:
-        UserError: The folder does not exist or contains no image.
+        UserError: There is none.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder; name the folder that holds the images.")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower()[1:] in IMAGE_EXTENSIONS)
+    paths = [path for path in listing.files if image_extension_of(path.name)]
     if not paths:
-        raise UserError(f"{folder}: holds no image ({', '.join(IMAGE_EXTENSIONS)}).")
+        raise UserError(f"{listing.folder}: holds no image ({', '.join(IMAGE_EXTENSIONS)}).")
     return paths
+
+
+def name_below(path: Path, folder: Path) -> str:
+    """Return a file's path below a folder for reports; bytes that are not UTF-8 are escaped."""
+    return os.fsencode(path.relative_to(folder).as_posix()).decode("utf-8", "backslashreplace")
 
 
 def existing(*candidates: Path, name: str) -> Path:
@@ -181,28 +215,33 @@ def _samples(
 ) -> Iterator[Sample | SkippedSample]:
     for source in images:
         try:
-            data = _read_file(source.path)
+            if source.fault:
+                raise BadSample(source.fault)
+            data, captions = source.read()
             pixels = decode_image(data)
             if excluded_images is not None and (reason := excluded_images.match(pixels)):
                 yield SkippedSample(source.source, reason, is_bad=False)
             else:
                 image = _image(config, source.path, data, pixels)
-                yield {KEY: source.key, **image, **_text_members(source)}
+                yield {KEY: source.key, **image, **_text_members(source, captions)}
         except BadSample as error:
             yield SkippedSample(source.source, str(error))
 
 
-def _text_members(source: SourceImage) -> dict[str, Any]:
+def _text_members(source: SourceImage, captions: tuple[str, ...] | CaptionFile) -> dict[str, Any]:
     """Return the members besides the image: ``json``, ``txt`` (first caption) and ``cls`` (class)."""
-    captions, is_list = source.captions, True
+    is_list = True
     if isinstance(captions, CaptionFile):
         captions, is_list = captions.read(), captions.by_line
+    texts = [text for text in map(str.strip, captions) if text]
+    if captions and not texts:
+        raise BadSample("has an empty caption")
     facts: dict[str, Any] = {"source": source.source, **source.facts}
-    if captions and is_list:
-        facts["captions"] = list(captions)
+    if texts and is_list:
+        facts["captions"] = texts
     members: dict[str, Any] = {"json": facts}
-    if captions:
-        members["txt"] = captions[0]
+    if texts:
+        members["txt"] = texts[0]
     if "class" in facts:
         members["cls"] = str(facts["class"])
     return members
@@ -210,7 +249,7 @@ def _text_members(source: SourceImage) -> dict[str, Any]:
 
 def _image(config: ImageSource, path: Path, data: bytes, pixels: Pixels) -> dict[str, bytes]:
     if isinstance(config.encoding, OriginalFile):
-        return {path.suffix.lower()[1:]: data}
+        return {image_extension_of(path.name) or image_format(data): data}
     image = Image.fromarray(fitted(pixels, config.image_size))
     with io.BytesIO() as file:
         if isinstance(config.encoding, Png):
@@ -222,22 +261,35 @@ def _image(config: ImageSource, path: Path, data: bytes, pixels: Pixels) -> dict
 
 def _read_file(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bounded(path)
     except OSError as error:
         raise BadSample(f"cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise BadSample(f"cannot be read ({error})") from None
 
 
 def _fingerprint(images: Sequence[SourceImage], root: Path) -> str:
     """Return a digest of file names, sizes, times and captions; shards of other inputs are not reused."""
     digest = hashlib.sha256()
+    states: dict[Path, str] = {}
     for source in images:
         files = [source.path]
         if isinstance(source.captions, CaptionFile):
             files.append(source.captions.path)
-        else:
-            digest.update(repr((source.key, source.captions, sorted(source.facts.items()))).encode())
+        captions = None if isinstance(source.captions, CaptionFile) else source.captions
+        entry = (source.key, source.source, captions, sorted(source.facts.items()), source.fault)
+        digest.update(repr(entry).encode())
         for file in files:
-            state = file.stat()
-            line = f"{file.relative_to(root)}\0{state.st_size}\0{state.st_mtime_ns}\n"
-            digest.update(line.encode("utf-8", "surrogateescape"))
+            if file not in states:
+                states[file] = _state(file)
+            digest.update(states[file].encode())
     return digest.hexdigest()
+
+
+def _state(path: Path) -> str:
+    """Return size and time of a file; a file that is missing is reported when it is read."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return "missing"
+    return f"{status.st_size} {status.st_mtime_ns}"

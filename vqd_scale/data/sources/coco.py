@@ -2,11 +2,36 @@
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from vqd_scale.core.atomic_io import file_sizes, read_json
+from pydantic import TypeAdapter
+from typing_extensions import NotRequired, TypedDict
+
+from vqd_scale.core.atomic_io import read_json
 from vqd_scale.core.errors import UserError
+from vqd_scale.data.folder_walk import list_folder
 from vqd_scale.data.sources.base import ImageSource, SourceImage, existing
+
+_Id = int | float | str
+
+
+class _Image(TypedDict):
+    id: _Id
+    file_name: str
+
+
+class _Annotation(TypedDict):
+    id: NotRequired[_Id]
+    image_id: _Id
+    caption: str | None
+
+
+class _Annotations(TypedDict):
+    images: list[_Image]
+    annotations: list[_Annotation]
+
+
+_SHAPE = TypeAdapter(_Annotations)
 
 
 class CocoConfig(ImageSource):
@@ -14,7 +39,7 @@ class CocoConfig(ImageSource):
 
     A sample's key is the image id, ``txt`` the first caption, and ``json`` has all captions. The input folder
     contains ``annotations/captions_train2014.json`` (or another split) and the images in ``train2014``,
-    ``train2014/train2014`` or ``images/train2014``.
+    ``train2014/train2014`` or ``images/train2014``. If an id is not a number, the keys number the images.
 
     Source: Chen et al., "Microsoft COCO Captions: Data Collection and Evaluation Server", 2015.
     """
@@ -33,46 +58,49 @@ class CocoConfig(ImageSource):
         annotations = existing(*lists, name=f"COCO's file of captions for {part}")
         places = (folder / part / part, folder / part, folder / "images" / part)
         image_folder = existing(*places, name=f"COCO's folder of images {part}")
-        images, captions = _annotated(annotations)
-        files = file_sizes(image_folder)
-        return [
-            SourceImage(
-                image_folder / _file_name(image, part, files, image_folder),
-                f"{image['id']:012d}",
-                f"{part}/{image['file_name']}",
-                captions[image["id"]],
-                {"image_id": image["id"]},
+        content = read_json(annotations, "file of COCO captions", _SHAPE)
+        captions: defaultdict[int | str, list[str]] = defaultdict(list)
+        for entry in sorted(content["annotations"], key=lambda entry: _order(_id(entry.get("id", 0)))):
+            captions[_id(entry["image_id"])].append(" ".join((entry["caption"] or "").split()))
+        names: dict[int | str, str] = {}
+        for image in content["images"]:
+            if names.setdefault(_id(image["id"]), image["file_name"]) != image["file_name"]:
+                raise UserError(f"{annotations}: {image['id']} is the id of two images.")
+        listing = list_folder(image_folder)
+        files = {path.relative_to(image_folder).as_posix() for path in listing.files}
+        is_numbered = all(isinstance(number, int) and 0 <= number < 10**12 for number in names)
+        images: list[SourceImage] = []
+        for position, (number, name) in enumerate(sorted(names.items(), key=lambda item: _order(item[0]))):
+            file = _file_name(name, number, part, files)
+            fault = "" if file else f"is not in {image_folder.name}; fetch COCO's {part} again"
+            images.append(
+                SourceImage(
+                    image_folder / file,
+                    f"{number if is_numbered else position:012d}",
+                    f"{part}/{name}",
+                    tuple(captions[number]),
+                    {"image_id": number},
+                    fault if captions[number] else "has no caption in COCO's file",
+                )
             )
-            for image in images
-        ]
+        listing.report(image.path for image in images)
+        return images
 
 
-def _annotated(path: Path) -> tuple[list[dict[str, Any]], dict[int, tuple[str, ...]]]:
-    """Return the images sorted by id, and the captions of each image sorted by caption id."""
-    content = read_json(path, "file of COCO captions")
-    try:
-        images = sorted(content["images"], key=lambda image: image["id"])
-        captions: dict[int, list[str]] = defaultdict(list)
-        for entry in sorted(content["annotations"], key=lambda entry: entry["id"]):
-            captions[entry["image_id"]].append(" ".join(entry["caption"].split()))
-        names = [(int(image["id"]), str(image["file_name"])) for image in images]
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{path}: not COCO's captions: 'images', and 'annotations' with 'image_id' and 'caption'."
-        ) from None
-    captionless = [name for number, name in names if not captions.get(number)]
-    if captionless:
-        raise UserError(
-            f"{path}: has no caption for {captionless[0]}, as for {len(captionless)} of {len(names)}."
-        )
-    return images, {number: tuple(captions[number]) for number, _ in names}
+def _id(value: _Id) -> int | str:
+    """Return an id as a number if it is one; some files have ``"000000000139"`` or ``139.0``."""
+    text = str(int(value) if isinstance(value, float) and value.is_integer() else value)
+    return int(text) if text.isdecimal() and len(text) < 20 else text
 
 
-def _file_name(image: dict[str, Any], part: str, files: dict[str, int], folder: Path) -> str:
-    """Return an image's file name in this folder; 2017 names are 2014 names without the split prefix."""
-    number = image["id"]
-    names = (image["file_name"], f"{number:012d}.jpg", f"COCO_{part}_{number:012d}.jpg")
-    for name in names:
-        if name in files:
-            return name
-    raise UserError(f"{folder / image['file_name']}: this image is missing; fetch COCO's {part} again.")
+def _order(number: int | str) -> tuple[int, str]:
+    """Return a key for sorting: numbers before texts."""
+    return (number, "") if isinstance(number, int) else (10**20, number)
+
+
+def _file_name(name: str, number: int | str, part: str, files: set[str]) -> str:
+    """Return an image's path in its folder, or ''; 2017 names are 2014 names without the split prefix."""
+    candidates = [name, name.replace("\\", "/").rpartition(f"{part}/")[2]]
+    if isinstance(number, int):
+        candidates += [f"{number:012d}.jpg", f"COCO_{part}_{number:012d}.jpg"]
+    return next((candidate for candidate in candidates if candidate in files), "")

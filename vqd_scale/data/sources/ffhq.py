@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import ClassVar
 
-from vqd_scale.data.sources.base import ImageSource, SourceImage, image_files
+from vqd_scale.data.folder_walk import list_folder
+from vqd_scale.data.sources.base import ImageSource, SourceImage, images_of, name_below
 
 
 class FFHQConfig(ImageSource):
@@ -20,7 +21,9 @@ class FFHQConfig(ImageSource):
 
     def list_images(self, folder: Path) -> list[SourceImage]:
         """Return all images below a folder."""
+        listing = list_folder(folder)
+        paths = images_of(listing)
+        listing.report(paths)
         return [
-            SourceImage(path, f"{number:09d}", path.relative_to(folder).as_posix())
-            for number, path in enumerate(image_files(folder))
+            SourceImage(path, f"{number:09d}", name_below(path, folder)) for number, path in enumerate(paths)
         ]

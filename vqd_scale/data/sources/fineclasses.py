@@ -12,6 +12,8 @@ unpickling runs arbitrary code.
 from pathlib import Path
 
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.safe_json import read_bounded
+from vqd_scale.data.folder_walk import list_folder
 from vqd_scale.data.sources.base import CaptionFile, SourceImage, existing
 
 _LISTS = {"train": "trainvalclasses.txt", "test": "testclasses.txt"}
@@ -38,18 +40,31 @@ def listed_classes(split: str, *folders: Path) -> set[str]:
     name = _LISTS[split]
     candidates = [parent / name for folder in folders for parent in (folder, folder.parent)]
     name_of_list = f"the list of the classes for split={split} (without it, set protocol=images)"
-    return set(existing(*dict.fromkeys(candidates), name=name_of_list).read_text(encoding="utf-8").split())
+    return set(read_table(existing(*dict.fromkeys(candidates), name=name_of_list)).split())
+
+
+def read_table(path: Path) -> str:
+    """Return the text of a table.
+
+    Raises:
+        UserError: The file cannot be read, or is not UTF-8.
+    """
+    try:
+        return read_bounded(path).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: this table cannot be read ({error}).") from None
 
 
 def check_files(name: str, images: list[SourceImage], folder: Path) -> list[SourceImage]:
-    """Check that every image and caption file exists, and return the images.
+    """Check that every image and caption file is in the folder, and return the images.
 
     Raises:
-        UserError: A file is missing, or there is no image.
+        UserError: A file is missing, or named by a path that leaves the folder, or there is no image.
     """
+    files = set(list_folder(folder).files)
     needed = [image.path for image in images]
     needed += [image.captions.path for image in images if isinstance(image.captions, CaptionFile)]
-    missing = [path for path in needed if not path.is_file()]
+    missing = [path for path in needed if path not in files]
     if missing:
         raise UserError(f"{missing[0]}: missing, as {len(missing)} files are; fetch {name} again.")
     if not images:

@@ -1,11 +1,17 @@
 """ImageNet, or any folder with one image folder per class, as shards."""
 
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import ClassVar
+
+from pydantic import TypeAdapter
 
 from vqd_scale.core.atomic_io import read_json
 from vqd_scale.core.errors import UserError
-from vqd_scale.data.sources.base import ImageSource, SourceImage, image_files
+from vqd_scale.core.safe_json import read_bounded
+from vqd_scale.data.folder_walk import list_folder
+from vqd_scale.data.sources.base import ImageSource, SourceImage, images_of, name_below
+
+_CLASS_INDEX = TypeAdapter(dict[str, tuple[str, str]])
 
 
 class ImageNetConfig(ImageSource):
@@ -25,19 +31,21 @@ class ImageNetConfig(ImageSource):
         Raises:
             UserError: There is no image, one is outside of the class folders, or a class is not listed.
         """
-        paths = image_files(folder)
-        sources = [path.relative_to(folder) for path in paths]
-        misplaced = [path for path, source in zip(paths, sources, strict=True) if len(source.parts) < 2]
+        listing = list_folder(folder)
+        paths = images_of(listing)
+        listing.report(paths)
+        sources = [name_below(path, folder) for path in paths]
+        misplaced = [path for path, source in zip(paths, sources, strict=True) if "/" not in source]
         if misplaced:
             raise UserError(f"{misplaced[0]}: lies in no class's folder; put each image into its class's.")
-        folders = [source.parts[0] for source in sources]
+        folders = [source.partition("/")[0] for source in sources]
         names = class_names(self.classes, sorted(set(folders)))
         numbers = {name: number for number, name in enumerate(names)}
         return [
             SourceImage(
                 path,
                 f"{number:09d}",
-                source.as_posix(),
+                source,
                 (names[class_folder],),
                 {"class": numbers[class_folder], "folder": class_folder, "name": names[class_folder]},
             )
@@ -66,18 +74,18 @@ def class_names(path: Path | None, folders: list[str]) -> dict[str, str]:
 
 
 def _from_json(path: Path) -> dict[str, str]:
-    content = read_json(path, "list of classes")
+    content = read_json(path, 'list of classes, such as {"0": ["n01440764", "tench"]},', _CLASS_INDEX)
     try:
-        entries = sorted((int(number), *entry) for number, entry in cast("dict[str, Any]", content).items())
-        return {str(folder): str(name).replace("_", " ") for _, folder, name in entries}
-    except (AttributeError, TypeError, ValueError):
-        raise UserError(f'{path}: not a list of classes, such as {{"0": ["n01440764", "tench"]}}.') from None
+        numbers = {int(number): entry for number, entry in content.items()}
+    except ValueError:
+        raise UserError(f"{path}: a key of this list of classes is not a number.") from None
+    return {folder: name.replace("_", " ") for _, (folder, name) in sorted(numbers.items())}
 
 
 def _from_text(path: Path) -> dict[str, str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_bounded(path).decode("utf-8").splitlines()
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: this list of classes cannot be read ({error}).") from None
     pairs = [line.split(maxsplit=1) for line in lines if line.strip()]
     if any(len(pair) != 2 for pair in pairs):

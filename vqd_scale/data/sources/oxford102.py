@@ -34,6 +34,8 @@ class OxfordConfig(ImageSource):
         elif self.split != "all":
             parts = {"train": "trnid", "val": "valid", "test": "tstid"}
             numbers = sorted(_matrix(folder / "setid.mat", parts[self.split]))
+            if numbers and not 1 <= numbers[0] <= numbers[-1] <= len(labels):
+                raise UserError(f"{folder / 'setid.mat'}: numbers images that imagelabels.mat lacks.")
         entries = [
             SourceImage(
                 folder / "jpg" / f"image_{number:05d}.jpg",
@@ -51,11 +53,11 @@ class OxfordConfig(ImageSource):
 
 def _matrix(path: Path, name: str) -> list[int]:
     from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
 
     existing(path, name="a table of Oxford-102")
     try:
         content: Mapping[str, Any] = loadmat(str(path))
         return [int(value) for value in content[name].reshape(-1)]
-    except (MatReadError, ValueError, LookupError, TypeError, OSError) as error:
+    # scipy raises anything on damaged files: MatReadError, NotImplementedError, zlib.error, MemoryError, …
+    except Exception as error:  # noqa: BLE001 - see above
         raise UserError(f"{path}: not a table of Oxford-102 that holds '{name}' ({error}).") from None

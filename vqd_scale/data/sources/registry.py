@@ -7,6 +7,7 @@ from vqd_scale.data.sources.ffhq import FFHQConfig
 from vqd_scale.data.sources.imagefolder import ImageFolderConfig
 from vqd_scale.data.sources.imagenet import ImageNetConfig
 from vqd_scale.data.sources.oxford102 import OxfordConfig
+from vqd_scale.data.sources.parquet import ParquetConfig
 
 IMAGE_SOURCES: tuple[type[ImageSource], ...] = (
     CocoConfig,
@@ -15,4 +16,5 @@ IMAGE_SOURCES: tuple[type[ImageSource], ...] = (
     ImageNetConfig,
     FFHQConfig,
     ImageFolderConfig,
+    ParquetConfig,
 )
