@@ -18,6 +18,7 @@ from vqd_scale.diffusion.logit_statistics import LogitRows, LogitStatistics, Los
 from vqd_scale.diffusion.noise import uniforms
 from vqd_scale.diffusion.objective import Objective, ObjectiveOutput
 from vqd_scale.diffusion.transition import MaskAndReplace
+from vqd_scale.diffusion.truncation import keep_top_p_by_sorting
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cpu" if is_interpreted() else "cuda")
@@ -165,3 +166,15 @@ def test_philox_kernel_refuses_what_the_generator_refuses() -> None:
     with pytest.raises(ValueError, match="seed -1"):
         uniforms(-1, Purpose.GUMBEL, slots, 4)
     assert uniforms(0, Purpose.GUMBEL, slots[:0], 4).shape == (0, 4)
+
+
+@pytest.mark.parametrize("codes", [1, 37, 256])
+@pytest.mark.parametrize("rate", [0.0, 0.5, 0.86])
+def test_top_p_equals_sorting(codes: int, rate: float) -> None:
+    from vqd_scale.diffusion.kernels.top_p import keep_top_p
+
+    log_p = (4 * normal(6, codes, 0)).float().log_softmax(-1).view(2, 3, codes).to(DEVICE)
+    log_p[1, 1] = log_p[1, 1].round().log_softmax(-1)
+    torch.testing.assert_close(keep_top_p(log_p, rate), keep_top_p_by_sorting(log_p, rate), rtol=0, atol=0)
+    log_p[0, 0, 0] = math.nan
+    assert torch.equal(keep_top_p(log_p, rate)[0, 0].isnan(), log_p[0, 0].isnan())

@@ -261,18 +261,11 @@ class TopP(Config):
     p: float = Field(default=0.86, ge=0, le=1)
     """Total probability of the codes that may be sampled; 1 disables truncation."""
 
-    def support_mask(self, sorted_log: "Tensor") -> "Tensor":
-        """Return a boolean mask of the kept codes, for log p [batch, length, codes] in descending order.
+    def apply(self, log_p: "Tensor") -> "Tensor":
+        """Set log p [batch, length, codes] of the dropped codes to -inf."""
+        from vqd_scale.diffusion.truncation import keep_top_p
 
-        The first code is kept, and every code whose predecessors sum to less than ``p``.
-        """
-        import torch
-
-        if self.p == 1:
-            return torch.ones_like(sorted_log, dtype=torch.bool)
-        before = sorted_log.exp().cumsum(-1, dtype=torch.float64).roll(1, -1)
-        before[..., 0] = -1.0
-        return before < self.p
+        return keep_top_p(log_p, self.p)
 
 
 class TopK(Config):
@@ -282,12 +275,11 @@ class TopK(Config):
     k: int = Field(default=100, ge=1)
     """Number of codes that may be sampled."""
 
-    def support_mask(self, sorted_log: "Tensor") -> "Tensor":
-        """Return a boolean mask of the kept codes, for log p [batch, length, codes] in descending order."""
-        import torch
+    def apply(self, log_p: "Tensor") -> "Tensor":
+        """Set log p [batch, length, codes] of the dropped codes to -inf."""
+        from vqd_scale.diffusion.truncation import keep_top_k
 
-        ranks = torch.arange(sorted_log.shape[-1], device=sorted_log.device)
-        return (ranks < self.k).expand_as(sorted_log)
+        return keep_top_k(log_p, self.k)
 
 
 Truncation = Annotated[TopP | TopK, Field(discriminator="kind")]

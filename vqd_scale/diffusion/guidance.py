@@ -44,11 +44,7 @@ def truncate(predict: Predict, truncation: Truncation) -> Predict:
     """
 
     def predict_truncated(tokens: Tokens, t: int) -> LogProbabilities:
-        log_p = predict(tokens, t)
-        sorted_log, order = log_p.sort(dim=-1, descending=True, stable=True)
-        support_mask = truncation.support_mask(sorted_log)
-        support = torch.empty_like(support_mask).scatter_(-1, order, support_mask)
-        return log_p.masked_fill(~support, -torch.inf)
+        return truncation.apply(predict(tokens, t))
 
     return predict_truncated
 

@@ -17,14 +17,15 @@ def test_kernels_compile_for_each_generation(
     from triton.compiler import ASTSource
 
     from vqd_scale.diffusion.kernels import logit_statistics as rows
-    from vqd_scale.diffusion.kernels import philox
+    from vqd_scale.diffusion.kernels import philox, top_p
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kinds = {"true": "*i64", "observed": "*i64", "slots": "*i64", "correct": "*i1", "logits": f"*{logits}"}
     kinds |= {"key": "i64", "draw": "i64"}
     sizes = {"row_stride", "code_stride", "codes", "count"}
-    constants = {"width": 4096, "words_per_number": 2 if sums == "fp64" else 1, "blocks": 128}
-    for kernel in (rows._statistics_kernel, rows._gradient_kernel, philox._uniforms):  # pyright: ignore[reportPrivateUsage]
+    constants = {"width": 4096, "words_per_number": 2 if sums == "fp64" else 1, "blocks": 128, "rate": 0.86}
+    kinds |= {"log_p": "*fp32", "kept": "*fp32"}
+    for kernel in (rows._statistics_kernel, rows._gradient_kernel, philox._uniforms, top_p._top_p):  # pyright: ignore[reportPrivateUsage]
         signature = {
             name: "constexpr"
             if name in constants
