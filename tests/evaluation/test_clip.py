@@ -87,6 +87,33 @@ def test_weights_of_another_model_are_refused(config: ClipConfig, tmp_path: Path
         load_clip(config.model_copy(update={"weights": tmp_path / "other.pt"}), CPU)
 
 
+def test_weights_of_another_activation_are_refused(config: ClipConfig) -> None:
+    # The check needs names only, so the weights are never read.
+    def refusal(model: str, tag: str | None) -> str:
+        named = config.model_copy(update={"model": model, "pretrained": tag})
+        with pytest.raises(UserError) as error:
+            load_clip(named, CPU)
+        return str(error.value)
+
+    assert refusal("ViT-B-32", "openai") == (
+        "clip.model: the weights 'openai' were trained with QuickGELU, but 'ViT-B-32' has GELU; take "
+        "'ViT-B-32-quickgelu'."
+    )
+    assert "differ in activation or normalization; name the tag of yours" in refusal("ViT-B-32", None)
+    assert "clip.pretrained: given 'nothing', allowed: custom, openai" in refusal("ViT-B-32", "nothing")
+
+
+def test_weights_of_another_size_and_checkpoints_are_one_sentence(config: ClipConfig, tmp_path: Path) -> None:
+    state = torch.load(config.weights, weights_only=True)
+    name = "visual.conv1.weight"
+    torch.save({**state, name: state[name][:, :, :8, :8]}, tmp_path / "size.pt")
+    torch.save({f"optimizer.{number}": torch.zeros(1) for number in range(2000)}, tmp_path / "training.pt")
+    for file in ("size.pt", "training.pt"):
+        with pytest.raises(UserError, match=f"not the weights of open_clip's {NAME}") as error:
+            load_clip(config.model_copy(update={"weights": tmp_path / file}), CPU)
+        assert len(str(error.value)) < 500
+
+
 def directions(seed: int, count: int, width: int) -> Tensor:
     values = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.normalize(values, dim=1)

@@ -28,13 +28,16 @@ from vqd_scale.evaluation.config import (
     Classes,
     EvaluationConfig,
     EvaluationSamplingConfig,
+    Inception,
     KernelConfig,
     RandomNetwork,
     ReferenceConfig,
+    TokenizerLatents,
 )
 from vqd_scale.evaluation.evaluate import Result, evaluate
 from vqd_scale.evaluation.extractors import FEATURES
 from vqd_scale.evaluation.frechet import FeatureStatistics, frechet_distance
+from vqd_scale.evaluation.metrics import metric_name
 from vqd_scale.evaluation.prompts import choose_prompts, prompts_digest
 from vqd_scale.evaluation.resumable_chunks import EvaluationStopped, ResumableChunks, statistics_of
 from vqd_scale.models.generate import generate_batch, model_identity
@@ -106,7 +109,9 @@ def test_figures_equal_one_pass_over_all_images(
     assert len({prompt.member for prompt in chosen}) == 23
     assert result.report["prompts"] == prompts_digest(chosen)
     figures = result.report["figures"]
-    assert figures.keys() >= {"frechet_distance", "kid", "precision", "coverage", "inception_score"}
+    assert figures.keys() >= {
+        f"{name}_random" for name in ("frechet_distance", "kernel_distance", "precision", "inception_score")
+    }
     # The scene reader's accuracy on images of random weights is the chance level.
     assert 0 < figures["alignment"]["mean"] < 0.6
 
@@ -236,10 +241,10 @@ def test_repeated_images_count_with_multiplicity(model: Path, shards: Path, tmp_
     assert (result.report["reference"]["images"], result.report["reference"]["counted"]) == (60, 130)
     once = scored(
         protocol(shards, reference=ReferenceConfig(images="all")), model, tmp_path / "honest"
-    ).report["figures"]["frechet_distance"]
+    ).report["figures"]["frechet_distance_random"]
     # The last ten count once less than the first: nearly, not quite, the same distance.
-    assert result.report["figures"]["frechet_distance"] == pytest.approx(once, rel=0.2)
-    assert result.report["figures"]["frechet_distance"] != once
+    assert result.report["figures"]["frechet_distance_random"] == pytest.approx(once, rel=0.2)
+    assert result.report["figures"]["frechet_distance_random"] != once
 
 
 def test_frechet_distance_equals_closed_form() -> None:
@@ -268,13 +273,28 @@ def test_frechet_distance_equals_closed_form() -> None:
         ),
         ({"data": None}, "captions need the shards that they come from; give --data"),
         ({"kid": KernelConfig(size=100)}, "set kid.size to 23"),
+        ({"neighbors": 23}, "23 images are too few for 23 neighbors"),
+        ({"inception_splits": 24}, "23 images are too few for 24 parts"),
     ],
 )
 def test_invalid_use_raises_user_error(
     model: Path, shards: Path, tmp_path: Path, changes: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence):
-        scored(protocol(shards, **changes), model, tmp_path)
+        scored(protocol(shards, **changes), model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("extractor", "name"),
+    [
+        (Inception(layer="64"), "frechet_distance_inception_64"),
+        (Inception(), "fid"),
+        (TokenizerLatents(), "frechet_distance_tokenizer"),
+    ],
+)
+def test_name_of_a_distance_says_the_features(shards: Path, extractor: Any, name: str) -> None:
+    assert metric_name(protocol(shards, extractor=extractor), "fid") == name
 
 
 def test_captions_without_images_raise_user_error(model: Path, tmp_path: Path) -> None:
@@ -282,7 +302,7 @@ def test_captions_without_images_raise_user_error(model: Path, tmp_path: Path) -
     captions = tmp_path / "captions"
     write_shard_set(captions, {}, [ShardRecipe("000000.tar", 9, lambda: samples)], "")
     with pytest.raises(UserError, match=r"sample '0..' has no image; a reference needs"):
-        scored(protocol(captions, count=9), model, tmp_path / "out")
+        scored(protocol(captions, count=9, kid=KernelConfig(size=5)), model, tmp_path / "out")
 
 
 def test_prompts_are_a_function_of_the_seed(shards: Path, tmp_path: Path) -> None:
@@ -341,7 +361,7 @@ def test_command_writes_figures_and_page(model: Path, shards: Path, tmp_path: Pa
     # Best, worst, not chosen; the distance by the number of images, and all images.
     assert page.count("data:image/png;base64,") == 5
     assert list(report["distance_by_count"]) == ["11", "23"]
-    assert report["distance_by_count"]["23"] == report["figures"]["frechet_distance"]
+    assert report["distance_by_count"]["23"] == report["figures"]["frechet_distance_random"]
     assert len(list((tmp_path / "images").glob("*.png"))) == 23
 
 

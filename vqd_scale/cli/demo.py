@@ -160,7 +160,7 @@ def _metrics(output: Path) -> dict[str, Any]:
         "count": evaluation["count"],
         "tokenizer_psnr": tokenizer["psnr"],
         "tokenizer_ssim": tokenizer["ssim"],
-        "frechet_distance_of_tokenizer_features": evaluation["figures"]["frechet_distance"],
+        "frechet_distance_of_tokenizer_features": evaluation["figures"]["frechet_distance_tokenizer"],
         "attribute_accuracy": evaluation["figures"]["alignment"],
         "reader_on_truth": tokenizer["reader_on_originals"],
         "tokenizer_ceiling": tokenizer["reader_on_reconstructions"],

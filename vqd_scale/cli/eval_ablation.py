@@ -50,7 +50,7 @@ class AblationConfig(Config):
     """Seeds of training and sampling."""
     evaluation: EvaluationConfig
     """Evaluation protocol of every model."""
-    metrics: tuple[str, ...] = ("alignment.mean", "frechet_distance")
+    metrics: tuple[str, ...] = ("alignment.mean", "frechet_distance_tokenizer")
     """Metrics in the table and plots."""
 
 

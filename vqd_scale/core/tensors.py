@@ -70,9 +70,13 @@ def check_names(state: Mapping[str, Tensor], expected: Iterable[str], whose: str
     unknown, missing = sorted(state.keys() - expected_names), sorted(expected_names - state.keys())
     if unknown or missing:
         raise UserError(
-            f"these are not the weights of {whose}: unknown {', '.join(unknown) or 'none'}; missing "
-            f"{', '.join(missing) or 'none'}."
+            f"these are not the weights of {whose}: unknown {_listed(unknown)}; missing {_listed(missing)}."
         )
+
+
+def _listed(names: list[str]) -> str:
+    # A training checkpoint has thousands of other names.
+    return ", ".join([*names[:3], *([f"and {len(names) - 3} more"] if len(names) > 3 else [])]) or "none"
 
 
 def with_prefix(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -36,6 +36,11 @@ class Inception(Config):
     layer: Literal["64", "192", "768", "2048"] = "2048"
     """Feature layer; standard FID uses 2048."""
 
+    @property
+    def label(self) -> str:
+        """Suffix of the metrics' names; empty for the features of published metrics."""
+        return "" if self.layer == "2048" else f"inception_{self.layer}"
+
     def build(self, tokenizer: "ImageTokenizer", device: "torch.device") -> "Extractor":
         """Build the extractor.
 
@@ -60,6 +65,11 @@ class TokenizerLatents(Config):
 
     kind: Literal["tokenizer"] = "tokenizer"
 
+    @property
+    def label(self) -> str:
+        """Suffix of the metrics' names."""
+        return self.kind
+
     def build(self, tokenizer: "ImageTokenizer", device: "torch.device") -> "Extractor":
         """Build the extractor.
 
@@ -80,6 +90,11 @@ class RandomNetwork(Config):
     """Number of features."""
     seed: int = Field(default=0, ge=0)
     """Seed of the random weights."""
+
+    @property
+    def label(self) -> str:
+        """Suffix of the metrics' names."""
+        return self.kind
 
     def build(self, tokenizer: "ImageTokenizer", device: "torch.device") -> "Extractor":
         """Build the extractor.
@@ -107,8 +122,10 @@ class ClipConfig(Config):
     weights: Path
     """Weights file, with open_clip's or OpenAI's names."""
     model: str = "ViT-B-32-quickgelu"
-    """Model name in open_clip. OpenAI's weights need a name ending in ``-quickgelu``; a mismatch raises no
-    error."""
+    """Model name in open_clip. OpenAI's weights need a name ending in ``-quickgelu``."""
+    pretrained: str | None = None
+    """open_clip tag of the weights, which decides the activation and the normalization of images; needed
+    where the model's tags differ in them. ``custom`` for weights of your own."""
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """SHA-256 of the weights file. If not given, any file is accepted and its digest is recorded. Set it to
     require the same weights in every evaluation."""

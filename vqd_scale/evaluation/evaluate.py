@@ -21,7 +21,7 @@ from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.evaluation.config import Classes, EvaluationConfig, PromptsConfig
 from vqd_scale.evaluation.extractors import Extractor
 from vqd_scale.evaluation.frechet import FeatureStatistics, frechet_distance
-from vqd_scale.evaluation.metrics import ImageScores, MetricInputs, distance_name
+from vqd_scale.evaluation.metrics import ImageScores, MetricInputs, metric_name
 from vqd_scale.evaluation.prompts import EvaluationPrompt, choose_prompts, prompts_digest
 from vqd_scale.evaluation.reference_stats import Reference, ReferenceImages, reference_of
 from vqd_scale.evaluation.registry import METRICS
@@ -131,6 +131,8 @@ def evaluate(
         if difference is not None:
             raise UserError(f"{out}: its report has other inputs ({difference}); give another --output.")
         return None
+    for metric in metrics:
+        metric.check(reference_images.provenance["stored_features"])
     images = [f"images/{number:06d}.png" for number in range(len(prompts) * config.sampling.save_images)]
     world.on_first_rank(lambda: reserve(out, "eval_coco_fid.py", [*_FILES, *images]))
     reference = reference_of(
@@ -159,7 +161,7 @@ def evaluate(
     inputs = MetricInputs(config, statistics, reference, names, parts.column, world.device)
     figures = {name: value for metric in metrics for name, value in metric.values(inputs).items()}
     *_, scores = filter(None, (metric.scores(inputs) for metric in metrics))
-    distance = distance_name(config)
+    distance = metric_name(config, "fid")
     by_count = _distances_by_count(inputs.features, reference, figures[distance])
     report = {
         "figures": figures,

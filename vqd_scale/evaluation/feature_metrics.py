@@ -38,6 +38,29 @@ class NeighborMetrics:
     nearest: Float32[Tensor, " samples"]
 
 
+def check_subsets(count: int, size: int) -> None:
+    """Raise a `UserError` if the smaller set has too few images for subsets of KID."""
+    if count < size:
+        raise UserError(f"KID: {count} images are too few for subsets of {size}; set kid.size to {count}.")
+
+
+def check_splits(count: int, splits: int) -> None:
+    """Raise a `UserError` if there are fewer images than splits of the Inception score."""
+    if count < splits:
+        raise UserError(
+            f"Inception score: {count} images are too few for {splits} parts; lower inception_splits."
+        )
+
+
+def check_neighbors(count: int, neighbors: int) -> None:
+    """Raise a `UserError` if the smaller set has no more images than neighbors."""
+    if count <= neighbors:
+        raise UserError(
+            f"precision and recall: {count} images are too few for {neighbors} neighbors; lower neighbors or "
+            f"take more images."
+        )
+
+
 def kernel_distance(
     samples: Float[Tensor, "samples features"],
     real: Float[Tensor, "real features"],
@@ -54,11 +77,7 @@ def kernel_distance(
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
-    smallest = min(len(samples), len(real))
-    if smallest < size:
-        raise UserError(
-            f"KID: {smallest} images are too few for subsets of {size}; set kid.size to {smallest}."
-        )
+    check_subsets(min(len(samples), len(real)), size)
     metrics = kid_features_to_metric(
         samples.cpu(), real.cpu(), kid_subsets=subsets, kid_subset_size=size, rng_seed=_SEED, verbose=False
     )
@@ -75,10 +94,7 @@ def inception_score(logits: Float[Tensor, "count classes"], splits: int) -> dict
     """
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
-    if len(logits) < splits:
-        raise UserError(
-            f"Inception score: {len(logits)} images are too few for {splits} parts; lower inception_splits."
-        )
+    check_splits(len(logits), splits)
     metrics = isc_features_to_metric(logits.cpu(), splits, True, _SEED)
     return {"mean": metrics[KEY_METRIC_ISC_MEAN], "deviation": metrics[KEY_METRIC_ISC_STD]}
 
@@ -100,11 +116,7 @@ def neighbor_metrics(
     Raises:
         UserError: A set has no more than ``neighbors`` members.
     """
-    if min(len(samples), len(real)) <= neighbors:
-        raise UserError(
-            f"precision and recall: {min(len(samples), len(real))} images are too few for {neighbors} "
-            f"neighbors; lower neighbors or take more images."
-        )
+    check_neighbors(min(len(samples), len(real)), neighbors)
     samples, real = samples.double(), real.double()
     real_radii, sample_radii = _radii(real, neighbors), _radii(samples, neighbors)
     ball_counts = torch.zeros(len(samples), dtype=torch.int64, device=samples.device)

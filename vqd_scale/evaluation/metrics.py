@@ -19,6 +19,9 @@ from vqd_scale.evaluation.config import EvaluationConfig
 from vqd_scale.evaluation.extractors import FEATURES, LOGITS, Images
 from vqd_scale.evaluation.feature_metrics import (
     NeighborMetrics,
+    check_neighbors,
+    check_splits,
+    check_subsets,
     inception_score,
     kernel_distance,
     neighbor_metrics,
@@ -27,6 +30,9 @@ from vqd_scale.evaluation.frechet import FeatureStatistics, frechet_distance
 from vqd_scale.evaluation.prompts import EvaluationPrompt
 from vqd_scale.evaluation.reference_stats import Reference
 from vqd_scale.evaluation.scene_reader import correct_attributes, shuffled_scenes
+
+_GENERAL_NAMES = {"fid": "frechet_distance", "kid": "kernel_distance"}
+"""Names without reference to Inception's features."""
 
 Columns = dict[str, Tensor]
 """Tensors with one row per image."""
@@ -111,6 +117,17 @@ class Metric(ABC):
         """
         return {}
 
+    def check(self, real: int) -> None:
+        """Check that there are enough images, before the first one is generated.
+
+        Args:
+            real: Number of real images with stored features.
+
+        Raises:
+            UserError: There are too few images.
+        """
+        del real  # By default, any number is enough.
+
     @abstractmethod
     def values(self, inputs: MetricInputs) -> dict[str, Any]:
         """Compute the values by name, as JSON values; none if the evaluation lacks the metric's inputs.
@@ -124,20 +141,26 @@ class Metric(ABC):
         return None
 
 
-def distance_name(config: EvaluationConfig) -> str:
-    """Return the name of the Fréchet distance: ``fid`` for Inception features only."""
-    return "fid" if config.extractor.kind == "inception" else "frechet_distance"
+def metric_name(config: EvaluationConfig, name: str) -> str:
+    """Return a metric's name, which says the features unless they are those of published figures.
+
+    Args:
+        config: Evaluation protocol.
+        name: Name with Inception's 2048 features, such as ``fid``.
+    """
+    label = config.extractor.label
+    return f"{_GENERAL_NAMES.get(name, name)}_{label}" if label else name
 
 
 class FrechetDistance(Metric):
     """Fréchet distance to the real images."""
 
-    definition = "Fréchet distance (FID if the features are Inception's): lower is better."
+    definition = "Fréchet distance (FID if the features are Inception's 2048): lower is better."
 
     def values(self, inputs: MetricInputs) -> dict[str, Any]:
         """Compute the distance."""
         distance = frechet_distance(inputs.statistics, inputs.reference.statistics)
-        return {distance_name(self.config): distance}
+        return {metric_name(self.config, "fid"): distance}
 
 
 class KernelDistance(Metric):
@@ -145,10 +168,15 @@ class KernelDistance(Metric):
 
     definition = "KID, mean and deviation over subsets: lower is better."
 
+    def check(self, real: int) -> None:
+        """Check the size of the subsets."""
+        check_subsets(min(len(self.prompts), real), self.config.kid.size)
+
     def values(self, inputs: MetricInputs) -> dict[str, Any]:
         """Compute mean and deviation."""
         kid, real = self.config.kid, inputs.reference.features
-        return {"kid": kernel_distance(inputs.features, real, subsets=kid.subsets, size=kid.size)}
+        distance = kernel_distance(inputs.features, real, subsets=kid.subsets, size=kid.size)
+        return {metric_name(self.config, "kid"): distance}
 
 
 class Neighbors(Metric):
@@ -159,10 +187,14 @@ class Neighbors(Metric):
         "measure how much of the real images the samples cover."
     )
 
+    def check(self, real: int) -> None:
+        """Check the number of neighbors."""
+        check_neighbors(min(len(self.prompts), real), self.config.neighbors)
+
     def values(self, inputs: MetricInputs) -> dict[str, Any]:
         """Compute the four values."""
         names = ("precision", "recall", "density", "coverage")
-        return {name: getattr(inputs.neighbors, name) for name in names}
+        return {metric_name(self.config, name): getattr(inputs.neighbors, name) for name in names}
 
     def scores(self, inputs: MetricInputs) -> ImageScores:
         """Return the distance of each image to the nearest real image."""
@@ -175,11 +207,17 @@ class InceptionScore(Metric):
 
     definition = "Inception score, mean and deviation over splits: higher is better."
 
+    def check(self, real: int) -> None:
+        """Check the number of splits."""
+        if self.config.extractor.label in ("", "random"):
+            check_splits(len(self.prompts), self.config.inception_splits)
+
     def values(self, inputs: MetricInputs) -> dict[str, Any]:
         """Compute mean and deviation."""
         if LOGITS not in inputs.names:
             return {}
-        return {"inception_score": inception_score(inputs.column(LOGITS), self.config.inception_splits)}
+        score = inception_score(inputs.column(LOGITS), self.config.inception_splits)
+        return {metric_name(self.config, "inception_score"): score}
 
 
 class ClipMetrics(Metric):
@@ -197,6 +235,11 @@ class ClipMetrics(Metric):
         super().__init__(config, prompts, device)
         self._clip = None if config.clip is None else clips.load_clip(config.clip, device)
         self.description = self._clip and self._clip.description
+
+    def check(self, real: int) -> None:
+        """Check the number of candidates."""
+        if self.config.clip is not None:
+            clips.check_candidates(len(self.prompts), self.config.clip.retrieval_candidates)
 
     def columns(self, images: Images, numbers: range) -> Columns:
         """Embed images and captions."""

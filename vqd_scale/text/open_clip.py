@@ -116,7 +116,7 @@ def _from_tag(model: str, tag: str) -> dict[str, Tensor]:
         raise UserError(
             f"text.pretrained: '{model}' has no weights '{tag}'; give one of its tags ({tags}) or a file."
         )
-    _check_activation(model, bool(config.get("quick_gelu", False)), f"the weights '{tag}'")
+    check_activation(model, bool(config.get("quick_gelu", False)), f"the weights '{tag}'")
     try:
         file = download_pretrained(config)
     except (OSError, ValueError, RuntimeError) as error:
@@ -131,23 +131,35 @@ def _from_tag(model: str, tag: str) -> dict[str, Tensor]:
 def _from_file(model: str, file: Path) -> dict[str, Tensor]:
     state = read_tensors(file)
     if state.keys() >= _TORCHSCRIPT_KEYS:
-        _check_activation(model, True, f"OpenAI's weights in {file}")
+        check_activation(model, True, f"OpenAI's weights in {file}")
     config_file = file.with_name("config.json")
     if _is_transformers(state) and config_file.is_file():
         config: Any = read_json(config_file, "configuration of these weights")
         activation = (config.get("text_config") or config).get("hidden_act", "quick_gelu")
-        _check_activation(model, activation == "quick_gelu", f"the weights in {file}")
+        check_activation(model, activation == "quick_gelu", f"the weights in {file}")
     return _to_open_clip_keys(state)
 
 
-def _check_activation(model: str, quick_gelu: bool, weights: str) -> None:
-    """Check that weights and model have the same activation; a mismatch silently changes the features."""
-    if published_shape(model).quick_gelu == quick_gelu:
+def check_activation(model: str, quick_gelu: bool, weights: str, key: str = "text.model") -> None:
+    """Check that weights and model have the same activation; a mismatch silently changes the features.
+
+    Args:
+        model: Name of an open_clip model.
+        quick_gelu: True if the weights were trained with QuickGELU.
+        weights: Name of the weights, for the error message.
+        key: Configuration key of the model, for the error message.
+
+    Raises:
+        UserError: They have not.
+    """
+    import open_clip
+
+    if bool((open_clip.get_model_config(model) or {}).get("quick_gelu")) == quick_gelu:
         return
     alternative = f"{model}-quickgelu" if quick_gelu else model.removesuffix("-quickgelu")
     trained, has = ("QuickGELU", "GELU") if quick_gelu else ("GELU", "QuickGELU")
     raise UserError(
-        f"text.model: {weights} were trained with {trained}, but '{model}' has {has}; take '{alternative}'."
+        f"{key}: {weights} were trained with {trained}, but '{model}' has {has}; take '{alternative}'."
     )
 
 
