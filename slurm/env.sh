@@ -7,11 +7,22 @@
 # The python of `make setup`. Modules that it needs (a compiler, CUDA) are loaded here: module load …
 export PYTHON=${PYTHON:-.venv/bin/python}
 
-# Where the ranks meet: the first of the job's nodes, at a port of the job's own below the ephemeral ones.
+# `sbatch --export=NONE` would leave the ranks without PATH and without what is set here.
+unset SLURM_EXPORT_ENV
+export PATH
+
+# Where the ranks meet: the first of the job's nodes, at a free port below the ephemeral ones, another at each start.
 if [ -n "${SLURM_JOB_ID:-}" ]; then
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
-    export MASTER_ADDR MASTER_PORT
+    # Another job's, whose environment this job inherited.
+    [ "${RENDEZVOUS_OF_JOB:-$SLURM_JOB_ID}" = "$SLURM_JOB_ID" ] || unset MASTER_ADDR MASTER_PORT
+    MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+    if [ -z "${MASTER_PORT:-}" ]; then
+        MASTER_PORT=$((10000 + (SLURM_JOB_ID + 1009 * ${SLURM_RESTART_COUNT:-0}) % 20000))
+        while grep -Eqs "^ *[0-9]+: [0-9A-F]+:$(printf %04X "$MASTER_PORT") " /proc/net/tcp /proc/net/tcp6; do
+            MASTER_PORT=$((MASTER_PORT + 1))
+        done
+    fi
+    export MASTER_ADDR MASTER_PORT RENDEZVOUS_OF_JOB=$SLURM_JOB_ID
 fi
 
 # A rank's threads: its share of the cores that Slurm gave, where --cpus-per-gpu or --cpus-per-task says so.

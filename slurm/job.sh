@@ -27,6 +27,9 @@ LOGS=${LOGS:-slurm/logs}
 # nodes as it had, whatever range --nodes gives.
 RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 
+# Of an array only this task: the number of one of its tasks is that of the whole array.
+JOB=${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-JOB}}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+
 # The first start of a job begins with a dry run of all its stages: a mistake ends the job before any rank starts.
 # Another failure is left to the ranks, after which the job is started again.
 if [ -z "$DRY_RUN" ] && [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then
@@ -42,11 +45,7 @@ fi
 stage() {
     local name=$1
     shift
-    local job=${SLURM_JOB_ID:-JOB}
-    if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
-        job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-    fi
-    local logs=$LOGS/$job starts=${SLURM_RESTART_COUNT:-0}
+    local logs=$LOGS/$JOB starts=${SLURM_RESTART_COUNT:-0}
     local ends=$logs/$name-ends-$starts
     local command=(srun "--ntasks-per-node=$RANKS_PER_NODE" --cpu-bind=none --kill-on-bad-exit=1
         --open-mode=append "--output=$logs/$name-rank-%t.log" bash slurm/rank.sh "$ends" "$PYTHON" "$@")
@@ -64,7 +63,7 @@ stage() {
     echo "$(date +%FT%T) $name: start $((starts + 1)) of at most $((MAX_REQUEUES + 1)) on $SLURM_JOB_NODELIST," \
         "$((SLURM_JOB_NUM_NODES * RANKS_PER_NODE)) ranks; their logs are $logs/$name-rank-*.log"
     local status=0
-    "${command[@]}" || status=$?
+    VQD_PROGRESS_FILE=$ends/progress "${command[@]}" || status=$?
     if [ "$status" -eq 0 ]; then
         touch "$logs/$name.done"
         echo "$(date +%FT%T) $name: done"
@@ -84,7 +83,7 @@ read_config() {
 
 # again NAME STATUS LOGS ENDS: ask for another start of the job, or leave.
 again() {
-    local name=$1 status=$2 logs=$3 ends=$4 mistaken
+    local name=$1 status=$2 logs=$3 ends=$4 starts=${SLURM_RESTART_COUNT:-0} mistaken
     # A mistake that one sentence names (exit code 2) would be made again.
     mistaken=$(ended_with 2 "$ends")
     if [ -n "$mistaken" ]; then
@@ -98,13 +97,22 @@ again() {
             status=$telling
         fi
     done
-    if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_REQUEUES" ]; then
+    if [ "$starts" -ge "$MAX_REQUEUES" ]; then
         echo "$name: ended with exit code $status after all $MAX_REQUEUES restarts that MAX_REQUEUES allows;" \
             "look at $logs, then submit it again: it goes on from its newest checkpoint." >&2
         exit "$status"
     fi
+    # A start that ends without any progress, as the one before, would end so again. A saved run (75) is preempted.
+    if [ "$status" -ne 75 ] && [ ! -e "$ends/progress" ]; then
+        if [ "$(cat "$logs/$name-stuck" 2> /dev/null)" = "$((starts - 1)) $status" ]; then
+            echo "$name: ended twice with exit code $status before any progress; look at $logs, then submit it" \
+                "again." >&2
+            exit "$status"
+        fi
+        echo "$starts $status" > "$logs/$name-stuck"
+    fi
     echo "$(date +%FT%T) $name: ended with exit code $status; the job is queued again"
-    if ! scontrol requeue "$SLURM_JOB_ID"; then
+    if ! scontrol requeue "$JOB"; then
         echo "$name: Slurm refuses to queue this job again; submit it again: it goes on from its newest" \
             "checkpoint." >&2
     fi

@@ -4,6 +4,8 @@
 set -uo pipefail
 ends=$1
 shift
+# The log is this rank's own, so that it names a mistake even if other ranks name it too.
+export VQD_RANK_LOG=1
 # Signals for a rank reach this shell as well, which waits for the rank to save and end.
 trap : TERM USR1 USR2
 "$@"

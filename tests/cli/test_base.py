@@ -1,5 +1,8 @@
 """Exit codes and messages of a tool, and groups of options."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -57,6 +60,56 @@ def test_exit_code_and_message(
         tool_that_raises(error)([])
     assert end.value.code == code
     assert capsys.readouterr().err == (f"resize.py{message}" if message else "")
+
+
+@pytest.mark.parametrize(
+    ("environment", "prints"),
+    [
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}, False),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, True),
+        ({"RANK": "5", "LOCAL_RANK": "1"}, False),
+        ({"RANK": "4", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "5", "LOCAL_RANK": "1", "VQD_RANK_LOG": "1"}, True),
+    ],
+    ids=["srun", "first of srun", "torchrun", "first of a torchrun", "own log"],
+)
+@pytest.mark.parametrize("error", [UserError("give a size."), KeyboardInterrupt()])
+def test_one_rank_of_a_terminal_prints(
+    error: BaseException,
+    environment: dict[str, str],
+    prints: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        tool_that_raises(error)([])
+    assert bool(capsys.readouterr().err) == prints
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_reader_that_leaves_ends_a_tool_without_a_traceback(lines: int) -> None:
+    code = f"""
+from vqd_scale.cli.base import Tool
+main = Tool()
+@main.command("")
+def status() -> None:
+    print("line\\n" * {lines})
+main([])
+"""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as output:
+        completed = subprocess.run(
+            [sys.executable, "-c", code], stdout=output, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (completed.returncode, completed.stderr) == (141, "")
+
+
+def test_broken_connection_keeps_its_traceback() -> None:
+    with pytest.raises(ConnectionError):
+        tool_that_raises(BrokenPipeError("the store has left"))([])
 
 
 def test_other_errors_keep_their_traceback() -> None:

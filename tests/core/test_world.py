@@ -1,10 +1,20 @@
 import os
+import subprocess
+import sys
 
 import pytest
+import torch
 
+from tests.background_programs import free_ports
 from tests.training.rank_threads import on_ranks
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.world import World, join_world, leave_world
+from vqd_scale.core.signals import HUNG_EXIT_CODE
+from vqd_scale.core.world import (
+    World,
+    _device,  # pyright: ignore[reportPrivateUsage]
+    join_world,
+    leave_world,
+)
 
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "2"}
 
@@ -35,6 +45,45 @@ def test_srun_without_rendezvous_raises_user_error(monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"source slurm/env\.sh"):
         join_world()
+
+
+LONE_RANK = """
+from vqd_scale.core.watchdog import watched
+from vqd_scale.core.world import join_world
+with watched(5):
+    join_world()
+"""
+
+
+def test_missing_rank_ends_the_rendezvous_with_a_sentence() -> None:
+    (port,) = free_ports(1)
+    rank = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    completed = subprocess.run(
+        [sys.executable, "-c", LONE_RANK], env=os.environ | rank, capture_output=True, text=True, check=False
+    )
+    assert completed.returncode == HUNG_EXIT_CODE, completed.stderr
+    assert f"in this phase: rendezvous of 2 ranks at 127.0.0.1:{port}" in completed.stderr
+
+
+@pytest.mark.parametrize(("visible", "index"), [(1, 0), (2, 1), (8, 1)])
+def test_rank_takes_its_only_visible_gpu(visible: int, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    selected: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", selected.append)
+    assert _device(local_rank=1) == torch.device("cuda", index)
+    assert selected == [index]
+
+
+def test_rank_without_gpu_raises_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="only 2 are visible; start one rank per GPU"):
+        _device(local_rank=2)
 
 
 def test_first_rank_error_reaches_every_rank() -> None:

@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from vqd_scale.launchers.base import (
     copy_source,
     decisive_exit_code,
+    free_port,
     rank_with_user_error,
     read_exit_codes,
     write_exit_code,
@@ -44,6 +46,13 @@ def test_terminated_rank_does_not_hide_a_save_or_a_hang(
     ends: dict[int, int], code: int, decisive: int
 ) -> None:
     assert decisive_exit_code(ends, code) == decisive
+
+
+def test_ports_are_free_and_differ_between_numbers() -> None:
+    port = free_port(4711)
+    assert port == free_port(4711) != free_port(4712)
+    with socket.create_server(("127.0.0.1", port)):
+        assert free_port(4711) > port
 
 
 def test_code_copy_is_what_its_tools_import(tmp_path: Path) -> None:

@@ -3,19 +3,23 @@
 import dataclasses
 import inspect
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NoReturn, ParamSpec, get_args, get_origin, get_type_hints
 
 import typer
 
 from vqd_scale.core.atomic_io import Location, parse_location
 from vqd_scale.core.config import ConfigType, load_config, to_yaml
+from vqd_scale.core.environment import OWN_LOG, place_among_ranks
 from vqd_scale.core.errors import USER_ERROR_EXIT_CODE, FirstRankError, UserError
 from vqd_scale.core.s3 import S3Path
 
 INTERRUPTED = 130
+BROKEN_PIPE = 141
+_STDOUT = 1
 
 Parameters = ParamSpec("Parameters")
 
@@ -62,18 +66,24 @@ class Tool:
             arguments: Arguments; those of the process if not given.
 
         Raises:
-            SystemExit: With code 2 after a `UserError` or wrong usage; with 130 after Ctrl-C.
+            SystemExit: With code 2 after a `UserError` or wrong usage; with 130 after Ctrl-C; with 141 if the
+                reader of the output has left, as ``head`` does.
         """
         words = sys.argv[1:] if arguments is None else list(arguments)
         try:
             typer.main.get_command(self._app).main(words, prog_name=_program())
         except UserError as error:
-            if not (isinstance(error, FirstRankError) or _repeats_first_rank()):
+            if not isinstance(error, FirstRankError) and _is_first_to_print(str(error)):
                 print(f"{_program()}: {error}", file=sys.stderr)
             raise SystemExit(USER_ERROR_EXIT_CODE) from None
         except SystemExit as end:
             if end.code:
                 raise
+        finally:
+            try:
+                sys.stdout.flush()
+            except BrokenPipeError:
+                _discard_output()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,8 +167,15 @@ def _flattened(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(**values)
         except KeyboardInterrupt:
-            print(f"{_program()}: interrupted; the same command resumes.", file=sys.stderr)
+            sentence = "interrupted; the same command resumes."
+            if _is_first_to_print(sentence):
+                print(f"{_program()}: {sentence}", file=sys.stderr)
             raise SystemExit(INTERRUPTED) from None
+        except BrokenPipeError as error:
+            if _reader_has_left():
+                _discard_output()
+            # Of a connection: typer would hide the type.
+            raise ConnectionError(str(error)) from error
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__
     command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
@@ -184,7 +201,27 @@ def _program() -> str:
     return Path(sys.argv[0]).name
 
 
-def _repeats_first_rank() -> bool:
-    """Return whether this rank repeats rank 0's error, raised before the process group was initialized."""
+def _is_first_to_print(sentence: str) -> bool:
+    """Return whether this rank prints a sentence, which each rank that shares the terminal may have."""
+    if OWN_LOG in os.environ:
+        return True
     distributed = sys.modules.get("torch.distributed")
-    return int(os.environ.get("RANK", "0")) > 0 and not (distributed and distributed.is_initialized())
+    if distributed and distributed.is_initialized():
+        from vqd_scale.core.world import is_first_to
+
+        return is_first_to(sentence)
+    rank, _, local_rank = place_among_ranks()
+    # torchrun has a terminal on each node.
+    return (local_rank if "LOCAL_RANK" in os.environ else rank) == 0
+
+
+def _reader_has_left() -> bool:
+    poll = select.poll()
+    poll.register(_STDOUT, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _discard_output() -> NoReturn:
+    # Python flushes once more at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+    raise SystemExit(BROKEN_PIPE)

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.outputs import JOBS, TRAINING, check_output, safe_name
 from vqd_scale.data.config import StreamConfig
 from vqd_scale.data.shards.shard_index import ShardSet
-from vqd_scale.launchers.job_record import Cluster, Launch, newest_launch
+from vqd_scale.launchers.job_record import Cluster, Launch, check_none_active, newest_launch
 from vqd_scale.preparation.config import TokenizeConfig
 from vqd_scale.training.tasks.config import TOKEN_RUNS, TOKENIZER_RUNS
 
@@ -27,6 +28,8 @@ _tool = Tool(
     "checkpoint and is requeued after a stop signal, and is requeued after a hang or a lost node.",
     "python tools/launch.py train configs/f/pretrain.yaml --nodes 8 --gpus-per-node 8 --hours 24",
 )
+_TRAINING = ("train", "tokenizer")
+"""Commands whose job needs the run folder for itself."""
 _COMMANDS = ("train", "tokenizer", "tokenize", "eval", "status", "cancel")
 
 LaunchFolder = Annotated[
@@ -173,6 +176,15 @@ def _launch(
         job: Resources.
         config: Configuration, written to a file that is the tools' first argument.
     """
+    minutes = max(1, round(60 * job.hours))
+    if job.cluster == "slurm" and job.signal_seconds >= 60 * minutes:
+        raise UserError(
+            f"--signal-seconds: given {job.signal_seconds}, allowed: less than the time limit of "
+            f"{60 * minutes} s (--hours); ranks would be stopped before their first step."
+        )
+    if kind in _TRAINING:
+        check_none_active(parent)
+
     from vqd_scale.launchers import slurm
 
     resources = slurm.Resources(
@@ -181,7 +193,7 @@ def _launch(
         gpus_per_node=job.gpus_per_node,
         ranks_per_node=job.ranks_per_node or max(1, job.gpus_per_node),
         cpus_per_task=job.cpus_per_task,
-        minutes=max(1, round(60 * job.hours)),
+        minutes=minutes,
         signal_seconds=job.signal_seconds,
         requeues=job.max_requeues,
         partition=job.partition,
@@ -189,7 +201,7 @@ def _launch(
         qos=job.qos,
         constraint=job.constraint,
     )
-    folder = parent / time.strftime("%Y%m%d-%H%M%S")
+    folder = parent / f"{datetime.now():%Y%m%d-%H%M%S-%f}"
     launch = slurm.launch(kind, commands, resources, folder, result, config)
     for number in launch.jobs:
         print(f"{kind}: job {number} ({launch.cluster}); its log is {launch.logs(number)[1]}")
@@ -234,5 +246,5 @@ def _print_log(log: Path, start: int) -> int:
 def _progress(launch: Launch) -> str:
     from vqd_scale.training.logging.metrics import read_metrics
 
-    rows = read_metrics(Path(launch.run) / "metrics.jsonl") if launch.name in ("train", "tokenizer") else []
+    rows = read_metrics(Path(launch.run) / "metrics.jsonl") if launch.name in _TRAINING else []
     return f", {rows[-1]['images']:,} images seen" if rows else ""

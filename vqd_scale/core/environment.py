@@ -4,6 +4,9 @@ import functools
 import os
 from pathlib import Path
 
+OWN_LOG = "VQD_RANK_LOG"
+"""Environment variable that is set where each rank has a log of its own."""
+
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 """First of Slurm's special step IDs, which are not srun steps: a batch script, an interactive shell."""
 

@@ -133,6 +133,15 @@ def _device(local_rank: int) -> torch.device:
     return torch.device("cuda", index)
 
 
+def is_first_to(action: str) -> bool:
+    """Return True on the first rank that asks for an action, and where the first rank has left."""
+    try:
+        store = distributed.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+        return store.add(f"vqd_scale/first to {action}", 1) == 1
+    except RuntimeError:
+        return True
+
+
 def leave_world() -> None:
     """Destroy the process group; `join_world` may be called again afterwards."""
     if not distributed.is_initialized():

@@ -3,9 +3,11 @@
 import ctypes
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from types import FrameType
 
@@ -32,13 +34,19 @@ def start_process(
 
 @contextmanager
 def forward_signals(processes: Sequence["subprocess.Popen[bytes]"]) -> Generator[None]:
-    """Forward stop signals to the ranks, which save a checkpoint and exit by themselves."""
+    """Forward stop signals to the ranks, which save a checkpoint and exit by themselves.
+
+    Ctrl-C is forwarded as SIGTERM, since the terminal sends it to the ranks as well; a second one interrupts.
+    """
+    interrupts = count()
 
     def forward(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and next(interrupts) > 0:
+            raise KeyboardInterrupt
         for process in processes:
-            process.send_signal(number)
+            process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
-    handlers = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    handlers = {number: signal.signal(number, forward) for number in (*STOP_SIGNALS, signal.SIGINT)}
     try:
         yield
     finally:
@@ -59,6 +67,16 @@ def read_exit_codes(folder: Path) -> dict[int, int]:
     texts = {int(path.name): path.read_text(encoding="utf-8").strip() for path in folder.iterdir()}
     # A file is briefly empty while its rank writes it.
     return {rank: int(text) for rank, text in sorted(texts.items()) if text}
+
+
+def free_port(number: int) -> int:
+    """Return a free port of this machine below the ephemeral ports, derived from a number."""
+    while True:
+        port = 10_000 + number % 20_000
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+        number += 1
 
 
 def rank_with_user_error(exit_codes: Mapping[int, int]) -> int | None:

@@ -133,6 +133,28 @@ def newest_launch(folder: Path) -> Launch:
     return Launch.read(max(folders, key=lambda path: path.name))
 
 
+def check_none_active(folder: Path) -> None:
+    """Check that no job of an earlier launch is queued or running.
+
+    Args:
+        folder: Folder of the launches of a run.
+
+    Raises:
+        UserError: A job is; or Slurm refuses to list its jobs.
+    """
+    for path in sorted(folder.glob(f"*/{_LAUNCH}")):
+        launch = Launch.read(path.parent)
+        # Where Slurm is absent, the run was copied from another cluster.
+        if launch.cluster == "slurm" and shutil.which("squeue") is None:
+            continue
+        for job, state in launch.states().items():
+            if not state.has_ended:
+                raise UserError(
+                    f"{launch.run}: job {job} is {state.summary}; cancel it with `python tools/launch.py "
+                    f"cancel {launch.folder}`, or choose another run folder."
+                )
+
+
 def outcome_file(folder: Path, job: str) -> Path:
     """Return the path of the file in which rank 0 of a job records its final outcome."""
     return folder / "outcomes" / f"{job}.json"

@@ -14,7 +14,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+import zlib
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,15 @@ from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmiss
 
 from vqd_scale.core.atomic_io import Location, publish_json, publish_text
 from vqd_scale.core.config import Config, to_yaml
+from vqd_scale.core.environment import OWN_LOG
 from vqd_scale.core.errors import USER_ERROR_EXIT_CODE, UserError
 from vqd_scale.core.provenance import modified_files, provenance
+from vqd_scale.core.signals import PROGRESS_FILE, REQUEUE_EXIT_CODE
 from vqd_scale.launchers.base import (
     copy_source,
     decisive_exit_code,
     forward_signals,
+    free_port,
     rank_with_user_error,
     read_exit_codes,
     start_process,
@@ -47,6 +51,7 @@ from vqd_scale.launchers.job_record import (
 )
 
 _POLL_SECONDS = 0.5
+_RENDEZVOUS_SECONDS = 600.0
 _GRACE_SECONDS = 60.0
 """Seconds until rank 0 is killed after another rank failed; it usually fails by itself before."""
 
@@ -114,36 +119,39 @@ class Rank:
         start = int(os.environ.get("SLURM_RESTART_COUNT", self.starts))
         ends = self.folder / "ends" / f"{job.job_id}-{start}"
         requeue = signal.getsignal(job._usr_sig())  # pyright: ignore[reportPrivateUsage]
-        process = start_process(self.command, self._environment(job), self.workplace)
+        process = start_process(self.command, self._environment(job, ends), self.workplace)
         with forward_signals([process]):
             code = _watched(process, ends) if job.global_rank == 0 else process.wait()
         # A negative exit code is a signal number.
         code = code if code >= 0 else 128 - code
         write_exit_code(ends, job.global_rank, code)
         if job.global_rank == 0:
-            self._conclude(job, read_exit_codes(ends), code, start, requeue)
+            self._conclude(job, ends, code, start, requeue)
 
     def checkpoint(self) -> DelayedSubmission:
         """Return the submission for Submitit's restart; the tool resumes from its own checkpoint."""
         return DelayedSubmission(replace(self, starts=self.starts + 1))
 
-    def _environment(self, job: JobEnvironment) -> dict[str, str]:
-        raw = "".join(filter(str.isdigit, job.raw_job_id))
+    def _environment(self, job: JobEnvironment, ends: Path) -> dict[str, str]:
+        # As in slurm/env.sh: what the user set is kept, unless it is another job's.
+        address, port = (os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
+        if os.environ.get("RENDEZVOUS_OF_JOB", job.raw_job_id) != job.raw_job_id:
+            address = port = None
         return {
             **os.environ,
             "PYTHONPATH": str(self.code),
             "RANK": str(job.global_rank),
             "LOCAL_RANK": str(job.local_rank),
             "WORLD_SIZE": str(job.num_tasks),
-            "MASTER_ADDR": job.hostnames[0] if job.cluster == "slurm" else "127.0.0.1",
-            # As in slurm/env.sh: a port derived from the job ID, below the ephemeral ports.
-            "MASTER_PORT": str(10_000 + int(raw) % 20_000),
+            "MASTER_ADDR": address or (job.hostnames[0] if job.cluster == "slurm" else "127.0.0.1"),
+            "MASTER_PORT": port or _rendezvous_port(job, ends.with_suffix(".port")),
+            PROGRESS_FILE: str(ends.with_suffix(".progress")),
+            OWN_LOG: "1",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1")),
         }
 
-    def _conclude(
-        self, job: JobEnvironment, exit_codes: Mapping[int, int], code: int, start: int, requeue: object
-    ) -> None:
+    def _conclude(self, job: JobEnvironment, ends: Path, code: int, start: int, requeue: object) -> None:
+        exit_codes = read_exit_codes(ends)
         failed = rank_with_user_error(exit_codes)
         if code == 0:
             self._record(job, 0, "done")
@@ -161,6 +169,8 @@ class Rank:
                 f"ended with exit code {code} after all {start} restarts that --max-requeues allows; look at "
                 "the logs, then launch it again: it resumes from its newest checkpoint."
             )
+        elif code != REQUEUE_EXIT_CODE and _is_stuck(ends, code):
+            summary = f"ended twice with exit code {code} before any progress; look at the logs"
         else:
             get_logger().warning("ended with exit code %d; the job is queued again", code)
             requeue(job._usr_sig(), None)  # pyright: ignore[reportPrivateUsage]
@@ -170,6 +180,36 @@ class Rank:
 
     def _record(self, job: JobEnvironment, code: int, summary: str) -> None:
         publish_json(outcome_file(self.folder, job.job_id), {"code": code, "summary": summary})
+
+
+def _rendezvous_port(job: JobEnvironment, file: Path) -> str:
+    """Return the rendezvous port of this start, which the first rank chooses on its node.
+
+    Args:
+        job: This rank's job.
+        file: File in which the first rank publishes the port.
+
+    Raises:
+        TimeoutError: The first rank published none.
+    """
+    if job.global_rank == 0:
+        publish_text(file, str(free_port(zlib.crc32(file.name.encode()))))
+    deadline = time.monotonic() + _RENDEZVOUS_SECONDS
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{file}: was not written by the first rank")
+        time.sleep(_POLL_SECONDS)
+    return file.read_text(encoding="utf-8")
+
+
+def _is_stuck(ends: Path, code: int) -> bool:
+    """Return whether this start and the one before ended with the same code and without any progress."""
+    if ends.with_suffix(".progress").exists():
+        return False
+    ends.with_suffix(".stuck").write_text(f"{code}", encoding="utf-8")
+    job, _, start = ends.name.rpartition("-")
+    previous = ends.with_name(f"{job}-{int(start) - 1}.stuck")
+    return previous.exists() and previous.read_text(encoding="utf-8") == f"{code}"
 
 
 def _watched(process: "subprocess.Popen[bytes]", ends: Path) -> int:
@@ -216,8 +256,10 @@ def launch(
     """
     missing_parents = [path for path in folder.parents if not path.exists()]
     folder = folder.absolute()
-    if folder.exists():
-        raise UserError(f"{folder}: is in the way; name a new folder for the jobs.")
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(f"{folder}: is in the way; name a new folder for the jobs.") from None
     try:
         code = copy_source(folder / "code")
         first_arguments: list[str] = []
@@ -281,6 +323,8 @@ def _parameters(name: str, resources: Resources) -> dict[str, Any]:
         "slurm_qos": resources.qos,
         "slurm_constraint": resources.constraint,
         "slurm_signal_delay_s": resources.signal_seconds,
+        # As in slurm/env.sh.
+        "slurm_setup": ["unset SLURM_EXPORT_ENV", "export PATH"],
         "slurm_additional_parameters": {"requeue": True, "nodes": resources.nodes},
         # Only rank 0 exits with a nonzero code, after it has decided between a requeue and the end.
         "slurm_srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus_per_task}"],
