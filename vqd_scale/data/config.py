@@ -33,8 +33,8 @@ class DecodeConfig(Config):
     """Image decoding."""
 
     max_pixels: int = Field(default=89_478_485, ge=1, le=178_956_970)
-    """Maximum number of pixels; larger images are rejected before they are decoded. The default is a quarter
-    of a gigabyte as RGB; the largest allowed value is Pillow's own limit."""
+    """Maximum number of pixels; larger images are rejected before they are decoded. Decoding the default
+    takes up to a gigabyte of memory; the largest allowed value is Pillow's own limit."""
     dct_scaled: bool = False
     """Decode a JPEG at a half, quarter or eighth of its size if the transform needs no more. About twice as
     fast, but some pixels differ by tens of levels from a full decode plus resize. Disable to reproduce
@@ -58,8 +58,10 @@ class StreamConfig(Config):
     sources: tuple[SourceConfig, ...] | None = Field(default=None, min_length=1)
     """Datasets of a weighted mixture, in place of ``path``."""
     global_batch_size: int = Field(default=128, ge=1)
-    """Samples in a batch, over all ranks. The plan cuts an epoch into this many lanes, and a batch takes one
-    sample from each lane. Part of the order."""
+    """Samples in a batch, over all ranks."""
+    order_lanes: int | None = Field(default=None, ge=1)
+    """Lanes into which the plan cuts an epoch; by default ``global_batch_size``, so a batch takes one sample
+    from each. A run that resumes with another batch size keeps its lanes. Part of the order."""
     shuffle_window: int = Field(default=256, ge=1)
     """Number of neighboring samples of a lane among which a sample is shuffled. Part of the order."""
     captions: Literal["first", "random", "each"] = "first"
@@ -82,7 +84,7 @@ class StreamConfig(Config):
         if (self.path is None) == (self.sources is None):
             raise ValueError("give either path, one set of shards, or sources, several that are mixed")
         # Fail here, at configuration time, on weights that cannot be represented exactly.
-        shares([source.weight for source in self.mixed], self.global_batch_size)
+        shares([source.weight for source in self.mixed], self.lanes)
         return self
 
     @model_validator(mode="after")
@@ -90,6 +92,11 @@ class StreamConfig(Config):
         if self.class_balanced and self.captions == "each":
             raise ValueError("captions=each and class_balanced=true define an epoch differently; give one")
         return self
+
+    @property
+    def lanes(self) -> int:
+        """Number of lanes of the order."""
+        return self.order_lanes or self.global_batch_size
 
     @property
     def mixed(self) -> tuple[SourceConfig, ...]:

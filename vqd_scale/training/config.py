@@ -34,7 +34,7 @@ STACKS = "stacks-{:05d}.txt"
 class ZeroConfig(Config):
     """ZeRO sharding. Results are the same for all settings up to the order of summation."""
 
-    stage: Literal[1, 2, 3] = 3
+    stage: int = Field(default=3, ge=1, le=3)
     """ZeRO stage: 1 shards the optimizer state, 2 also the gradients, 3 also the weights."""
     offload_optimizer: bool = False
     """Keep the optimizer state and run the optimizer step on the host (CPU offload)."""
@@ -259,6 +259,8 @@ class HealthConfig(Config):
     to survive a longer defective part of the data."""
     spike: SpikeConfig | None = None
     """Skipping of loss spikes; disabled by default."""
+    skip_batches: tuple[NonNegativeInt, ...] = ()
+    """Batches to leave out, each named by the images seen before it, as a message about a batch names it."""
     checksum_every_images: PositiveInt = 1_000_000
     """Images between two comparisons of the weights across ranks (ZeRO stages 1 and 2 only)."""
     hang_seconds: PositiveFloat | None = 1800.0

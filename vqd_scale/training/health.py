@@ -1,5 +1,6 @@
 """Health checks of long runs: nonfinite losses and gradients, loss spikes, diverging weights."""
 
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -108,6 +109,7 @@ class HealthMonitor:
         config: Health checks.
         run: Run folder, named in messages.
         batch: Global batch size.
+        lr: Learning rate of the configuration, for advice.
         module: Module whose parameter gradients are measured.
         world: This process's rank and device.
 
@@ -115,10 +117,13 @@ class HealthMonitor:
         skipped_batches: Number of batches skipped since the start.
     """
 
-    def __init__(self, config: HealthConfig, run: Path, batch: int, module: nn.Module, world: World) -> None:
+    def __init__(
+        self, config: HealthConfig, run: Path, batch: int, lr: float, module: nn.Module, world: World
+    ) -> None:
         self.config = config
         self.run = run
         self.batch = batch
+        self.lr = lr
         self.world = world
         self.skipped_batches = 0
         self.probe = GradientProbe(module)
@@ -163,8 +168,8 @@ class HealthMonitor:
         ]
         if sources:
             raise UserError(
-                f"{self.run}: after {images} images the loss of {' and '.join(sources)} is not finite; lower "
-                "optim.lr or lengthen optim.warmup_images, and restart from the last checkpoint."
+                f"{self.run}: after {images} images the loss of {' and '.join(sources)} is not finite; "
+                f"{self._advice(images)}."
             )
 
     def check_replicas(self, images: int, module: nn.Module) -> None:
@@ -181,8 +186,24 @@ class HealthMonitor:
             first = names[int(differing.any(dim=0).nonzero()[0])]
             raise UserError(
                 f"{self.run}: after {images} images the weights of rank {_listed(ranks)} differ from the "
-                f"others', '{first}' first; check that machine's memory and restart from the last checkpoint."
+                f"others', '{first}' first; check that machine's memory, and run the same command again."
             )
+
+    def skips(self, images: int) -> bool:
+        """Return ``True``, and count it, if the batch after ``images`` images is one of ``skip_batches``."""
+        if not any(images <= count < images + self.batch for count in self.config.skip_batches):
+            return False
+        self.skipped_batches += 1
+        self._warn("after %d images a batch of health.skip_batches is skipped.", images)
+        return True
+
+    def _advice(self, images: int, alternative: str = "") -> str:
+        """Return overrides with which the run continues after the batch at ``images`` stopped it."""
+        batches = json.dumps(sorted({*self.config.skip_batches, images}), separators=(",", ":"))
+        return (
+            f"run the same command again with optim.lr={self.lr / 2:g}, {alternative}or with "
+            f"health.skip_batches={batches} to leave out this batch"
+        )
 
     def is_spike(self, loss: float) -> bool:
         """Return ``True`` if a batch with this mean loss must be skipped."""
@@ -211,14 +232,14 @@ class HealthMonitor:
         event = f"{event}, number {spikes.consecutive} in a row"
         if not config.rewind:
             raise UserError(
-                f"{self.run}: {event}; lower optim.lr, or set health.spike.rewind=true, and restart from the "
-                "last checkpoint."
+                f"{self.run}: {event}; {self._advice(images, 'with health.spike.rewind=true, ')}."
             )
         # Skipped batches do not change the weights: rewind to before the first skipped batch.
         checkpoint = rewind(images - (spikes.consecutive - 1) * self.batch)
         if checkpoint is None or checkpoint == self._last_rewind:
             raise UserError(
-                f"{self.run}: {event}, and rewinding to the last checkpoint did not help; lower optim.lr."
+                f"{self.run}: {event}, and rewinding to the last checkpoint did not help; "
+                f"{self._advice(images)}."
             )
         self._last_rewind = checkpoint
         self._warn("%s; the run is rewound to the weights at %d images.", event, checkpoint)
@@ -247,10 +268,9 @@ class HealthMonitor:
         self._consecutive_nonfinite += 1
         is_excessive = self._consecutive_nonfinite > self.config.max_consecutive_nonfinite
         if self.config.nonfinite_gradient == "stop" or is_excessive:
-            raise UserError(
-                f"{self.run}: {event}; the weights are unchanged: lower optim.lr, or set "
-                "health.nonfinite_gradient=skip, and restart from the last checkpoint."
-            )
+            maximum = f"health.max_consecutive_nonfinite={2 * self.config.max_consecutive_nonfinite + 1}"
+            setting = maximum if is_excessive else "health.nonfinite_gradient=skip"
+            raise UserError(f"{self.run}: {event}; {self._advice(images, f'with {setting}, ')}.")
         self._warn("%s; the batch is skipped.", f"{self.run}: {event}")
 
     def on_applied_step(self) -> None:

@@ -1,23 +1,16 @@
 """Training loop of all tasks."""
 
-import json
 import logging
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vqd_scale.core.atomic_io import publish_json, publish_text
-from vqd_scale.core.config import read_yaml, to_yaml
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.nested import differences
-from vqd_scale.core.outputs import JOBS, TRAINING, reserve
 from vqd_scale.core.progress import progress_bar
-from vqd_scale.core.provenance import modified_files, provenance
 from vqd_scale.core.signals import TIME_LIMIT_SIGNAL, StopFlag, report_progress
 from vqd_scale.core.tensors import with_prefix, without_prefix
 from vqd_scale.core.watchdog import beat, phase, watched
@@ -35,34 +28,11 @@ from vqd_scale.training.logging.sample_images import write_sample_images
 from vqd_scale.training.optim import LearningRate
 from vqd_scale.training.partition import gather
 from vqd_scale.training.periods import is_due
+from vqd_scale.training.resume import claim, with_lanes
 from vqd_scale.training.tasks.base import Task
 from vqd_scale.training.validation import ValidationSet
 
 logger = logging.getLogger(__name__)
-
-_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "wandb-id.txt")
-_CHANGEABLE = (
-    "total_images.",
-    "checkpoint.",
-    "log.",
-    "health.",
-    "validation.",
-    "sample_images.",
-    "engine.zero.",
-    "engine.gradient_accumulation_steps.",
-    "engine.param_persistence_threshold.",
-    "engine.bucket_size.",
-    "engine.compile.",
-    "engine.deterministic.",
-    "denoiser.attention.",
-    "denoiser.gradient_checkpointing.",
-    "network.attention.",
-    "data.num_workers.",
-    "data.prefetch_batches.",
-    "data.max_bad_fraction.",
-    "data.ranged_reads.",
-)
-"""Configuration keys, or key prefixes, that may change when a run resumes."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +78,9 @@ def train(task: Task[BatchType], config: RunConfig, world: World, title: str) ->
             f"data.global_batch_size: a global batch of {batch} cannot be cut into {world.size} ranks times "
             f"{config.engine.gradient_accumulation_steps} parts; choose a multiple of {parts}."
         )
-    world.on_first_rank(lambda: _lock_run_folder(config.run, config))
+    lanes: list[int] = []
+    world.on_first_rank(lambda: lanes.append(claim(config)))
+    config = with_lanes(config, world.gathered({"lanes": lanes})[0]["lanes"][0])
     with watched(config.health.hang_seconds, config.run / STACKS.format(world.rank)):
         with phase("build of the engine"):
             trainer = _Trainer(task, config, world)
@@ -124,21 +96,6 @@ def train(task: Task[BatchType], config: RunConfig, world: World, title: str) ->
     return result
 
 
-def _lock_run_folder(folder: Path, config: RunConfig) -> None:
-    """Check that the run folder contains no other run, then write the resolved configuration to it."""
-    reserve(folder, TRAINING, _FILES, siblings=[JOBS])
-    path = folder / "config.yaml"
-    if path.exists():
-        for key, stored, new_value in differences(read_yaml(path), config.model_dump(mode="json")):
-            if not f"{key}.".startswith(_CHANGEABLE):
-                raise UserError(
-                    f"{folder}: contains a run with another '{key}' ({json.dumps(stored)[:200]}, and "
-                    f"{json.dumps(new_value)[:200]} is given); choose another run folder, or delete it."
-                )
-    publish_text(path, to_yaml(config))
-    publish_json(folder / "environment.json", {**provenance(), "modified_files": modified_files()})
-
-
 class _Trainer(Generic[BatchType]):
     """State of a run between two steps."""
 
@@ -148,7 +105,9 @@ class _Trainer(Generic[BatchType]):
         self.world = world
         self.batch = config.data.global_batch_size
         self.images = 0
-        self.health = HealthMonitor(config.health, config.run, self.batch, task.module, world)
+        self.health = HealthMonitor(
+            config.health, config.run, self.batch, config.optim.lr, task.module, world
+        )
         self.engine = Engine(task.module, config.engine, config.optim, self.batch, world, task.units)
         self.ema = EMA(config.ema, self.engine.partition)
         self.rate = LearningRate(config.optim, self.batch, config.total_images)
@@ -247,6 +206,9 @@ class _Trainer(Generic[BatchType]):
         """Run one optimizer step and return ``True`` if any rank received a stop signal."""
         parts = batch.split(self.config.engine.gradient_accumulation_steps)
         learning_rate = self.rate.at(self.images)
+        if self.health.skips(self.images):
+            self.metrics.add_step(torch.zeros(()), learning_rate)
+            return bool(self._sum_over_ranks(torch.tensor(self.stop.requested)))
         valid, loss_sum, mean_loss = torch.ones(()), 0.0, 0.0
         is_stopping = is_spike = is_applied = False
         for number, part in enumerate(parts, start=1):

@@ -111,6 +111,6 @@ class LearningRate:
         return {} if self._feedback is None else self._feedback.state()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the result of `state`."""
-        if self._feedback is not None:
+        """Restore the result of `state`; a schedule that begins to depend on the loss starts anew."""
+        if self._feedback is not None and state:
             self._feedback.load_state(state)

@@ -245,7 +245,9 @@ def test_too_many_bad_samples_stop_the_stream(tmp_path: Path, workers: int) -> N
 def test_damaged_shard_raises_user_error(tmp_path: Path, workers: int) -> None:
     folder = write_tokens(tmp_path / "set")
     shutil.copy(folder / "000000.npz", folder / "000002.npz")
-    with pytest.raises(UserError, match=r"^[^\n]*000002\.npz: not the table of this set's shard[^\n]*$"):
+    with pytest.raises(
+        UserError, match=r"^[^\n]*000002\.npz: changed or damaged since the set was made[^\n]*$"
+    ):
         first(stream(folder, num_workers=workers), 5)
 
 
@@ -261,8 +263,6 @@ def test_killed_reader_process_raises_error(tokens: Path) -> None:
 
 
 def test_invalid_use_raises_user_error(tokens: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="set it to what the run began with"):
-        stream(tokens, cursor=7)
     with pytest.raises(UserError, match="multiple of the ranks"):
         stream(tokens, ranks=5)
     with pytest.raises(UserError, match="no set of shards"):

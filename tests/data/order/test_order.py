@@ -167,6 +167,26 @@ def test_batches_do_not_depend_on_ranks_workers_or_cursor(
     assert first + remaining_rows == all_rows
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("ranks", "workers", "batch_size"), [(2, 0, 48), (4, 3, 8), (1, 0, 6), (5, 2, 20)])
+def test_another_batch_size_loses_and_repeats_no_sample(
+    folders: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    ranks: int,
+    workers: int,
+    batch_size: int,
+) -> None:
+    """Resume with another batch size and the lanes of the first: the order of the slots stays the same."""
+    monkeypatch.setattr(vqd_scale.data.loading.stream, "in_processes", in_this_process)
+    expected = [row for rows in rows_of(config_of(mode, folders), 1, 14, 0, seed=1) for row in rows]
+    resumed = {"global_batch_size": batch_size, "order_lanes": LANES}
+    config = config_of(mode, folders, workers).model_copy(update=resumed)
+    rows = [row for rows in rows_of(config, ranks, 240 // batch_size, 3, seed=1) for row in rows]
+    assert rows == expected[3 * LANES :][: len(rows)]
+    assert len(rows) == 240
+
+
 @pytest.mark.parametrize(
     ("mode", "ranks", "workers"),
     [

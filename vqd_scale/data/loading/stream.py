@@ -48,23 +48,24 @@ SLOTS_AT_ONCE = 2048
 class Stream(Generic[BatchType]):
     """Infinite stream of one rank's part of the global batches, starting at a cursor.
 
-    Global batch k contains slots ``k * lanes`` to ``(k + 1) * lanes - 1``, for any number of ranks and
-    workers: rank r reads the slots of its lanes, and the ranks' parts, concatenated in rank order,
-    are the batch. A bad sample keeps its slot with ``valid`` false and is reported to the quarantine.
+    Global batch k contains the k-th ``global_batch_size`` slots after the cursor, for any number of ranks and
+    workers: rank r reads the slots of its part, and the ranks' parts, concatenated in rank order, are the
+    batch. The sample of a slot depends on ``lanes``, which equal the batch size unless it changed during the
+    run. A bad sample keeps its slot with ``valid`` false and is reported to the quarantine.
 
     Args:
         config: Datasets and sample order.
         kind: Sample kind.
         seed: Seed of the run.
         rank: This rank.
-        ranks: Number of ranks; must divide the number of lanes.
-        cursor: Global slots already consumed; a multiple of the number of lanes.
+        ranks: Number of ranks; must divide the global batch size.
+        cursor: Global slots already consumed.
         quarantine: Path of this rank's report of bad samples.
         pinned: Return batches in pinned memory, for asynchronous copies to a GPU.
 
     Raises:
-        UserError: A dataset cannot be opened, the ranks do not divide the lanes, or the cursor was reached
-            with another number of lanes; while iterating, if too many samples are bad or a shard is damaged.
+        UserError: A dataset cannot be opened, or the ranks do not divide the global batch size; while
+            iterating, if too many samples are bad or a shard is damaged.
 
     Attributes:
         items: Total number of samples of all datasets; of captions with ``captions=each``.
@@ -82,11 +83,6 @@ class Stream(Generic[BatchType]):
         quarantine: Path,
         pinned: bool = False,
     ) -> None:
-        if cursor % config.global_batch_size:
-            raise UserError(
-                f"data.global_batch_size: a run at slot {cursor} cannot resume with "
-                f"{config.global_batch_size}, which does not divide it; set it to what the run began with."
-            )
         self._sets = tuple(ShardSet.open(source.path, look=rank == 0) for source in config.mixed)
         self._config = config
         self._kind = kind
@@ -159,7 +155,8 @@ class _PartReader:
     slots: Slots
 
     def __call__(self) -> Generator[_Part]:
-        lanes = len(self.slots)
+        regular = self.config.lanes == self.config.global_batch_size
+        lanes = len(self.slots) if regular else self.config.lanes
         window = 1 if self.config.class_balanced else self.config.shuffle_window
         reading = RangedReader.in_lanes(self.sets, lanes, window, self.config.ranged_reads)
         max_open = max(OPEN_SHARDS_BALANCED if self.config.class_balanced else OPEN_SHARDS, 2 * lanes)
@@ -175,7 +172,7 @@ class _PartReader:
 
     def _build_plan(self) -> Plan:
         config, seed = self.config, self.seed
-        mixed = shares([source.weight for source in config.mixed], config.global_batch_size)
+        mixed = shares([source.weight for source in config.mixed], config.lanes)
         orders: list[Order] = []
         for number, (shards, share) in enumerate(zip(self.sets, mixed, strict=True)):
             counts, name = _counts(config, shards), names_of(number)

@@ -1,5 +1,6 @@
 """Aggregation of metrics between two log rows; ranks are reduced only when a row is due."""
 
+import math
 import resource
 import time
 from collections import defaultdict
@@ -100,7 +101,7 @@ class MetricAggregator:
             extra_metrics: Further metrics, such as validation metrics.
 
         Returns:
-            Mean loss since the last row.
+            Mean loss since the last row; NaN without a valid sample.
         """
         names = sorted(self._sums)
         seconds = time.monotonic() - self._start
@@ -115,10 +116,11 @@ class MetricAggregator:
         totals = self.world.sum(local_sums.to(self.world.device)).cpu()
         sums, rank_values, small = totals.split([2 * len(names), rank_values.numel(), 1])
         valid = float(self._valid)
+        # Nothing has a mean if all batches were skipped, or all samples were bad.
         means = {
             name: float(total / (valid if name == "loss" else count))
             for name, (total, count) in zip(names, sums.unflatten(0, (-1, 2)), strict=True)
-            if name == "loss" or count > 0
+            if (valid if name == "loss" else count) > 0
         }
         wait_fractions, benchmark_seconds = rank_values.unflatten(0, (-1, 2)).unbind(dim=1)
         self._images_per_second = valid / seconds
@@ -141,7 +143,7 @@ class MetricAggregator:
         if self._logger is not None:
             self._logger.write(row)
         self.reset()
-        return means["loss"]
+        return means.get("loss", math.nan)
 
     def close(self) -> None:
         """Close all writers."""
