@@ -1,6 +1,9 @@
+import json
+import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,6 +156,44 @@ def test_mismatched_map_is_refused(
     with pytest.raises(UserError, match=message):
         refused(world, *arguments)
     assert not (world / "out").exists()
+
+
+@pytest.mark.parametrize("change", ["other", "tokenizer", "shape", "number"])
+def test_counts_of_another_tokenizer_are_refused(
+    world: Path, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = world / "counts.json"
+    main(["count", str(world / "tokens"), str(counts)])
+    tokenizer_at(world / "other", seed=1)
+    content = read_json(counts, "counts")
+    if change == "tokenizer":
+        del content["tokenizer"]
+    content["counts"] = {"shape": 5, "number": [10**30] * CODES}.get(change, content["counts"])
+    counts.write_text(json.dumps(content))
+    full = "other" if change == "other" else "full"
+    with pytest.raises(SystemExit) as end:
+        main(["reduce", str(world / full), str(world / "fewer"), "--counts", str(counts)])
+    assert end.value.code == 2
+    assert str(counts) in capsys.readouterr().err
+    assert not (world / "fewer").exists()
+
+
+def test_remapped_shards_of_other_tokens_are_not_reused(world: Path) -> None:
+    reduce_tokenizer(world / "full", world / "fewer", count_codes(world / "tokens"))
+    remap(world, "full", "fewer")
+    source = ShardSet.open(world / "tokens")
+    shutil.rmtree(world / "tokens")
+    recipe = ShardRecipe("000000.tar", 7, lambda: [sample(5, row) for row in range(7)])
+    write_shard_set(world / "tokens", source.meta, [recipe], "tokens")
+    with pytest.raises(UserError, match="remapped"):
+        remap(world, "full", "fewer")
+
+
+@pytest.mark.parametrize("meta", [{"grid": None}, {"codes": "9"}, {"source": []}])
+def test_tokens_described_in_another_shape_are_refused(world: Path, meta: dict[str, Any]) -> None:
+    source = ShardSet.open(world / "tokens")
+    with pytest.raises(UserError, match="description of these tokens cannot be read"):
+        TokenSetMeta.of(replace(source, meta={**source.meta, **meta}))
 
 
 def test_invalid_token_is_named(world: Path) -> None:

@@ -8,7 +8,7 @@ import typer
 
 from vqd_scale.cli.base import Tool, location_from
 from vqd_scale.cli.run import check_bundles, check_datasets
-from vqd_scale.core.atomic_io import Location, check_file, publish_json, read_json
+from vqd_scale.core.atomic_io import Location, check_file, publish_json
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.outputs import check_output
 from vqd_scale.tokenizers.config import Unused
@@ -33,12 +33,14 @@ def count(
     check_datasets(tokens)
     check_file(output)
 
+    from vqd_scale.data.shards.shard_index import ShardSet
     from vqd_scale.preparation.reduce_tokens import count_codes
+    from vqd_scale.preparation.tokenize_shards import TokenSetMeta
     from vqd_scale.tokenizers.codebook.usage import usage_of
 
-    counts = count_codes(tokens)
+    encoder, counts = TokenSetMeta.of(ShardSet.open(tokens)).tokenizer, count_codes(tokens)
     usage = usage_of(counts)
-    publish_json(output, {**asdict(usage), "counts": counts.tolist()})
+    publish_json(output, {"tokenizer": encoder, **asdict(usage), "counts": counts.tolist()})
     print(
         f"{output}: {usage.used:.1%} of {usage.codes:,} codes occur, {usage.used_often:.1%} ten times and "
         f"more; perplexity {usage.perplexity:.0f}"
@@ -56,7 +58,9 @@ def reduce(
     code_map: Annotated[
         Path | None, typer.Option("--map", help="a published map: one tensor, .safetensors or .pt")
     ] = None,
-    min_count: Annotated[int, typer.Option(help="codes that occur less often are unused")] = 1,
+    min_count: Annotated[
+        int, typer.Option(min=1, max=1 << 62, help="codes that occur less often are unused")
+    ] = 1,
     unused: Annotated[
         Unused,
         typer.Option(
@@ -72,16 +76,13 @@ def reduce(
         raise UserError("--counts and --map: give exactly one of them.")
     check_output(output, "reduce_codebook.py reduce")
 
-    import torch
-
-    from vqd_scale.preparation.reduce_tokens import reduce_by_map, reduce_tokenizer
+    from vqd_scale.preparation.reduce_tokens import read_counts, reduce_by_map, reduce_tokenizer
     from vqd_scale.tokenizers.codebook.reduction import read_map
 
     if counts is None:
         reduced = reduce_by_map(tokenizer, output, read_map(source))
     else:
-        occurrences = torch.tensor(read_json(counts, "file of counts")["counts"])
-        reduced = reduce_tokenizer(tokenizer, output, occurrences, min_count, unused)
+        reduced = reduce_tokenizer(tokenizer, output, read_counts(counts, tokenizer), min_count, unused)
     print(f"{output}: {reduced.codes:,} of {reduced.full.codes:,} codes")
 
 

@@ -8,22 +8,24 @@ both bundles tie a map to its tokenizer; the map of another tokenizer is rejecte
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Int
+from pydantic import Field, TypeAdapter
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from vqd_scale.core.arrays import NDArray
-from vqd_scale.core.atomic_io import Location
+from vqd_scale.core.atomic_io import Location, read_json
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress_bar
 from vqd_scale.data.shards.decode import BadSample, decode_array
 from vqd_scale.data.shards.shard_index import Shard, ShardSet
 from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, read_shard, write_shard_set
 from vqd_scale.models.bundle import load_tokenizer, save_tokenizer, tokenizer_fingerprint
-from vqd_scale.preparation.tokenize_shards import TokenSetMeta, code_counts
+from vqd_scale.preparation.tokenize_shards import TokenSetMeta, code_counts, tokenizer_config_digest
 from vqd_scale.tokenizers.autoencoder import Autoencoder
 from vqd_scale.tokenizers.codebook.reduction import (
     Reduced,
@@ -53,6 +55,27 @@ def count_codes(tokens: Location) -> Int[Tensor, " codes"]:
             counts += code_counts(shard, codes)
             bar.update(shard.count)
     return torch.from_numpy(counts)
+
+
+class _Counts(TypedDict):
+    """File of counts, as far as it is read back."""
+
+    tokenizer: str
+    counts: list[Annotated[int, Field(ge=0, lt=1 << 63)]]
+
+
+def read_counts(path: Path, tokenizer: Path) -> Int[Tensor, " codes"]:
+    """Read the file of counts that ``reduce_codebook.py count`` writes.
+
+    Raises:
+        UserError: The file cannot be read, or counts the codes of another tokenizer.
+    """
+    content = read_json(path, "file of counts (reduce_codebook.py count writes it)", TypeAdapter(_Counts))
+    if content["tokenizer"] != tokenizer_fingerprint(tokenizer):
+        raise UserError(
+            f"{path}: these are counts of another tokenizer's codes; count on shards of {tokenizer}."
+        )
+    return torch.tensor(content["counts"])
 
 
 def reduce_tokenizer(
@@ -121,8 +144,14 @@ def remap_shards(tokens: Location, out: Location, full: Path, reduced: Path) -> 
         ShardRecipe(shard.path.name, shard.count, lambda shard=shard: _remapped_samples(shard, map))
         for shard in source.shards
     ]
-    described = replace(meta, codes=target.codes, tokenizer=tokenizer_fingerprint(reduced))
-    return write_shard_set(out, {**source.meta, **asdict(described)}, recipes, "remap")
+    described = replace(
+        meta,
+        codes=target.codes,
+        tokenizer=tokenizer_fingerprint(reduced),
+        tokenizer_config=tokenizer_config_digest(reduced),
+    )
+    remapped = {shard.path.name: shard.sha256 for shard in source.shards}
+    return write_shard_set(out, {**source.meta, **asdict(described), "remapped": remapped}, recipes, "remap")
 
 
 def _remapped_samples(shard: Shard, map: NDArray[np.unsignedinteger[Any]]) -> Iterator[Sample]:

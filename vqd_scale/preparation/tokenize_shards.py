@@ -1,5 +1,6 @@
 """Tokenization of image shards to token shards, the denoiser's training data."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -11,11 +12,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 from jaxtyping import Int64
+from pydantic import TypeAdapter
 
 from vqd_scale.core.arrays import NDArray
-from vqd_scale.core.atomic_io import Location, publish_json
+from vqd_scale.core.atomic_io import Location, publish_json, read_json
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.fingerprint import json_digest
 from vqd_scale.core.rng import Purpose, uniforms
+from vqd_scale.core.safe_json import parse_json
 from vqd_scale.data.shards.decode import (
     BadSample,
     Pixels,
@@ -64,6 +68,7 @@ class TokenSetMeta:
         encoding: Encoding options of the tokenizer.
         device: Device type of the encoding; another type rounds differently and changes a few codes.
         views: Crops of the images that were encoded.
+        tokenizer_config: Digest of the tokenizer's configuration; empty in datasets of earlier versions.
     """
 
     codes: int
@@ -74,6 +79,7 @@ class TokenSetMeta:
     encoding: str = str(EncodingConfig())
     device: str = "cpu"
     views: str = CENTER
+    tokenizer_config: str = ""
 
     @classmethod
     def of(cls, shards: ShardSet) -> "TokenSetMeta":
@@ -87,9 +93,13 @@ class TokenSetMeta:
             raise UserError(
                 f"{shards.folder}: these shards contain no tokens; tokenize_shards.py writes them."
             )
-        values: dict[str, Any] = {name: meta[name] for name in cls.__dataclass_fields__ if name in meta}
-        values["grid"] = tuple(meta["grid"])
-        return cls(**values)
+        known = {name: meta[name] for name in cls.__dataclass_fields__ if name in meta}
+        try:
+            return parse_json(json.dumps(known), TypeAdapter(cls))
+        except ValueError as error:
+            raise UserError(
+                f"{shards.folder}: the description of these tokens cannot be read ({error}); make them again."
+            ) from None
 
     def check(self, tokenizer: Path, captions: CaptionTokenizer | None, folder: Location) -> None:
         """Check that tokens match a tokenizer and, if captions are used, caption ids a vocabulary.
@@ -97,7 +107,8 @@ class TokenSetMeta:
         Raises:
             UserError: The tokens or the caption ids do not match.
         """
-        if tokenizer_fingerprint(tokenizer) != self.tokenizer:
+        is_same = tokenizer_fingerprint(tokenizer) == self.tokenizer
+        if not is_same or self.tokenizer_config not in ("", tokenizer_config_digest(tokenizer)):
             raise UserError(
                 f"{folder}: these tokens are from another tokenizer than {tokenizer}; tokenize the "
                 f"images again, or name the tokenizer they are from."
@@ -112,6 +123,11 @@ class TokenSetMeta:
                 f"{folder}: the captions were not tokenized with text.context_length="
                 f"{captions.context_length} and text.bpe_merges={captions.merges}; use the same values."
             )
+
+
+def tokenizer_config_digest(folder: Path) -> str:
+    """Return the hex SHA-256 of the configuration in a tokenizer bundle; errors as for `read_json`."""
+    return json_digest(read_json(folder / "config.json", "tokenizer bundle"))
 
 
 def tokenize_shards(
@@ -155,6 +171,7 @@ def tokenize_shards(
         encoding=str(config.encoding),
         device=device.type,
         views=CENTER if config.augmented_views is None else str(config.augmented_views),
+        tokenizer_config=tokenizer_config_digest(config.tokenizer),
     )
     meta = {"kind": "tokens", **asdict(described)}
     encode = _ShardEncoder(config, tokenizer, captions, device)
