@@ -53,6 +53,35 @@ def test_restarts_are_counted_and_limited(submit: Submit) -> None:
 
 
 @pytest.mark.slurm
+def test_start_that_fails_twice_without_progress_is_not_repeated(submit: Submit) -> None:
+    body = '[ "${SLURM_RESTART_COUNT:-0}" != 1 ] || touch "$VQD_PROGRESS_FILE"; exit 127'
+    submitted = submit("train_b.sh", PYTHON=stub_ranks(submit.folder, body))
+    job = submitted.cluster.finished(submitted.number)
+    # Start 2 made progress, so that only starts 3 and 4 are alike.
+    assert (job.state, job.exit_code, job.restarts) == ("FAILED", 127, 3), submitted.log
+    assert "train: ended twice with exit code 127 before any progress" in submitted.log.splitlines()[-1]
+
+
+@pytest.mark.slurm
+def test_only_the_failed_task_of_an_array_is_requeued(submit: Submit) -> None:
+    """The failing task is the one whose number is the array's own."""
+    body = f"""
+task=$SLURM_ARRAY_TASK_ID
+echo "$MASTER_PORT" >> {submit.folder}/starts-$task
+[ "$SLURM_JOB_ID" != "$SLURM_ARRAY_JOB_ID" ] || [ "$(wc -l < {submit.folder}/starts-$task)" -gt 1 ] || exit 75
+"""
+    # Of the environment only this: the ranks get PATH from the script.
+    listed = f"--export=LOGS={submit.folder / 'logs'},PYTHON={stub_ranks(submit.folder, body)}"
+    submitted = submit("tokenize_laion.sh", options=("--nodes=1", "--array=0-2", listed))
+    jobs = [submitted.cluster.finished(f"{submitted.number}_{task}") for task in range(3)]
+    assert [job.state for job in jobs] == ["COMPLETED"] * 3, submitted.log
+    starts = [(submit.folder / f"starts-{task}").read_text().split() for task in range(3)]
+    assert sorted(map(len, starts)) == [1, 1, 2]
+    (ports,) = (ports for ports in starts if len(ports) == 2)
+    assert len(set(ports)) == 2
+
+
+@pytest.mark.slurm
 def test_finished_stage_is_not_restarted(submit: Submit) -> None:
     fails_once = 'case "$2" in *finetune*) [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || exit 76 ;; esac'
     submitted = submit("train_f.sh", PYTHON=stub_ranks(submit.folder, fails_once))
