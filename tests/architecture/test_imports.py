@@ -30,7 +30,7 @@ OWNERS = {
     "submitit": ("launchers.slurm",),
     "triton": ("diffusion.kernels",),
     "webdataset": ("data",),
-    "yaml": ("core.config",),
+    "yaml": ("core.safe_yaml",),
     "matplotlib": ("reports.plots",),
     "jinja2": ("reports.html",),
     "s3fs": ("core.s3_client",),
@@ -211,7 +211,7 @@ BROKEN = [
 SOUND = {
     "vqd_scale": "",
     "vqd_scale.core.a": "import torch",
-    "vqd_scale.core.config": "import yaml",
+    "vqd_scale.core.safe_yaml": "import yaml",
     "vqd_scale.nn.config": "def build():\n    import vqd_scale.nn.network",
     "vqd_scale.nn.network": "import torch\nimport vqd_scale.nn.config",
     "vqd_scale.cli.train": "import vqd_scale.nn.config\ndef run():\n    import vqd_scale.nn.network",

@@ -1,12 +1,13 @@
 import importlib
 import pkgutil
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic.fields import FieldInfo
 
 import vqd_scale
 from vqd_scale.core.config import Config, kind_or, load_config, to_yaml, validated
@@ -102,7 +103,7 @@ def test_union_suggestions_come_from_chosen_kind() -> None:
     ("override", "message"),
     [
         ("optim.lr=fast", "optim.lr: given 'fast', allowed: a valid number"),
-        ("optim.lr=.inf", "optim.lr: given inf, allowed: a finite number"),
+        ("optim.lr=.inf", "'.inf' is no plain decimal number"),
         ("optim.betas=[0.9]", "optim.betas.1: required, but not given"),
         ("optim.betas=[0.9, x]", "optim.betas.1: given 'x', allowed: a valid number"),
         ("optim.warmup=never", "optim.warmup: given 'never', allowed: a valid integer"),
@@ -132,7 +133,7 @@ def test_config_is_immutable() -> None:
 
 @pytest.mark.parametrize("text", ["name: a\nname: b\n", "optim:\n  lr: 1\n  warmup: 2\n  lr: 3\n"])
 def test_duplicate_key_is_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(UserError, match=r"run\.yaml: not valid YAML: the key '(name|lr)' is given twice"):
+    with pytest.raises(UserError, match=r"run\.yaml: .* line \d, column \d: the key '(name|lr)' is given"):
         load(tmp_path, text)
 
 
@@ -160,11 +161,11 @@ def test_unreadable_configuration_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("override", ["name", "=3", "optim.=3", ".lr=3", "optim..lr=3", "--lr"])
 def test_invalid_overrides(override: str) -> None:
-    assert error_message(override) == f"override '{override}': expected key.subkey=value."
+    assert f"override '{override}': expected key.subkey=value" in error_message(override)
 
 
 def test_inapplicable_overrides() -> None:
-    assert "is not a YAML value; quote it" in error_message("name=[")
+    assert "'name=[': not a YAML value: line 1, column 2: expected" in error_message("name=[")
     assert "name holds the value 'a', not further keys" in error_message("name=a", "name.b=c")
 
 
@@ -173,10 +174,10 @@ def test_override_value_may_contain_equals_sign() -> None:
 
 
 schedules = st.one_of(
-    st.builds(Linear, steps=st.integers()),
+    st.builds(Linear, steps=st.integers(-(2**63) + 1, 2**63 - 1)),
     st.builds(Cosine, offset=st.floats(allow_nan=False, allow_infinity=False)),
 )
-names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1)
+names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)
 runs = st.builds(
     Run,
     name=names,
@@ -184,7 +185,7 @@ runs = st.builds(
     optim=st.builds(
         Optimizer,
         lr=st.floats(allow_nan=False, allow_infinity=False),
-        warmup=st.one_of(st.just("auto"), st.integers(min_value=1)),
+        warmup=st.one_of(st.just("auto"), st.integers(1, 2**63 - 1)),
     ),
     schedule=schedules,
     stages=st.lists(schedules, max_size=3).map(tuple),
@@ -367,14 +368,26 @@ def configs_of(config: type[Config]) -> list[type[Config]]:
     return [each for subclass in config.__subclasses__() for each in (subclass, *configs_of(subclass))]
 
 
-def test_every_successor_key_exists() -> None:
+@pytest.fixture(scope="module")
+def package_fields() -> list[tuple[str, FieldInfo]]:
+    """Names and annotations of all configuration keys of the package."""
     for module in pkgutil.walk_packages(vqd_scale.__path__, "vqd_scale."):
         importlib.import_module(module.name)
-    keys = {
-        name
-        for config in configs_of(Config)
-        if config.__module__.startswith("vqd_scale.")
-        for name in config.model_fields
+    configs = [config for config in configs_of(Config) if config.__module__.startswith("vqd_scale.")]
+    return [item for config in configs for item in config.model_fields.items()]
+
+
+def test_no_boolean_equals_one_of_several_numbers(package_fields: list[tuple[str, FieldInfo]]) -> None:
+    # pydantic accepts `true` for `Literal[1]`.
+    literals = {
+        name: field.annotation for name, field in package_fields if get_origin(field.annotation) is Literal
     }
+    assert len(literals) > 20
+    choices = [(name, choice) for name, literal in literals.items() for choice in get_args(literal)]
+    assert [name for name, choice in choices if type(choice) is int and choice in (0, 1)] == []
+
+
+def test_every_successor_key_exists(package_fields: list[tuple[str, FieldInfo]]) -> None:
+    keys = {name for name, _ in package_fields}
     assert len(keys) > 100
     assert [name for names in RENAMED.values() for name in names if name not in keys] == []

@@ -1,22 +1,25 @@
 """Strict, typed configuration: defaults < YAML file < ``a.b=value`` overrides.
 
 A configuration is a tree of frozen pydantic models, each declared beside the component that it configures. A
-choice between components is a tagged union with the tag ``kind``. No other module of the package reads YAML.
+choice between components is a tagged union with the tag ``kind``. Validation is strict: ``true`` is no
+integer, and ``"5"`` no number.
 """
 
 import difflib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.nested import set_at
 from vqd_scale.core.renamed_keys import RENAMED
+from vqd_scale.core.safe_json import read_bounded
+from vqd_scale.core.safe_yaml import MAX_BYTES, format_yaml, parse_yaml
 
 ConfigType = TypeVar("ConfigType", bound="Config")
 
@@ -24,19 +27,7 @@ ConfigType = TypeVar("ConfigType", bound="Config")
 class Config(BaseModel):
     """Base class of all configurations: immutable; unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML loader that rejects duplicate keys instead of keeping the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [cast(str, self.construct_object(key, deep=True)) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                problem = f"the key '{key}' is given twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-        return super().construct_mapping(node, deep)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def kind_or(default: str) -> Callable[[Any], Any]:
@@ -96,11 +87,11 @@ def validated(
     if isinstance(kind, tuple):
         by_tag = {str(each.model_fields["kind"].default): each for each in kind}
         tag = values.get("kind", next(iter(by_tag)))
-        if tag not in by_tag:
-            raise UserError(f"{source}: kind: given {tag!r}, allowed: {', '.join(map(repr, by_tag))}.")
+        if not isinstance(tag, str) or tag not in by_tag:
+            raise UserError(f"{source}: kind: given {tag!r:.200}, allowed: {', '.join(map(repr, by_tag))}.")
         kind = by_tag[tag]
     try:
-        return kind.model_validate(values)
+        return kind.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         # A misspelled required key is an unknown key and a missing one; the sentence is about the former.
         first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
@@ -110,24 +101,23 @@ def validated(
 
 def to_yaml(config: Config) -> str:
     """Return the resolved configuration as YAML, with defaults; `load_config` reads back an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+    return format_yaml(config.model_dump(mode="json"))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Load the plain values of a YAML file.
 
     Raises:
-        UserError: The file is missing or invalid YAML, is not a mapping, or has a duplicate key.
+        UserError: The file is missing, unreadable, no regular file, too large, invalid YAML, or no mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bounded(path, MAX_BYTES).decode()
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: the configuration file cannot be read ({error}).") from None
     try:
-        # _UniqueKeyLoader is a SafeLoader: tags in the file construct only plain values.
-        values = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from None
+        values = parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML: {error}.") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -137,16 +127,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
-    if not equals or not all(path.split(".")):
-        raise UserError(f"override '{override}': expected key.subkey=value.")
+    if not equals:
+        raise UserError(f"override {override!r:.200}: expected key.subkey=value.")
     try:
-        value: Any = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override '{override}': '{text}' is not a YAML value; quote it.") from None
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"override {override!r:.200}: not a YAML value: {error}.") from None
     try:
         set_at(values, path, value)
     except ValueError as error:
-        raise UserError(f"override '{override}': {error}.") from None
+        raise UserError(f"override {override!r:.200}: {error}.") from None
 
 
 def _describe(kind: type[Config], error: ErrorDetails) -> str:
@@ -168,15 +158,16 @@ def _describe(kind: type[Config], error: ErrorDetails) -> str:
     if error["type"] in ("union_tag_not_found", "union_tag_invalid"):
         tags = ", ".join(repr(model.model_fields["kind"].default) for model in models)
         tag = error["input"].get("kind")
-        problem = "required, but not given;" if error["type"] == "union_tag_not_found" else f"given {tag!r},"
+        invalid = error["type"] == "union_tag_invalid"
+        problem = f"given {tag!r:.200}," if invalid else "required, but not given;"
         return f"{path}.kind: {problem} allowed: {tags}."
-    if error["type"] in ("model_type", "model_attributes_type"):
+    if models and error["type"] in ("model_type", "dict_type"):
         keys = ", ".join(dict.fromkeys(name for model in models for name in model.model_fields))
-        return f"{path}: given {error['input']!r}, allowed: a mapping with keys among {keys}."
+        return f"{path}: given {error['input']!r:.200}, allowed: a mapping with keys among {keys}."
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ").rstrip(".")
     if error["type"] in ("value_error", "assertion_error"):
         return f"{path}: {message}." if path else f"{message}."
-    return f"{path}: given {error['input']!r}, allowed: {message}."
+    return f"{path}: given {error['input']!r:.200}, allowed: {message}."
 
 
 def _trace(kind: type[Config], location: tuple[int | str, ...]) -> tuple[str, list[type[BaseModel]]]:

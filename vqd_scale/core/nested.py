@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+from vqd_scale.core.safe_yaml import MAX_DEPTH
+
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the values that are not mappings with their dotted paths, in order."""
@@ -27,12 +29,14 @@ def set_at(values: dict[str, Any], path: str, value: Any) -> None:  # noqa: ANN4
     """Set the value at a dotted path; missing mappings are created.
 
     Raises:
-        ValueError: A part of the path holds a value that is not a mapping.
+        ValueError: The path is empty, too deep or unprintable, or a part of it is not a mapping.
     """
-    *parents, last = path.split(".")
+    *parents, last = keys = path.split(".")
+    if not all(keys) or not path.isprintable() or len(keys) > MAX_DEPTH:
+        raise ValueError(f"expected key.subkey=value, with at most {MAX_DEPTH} keys")
     for key in parents:
         child = values.setdefault(key, {})
         if not isinstance(child, dict):
-            raise ValueError(f"{key} holds the value {child!r}, not further keys")
+            raise ValueError(f"{key} holds the value {child!r:.200}, not further keys")
         values = cast(dict[str, Any], child)
     values[last] = value

@@ -114,6 +114,9 @@ class DenoiserConfig(Config):
         if not isinstance(values, Mapping):
             return values
         keys = dict(cast(Mapping[str, Any], values))
+        # In strict validation a JSON array is a tuple, but no Python list is.
+        if isinstance(grid := keys.get("position_grid"), list):
+            keys["position_grid"] = tuple(cast(list[Any], grid))
         for name, size in SIZES.items():
             if keys.get("size") == name:
                 return {**size.shape, **keys, "size": None}

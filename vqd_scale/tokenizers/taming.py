@@ -7,14 +7,15 @@ module reads no files; `taming_config` converts the content of a published YAML 
 
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vqd_scale.core.config import validated
+from vqd_scale.core.config import Config, validated
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, sample_codes, uniforms
 from vqd_scale.tokenizers.autoencoder import Autoencoder, Pointwise, Reconstruction, StraightThrough
@@ -168,6 +169,41 @@ class TamingGumbel(Autoencoder[GumbelCodebook]):
         return self.quantize.sample(vectors, numbers.flatten())
 
 
+class _Published(Config):
+    """Part of a published YAML file; keys without influence on the weights are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class _Convolutions(_Published):
+    double_z: Literal[False] = False
+    in_channels: Literal[3] = 3
+    out_ch: Literal[3] = 3
+    resamp_with_conv: Literal[True] = True
+    attn_type: Literal["vanilla"] = "vanilla"
+    ch: int
+    ch_mult: tuple[int, ...] = Field(min_length=1, max_length=16)
+    num_res_blocks: int
+    attn_resolutions: tuple[int, ...]
+    resolution: PositiveInt
+    z_channels: int
+
+
+class _Params(_Published):
+    embed_dim: int
+    n_embed: int
+    ddconfig: _Convolutions
+
+
+class _Model(_Published):
+    target: str
+    params: dict[str, Any]
+
+
+class _File(_Published):
+    model: _Model
+
+
 def taming_config(values: Mapping[str, Any], source: str) -> TamingVQConfig | TamingGumbelConfig:
     """Convert a published YAML file's content to a configuration.
 
@@ -178,48 +214,25 @@ def taming_config(values: Mapping[str, Any], source: str) -> TamingVQConfig | Ta
     Raises:
         UserError: The content does not describe a supported VQ-GAN.
     """
-    model = _mapping(values, "model", source)
-    params = _mapping(model, "params", source)
-    if "first_stage_config" in params:
-        model = _mapping(params, "first_stage_config", source)
-        params = _mapping(model, "params", source)
-    name = str(model.get("target")).rpartition(".")[2]
+    model = validated(_File, values, source).model
+    if "first_stage_config" in model.params:
+        model = validated(_Model, model.params["first_stage_config"], f"{source}: first_stage_config")
+    name = model.target.rpartition(".")[2]
     kinds = {"VQModel": TamingVQConfig, "VQModelInterface": TamingVQConfig, "GumbelVQ": TamingGumbelConfig}
     if name not in kinds:
-        raise UserError(f"{source}: model.target must be one of {', '.join(kinds)}, not '{name}'.")
-    shape = _mapping(params, "ddconfig", source)
-    required = {"ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resolution", "z_channels"}
-    missing = sorted((required - shape.keys()) | ({"embed_dim", "n_embed"} - params.keys()))
-    if missing:
-        raise UserError(f"{source}: the model's params lack {', '.join(missing)}.")
-    required_values = {
-        "double_z": False,
-        "in_channels": 3,
-        "out_ch": 3,
-        "resamp_with_conv": True,
-        "attn_type": "vanilla",
-    }
-    for key, value in required_values.items():
-        if shape.get(key, value) != value:
-            raise UserError(f"{source}: ddconfig.{key} must be {value!r} here, not {shape[key]!r}.")
-    if shape["ch_mult"][0] != 1:
-        raise UserError(f"{source}: ddconfig.ch_mult must start with 1, not with {shape['ch_mult'][0]!r}.")
-    sides = [shape["resolution"] // 2**level for level in range(len(shape["ch_mult"]))]
-    attends = [level for level, side in enumerate(sides) if side in shape["attn_resolutions"]]
+        raise UserError(f"{source}: model.target must be one of {', '.join(kinds)}, not {name!r:.200}.")
+    params = validated(_Params, model.params, f"{source}: {name}'s params")
+    shape = params.ddconfig
+    if shape.ch_mult[0] != 1:
+        raise UserError(f"{source}: ddconfig.ch_mult must start with 1, not with {shape.ch_mult[0]}.")
+    sides = [shape.resolution // 2**level for level in range(len(shape.ch_mult))]
     fields = {
-        "codebook_size": params["n_embed"],
-        "code_dim": params["embed_dim"],
-        "channels": shape["ch"],
-        "channel_multipliers": list(shape["ch_mult"]),
-        "num_res_blocks": shape["num_res_blocks"],
-        "attention": attends,
-        "latent_channels": shape["z_channels"],
+        "codebook_size": params.n_embed,
+        "code_dim": params.embed_dim,
+        "channels": shape.ch,
+        "channel_multipliers": shape.ch_mult,
+        "num_res_blocks": shape.num_res_blocks,
+        "attention": [level for level, side in enumerate(sides) if side in shape.attn_resolutions],
+        "latent_channels": shape.z_channels,
     }
     return validated(kinds[name], fields, source)
-
-
-def _mapping(values: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:
-    section = values.get(key)
-    if not isinstance(section, Mapping):
-        raise UserError(f"{source}: holds no mapping '{key}' as a VQ-GAN's YAML file does.")
-    return cast(Mapping[str, Any], section)

@@ -115,7 +115,7 @@ class ShapesConfig(Config):
 
     image_size: int = Field(default=64, ge=16, le=512)
     """Height and width of the images in pixels."""
-    objects: Literal[1, 2] = 1
+    objects: int = Field(default=1, ge=1, le=2)
     """Figures per scene; 2 gives captions with a spatial relation."""
     train_samples: int = Field(default=16_384, ge=1)
     """Number of training samples; scenes occur equally often, each time with a new caption. Lower it for a
