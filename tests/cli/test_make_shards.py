@@ -14,7 +14,8 @@ from PIL import Image
 from webdataset.writer import TarWriter
 
 from vqd_scale.cli.make_shards import main
-from vqd_scale.data.shards.shard_index import INDEX, ShardSet
+from vqd_scale.data.shards.manifest import INDEX
+from vqd_scale.data.shards.shard_index import ShardSet
 
 ROOT = Path(__file__).parents[2]
 SMALL_DATASET = ["train_samples=20", "held_out_samples=5", "samples_per_shard=8"]

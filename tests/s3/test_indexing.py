@@ -15,8 +15,9 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.s3 import S3Path, object_sizes, write_object
 from vqd_scale.data.shards.filters import Bounds, Filters
 from vqd_scale.data.shards.index_builder import SampleFilter, build_index
+from vqd_scale.data.shards.manifest import INDEX
 from vqd_scale.data.shards.quarantine import QUARANTINE
-from vqd_scale.data.shards.shard_index import INDEX, ShardSet
+from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.shards.shard_io import KEY, read_shard
 from vqd_scale.data.shards.tar_scanner import LARGE_MEMBER, PROBED, TarScan
 

@@ -16,15 +16,10 @@ from benchmarks.measuring import extra_peak, in_fresh_process
 from vqd_scale.core.progress import progress
 from vqd_scale.data.order.mixture import shares
 from vqd_scale.data.order.plan import LaneOrder, Slots, owned_lanes
-from vqd_scale.data.shards.shard_index import (
-    IndexedShard,
-    ShardSet,
-    begin_set,
-    finish_set,
-    publish_table,
-    table_of,
-)
+from vqd_scale.data.shards.shard_index import IndexedShard, ShardSet, begin_set, finish_set
 from vqd_scale.data.shards.shard_io import ShardReader, shard_name
+from vqd_scale.data.shards.shard_table import publish_table, table_of
+from vqd_scale.data.shards.tar_scanner import Position
 
 _LANES_WALKED = 64
 """Number of lanes that the check for completeness reads to their ends."""
@@ -87,12 +82,12 @@ class PlanProblem:
         extensions = ("jpg", "json", "txt")
         table = table_of(
             [
-                (f"{number:09d}", dict.fromkeys(extensions, (512, 1024)), {"captions": 1.0})
+                (f"{number:09d}", dict.fromkeys(extensions, Position(512, 1024, 0)), {"captions": 1.0})
                 for number in range(self.samples)
             ]
         )
         for number in tables:
-            publish_table(folder / f"{number:06d}.npz", table, shards[number])
+            shards[number] = publish_table(folder / f"{number:06d}.npz", table, shards[number])
         finish_set(folder, {"content": "images"}, shards)
 
 

@@ -25,7 +25,12 @@ Output = Annotated[
 ]
 Splits = Annotated[Path, typer.Argument(metavar="OUTPUT", help="output folder of both datasets")]
 Tars = Annotated[
-    Location, typer.Argument(parser=location_from, metavar="TARS", help="folder of tars, or s3://bucket/key")
+    Location,
+    typer.Argument(
+        parser=location_from,
+        metavar="TARS",
+        help="folder of tars, local or s3://bucket/key; or DIR/*.tar, DIR/{000..012}.tar, a.tar::b.tar",
+    ),
 ]
 IndexFolder = Annotated[
     Location | None,
@@ -73,27 +78,31 @@ def img2dataset(tars: Tars, options: ConfigOptions, output: IndexFolder = None) 
     """Index the tars of img2dataset, or the samples of them that pass filters."""
     from vqd_scale.data.sources.img2dataset import Img2datasetConfig, index_img2dataset
 
-    _report(index_img2dataset(options.load(Img2datasetConfig), tars, output or tars))
+    _report(index_img2dataset(options.load(Img2datasetConfig), tars, output))
 
 
-@main.command("python tools/make_shards.py index /data/cc12m")
-def index(tars: Tars, output: IndexFolder = None) -> None:
-    """Index a folder of existing WebDataset tars."""
+@main.command("python tools/make_shards.py index /data/cc12m num_workers=8")
+def index(tars: Tars, options: ConfigOptions, output: IndexFolder = None) -> None:
+    """Index existing WebDataset tars."""
     from vqd_scale.data.shards.index_builder import build_index
+    from vqd_scale.data.sources.img2dataset import IndexConfig
 
-    _report(build_index(tars, output))
+    config = options.load(IndexConfig)
+    _report(
+        build_index(tars, output, max_bad_fraction=config.max_bad_fraction, workers=config.num_workers)
+    )
 
 
 def _report(*datasets: "ShardSet") -> None:
     """Print the size of each dataset, and the number of skipped samples by reason."""
+    from vqd_scale.data.shards.manifest import read_index
     from vqd_scale.data.shards.quarantine import DUPLICATES, QUARANTINE
-    from vqd_scale.data.shards.shard_index import read_index
 
     lists = {"bad": QUARANTINE, "near_duplicates": DUPLICATES, "filtered": None}
     for shards in datasets:
         print(f"{shards.folder}: {shards.count:,} samples in {len(shards.shards):,} shards")
         manifest: Any = read_index(shards.folder)
         for reason, name in lists.items():
-            if count := manifest["left_out"][reason]:
+            if count := manifest.left_out[reason]:
                 listing = "" if name is None else f", listed in {shards.folder / name}"
                 print(f"  left out: {count:,} {reason.replace('_', ' ')}{listing}")

@@ -12,7 +12,8 @@ from vqd_scale.core.outputs import JOBS, TRAINING, check_output
 from vqd_scale.core.s3 import SCHEME
 from vqd_scale.core.signals import REQUEUE_EXIT_CODE, StopFlag
 from vqd_scale.core.watchdog import phase, watched
-from vqd_scale.data.shards.shard_index import INDEX, ShardSet
+from vqd_scale.data.shards.manifest import INDEX
+from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.training.config import STACKS
 from vqd_scale.training.tasks.config import TokenizerRun, TokenRun
 

@@ -143,6 +143,22 @@ def writing(path: Path) -> Generator[None]:
         raise UserError(f"{path}: cannot be written: {reasons[error.errno]}.") from None
 
 
+@contextmanager
+def reading(path: Location) -> Generator[None]:
+    """Convert OS errors other than a missing file to a `UserError` naming ``path``.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        UserError: The operating system refused to read it, for example because permission is denied.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from None
+
+
 def set_aside(path: Path) -> Path:
     """Rename a damaged file or folder to ``NAME.damaged``, or ``NAME.damaged-2`` and so on; return the path.
 
@@ -190,19 +206,20 @@ def file_sizes(folder: Location) -> dict[str, int]:
     """Return the size in bytes of each file directly in a folder, by name; empty if the folder is missing.
 
     Raises:
-        UserError: The store cannot be reached or refuses.
+        UserError: The folder may not be read; the store cannot be reached or refuses.
     """
     if isinstance(folder, S3Path):
         return object_sizes(folder)
-    if not folder.is_dir():
-        return {}
     sizes: dict[str, int] = {}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            # Other processes may rename or delete files during the scan.
-            with suppress(FileNotFoundError):
-                if entry.is_file():
-                    sizes[entry.name] = entry.stat().st_size
+    with reading(folder):
+        if not folder.is_dir():
+            return {}
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                # Other processes may rename or delete files during the scan.
+                with suppress(FileNotFoundError):
+                    if entry.is_file():
+                        sizes[entry.name] = entry.stat().st_size
     return sizes
 
 
@@ -211,12 +228,12 @@ def read_in_order(path: Location) -> Iterator[bytes]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        UserError: The store cannot be reached or refuses.
+        UserError: The file may not be read; the store cannot be reached or refuses.
     """
     if isinstance(path, S3Path):
         yield from S3Object(path).blocks()
         return
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             yield block
 

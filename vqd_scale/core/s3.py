@@ -89,7 +89,7 @@ class S3Path:
         Raises:
             UserError: The store cannot be reached or refuses.
         """
-        return _size(self) is not None
+        return _head(self) is not None
 
     is_file = exists
     """Return whether the object exists; every object is a file."""
@@ -128,19 +128,25 @@ class S3Object:
     Args:
         path: Path of the object.
         size: Expected size in bytes; requested from the store if not given.
+        etag: ETag of the expected version; any if not given.
 
     Raises:
         FileNotFoundError: The object does not exist.
         UserError: The store cannot be reached or refuses.
+
+    Attributes:
+        etag: ETag of the version that is read, as soon as it is known.
     """
 
-    def __init__(self, path: S3Path, size: int | None = None) -> None:
-        size = _size(path) if size is None else size
+    def __init__(self, path: S3Path, size: int | None = None, etag: str | None = None) -> None:
         if size is None:
-            raise FileNotFoundError(f"{path}: there is no such object")
+            head = _head(path)
+            if head is None:
+                raise FileNotFoundError(f"{path}: there is no such object")
+            size, etag = int(head["ContentLength"]), str(head["ETag"])
         self.path = path
         self.size = size
-        self._etag: str | None = None
+        self.etag = etag
 
     def read(self, begin: int, end: int) -> bytes:
         """Read bytes ``begin`` to ``end - 1``; never a short read.
@@ -173,7 +179,7 @@ class S3Object:
 
         async def attempt() -> None:
             offset = begin + len(download)
-            condition = {} if self._etag is None else {"IfMatch": self._etag}
+            condition = {} if self.etag is None else {"IfMatch": self.etag}
             response = await client.request(
                 "get_object", **_arguments(self.path), Range=f"bytes={offset}-{end - 1}", **condition
             )
@@ -194,10 +200,10 @@ class S3Object:
                 f"{self.path}: not as large as expected, or its store does not answer ranged reads: asked "
                 f"for '{expected_range}', given '{content_range}'."
             )
-        if self._etag is None:
-            self._etag = etag
+        if self.etag is None:
+            self.etag = etag
         # Two concurrent first requests are sent without `If-Match`.
-        if self._etag != etag:
+        if self.etag != etag:
             raise UserError(f"{self.path}: was replaced while it was read; start again.")
 
 
@@ -290,7 +296,8 @@ def write_object(path: S3Path, file: Path) -> None:
         _client(path).put_file(str(file), f"{path.bucket}/{path.key}", max_concurrency=1)
     except FileNotFoundError:
         # The upload is missing if an earlier attempt completed it and the response was lost.
-        if _size(path) != file.stat().st_size:
+        head = _head(path)
+        if head is None or int(head["ContentLength"]) != file.stat().st_size:
             raise UserError(f"{path}: another client ended its upload; write it again.") from None
 
 
@@ -310,9 +317,9 @@ def _client(path: S3Path) -> "S3Client":
     return client_of(path.endpoint)
 
 
-def _size(path: S3Path) -> int | None:
+def _head(path: S3Path) -> dict[str, Any] | None:
     try:
-        return int(_client(path).call_s3("head_object", **_arguments(path))["ContentLength"])
+        return _client(path).call_s3("head_object", **_arguments(path))
     except FileNotFoundError:
         return None
 

@@ -212,7 +212,10 @@ def _permanent_error(location: object, participle: str, error: Exception) -> Exc
     if status == 404:
         return FileNotFoundError(f"{location}: there is no such object")
     if status == 412:
-        return UserError(f"{location}: was replaced while it was read; start again.")
+        return UserError(
+            f"{location}: was replaced while it was read, or since it was indexed; start again, or index it "
+            "again."
+        )
     if status in (401, 403):
         return UserError(
             f"{location}: cannot be {participle}: access was denied ({code}); see that the bucket is right "

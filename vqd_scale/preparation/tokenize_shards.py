@@ -193,7 +193,7 @@ def tokenize_shards(
     if merged is not None:
         publish_json(config.output / STATISTICS, statistics_of(merged), shared=True)
         finish_set(config.output, meta, merged.shards)
-    elif not (read_index(config.output) or {}).get("complete"):
+    elif (index := read_index(config.output)) is None or not index.complete:
         return None
     forget_parts(config.output)
     return ShardSet.open(config.output)

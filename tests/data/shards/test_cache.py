@@ -42,7 +42,8 @@ def content(number: int) -> bytes:
 def shard_of(folder: Path, number: int) -> Shard:
     """Return a remote shard, here in the test's folder."""
     path = folder / f"{number:06d}.tar"
-    return Shard(path, path.with_suffix(".npz"), 1, SIZE, hashlib.sha256(content(number)).hexdigest())
+    digest = hashlib.sha256(content(number)).hexdigest()
+    return Shard(path, path.with_suffix(".npz"), 1, SIZE, digest, 1, "", "")
 
 
 def cache_of(folder: Path, shards: float) -> ShardCache:
@@ -126,7 +127,7 @@ def test_shard_with_wrong_digest_is_refused(remote_shards: Path, tmp_path: Path)
     cache_folder = tmp_path / "near"
     cache = cache_of(cache_folder, shards=4)
     (remote_shards / "000001.tar").write_bytes(content(0))
-    with pytest.raises(UserError, match=r"000001\.tar: changed since it was indexed"):
+    with pytest.raises(UserError, match=r"000001\.tar: changed or damaged since it was indexed"):
         cache.open(shard_of(remote_shards, 1))
     (remote_shards / "000002.tar").unlink()
     with pytest.raises(UserError, match=r"000002\.tar: missing, although the set's index lists it"):
@@ -138,7 +139,9 @@ def test_dataset_without_digests(remote_shards: Path, tmp_path: Path) -> None:
     cache = cache_of(tmp_path / "near", shards=4)
     for number in (0, 1):
         path = remote_shards / f"{number:06d}.tar"
-        assert cached_bytes(cache, Shard(path, path.with_suffix(".npz"), 1, SIZE, "")) == content(number)
+        assert cached_bytes(
+            cache, Shard(path, path.with_suffix(".npz"), 1, SIZE, "", 1, f"{number}", "")
+        ) == content(number)
 
 
 @pytest.mark.parametrize("following", [0, 1])

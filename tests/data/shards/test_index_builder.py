@@ -21,10 +21,12 @@ from vqd_scale.core.s3 import S3Path
 from vqd_scale.data.shards import tar_scanner as tar_module
 from vqd_scale.data.shards.filters import Bounds, Filters
 from vqd_scale.data.shards.index_builder import SampleFilter, build_index, index_tar
+from vqd_scale.data.shards.manifest import INDEX
 from vqd_scale.data.shards.quarantine import QUARANTINE
-from vqd_scale.data.shards.shard_index import INDEX, ShardSet, read_table
+from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.shards.shard_io import KEY, read_shard
-from vqd_scale.data.shards.tar_scanner import PROBED, TarScan
+from vqd_scale.data.shards.shard_table import read_table
+from vqd_scale.data.shards.tar_scanner import PROBED, TarSample, TarScan
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
@@ -129,7 +131,10 @@ def test_samples_equal_webdataset(tmp_path_factory: pytest.TempPathFactory, memb
             known_keys.add(sample[KEY])
             expected.append({name: value for name, value in sample.items() if name[:2] != "__"})
     contents = [
-        {extension: tar_bytes[offset : offset + size] for extension, (offset, size) in sample.members.items()}
+        {
+            extension: tar_bytes[offset : offset + size]
+            for extension, (offset, size, _) in sample.members.items()
+        }
         for sample in scanned_samples
     ]
     assert contents == expected
@@ -163,10 +168,11 @@ def test_damaged_tar_is_named(tmp_path: Path, damage: str) -> None:
         ShardSet.open(tmp_path / "set")
     # If tolerated, its complete samples are used, and the tar is reported.
     opened = build_index(tmp_path / "set", max_bad_fraction=1.0)
-    assert opened.counts == (4, 0 if damage == "to nothing" else 1)
-    ((shard, key, reason),) = quarantine(tmp_path / "set")
+    assert opened.counts == (4, {"to nothing": 0, "by garbage for a header": 2}.get(damage, 1))
+    *bad_samples, (shard, key, reason) = quarantine(tmp_path / "set")
     assert (shard, key) == ("00001.tar", "")
     assert "the tar" in reason or "not a readable tar" in reason
+    assert bool(bad_samples) == (damage != "to nothing")
 
 
 def test_tar_shorter_than_counted_is_refused(tmp_path: Path) -> None:
@@ -179,7 +185,11 @@ def test_tar_shorter_than_counted_is_refused(tmp_path: Path) -> None:
         build_index(tmp_path / "set")
     assert build_index(tmp_path / "set", max_bad_fraction=1.0).count == 8
     assert quarantine(tmp_path / "set") == [
-        ("00001.tar", "", "lacks some of the 5 samples in 00001_stats.json; 4 samples were found")
+        (
+            "00001.tar",
+            "",
+            "lacks some of the 5 samples in its _stats.json; 4 samples were found, up to 1 are lost",
+        )
     ]
 
 
@@ -288,6 +298,10 @@ def test_metadata_from_parquet(tmp_path: Path) -> None:
         build_index(tmp_path / "set", sample_filter=SampleFilter(FILTERS[0][0]))
 
 
+def positions(sample: TarSample) -> dict[str, tuple[int, int]]:
+    return {extension: position[:2] for extension, position in sample.members.items()}
+
+
 class FakeObject:
     """Local file with the interface of an S3 object, which records the requested ranges."""
 
@@ -325,9 +339,9 @@ def test_remote_tar_with_large_members_fetches_headers_only(
     members += [("last.json", b"{}")]
     remote_files.path = write_tar(tmp_path / "0.tar", members)
     near, far = TarScan(remote_files.path), TarScan(S3Path.parse("s3://bucket/0.tar"), frozenset({"json"}))
-    expected = [sample.members for sample in near.samples()]
+    expected = [positions(sample) for sample in near.samples()]
     distant_samples = list(far.samples())
-    assert [sample.members for sample in distant_samples] == expected
+    assert [positions(sample) for sample in distant_samples] == expected
     assert distant_samples[-1].contents == {"json": b"{}"}
     assert far.damage == ""
     if size == 500:
@@ -343,7 +357,7 @@ def test_truncated_large_tar_is_detected_by_headers(tmp_path: Path, remote_files
     remote_files.path = write_tar(tmp_path / "0.tar", [(f"{n}.jpg", bytes(20_000)) for n in range(20)])
     remote_files.path.write_bytes(remote_files.path.read_bytes()[:300_000])
     scan = TarScan(S3Path.parse("s3://bucket/0.tar"))
-    assert len(list(scan.samples())) == 13
+    assert [sample.key for sample in scan.samples() if not sample.fault] == list(map(str, range(14)))
     assert "the tar ends within '14.jpg'" in scan.damage
 
 

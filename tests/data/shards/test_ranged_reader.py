@@ -18,7 +18,8 @@ def set_at(tars: Location, counts: tuple[int, ...], mean: int) -> ShardSet:
     names = tuple(f"{number:06d}.tar" for number in range(len(counts)))
     sizes = tuple(count * mean for count in counts)
     meta: Mapping[str, str] = {}
-    return ShardSet(tars, tars, names, counts, sizes, ("",) * len(counts), counts, meta)
+    empty = ("",) * len(counts)
+    return ShardSet(tars, tars, names, counts, sizes, empty, counts, empty, empty, meta)
 
 
 @given(
@@ -64,6 +65,6 @@ def test_cached_shards_are_requested_one_window_ahead(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [0, 1, PIECE_BYTES, 100 * PIECE_BYTES])
 def test_sequential_shard_is_read_in_large_pieces(size: int) -> None:
     path = S3Path("bucket", "set") / "000000.tar"
-    reader = RangedReader.in_order(Shard(path, path.with_suffix(".npz"), 1000, size, ""))
+    reader = RangedReader.in_order(Shard(path, path.with_suffix(".npz"), 1000, size, "", 1000, "", ""))
     assert reader.samples >= 1
     assert reader.samples * size <= 1000 * PIECE_BYTES or reader.samples == 1

@@ -13,8 +13,9 @@ from webdataset.writer import TarWriter
 from vqd_scale.core.errors import UserError
 from vqd_scale.data.shards import shard_io as shards_module
 from vqd_scale.data.shards.decode import BadSample, decode_array
+from vqd_scale.data.shards.manifest import INDEX
 from vqd_scale.data.shards.quarantine import DUPLICATES, QUARANTINE, Quarantine
-from vqd_scale.data.shards.shard_index import INDEX, ShardSet, SkippedSample, begin_set, read_table
+from vqd_scale.data.shards.shard_index import ShardSet, SkippedSample, begin_set
 from vqd_scale.data.shards.shard_io import (
     KEY,
     Sample,
@@ -24,6 +25,7 @@ from vqd_scale.data.shards.shard_io import (
     shard_name,
     write_shard_set,
 )
+from vqd_scale.data.shards.shard_table import read_table
 
 META = {"content": "tokens", "source": {"seed": 0, "of": ["a", "b"]}}
 
@@ -160,18 +162,18 @@ def test_invalid_use_raises_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no set of shards"):
         ShardSet.open(tmp_path)
     (tmp_path / INDEX).write_text('{"something": "else"}')
-    with pytest.raises(UserError, match="not the index"):
+    with pytest.raises(UserError, match="index of a set of shards cannot be read"):
         ShardSet.open(tmp_path)
     with pytest.raises(UserError, match="no sample"):
         write_shard_set(tmp_path / "empty", META, recipes((0,)), "test")
     opened = write_shard_set(tmp_path / "set", META, recipes(), "test")
     paths = sorted((tmp_path / "set").glob("*.tar"))
     paths[1].write_bytes(b"short")
-    with pytest.raises(UserError, match=r"000001\.tar: missing or changed"):
+    with pytest.raises(UserError, match=r"000001\.tar: changed or damaged since it was indexed"):
         ShardSet.open(tmp_path / "set")
     assert ShardSet.open(tmp_path / "set", look=False) == opened
     paths[0].with_suffix(".npz").write_bytes(b"PK\x03\x04 no table")
-    with pytest.raises(UserError, match="table cannot be read"):
+    with pytest.raises(UserError, match="not a readable table of a shard"):
         ShardReader(opened.shards[0])
     paths[2].write_bytes(paths[2].read_bytes()[:700])
     with pytest.raises(UserError, match=r"000002\.tar"):

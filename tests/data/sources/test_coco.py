@@ -15,8 +15,9 @@ from vqd_scale.data.loading.batch import ImageBatch
 from vqd_scale.data.loading.sample_readers import ImageSamples
 from vqd_scale.data.loading.stream import Stream
 from vqd_scale.data.shards.quarantine import QUARANTINE
-from vqd_scale.data.shards.shard_index import ShardSet, read_table
+from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.shards.shard_io import KEY, read_shard
+from vqd_scale.data.shards.shard_table import read_table
 from vqd_scale.data.sources.base import Jpeg
 from vqd_scale.data.sources.coco import CocoConfig
 from vqd_scale.data.transforms import NearCenterCrop

@@ -7,8 +7,8 @@ import pytest
 from scipy.io import savemat
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.data.shards.shard_index import read_table
 from vqd_scale.data.shards.shard_io import read_shard
+from vqd_scale.data.shards.shard_table import read_table
 from vqd_scale.data.sources.cub200 import CubConfig
 from vqd_scale.data.sources.oxford102 import OxfordConfig
 

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from vqd_scale.core.errors import UserError
+from vqd_scale.data.shards.manifest import INDEX
 from vqd_scale.data.shards.quarantine import QUARANTINE
-from vqd_scale.data.shards.shard_index import INDEX, ShardSet
+from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.shards.shard_io import read_shard
 from vqd_scale.data.sources.base import Jpeg, OriginalFile
 from vqd_scale.data.sources.imagefolder import ImageFolderConfig

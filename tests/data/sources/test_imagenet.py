@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from vqd_scale.core.errors import UserError
-from vqd_scale.data.shards.shard_index import read_table
 from vqd_scale.data.shards.shard_io import read_shard
+from vqd_scale.data.shards.shard_table import read_table
 from vqd_scale.data.sources.base import Jpeg
 from vqd_scale.data.sources.ffhq import FFHQConfig
 from vqd_scale.data.sources.imagenet import ImageNetConfig, class_names

@@ -20,8 +20,9 @@ from vqd_scale.data.loading.batch import ImageBatch
 from vqd_scale.data.loading.sample_readers import ImageSamples
 from vqd_scale.data.loading.stream import Stream
 from vqd_scale.data.shards.filters import Bounds, Filters
+from vqd_scale.data.shards.manifest import INDEX
 from vqd_scale.data.shards.quarantine import DUPLICATES
-from vqd_scale.data.shards.shard_index import INDEX, ShardSet
+from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.shards.shard_io import KEY, read_shard
 from vqd_scale.data.sources.img2dataset import Img2datasetConfig, index_img2dataset
 from vqd_scale.data.transforms import NearCenterCrop

@@ -16,10 +16,11 @@ from vqd_scale.data.loading.batch import ImageBatch, TokenBatch
 from vqd_scale.data.shards.decode import (
     BadSample,
     decode_arrays,
+    decode_captions,
     decode_image,
-    decode_json,
     decode_text,
     image_extension,
+    no_member,
 )
 from vqd_scale.data.shards.shard_io import ShardReader
 from vqd_scale.data.transforms import Transform
@@ -217,18 +218,25 @@ def _integers(
 
 
 def caption_of(location: SampleLocation) -> str:
-    """Read the caption of a location: caption 0 from the sample's ``txt``, the others from its ``json``.
+    """Read the caption of a location, from the sample's ``txt`` or ``json`` as in `decode_captions`.
 
     Raises:
         BadSample: The sample has no such caption.
     """
-    if location.caption == 0:
-        return decode_text(location.reader.read(location.member, "txt"))
-    content = decode_json(location.reader.read(location.member, "json"))
-    try:
-        return decode_text(content["captions"][location.caption].encode())
-    except (TypeError, KeyError, IndexError, AttributeError):
-        raise BadSample(f"has no caption {location.caption} in its 'json'") from None
+    reader, member, number = location
+    extensions = reader.extensions(member)
+    members: dict[str, bytes] = {}
+    for extension in ("txt", "json"):
+        if extension in extensions:
+            members[extension] = reader.read(member, extension)
+        if number == 0 and members.get("txt", b"").strip():
+            return decode_text(members["txt"])
+    if not members:
+        raise no_member("txt", extensions)
+    captions = decode_captions(members)
+    if number >= len(captions):
+        raise BadSample(f"has no caption {number} in its 'json'")
+    return captions[number]
 
 
 def _of_captions(

@@ -10,7 +10,8 @@ from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, permutation
 from vqd_scale.data.order.mixture import MixtureShare, Slots
-from vqd_scale.data.shards.shard_index import Shard, ShardSet, read_table
+from vqd_scale.data.shards.shard_index import Shard, ShardSet
+from vqd_scale.data.shards.shard_table import read_table
 
 _READ_AT_ONCE = 16
 

@@ -1,7 +1,7 @@
 """Local disk cache of S3 shards: one folder of bounded size, shared by all processes of a machine.
 
 The cache key of a shard is its SHA-256, so equal shards of different datasets share a file, and a changed
-shard gets a new file. If the digest is unknown, the key is a hash of path and size. A process that needs a
+shard gets a new file. If the digest is unknown, the key is a hash of path and version. A process that needs a
 shard takes the lock of its key, so that the shard is downloaded once. The steps are: reserve space, download,
 verify the digest, publish by atomic rename. Space is freed by LRU eviction of files that are not being read;
 if that is not enough, the shard is not cached. All locks are kernel locks (``flock``), which end with their
@@ -18,8 +18,9 @@ from pathlib import Path
 
 from vqd_scale.core.atomic_io import PARTIAL, read_in_order, sync_to_disk, writing
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.s3 import S3Object, S3Path
 from vqd_scale.data.config import CacheConfig
-from vqd_scale.data.shards.shard_index import Shard
+from vqd_scale.data.shards.shard_index import Shard, changed
 
 _LOCKS = 64
 _SUFFIX = ".tar"
@@ -42,7 +43,7 @@ class ShardCache:
             UserError: The shard is missing or changed since it was indexed; its store cannot be reached; the
                 folder cannot be written.
         """
-        identity = shard.sha256 or hashlib.sha256(f"{shard.path} {shard.size}".encode()).hexdigest()
+        identity = shard.sha256 or hashlib.sha256(f"{shard.path} {shard.version}".encode()).hexdigest()
         path = self.folder / (identity + _SUFFIX)
         with writing(path):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -105,13 +106,16 @@ def _state_of(path: Path) -> tuple[float, int, Path] | None:
 
 def _fetch(shard: Shard, path: Path) -> None:
     digest, partial = hashlib.sha256(), path.with_name(path.name + PARTIAL)
+    source = shard.path
+    is_distant = isinstance(source, S3Path)
+    blocks = S3Object(source, shard.size, shard.etag).blocks() if is_distant else read_in_order(source)
     try:
         with partial.open("r+b") as file:
-            for piece in read_in_order(shard.path):
+            for piece in blocks:
                 digest.update(piece)
                 file.write(piece)
         if shard.sha256 and digest.hexdigest() != shard.sha256:
-            raise UserError(f"{shard.path}: changed since it was indexed; make the set's index again.")
+            raise changed(shard.path, "its SHA-256 is another")
         sync_to_disk(partial)
         partial.replace(path)
     except FileNotFoundError:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
+from pydantic import TypeAdapter
 
-from vqd_scale.core.atomic_io import Location, file_sizes, read_json, sha256_of
+from vqd_scale.core.atomic_io import Location, file_sizes, read_json, reading, sha256_of
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress
 from vqd_scale.core.s3 import S3Object, S3Path
@@ -24,8 +25,11 @@ from vqd_scale.data.shards.decode import (
     decode_json,
     decode_text,
     image_extension,
+    listed_captions,
+    no_member,
 )
 from vqd_scale.data.shards.filters import Filters
+from vqd_scale.data.shards.manifest import read_index
 from vqd_scale.data.shards.perceptual_hash import ExcludedImages
 from vqd_scale.data.shards.quarantine import DUPLICATES, QUARANTINE, Quarantine
 from vqd_scale.data.shards.shard_index import (
@@ -34,16 +38,15 @@ from vqd_scale.data.shards.shard_index import (
     SkippedSample,
     begin_set,
     finish_set,
-    publish_table,
-    read_index,
-    read_indexed,
     table_name,
-    table_of,
 )
-from vqd_scale.data.shards.tar_scanner import TarSample, TarScan
+from vqd_scale.data.shards.shard_table import publish_table, read_indexed, table_of
+from vqd_scale.data.shards.tar_scanner import Position, TarSample, TarScan
 
-COLUMNS = ("captions", "class")
-"""Entries of a sample's ``json`` stored in the table: a number as its value, a list as its length."""
+MAX_CAPTIONS = 1_000_000
+"""Maximum number of captions of a sample."""
+MAX_CLASS = 1 << 31
+"""Bound of the class numbers."""
 
 Rows = Mapping[str, Mapping[str, Any]]
 """Metadata of samples by key."""
@@ -81,7 +84,7 @@ class SampleFilter:
             UserError: A filter names a column that the dataset lacks.
         """
         if self.filters.read_caption and "txt" not in sample.contents:
-            raise BadSample("has no 'txt'")
+            raise no_member("txt", sample.members)
         caption = decode_text(sample.contents["txt"]) if self.filters.read_caption else ""
         metadata = _metadata(sample, rows) if self.filters.read_metadata else {}
         if not self.filters.accept(metadata, caption):
@@ -89,6 +92,16 @@ class SampleFilter:
         if self.excluded_images is None:
             return ""
         return self.excluded_images.match(decode_image(sample.contents[image_extension(sample.contents)]))
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """Entries of img2dataset's ``NAME_stats.json`` that are used."""
+
+    successes: int | None = None
+
+
+_STATISTICS = TypeAdapter(_Statistics)
 
 
 class Unwanted(Exception):
@@ -124,19 +137,19 @@ def build_index(
         raise UserError(f"{tars}: there is no .tar file here.")
     if meta is None:
         index = read_index(folder)
-        meta = cast("Mapping[str, Any]", {} if index is None else index["meta"])
+        meta = {} if index is None else index.meta
     begin_set(folder, meta, tars, [*map(table_name, names), QUARANTINE, DUPLICATES])
     index_one = functools.partial(_indexed_or_index, tars, folder, sample_filter)
     indexed = map_in_processes(index_one, names, workers)
     shards = list(progress(indexed, "index", len(names), unit="shard"))
     report(shards, folder)
-    total = sum(shard.count + shard.filtered + len(shard.left_out) for shard in shards)
+    total = sum(shard.count + shard.filtered + sum(s.count for s in shard.left_out) for shard in shards)
     check_share(shards, total, max_bad_fraction, folder)
     damaged = [shard.name for shard in shards if any(not sample.key for sample in shard.left_out)]
     if len(damaged) > max_bad_fraction * len(shards):
         raise UserError(
             f"{tars / damaged[0]}: damaged, as {len(damaged)} of {len(shards)} tars are, more than "
-            f"max_bad_fraction={max_bad_fraction}; fetch them again or tolerate more; "
+            f"max_bad_fraction={max_bad_fraction}; fetch them again; "
             f"{folder / QUARANTINE} says what is wrong with each."
         )
     return finish_set(folder, meta, shards, tars)
@@ -168,8 +181,9 @@ def check_share(
 ) -> None:
     """Raise a `UserError` if more than ``max_bad_fraction`` of ``total`` samples are bad."""
     bad_samples = [(shard.name, sample) for shard in shards for sample in shard.left_out if sample.is_bad]
-    if len(bad_samples) > max_bad_fraction * total:
-        name, sample = bad_samples[0]
+    if sum(sample.count for _, sample in bad_samples) > max_bad_fraction * total:
+        # Damage to a tar, if there is any, explains the samples beside it.
+        name, sample = min(bad_samples, key=lambda bad_sample: bool(bad_sample[1].key))
         raise UserError(
             f"{folder}: more than max_bad_fraction={max_bad_fraction} of the {total} samples cannot be used; "
             f"'{sample.key or name}' for one {sample.reason}; {folder / QUARANTINE} lists them."
@@ -198,7 +212,7 @@ def index_tar(
     """
     sample_filter = SampleFilter() if sample_filter is None else sample_filter
     scan = TarScan(tar, sample_filter.content_extensions)
-    entries: list[tuple[str, Mapping[str, tuple[int, int]], Mapping[str, float]]] = []
+    entries: list[tuple[str, Mapping[str, Position], Mapping[str, float]]] = []
     skipped = list(left_out)
     filtered = 0
     rows = functools.cache(lambda: _parquet_rows(tar))
@@ -218,16 +232,18 @@ def index_tar(
             else:
                 entries.append((sample.key, sample.members, columns))
     sample_count = len(entries) + filtered + len(skipped) - len(left_out)
-    damage = scan.damage or _check_count(tar, sample_count)
-    if damage:
-        skipped.append(SkippedSample("", f"{damage}; {sample_count} samples were found"))
+    expected_count = _expected_count(tar, sample_count)
+    lost = max(scan.lost, expected_count - sample_count)
+    damage = scan.damage or f"lacks some of the {expected_count} samples in its _stats.json"
+    if lost:
+        reason = f"{damage}; {sample_count} samples were found, up to {lost} are lost"
+        skipped.append(SkippedSample("", reason, count=lost))
     content = table_of(entries)
     captions = int(np.nan_to_num(content.columns.get("captions", np.ones(len(entries))), nan=1.0).sum())
     indexed = IndexedShard(
         tar.name, len(entries), scan.size, scan.sha256, captions, filtered, tuple(skipped), version
     )
-    publish_table(table, content, indexed)
-    return indexed
+    return publish_table(table, content, indexed)
 
 
 def _indexed_or_index(
@@ -236,10 +252,13 @@ def _indexed_or_index(
     """Return a tar's index; the tar is read only if it is not indexed or was replaced since."""
     tar, table = tars / name, folder / table_name(name)
     if isinstance(tar, S3Path):
-        version = f"{S3Object(tar).size}"
+        content = S3Object(tar)
+        version = f"{content.size} {content.etag}"
     else:
-        status = tar.stat()
-        version = f"{status.st_size} {status.st_mtime_ns}"
+        with reading(tar):
+            status = tar.stat()
+        # No program can set the ctime, so that a replacement with size and mtime of the old tar is seen.
+        version = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
     if table.is_file():
         indexed = read_indexed(name, table)
         # A tar written by this package has no version: its table was written with it.
@@ -249,14 +268,24 @@ def _indexed_or_index(
 
 
 def _columns(sample: TarSample) -> dict[str, float]:
+    """Return the number of captions and the class, as far as the sample's ``json`` has them.
+
+    Raises:
+        BadSample: The ``json`` is invalid, its captions are not text, or its class is too large.
+    """
     value = decode_json(sample.contents.get("json", b"{}"))
+    content = cast("Mapping[str, Any]", value) if isinstance(value, dict) else {}
     columns: dict[str, float] = {}
-    for name in COLUMNS if isinstance(value, dict) else ():
-        entry = value.get(name)
-        if isinstance(entry, list):
-            columns[name] = float(len(entry))
-        elif isinstance(entry, int | float):
-            columns[name] = float(entry)
+    if content.get("captions") is not None:
+        columns["captions"] = len(listed_captions(content))
+        if columns["captions"] > MAX_CAPTIONS:
+            raise BadSample(f"lists more than {MAX_CAPTIONS:,} captions")
+    label = content.get("class")
+    if isinstance(label, int | float) and not isinstance(label, bool):
+        # Also true for nan.
+        if not abs(label) < MAX_CLASS:
+            raise BadSample(f"has a 'class' of {MAX_CLASS:,} or more")
+        columns["class"] = float(label)
     return columns
 
 
@@ -295,10 +324,10 @@ def _parquet_rows(tar: Location) -> Rows:
     return {str(line.get("key")): line for line in lines}
 
 
-def _check_count(tar: Location, sample_count: int) -> str:
-    """Compare a tar's sample count with img2dataset's statistics; empty if equal or without statistics."""
+def _expected_count(tar: Location, sample_count: int) -> int:
+    """Return the number of samples in img2dataset's statistics of a tar; ``sample_count`` if it has none."""
     path = tar.with_name(tar.name.removesuffix(".tar") + "_stats.json")
-    if not path.exists():
-        return ""
-    counted = read_json(path, "statistics of a shard").get("successes")
-    return "" if counted in (None, sample_count) else f"lacks some of the {counted} samples in {path.name}"
+    with reading(path):
+        if not path.exists():
+            return sample_count
+    return read_json(path, "statistics of a shard", _STATISTICS).successes or sample_count

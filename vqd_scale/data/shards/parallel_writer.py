@@ -6,25 +6,34 @@ workers merges them, so that the dataset's index can be published. If two worker
 publish the same bytes. A killed worker is restarted and writes its remaining shards.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int64
+from pydantic import TypeAdapter
 
 from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.atomic_io import Location, file_sizes, publish_json
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress_bar
+from vqd_scale.core.safe_json import parse_json
 from vqd_scale.data.shards.index_builder import check_share, left_out_of
 from vqd_scale.data.shards.quarantine import QUARANTINE, publish_report
-from vqd_scale.data.shards.shard_index import IndexedShard, Shard, SkippedSample, table_name
+from vqd_scale.data.shards.shard_index import IndexedShard, Shard
 from vqd_scale.data.shards.shard_io import ShardRecipe, written_or_write
 
+
+@dataclass(frozen=True)
+class _Part:
+    shards: tuple[IndexedShard, ...]
+    totals: tuple[int, ...]
+
+
+_PART_SHAPE = TypeAdapter(_Part)
 _PART = re.compile(r"worker-\d+-of-\d+\.json")
 
 Item = TypeVar("Item")
@@ -101,10 +110,10 @@ def write_own_shards(
     totals: Totals = np.zeros(1, np.int64)
     with progress_bar(title, sum(recipe.count for recipe in own_recipes), unit="sample") as bar:
         for recipe in own_recipes:
-            shard, table = written_or_write(folder, recipe), folder / table_name(recipe.name)
+            shard = written_or_write(folder, recipe)
             shards.append(shard)
             _check(shards, total, max_bad_fraction, folder)
-            totals = totals + count(Shard(folder / shard.name, table, shard.count, shard.size, shard.sha256))
+            totals = totals + count(shard.shard(folder, folder))
             bar.update(recipe.count)
     part = {"shards": [asdict(shard) for shard in shards], "totals": totals.tolist()}
     publish_json(_path(folder, worker), part)
@@ -131,16 +140,14 @@ def _merged(folder: Location, workers: int) -> WorkerIndex | None:
     """Merge the parts of all workers; None if some are missing, or another worker has just merged them."""
     parts: list[WorkerIndex] = []
     for number in range(workers):
+        path = _path(folder, Worker(number, workers))
         try:
-            text = _path(folder, Worker(number, workers)).read_text(encoding="utf-8")
+            part = parse_json(path.read_bytes(), _PART_SHAPE)
         except FileNotFoundError:
             return None
-        content: dict[str, Any] = json.loads(text)
-        shards: list[IndexedShard] = []
-        for shard in content["shards"]:
-            left_out = tuple(SkippedSample(**sample) for sample in shard.pop("left_out"))
-            shards.append(IndexedShard(**shard, left_out=left_out))
-        parts.append(WorkerIndex(tuple(shards), np.array(content["totals"], np.int64)))
+        except ValueError as error:
+            raise UserError(f"{path}: damaged ({error}); start worker {number} again.") from None
+        parts.append(WorkerIndex(part.shards, np.array(part.totals, np.int64)))
     count = sum(len(part.shards) for part in parts)
     merged = tuple(parts[number % workers].shards[number // workers] for number in range(count))
     return WorkerIndex(merged, sum((part.totals for part in parts), np.zeros(1, np.int64)))

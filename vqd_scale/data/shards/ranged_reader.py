@@ -19,7 +19,7 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.s3 import PIECE_BYTES, PIECES_AHEAD, PartialDownload, S3Object, S3Path
 from vqd_scale.data.config import RangedReadConfig
 from vqd_scale.data.shards.cache import ShardCache
-from vqd_scale.data.shards.shard_index import Shard, ShardSet
+from vqd_scale.data.shards.shard_index import Shard, ShardSet, changed
 
 TURNS_AHEAD = 8
 """Prefetch distance in batches for pieces of a single sample, if memory allows."""
@@ -104,12 +104,15 @@ class RangedReader:
         path, cache = shard.path, self._cache
         if not isinstance(path, S3Path):
             try:
-                return _InPlace(shard, os.open(path, os.O_RDONLY))
+                reader = _InPlace(shard, os.open(path, os.O_RDONLY))
             except OSError as error:
                 raise UserError(f"{path}: this shard cannot be read ({error.strerror}).") from None
+            if reader.size != shard.size:
+                raise changed(path, f"it has {reader.size} bytes, not {shard.size}")
+            return reader
 
         def in_pieces() -> SampleBytes:
-            return _InPieces(S3Object(path, shard.size), extents(), self.samples, self._pieces)
+            return _InPieces(S3Object(path, shard.size, shard.etag), extents(), self.samples, self._pieces)
 
         def from_cache(cache: ShardCache) -> SampleBytes:
             descriptor = cache.open(shard)
@@ -123,6 +126,7 @@ class _InPlace:
 
     def __init__(self, shard: Shard, descriptor: int) -> None:
         self._shard, self._descriptor = shard, descriptor
+        self.size = os.fstat(descriptor).st_size
         weakref.finalize(self, os.close, descriptor)
 
     def expect(self, sample: int) -> None:
@@ -131,7 +135,7 @@ class _InPlace:
     def read(self, sample: int, begin: int, end: int) -> bytes:
         content = os.pread(self._descriptor, end - begin, begin)
         if len(content) != end - begin:
-            raise UserError(f"{self._shard.path}: shorter than its table says; make or fetch it again.")
+            raise changed(self._shard.path, "it is shorter")
         return content
 
 
@@ -167,6 +171,9 @@ class _InPieces:
         number = sample // self._samples
         start = self._begins[number]
         try:
+            if begin < start or end > self._ends[number]:
+                # A link to an earlier member.
+                return self._content.read(begin, end)
             return self._piece(number).read(begin - start, end - start)
         except FileNotFoundError:
             raise UserError(

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,22 +14,21 @@ from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.atomic_io import Location, published, sha256_of
 from vqd_scale.core.progress import progress_bar
 from vqd_scale.data.process_pool import map_in_processes
-from vqd_scale.data.shards.decode import BadSample
+from vqd_scale.data.shards.decode import no_member
 from vqd_scale.data.shards.index_builder import check_share, index_tar, report
 from vqd_scale.data.shards.ranged_reader import Extents, RangedReader
 from vqd_scale.data.shards.shard_index import (
-    ABSENT,
     IndexedShard,
     Shard,
     ShardSet,
     SkippedSample,
     begin_set,
-    decoded,
+    changed,
     finish_set,
-    read_indexed,
-    read_table,
     table_name,
 )
+from vqd_scale.data.shards.shard_table import ABSENT, decoded, read_indexed, read_table
+from vqd_scale.data.shards.tar_header import BLOCK
 
 Item = TypeVar("Item")
 
@@ -212,23 +212,30 @@ class ShardReader:
         """
         begin, end, *within = self._spans_of(extensions)[member].tolist()
         if begin == ABSENT:
-            extensions_present = self.extensions(member)
-            raise BadSample(f"has no '{next(name for name in extensions if name not in extensions_present)}'")
+            members = self.extensions(member)
+            raise no_member(next(name for name in extensions if name not in members), members)
         content = self._bytes.read(member, begin, end)
-        return [content[first:last] for first, last in zip(within[::2], within[1::2], strict=True)]
+        view = memoryview(content)
+        for first, last, checksum in zip(within[::3], within[1::3], within[2::3], strict=True):
+            if checksum and zlib.crc32(view[first - BLOCK : last]) != checksum:
+                raise changed(self.shard.path, f"'{self.key(member)}' is another")
+        return [content[first:last] for first, last in zip(within[::3], within[1::3], strict=True)]
 
     def _spans_of(self, extensions: tuple[str, ...]) -> Int64[NDArray[np.int64], "count places"]:
-        """Return, per sample, the byte range that covers the members and each member's range within it.
+        """Return, per sample, the byte range of the members, and each one's range within it and checksum.
 
-        A row is `ABSENT` if the sample lacks a member. Computed for all samples at once, since indexing
-        single array elements takes longer than reading.
+        The range includes the header blocks, which the checksums cover. A row is `ABSENT` if the sample lacks
+        a member. Computed for all samples at once, since indexing single array elements takes longer than
+        reading.
         """
         if extensions not in self._spans:
             columns = [self._columns.get(extension, ABSENT) for extension in extensions]
             begins, sizes = self._table.offsets[:, columns], self._table.sizes[:, columns]
             ends = begins + sizes
-            firsts, lasts = begins.min(axis=1, keepdims=True), ends.max(axis=1, keepdims=True)
-            within = np.stack([begins - firsts, ends - firsts], axis=2).reshape(self.shard.count, -1)
+            firsts, lasts = begins.min(axis=1, keepdims=True) - BLOCK, ends.max(axis=1, keepdims=True)
+            checksums = self._table.checksums[:, columns].astype(np.int64)
+            within = np.stack([begins - firsts, ends - firsts, checksums], axis=2)
+            within = within.reshape(self.shard.count, 3 * len(columns))
             spans = np.concatenate([firsts, lasts, within], axis=1)
             spans[(sizes == ABSENT).any(axis=1) | (ABSENT in columns)] = ABSENT
             self._spans[extensions] = spans
@@ -244,10 +251,12 @@ class ShardReader:
         return self._caption_ends.item(member - 1) if member else 0
 
     def _extents(self) -> Extents:
+        """Return the byte range of each sample, without members that are links to earlier ones."""
         offsets, sizes = self._table.offsets, self._table.sizes
-        begins = np.where(offsets == ABSENT, self.shard.size, offsets).min(axis=1)
-        ends = np.where(offsets == ABSENT, 0, offsets + sizes).max(axis=1)
-        return np.stack([begins, ends], axis=1)
+        ends = np.maximum.accumulate(np.where(offsets == ABSENT, 0, offsets + sizes).max(axis=1, initial=0))
+        are_own = offsets >= np.concatenate([[0], ends[:-1]])[:, None]
+        begins = np.where(are_own, offsets - BLOCK, self.shard.size).min(axis=1, initial=self.shard.size)
+        return np.stack([begins, np.maximum(begins, ends)], axis=1)
 
 
 def read_shard(shard: Shard) -> Iterator[dict[str, Any]]:
