@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from vqd_scale.core.world import (
     join_world,
     leave_world,
 )
+from vqd_scale.launchers.local import run_locally
 
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "2"}
 
@@ -69,6 +71,40 @@ def test_missing_rank_ends_the_rendezvous_with_a_sentence() -> None:
     )
     assert completed.returncode == HUNG_EXIT_CODE, completed.stderr
     assert f"in this phase: rendezvous of 2 ranks at 127.0.0.1:{port}" in completed.stderr
+
+
+SLOW_FIRST_RANK = """
+import time
+from vqd_scale.core.watchdog import _watchdogs, beat, watched
+from vqd_scale.core.world import join_world
+
+def generate_images(progresses):
+    for _ in range(30):
+        time.sleep(0.2)
+        if progresses:
+            beat()
+
+with watched(60):
+    world = join_world()
+    # From here on: the imports took longer.
+    _watchdogs[0]._seconds, _watchdogs[0]._interval = 3, 0.3
+    time.sleep(0.3)
+    beat()
+    world.on_first_rank(lambda: generate_images(True))
+    print("no rank has left", flush=True)
+    world.on_first_rank(lambda: generate_images(False))
+"""
+
+
+def test_ranks_wait_for_a_first_rank_that_progresses(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tool.py").write_text(SLOW_FIRST_RANK)
+    code = run_locally(tmp_path / "tool.py", [], ranks=2)
+    output = capfd.readouterr()
+    assert code == HUNG_EXIT_CODE, output.err
+    assert output.out.count("no rank has left") == 2
+    assert "generate_images" in output.err
 
 
 @pytest.mark.parametrize(("visible", "index"), [(1, 0), (2, 1), (8, 1)])
