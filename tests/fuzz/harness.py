@@ -73,7 +73,7 @@ def fuzz(
     start, count = time.monotonic(), 0
     limits = resource.getrlimit(resource.RLIMIT_DATA)
     handler = signal.signal(signal.SIGALRM, _never_returns)
-    resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes() + MAX_BYTES, limits[1]))
+    resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + MAX_BYTES, limits[1]))
     try:
         while count < len(corpus) or time.monotonic() - start < seconds:
             exact = count < len(corpus)
@@ -100,7 +100,7 @@ def _never_returns(signal_number: int, frame: FrameType | None) -> None:
     raise TimeoutError(f"the target did not return within {MAX_SECONDS} s")
 
 
-def _data_bytes() -> int:
+def data_bytes() -> int:
     """Return the memory in bytes that counts towards RLIMIT_DATA now."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmData:"):

@@ -166,6 +166,6 @@ def test_unknown_and_missing_diffusers_names_are_listed() -> None:
     with pytest.raises(UserError, match=r"missing decoder.up_blocks.1.upsamplers.0.conv.bias\."):
         from_diffusers(diffusers_state)
     with pytest.raises(
-        UserError, match=r"missing .*, encoder\.conv_in\.weight, .*, quantize\.embedding\.weight"
+        UserError, match=r"missing decoder\.conv_in\.bias, decoder\.conv_in\.weight, .*, and 66 more"
     ):
         from_diffusers({})

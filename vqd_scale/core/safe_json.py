@@ -8,14 +8,24 @@ shape or is refused with the place of the first difference.
 import os
 import stat
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 T = TypeVar("T")
 
 MAX_BYTES = 1 << 30
 """Maximum size of a JSON file in bytes; the index of a million shards has a tenth."""
+
+MAX_SIZE = 1 << 20
+"""Maximum number of channels, codes or positions in a configuration."""
+Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
+"""Number of channels, codes or positions. The bound keeps a configuration of others from building more than
+any machine holds before it is compared with its weights."""
+Count = Annotated[int, Field(gt=0, le=1 << 10)]
+"""Number of heads, multiples, rows or columns, bounded like `Size`."""
+Depth = Annotated[int, Field(gt=0, le=1 << 8)]
+"""Number of layers, bounded like `Size`."""
 
 JSON: TypeAdapter[Any] = TypeAdapter(Any)
 """Shape of any JSON value."""

@@ -31,6 +31,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def difference_of(tensor: Tensor, expected: Tensor) -> str:
+    """Describe how a weight differs from the expected shape and kind of number; empty if it does not."""
+    if tensor.shape != expected.shape:
+        return f"shape {list(tensor.shape)}, not {list(expected.shape)}"
+    is_alike = tensor.is_floating_point() == expected.is_floating_point()
+    return "" if is_alike else f"type {tensor.dtype}, not {expected.dtype}"
+
+
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     """Raise a `UserError` if a weight is NaN or infinite; one pass over the memory, without a copy."""
     for name, tensor in tensors.items():

@@ -6,15 +6,14 @@ schedule of their training, so a bundle with a changed schedule is rejected. ``R
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeAlias, cast
+from typing import Generic, TypeAlias, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
@@ -22,7 +21,8 @@ from vqd_scale.core.atomic_io import publish_json, publish_text, read_json, sha2
 from vqd_scale.core.config import Config, ConfigType, kinds_of, validated
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.outputs import published_folder
-from vqd_scale.core.tensors import write_tensors
+from vqd_scale.core.safe_json import JSON_OBJECT
+from vqd_scale.core.tensors import check_finite, difference_of, read_tensors, write_tensors
 from vqd_scale.diffusion.config import Schedule
 from vqd_scale.models.config import AutoregressiveBundleConfig, BundleConfig
 from vqd_scale.nn.autoregressive import Autoregressive
@@ -251,7 +251,7 @@ def load_bundle(folder: Path) -> Bundle:
             f"{folder}: contains an autoregressive model, which has no noise schedule; load it with "
             f"vqd_scale.models.autoregressive_sampling.AutoregressiveTextToImage."
         )
-    bundle = _load_model(folder, config, Model(config))
+    bundle = _load_model(folder, config, Model)
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         saved_schedule = (file.metadata() or {}).get(_SCHEDULE)
     if saved_schedule != _fingerprint(config.diffusion):
@@ -270,7 +270,7 @@ def is_autoregressive(folder: Path) -> bool:
     """
     path = _export_folder(folder) / CONFIG
     tag = AutoregressiveBundleConfig.model_fields["kind"].default
-    return path.exists() and read_json(path, "model bundle").get("kind") == tag
+    return path.exists() and read_json(path, "model bundle", JSON_OBJECT).get("kind") == tag
 
 
 def load_autoregressive_bundle(folder: Path) -> AutoregressiveBundle:
@@ -279,7 +279,7 @@ def load_autoregressive_bundle(folder: Path) -> AutoregressiveBundle:
     config = _load_config(_MODELS, folder, "model bundle")
     if not isinstance(config, AutoregressiveBundleConfig):
         raise UserError(f"{folder}: contains a denoiser; load it with vqd_scale.TextToImage.")
-    return _load_model(folder, config, AutoregressiveModel(config))
+    return _load_model(folder, config, AutoregressiveModel)
 
 
 def save_tokenizer(
@@ -293,8 +293,9 @@ def save_tokenizer(
 def load_tokenizer(folder: Path, device: torch.device) -> ImageTokenizer:
     """Load a tokenizer bundle; errors as for `load_bundle`."""
     config: TokenizerConfig = _load_config(kinds_of(TokenizerConfig), folder, "tokenizer bundle")
+    weights = _read_weights(folder, config.build)
     tokenizer = config.build()
-    _load_weights(tokenizer, folder)
+    tokenizer.load_state_dict(weights)
     return tokenizer.to(device).eval().requires_grad_(False)
 
 
@@ -338,26 +339,60 @@ def _save(
 def _load_config(
     kind: type[ConfigType] | tuple[type[ConfigType], ...], folder: Path, description: str
 ) -> ConfigType:
-    values: Any = read_json(folder / CONFIG, description)
-    return validated(kind, values, str(folder / CONFIG))
+    return validated(kind, read_json(folder / CONFIG, description, JSON_OBJECT), str(folder / CONFIG))
 
 
-def _load_model(folder: Path, config: AnyBundleConfig, model: AnyModel) -> Bundle[AnyBundleConfig, AnyModel]:
-    _load_weights(model, folder)
+def _load_model(
+    folder: Path, config: AnyBundleConfig, build: Callable[[AnyBundleConfig], AnyModel]
+) -> Bundle[AnyBundleConfig, AnyModel]:
+    text = (
+        config.text.model_copy(update={"pretrained": None}) if isinstance(config.text, Pretrained) else None
+    )
+    planned_config = config.model_copy(update={"text": text or config.text})
+    weights = _read_weights(folder, lambda: build(planned_config))
+    model = build(config)
+    model.load_state_dict(weights)
     return Bundle(config, model, load_tokenizer(folder / _TOKENIZER, torch.device("cpu")))
 
 
-def _load_weights(module: nn.Module, folder: Path) -> None:
+def _read_weights(folder: Path, build: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    """Read weights and compare them with a module's before any memory is allocated for it."""
     path = folder / WEIGHTS
-    try:
-        module.load_state_dict(load_file(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: the weights are missing; export or copy the bundle again.") from None
-    except (SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+    if not path.is_file():
+        raise UserError(f"{path}: the weights are missing; export or copy the bundle again.")
+    weights, planned = read_tensors(path), planned_weights(build, str(folder / CONFIG))
+    differing = [
+        name
+        for name in sorted(weights.keys() | planned.keys())
+        if name not in weights or name not in planned or difference_of(weights[name], planned[name])
+    ]
+    if differing:
         raise UserError(
-            f"{path}: the weights do not fit their config.json or are damaged ({reason})."
-        ) from None
+            f"{path}: the weights do not fit their config.json or are damaged ({len(differing)} are missing, "
+            f"unknown or of another shape, '{differing[0]}' for one)."
+        )
+    check_finite(weights, str(path))
+    return weights
+
+
+def planned_weights(build: Callable[[], nn.Module], source: str) -> dict[str, Tensor]:
+    """Return a module's state dictionary of meta tensors: names and shapes without memory.
+
+    Args:
+        build: Constructor of the module.
+        source: Origin of its configuration, for error messages.
+
+    Raises:
+        UserError: No module of these sizes can be built, or its parts do not fit each other.
+    """
+    try:
+        with torch.device("meta"):
+            return build().state_dict()
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    except (RuntimeError, ValueError, AssertionError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{source}: no network of these sizes can be built ({reason}).") from None
 
 
 def _fingerprint(schedule: Schedule) -> str:

@@ -2,9 +2,10 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from vqd_scale.core.config import Config
+from vqd_scale.core.safe_json import Count, Size
 from vqd_scale.diffusion.config import (
     ConstantGuidance,
     GuidanceScale,
@@ -23,9 +24,9 @@ class BundleConfig(Config):
     """Configuration of a denoiser bundle, including the constants of the noise schedule."""
 
     kind: Literal["denoising"] = "denoising"
-    codebook_size: PositiveInt
+    codebook_size: Size
     """K, the number of codes."""
-    grid: tuple[PositiveInt, PositiveInt]
+    grid: tuple[Count, Count]
     """Token grid (rows, columns)."""
     denoiser: NetworkConfig
     """Architecture of the network."""
@@ -42,9 +43,9 @@ class AutoregressiveBundleConfig(Config):
     """Configuration of an autoregressive model's bundle; see `BundleConfig`."""
 
     kind: Literal["autoregression"] = "autoregression"
-    codebook_size: PositiveInt
+    codebook_size: Size
     """K, the number of codes."""
-    grid: tuple[PositiveInt, PositiveInt]
+    grid: tuple[Count, Count]
     """Token grid (rows, columns)."""
     network: AutoregressiveConfig
     """Architecture of the network."""

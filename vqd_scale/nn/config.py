@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, cast
 
-from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, PositiveFloat, Tag, field_validator, model_validator
 from typing_extensions import Self
 
 from vqd_scale.core.config import Config, kind_or
+from vqd_scale.core.safe_json import Count, Depth, Size
 from vqd_scale.nn.sizes import SIZES, SizeName
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class FullyConnected(Config):
     """Two linear layers with a hidden width of ``mlp_ratio`` times the width."""
 
     kind: Literal["fc"] = "fc"
-    mlp_ratio: PositiveInt = 4
+    mlp_ratio: Count = 4
     """Hidden width, as a multiple of the width."""
 
 
@@ -36,7 +37,7 @@ class Convolutional(Config):
     """Two 3x3 convolutions over the token grid with a hidden width of ``mlp_ratio`` times the width."""
 
     kind: Literal["conv"] = "conv"
-    mlp_ratio: PositiveInt = 2
+    mlp_ratio: Count = 2
     """Hidden width, as a multiple of the width."""
 
 
@@ -47,7 +48,7 @@ class TextCondition(Config):
     """Text condition: cross-attention to caption features with ``width`` channels."""
 
     kind: Literal["text"] = "text"
-    width: PositiveInt = 512
+    width: Size = 512
     """Channels of the caption features; equal to the width of the text tower."""
 
 
@@ -55,7 +56,7 @@ class ClassCondition(Config):
     """Class condition: int64 labels 0 to ``classes`` - 1; the label ``classes`` stands for "none"."""
 
     kind: Literal["class"] = "class"
-    classes: PositiveInt = 1000
+    classes: Size = 1000
     """Number of classes."""
     null_condition: NullClass = "learned"
     """Null condition for guidance: a learned embedding, or the mean of all classes. ``mean`` is needed for
@@ -78,11 +79,11 @@ class DenoiserConfig(Config):
     size: SizeName | None = Field(default=None, exclude=True)
     """Named shape from `vqd_scale.nn.sizes`; the other keys override it. Expanded into the other keys on
     reading."""
-    width: PositiveInt = 1024
+    width: Size = 1024
     """Channels of the tokens."""
-    layers: PositiveInt = 19
+    layers: Depth = 19
     """Number of transformer blocks."""
-    heads: PositiveInt = 16
+    heads: Count = 16
     """Number of attention heads; must divide the width."""
     feed_forward: FeedForwardConfig = FullyConnected()
     """Feed-forward network of each block. Sizes S, ImageNet and FFHQ have ``conv``."""
@@ -94,7 +95,7 @@ class DenoiserConfig(Config):
     """Attention implementation; ``auto`` selects the fastest for device, dtype and length."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of initial linear and embedding weights; about 1/sqrt(width) in narrow models."""
-    position_grid: tuple[PositiveInt, PositiveInt] | None = None
+    position_grid: tuple[Size, Size] | None = None
     """Rows and columns of the position tables, if different from the token grid. Needed for the published
     16x16 models, which place their 256 tokens row by row into a 32x32 grid."""
     qk_norm: bool = False
@@ -156,9 +157,9 @@ class UNetConfig(Config):
     """Shape of the U-Net; the defaults are the published size."""
 
     kind: Literal["unet"] = "unet"
-    width: PositiveInt = 128
+    width: Size = 128
     """Channels of the finest level; a multiple of 8."""
-    channel_multipliers: tuple[PositiveInt, ...] = Field(default=(1, 2, 4, 8), min_length=1)
+    channel_multipliers: tuple[Count, ...] = Field(default=(1, 2, 4, 8), min_length=1, max_length=16)
     """Channels per level as multiples of the width; each level halves the resolution of the previous one."""
     condition: Annotated[ClassCondition | NoCondition, Field(discriminator="kind")] = NoCondition()
     """Condition of the network: class or none."""
@@ -180,13 +181,13 @@ class UNetConfig(Config):
 class AutoregressiveConfig(Config):
     """Shape of the autoregressive transformer; the defaults are the denoiser's size B."""
 
-    width: PositiveInt = 1024
+    width: Size = 1024
     """Channels of the tokens."""
-    layers: PositiveInt = 19
+    layers: Depth = 19
     """Number of transformer blocks."""
-    heads: PositiveInt = 16
+    heads: Count = 16
     """Number of attention heads; must divide the width."""
-    mlp_ratio: PositiveInt = 4
+    mlp_ratio: Count = 4
     """Hidden width of the feed-forward, as a multiple of the width. A convolution over the grid would leak
     the tokens to predict; a ratio of 18 has as many weights as the 3x3 convolutions of size S."""
     condition: Annotated[TextCondition | NoCondition, Field(discriminator="kind")] = TextCondition()

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.tensors import check_names
+from vqd_scale.core.tensors import check_finite, check_names
 from vqd_scale.text.config import ALL_MERGES, Pretrained, TextConfig, Tower
 from vqd_scale.text.open_clip import Shape, open_clip_module, published_shape, published_weights
 
@@ -64,7 +64,9 @@ class CaptionTokenizer:
             int64 [captions, context_length]: start, tokens, end, zero padding.
         """
         tokenizer = _byte_pair_tokenizer(self.merges)
-        return tokenizer(list(captions), context_length=self.context_length).numpy()
+        # On the CPU also while a module is planned on the meta device.
+        with torch.device("cpu"):
+            return tokenizer(list(captions), context_length=self.context_length).numpy()
 
 
 @functools.lru_cache(maxsize=2)
@@ -191,5 +193,6 @@ def _published_tower(config: Pretrained, shape: Shape, tokenizer: CaptionTokeniz
             f"text.pretrained: '{config.pretrained}' contains a text tower of another size than "
             f"'{config.model}' has: {', '.join(misshapen)}."
         )
+    check_finite(tower_weights, f"text.pretrained: '{config.pretrained}'")
     tower.load_state_dict(tower_weights)
     return tower

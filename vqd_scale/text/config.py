@@ -2,9 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from vqd_scale.core.config import Config
+from vqd_scale.core.safe_json import Count, Depth, Size
 
 ALL_MERGES = 49152 - 256 - 2
 
@@ -13,13 +15,13 @@ class Tower(Config):
     """CLIP text tower trained from scratch together with the denoiser."""
 
     kind: Literal["tower"] = "tower"
-    context_length: PositiveInt = 77
+    context_length: Size = 77
     """Length of a caption in ids, as in the token shards."""
-    width: PositiveInt = 512
+    width: Size = 512
     """Channels of the features."""
-    heads: PositiveInt = 8
+    heads: Count = 8
     """Number of attention heads; must divide the width."""
-    layers: PositiveInt = 12
+    layers: Depth = 12
     """Number of transformer blocks."""
     bpe_merges: int = Field(default=ALL_MERGES, ge=0, le=ALL_MERGES)
     """Number of CLIP's byte-pair merges; fewer give a smaller vocabulary for a small dataset."""
@@ -27,6 +29,12 @@ class Tower(Config):
     """Scale each feature vector to length 1, as VQ-Diffusion does."""
     null_condition: Literal["learned", "empty"] = "learned"
     """Null condition for guidance: a learned embedding, or the features of the empty caption."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
 
 
 class Pretrained(Config):

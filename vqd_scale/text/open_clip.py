@@ -9,7 +9,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from vqd_scale.core.atomic_io import read_json
 from vqd_scale.core.errors import UserError
@@ -24,6 +26,17 @@ _TRANSFORMERS_KEY = "embeddings.token_embedding.weight"
 """Key that identifies files of transformers, with or without the prefix."""
 _TORCHSCRIPT_KEYS = {"input_resolution", "context_length", "vocab_size"}
 """Keys that a conversion of OpenAI's TorchScript programs leaves among the weights."""
+
+
+class _Activation(TypedDict, total=False):
+    hidden_act: str
+
+
+class _ActivationConfig(_Activation, total=False):
+    text_config: _Activation | None
+
+
+_ACTIVATION = TypeAdapter(_ActivationConfig)
 
 
 class _UnusedModule(ModuleType):
@@ -77,7 +90,8 @@ def published_shape(model: str) -> Shape:
     """
     import open_clip
 
-    config = open_clip.get_model_config(model)
+    # Others of open_clip's names, such as hf-hub:OWNER/NAME, are addresses, which it would open.
+    config = None if ":" in model else open_clip.get_model_config(model)
     if config is None:
         raise UserError(f"text.model: open_clip knows no model '{model}'; see open_clip.list_models().")
     text = config["text_cfg"]
@@ -134,7 +148,7 @@ def _from_file(model: str, file: Path) -> dict[str, Tensor]:
         check_activation(model, True, f"OpenAI's weights in {file}")
     config_file = file.with_name("config.json")
     if _is_transformers(state) and config_file.is_file():
-        config: Any = read_json(config_file, "configuration of these weights")
+        config = read_json(config_file, "configuration of these weights", _ACTIVATION)
         activation = (config.get("text_config") or config).get("hidden_act", "quick_gelu")
         check_activation(model, activation == "quick_gelu", f"the weights in {file}")
     return _to_open_clip_keys(state)
@@ -167,10 +181,7 @@ def _to_open_clip_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert keys to open_clip's text tower: strip the prefixes of whole models, keep other keys."""
     if _is_transformers(state):
         return from_transformers(without_prefix(state, PREFIX) or state)
-    for prefix in ("module.", "text."):
-        if any(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return dict(state)
+    return {name.removeprefix("text."): value for name, value in state.items()}
 
 
 def _is_transformers(state: Mapping[str, Tensor]) -> bool:

@@ -1,12 +1,14 @@
 """Configuration of the tokenizers and their losses, and the registry of their kinds; needs no torch."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 from typing_extensions import Self
 
 from vqd_scale.core.config import Config
+from vqd_scale.core.safe_json import MAX_SIZE, Count, Size
 
 if TYPE_CHECKING:
     from vqd_scale.tokenizers.codebook.reduction import Reduced
@@ -24,14 +26,14 @@ Norm = Literal["group", "none"]
 class ConvolutionsConfig(Config):
     """Architecture of encoder and decoder, for any height and width that are multiples of `factor`."""
 
-    channels: PositiveInt = 128
+    channels: Size = 128
     """Base number of channels."""
-    channel_multipliers: tuple[PositiveInt, ...] = Field(default=(1, 1, 2, 4), min_length=1)
+    channel_multipliers: tuple[Count, ...] = Field(default=(1, 1, 2, 4), min_length=1, max_length=16)
     """Channels of each level, as multiples of ``channels``; every level except the last halves the
     resolution."""
-    num_res_blocks: PositiveInt = 2
+    num_res_blocks: Annotated[int, Field(gt=0, le=64)] = 2
     """Residual blocks per level of the encoder; the decoder has one more."""
-    patch_size: PositiveInt = 1
+    patch_size: Count = 1
     """Side of the pixel blocks folded into channels at the input; 1 as published, larger is cheaper."""
     norm: Norm = "group"
     """Normalization before each convolution: GroupNorm with 32 groups, as published, or none, which is faster
@@ -40,7 +42,7 @@ class ConvolutionsConfig(Config):
     """Levels with self-attention after each residual block; 0 is the finest."""
     mid_attention: bool = False
     """Add two residual blocks around self-attention at the coarsest level, as published."""
-    latent_channels: PositiveInt | None = None
+    latent_channels: Size | None = None
     """Channels between the convolutions and the codebook's 1x1 convolutions (``z_channels``). ``null``: no
     1x1 convolutions."""
 
@@ -67,9 +69,9 @@ class VQGANConfig(ConvolutionsConfig):
     """Architecture of a VQ-GAN trained here; covers VQ-Diffusion's own tokenizers."""
 
     kind: Literal["vqgan"] = "vqgan"
-    codebook_size: PositiveInt = 8192
+    codebook_size: Size = 8192
     """K, the number of codes."""
-    code_dim: PositiveInt = 256
+    code_dim: Size = 256
     """Channels of a code vector."""
     codebook_decay: float = Field(default=0.99, ge=0, lt=1)
     """Decay of the moving averages of the codes per step."""
@@ -97,15 +99,15 @@ ITHQ = VQGANConfig(
 
 
 class _TamingConfig(ConvolutionsConfig):
-    codebook_size: PositiveInt
+    codebook_size: Size
     """K, the number of codes."""
-    code_dim: PositiveInt = 256
+    code_dim: Size = 256
     """Channels of a code vector."""
-    attention: tuple[int, ...] = (3,)
+    attention: tuple[NonNegativeInt, ...] = (3,)
     """Levels with self-attention after each residual block; 0 is the finest."""
     mid_attention: bool = True
     """Add two residual blocks around self-attention at the coarsest level, as published."""
-    latent_channels: PositiveInt | None = 256
+    latent_channels: Size | None = 256
     """Channels between the convolutions and the codebook's 1x1 convolutions (``z_channels``). ``null``: no
     1x1 convolutions."""
 
@@ -154,6 +156,13 @@ class FSQConfig(ConvolutionsConfig):
     """Number of quantization levels of each latent channel; FSQ's paper recommends (8, 5, 5, 5) for about
     1,000 codes and (7, 5, 5, 5, 5) for about 4,000."""
 
+    @field_validator("levels")
+    @classmethod
+    def _codes_are_plausible(cls, levels: tuple[int, ...]) -> tuple[int, ...]:
+        if (codes := math.prod(levels)) > MAX_SIZE:
+            raise ValueError(f"{codes} codes, the product of the levels, are more than {MAX_SIZE}")
+        return levels
+
     def build(self) -> "FSQ":
         """Build the tokenizer with random weights; a bundle contains its state dictionary."""
         from vqd_scale.tokenizers.fsq import FSQ
@@ -174,7 +183,7 @@ class ReducedConfig(Config):
     """Tokenizer reduced to the codes that a dataset uses."""
 
     kind: Literal["reduced"] = "reduced"
-    codebook_size: PositiveInt
+    codebook_size: Size
     """K, the number of reduced ids, including the unused bucket."""
     unused: Unused = "bucket"
     """Id of unused codes: one common bucket, as published, or the id of the nearest used code.

@@ -33,7 +33,9 @@ def plan_taming(path: Path, description: Path) -> TokenizerPlan:
     source_weights = tensors_in(loaded.get("state_dict")) if isinstance(loaded, dict) else {}
     if not source_weights:
         raise UserError(f"{path}: contains no 'state_dict', as taming's checkpoints do.")
-    exchange = Exchange(str(path), source_weights, tokenizer_weights(config), from_taming, _DROPPED)
+    exchange = Exchange(
+        str(path), source_weights, tokenizer_weights(config, str(description)), from_taming, _DROPPED
+    )
     return TokenizerPlan(config, exchange)
 
 

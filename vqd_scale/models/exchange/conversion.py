@@ -2,16 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqd_scale.core.tensors import with_prefix, without_prefix
-from vqd_scale.models.bundle import Bundle, Model, load_tokenizer, save_bundle, save_tokenizer
+from vqd_scale.models.bundle import (
+    Bundle,
+    Model,
+    load_tokenizer,
+    planned_weights,
+    save_bundle,
+    save_tokenizer,
+)
 from vqd_scale.models.config import BundleConfig
 from vqd_scale.models.exchange.key_mapping import Exchange
-from vqd_scale.text.clip import TextEncoder
 from vqd_scale.tokenizers.config import TokenizerConfig
 
 MODEL = "model."
@@ -73,20 +78,13 @@ class TokenizerPlan:
 Plan = ModelPlan | TokenizerPlan
 
 
-def tokenizer_weights(config: TokenizerConfig) -> dict[str, Tensor]:
-    """Return a tokenizer's state dictionary of meta tensors: names and shapes without values."""
-    with torch.device("meta"):
-        return config.build().state_dict()
+def tokenizer_weights(config: TokenizerConfig, source: str) -> dict[str, Tensor]:
+    """Return names and shapes of a tokenizer's weights; arguments and errors as for `planned_weights`."""
+    return planned_weights(config.build, source)
 
 
-def model_weights(config: BundleConfig, tokenizer: TokenizerConfig | Path) -> dict[str, Tensor]:
+def model_weights(config: BundleConfig, tokenizer: TokenizerConfig | Path, source: str) -> dict[str, Tensor]:
     """Return names and shapes of a model's weights, and of its tokenizer's unless that is a bundle."""
-    # The text encoder is built on a real device, because its constructor tokenizes a text.
-    text = {} if config.text is None else TextEncoder(config.text).state_dict()
-    with torch.device("meta"):
-        network = config.denoiser.build(config.codebook_size, config.grid, config.diffusion.steps)
-    return {
-        **with_prefix(f"{MODEL}text.", text),
-        **with_prefix(f"{MODEL}denoiser.", cast(nn.Module, network).state_dict()),
-        **with_prefix(TOKENIZER, {} if isinstance(tokenizer, Path) else tokenizer_weights(tokenizer)),
-    }
+    codec = {} if isinstance(tokenizer, Path) else tokenizer_weights(tokenizer, source)
+    model = planned_weights(lambda: Model(config), source)
+    return {**with_prefix(MODEL, model), **with_prefix(TOKENIZER, codec)}

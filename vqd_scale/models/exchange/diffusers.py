@@ -167,7 +167,7 @@ def plan_diffusers(folder: Path) -> ModelPlan:
     dropped = [r"text_encoder/(text_model\.)?embeddings\.position_ids"]
     if not learned:
         dropped.append(f"{NULL}/embeddings")
-    target_weights = model_weights(config, tokenizer)
+    target_weights = model_weights(config, tokenizer, str(folder))
     return ModelPlan(
         config, tokenizer, Exchange(str(folder), source_weights, target_weights, _convert, dropped)
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.tensors import check_finite, difference_of
 
 _MAX_LISTED = 20
 
@@ -88,9 +89,9 @@ class Exchange:
         expected_names = used.union(self._dropped_names())
         unknown = [name for name in self.source_weights if name not in expected_names]
         misshapen = [
-            f"{' + '.join(origins[name])} has the shape {list(tensor.shape)}, not {list(target.shape)}"
+            f"{' + '.join(origins[name])} has the {difference}"
             for name, target in self.target_weights.items()
-            if (tensor := converted.get(name)) is not None and tensor.shape != target.shape
+            if (tensor := converted.get(name)) is not None and (difference := difference_of(tensor, target))
         ]
         missing = [name for name in self.target_weights if name not in converted]
         return [
@@ -103,11 +104,12 @@ class Exchange:
         """Convert the weights; floating-point tensors become float32.
 
         Raises:
-            UserError: Weights are missing, unknown or of another shape; the message lists them.
+            UserError: Weights are missing, unknown, of another shape or not finite; the message lists them.
         """
         self.check()
         converted = self._convert(self.source_weights)
         state = {name: converted[name] for name in self.target_weights}
+        check_finite(state, self.source)
         return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
     def check(self) -> None:

@@ -119,7 +119,7 @@ def plan_microsoft(path: Path, options: MicrosoftOptions) -> Plan:
     if "encoder.conv_in.weight" in weights:
         shape = autoencoder_config(weights, str(path))
         return TokenizerPlan(
-            shape, Exchange(str(path), weights, tokenizer_weights(shape), dict, [r"loss\..+"])
+            shape, Exchange(str(path), weights, tokenizer_weights(shape, str(path)), dict, [r"loss\..+"])
         )
     codes, width = _table(weights, f"{_NETWORK}content_emb.emb.weight", path)
     tokenizer = _tokenizer(weights, codes - 1, options, path)
@@ -153,7 +153,7 @@ def plan_microsoft(path: Path, options: MicrosoftOptions) -> Plan:
         dropped.append(_NULL)
     if options.tokenizer is not None:
         dropped.append(r"content_codec\..+")
-    exchange = Exchange(str(path), weights, model_weights(config, tokenizer), _convert, dropped)
+    exchange = Exchange(str(path), weights, model_weights(config, tokenizer, str(path)), _convert, dropped)
     return ModelPlan(config, tokenizer, exchange)
 
 
