@@ -309,22 +309,56 @@ def test_all_captions_of_an_image_are_tokenized(config: TokenizeConfig, tmp_path
         {KEY: "b", "png": png(2), "txt": "picture 2", "json": {"captions": ["picture 2"]}},
         {KEY: "c", "png": png(3), "txt": "picture 3", "json": {"caption": "picture 3"}},
         {KEY: "d", "png": png(4), "txt": "picture 4", "json": {"captions": ["picture 4", " "]}},
+        {KEY: "e", "png": png(5), "txt": "", "json": {"captions": ["", *several[1:]]}},
+        {KEY: "f", "png": png(6), "txt": " ", "json": {"captions": ["\n", ""]}},
+        {KEY: "g", "png": png(6), "txt": "picture", "json": b'{"captions": ["picture", "so nice \\ud83d"]}'},
     ]
     write_shard_set(
         tmp_path / "several",
         {},
-        [ShardRecipe("000000.tar", 4, lambda: samples)],
+        [ShardRecipe("000000.tar", 7, lambda: samples)],
         "images",
         max_bad_fraction=1,
     )
     config = config.model_copy(update={"images": tmp_path / "several", "max_bad_fraction": 0.5})
     shards = tokenized(config)
     ids = CaptionTokenizer(8, 300)
-    expected = [ids(several), ids(["picture 2"]), ids(["picture 3"])[0]]
+    expected = [ids(several), ids(["picture 2"]), ids(["picture 3"])[0], ids(["picture 4"]), ids(several[1:])]
     for row, of_row in zip(rows(shards.shards[0]), expected, strict=True):
         assert row["text.npy"].tolist() == of_row.tolist()
-    assert shards.captions == (5,)
+    assert shards.captions == (8,)
     assert "has an empty caption" in (config.output / "quarantine.jsonl").read_text()
+
+
+MEMBERS: dict[str, list[dict[str, Any]]] = {
+    "caption": [
+        {"caption": "words", "txt": "0"},
+        {"caption": "words", "json": {"captions": ["words", "others"]}},
+    ],
+    "json.text": [{"json": {"text": "words"}}, {"txt": "0", "json": {"text": ["words", "others"], "a": 5}}],
+}
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_captions_in_another_member(config: TokenizeConfig, tmp_path: Path, member: str) -> None:
+    samples = [{KEY: str(n), "png": png(n), **texts} for n, texts in enumerate(MEMBERS[member])]
+    samples.append({KEY: "x", "png": png(2), "json": {"b": 5}})
+    recipe = ShardRecipe("000000.tar", 3, lambda: samples)
+    write_shard_set(tmp_path / "named", {}, [recipe], "images")
+    named = CaptionsConfig(context_length=8, bpe_merges=300, member=member)
+    options = {"images": tmp_path / "named", "max_bad_fraction": 0.5, "captions": named}
+    config = config.model_copy(update=options)
+    shards = tokenized(config)
+    ids = CaptionTokenizer(8, 300)
+    first, second = rows(shards.shards[0])
+    assert (first["txt"], second["txt"]) == ("words", "words")
+    assert second["text.npy"].tolist() == ids(["words", "others"]).tolist()
+    assert first["text.npy"].reshape(-1).tolist() == ids(["words"])[0].tolist()
+    assert sum(shards.captions) == 3
+    reason = "has no caption in 'json.text'" if "." in member else "has no 'caption', only 'json', 'png'"
+    assert reason in (config.output / "quarantine.jsonl").read_text()
+    with pytest.raises(UserError, match="caption_member was"):
+        tokenized(config.model_copy(update={"captions": named.model_copy(update={"member": "txt"})}))
 
 
 def test_datasets_without_captions(config: TokenizeConfig, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ class FolderListing:
     def report(self, used_files: Iterable[Path]) -> None:
         """Warn of everything that is not used, in one sentence: the number and an example of each kind."""
         used = set(used_files)
-        unused = [(_kind(path), path) for path in self.files if path not in used] + self.passed_over
+        unused = [(kind_of(path.name), path) for path in self.files if path not in used] + self.passed_over
         warn_of_unused(self.folder, [(kind, str(path.relative_to(self.folder))) for kind, path in unused])
 
 
@@ -80,7 +80,10 @@ def list_folder(folder: Path, *, recursive: bool = True) -> FolderListing:
                 if entry.name.startswith(".") or entry.name in _SYSTEM:
                     passed_over.append(("hidden", path))
                 elif path.is_dir() if is_link else entry.is_dir():
-                    (links if is_link else folders).append(path)
+                    if recursive:
+                        (links if is_link else folders).append(path)
+                    else:
+                        passed_over.append(("folders", path))
                 elif is_link or entry.is_file():
                     files.append(path)
                 else:
@@ -89,11 +92,10 @@ def list_folder(folder: Path, *, recursive: bool = True) -> FolderListing:
             raise UserError(
                 f"{current}: cannot be read ({error.strerror}); allow it, or move it elsewhere."
             ) from None
-        if not recursive:
-            break
     return FolderListing(folder, sorted(files), passed_over)
 
 
-def _kind(path: Path) -> str:
-    suffix = re.search(r"(\.tar)?\.\w+$", path.name)
+def kind_of(name: str) -> str:
+    """Return the kind of a file by its name: its extension, such as ``.tar.gz``."""
+    suffix = re.search(r"(\.tar)?\.\w+$", name)
     return suffix[0] if suffix else "without extension"

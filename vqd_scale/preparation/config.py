@@ -17,6 +17,9 @@ class CaptionsConfig(Config):
     """Length of a caption in ids; a longer caption is cut."""
     bpe_merges: NonNegativeInt = ALL_MERGES
     """Number of CLIP's byte-pair merges."""
+    member: str = Field(default="txt", pattern=r"^(json\..+|[^.]+)$")
+    """Member of the image shards with the captions: ``txt``, another extension such as ``caption``, or
+    ``json.FIELD`` for text, or a list of texts, in a field of ``json``."""
 
 
 class EncodingConfig(Config):

@@ -24,20 +24,15 @@ from vqd_scale.data.shards.decode import (
     BadSample,
     Pixels,
     decode_arrays,
+    decode_captions,
     decode_image,
     decode_json,
-    decode_text,
     image_extension,
+    listed_captions,
 )
+from vqd_scale.data.shards.manifest import read_index
 from vqd_scale.data.shards.parallel_writer import Worker, WorkerIndex, forget_parts, write_own_shards
-from vqd_scale.data.shards.shard_index import (
-    Shard,
-    ShardSet,
-    SkippedSample,
-    begin_set,
-    finish_set,
-    read_index,
-)
+from vqd_scale.data.shards.shard_index import Shard, ShardSet, SkippedSample, begin_set, finish_set
 from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, read_shard
 from vqd_scale.data.transforms import NearCenterCrop, RandomResizedCrop, fitted
 from vqd_scale.models.bundle import load_tokenizer, tokenizer_fingerprint
@@ -69,6 +64,7 @@ class TokenSetMeta:
         device: Device type of the encoding; another type rounds differently and changes a few codes.
         views: Crops of the images that were encoded.
         tokenizer_config: Digest of the tokenizer's configuration; empty in datasets of earlier versions.
+        caption_member: Member of the image shards with the captions.
     """
 
     codes: int
@@ -80,6 +76,7 @@ class TokenSetMeta:
     device: str = "cpu"
     views: str = CENTER
     tokenizer_config: str = ""
+    caption_member: str = "txt"
 
     @classmethod
     def of(cls, shards: ShardSet) -> "TokenSetMeta":
@@ -172,6 +169,7 @@ def tokenize_shards(
         device=device.type,
         views=CENTER if config.augmented_views is None else str(config.augmented_views),
         tokenizer_config=tokenizer_config_digest(config.tokenizer),
+        caption_member="txt" if vocabulary is None else vocabulary.member,
     )
     meta = {"kind": "tokens", **asdict(described)}
     encode = _ShardEncoder(config, tokenizer, captions, device)
@@ -282,17 +280,32 @@ class _ShardEncoder:
     def _views(self, shard: Shard, first_slot: int, left_out: list[SkippedSample]) -> Iterator[_View]:
         for slot, sample in enumerate(read_shard(shard), first_slot):
             try:
-                captions, is_list = _captions(sample) if self.captions is not None else ([], False)
+                captions, is_list, copied = self._texts(sample)
                 squares = self._squares(sample, slot)
             except BadSample as error:
                 left_out.append(SkippedSample(sample[KEY], str(error)))
                 continue
-            copied = {name: sample[name] for name in ("txt", "json", "cls") if name in sample}
-            if captions:
-                copied["txt"] = captions[0]
             for number, pixels in enumerate(squares):
                 key = sample[KEY] if self.config.augmented_views is None else f"{sample[KEY]}_{number}"
                 yield _View(slot * len(squares) + number, key, pixels, captions, is_list, copied)
+
+    def _texts(self, sample: dict[str, Any]) -> tuple[list[str], bool, dict[str, bytes | str]]:
+        """Return the captions, whether ``json`` lists them, and the fields to copy.
+
+        Raises:
+            BadSample: The sample has no caption, or one that is not text.
+        """
+        copied = {name: sample[name] for name in ("txt", "json", "cls") if name in sample}
+        if self.config.captions is None:
+            return [], False, copied
+        captions = decode_captions(sample, self.config.captions.member)
+        copied["txt"] = captions[0]
+        content = decode_json(sample.get("json", b"{}"))
+        if self.config.captions.member != "txt" and isinstance(content, dict):
+            # The token shards have the captions where all readers look for them.
+            copied["json"] = json.dumps({**cast("dict[str, Any]", content), "captions": captions})
+            return captions, True, copied
+        return captions, bool(listed_captions(content)), copied
 
     def _squares(self, sample: dict[str, Any], slot: int) -> list[Pixels]:
         """Return the crops of an image to encode."""
@@ -331,22 +344,3 @@ class _ShardEncoder:
         sampling_key = None if seed is None else SamplingKey(seed, slots)
         codes = self.tokenizer.encode(signal, sampling_key).flatten(1)[: len(views)].cpu().numpy()
         return codes.astype(np.uint16 if self.tokenizer.codes <= _UINT16_CODES else np.uint32)
-
-
-def _captions(sample: dict[str, Any]) -> tuple[list[str], bool]:
-    """Return a sample's captions, first the one in its ``txt``, and True if its ``json`` lists them.
-
-    Raises:
-        BadSample: A caption is missing, empty or not text.
-    """
-    if "txt" not in sample:
-        raise BadSample("has no 'txt'")
-    first = decode_text(sample["txt"])
-    content = decode_json(sample["json"]) if "json" in sample else None
-    captions = cast("dict[str, Any]", content).get("captions") if isinstance(content, dict) else None
-    if not isinstance(captions, list) or not captions:
-        return [first], False
-    additional = [caption for caption in cast("list[Any]", captions)[1:] if isinstance(caption, str)]
-    if len(additional) < len(cast("list[Any]", captions)) - 1:
-        raise BadSample("has captions in its 'json' that are not text")
-    return [first, *(decode_text(caption.encode()) for caption in additional)], True

@@ -1,6 +1,7 @@
 """Sample filters by metadata and caption, for third-party datasets."""
 
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,8 @@ from pydantic import Field
 
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
+
+_LARGEST = sys.float_info.max
 
 
 class Bounds(Config):
@@ -85,7 +88,8 @@ def _number(metadata: Mapping[str, Any], name: str) -> float:
         return float("nan")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"filters.columns.{name}: holds {value!r}, no number; use filters.labels.")
-    return float(value)
+    # JSON has integers that are no floating-point numbers.
+    return float(max(min(value, _LARGEST), -_LARGEST))
 
 
 def _aspect(metadata: Mapping[str, Any]) -> float:

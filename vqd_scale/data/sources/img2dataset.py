@@ -1,4 +1,4 @@
-"""Index of img2dataset downloads; the tars are not modified."""
+"""Index of existing tars, such as img2dataset's downloads; the tars are not modified."""
 
 from pydantic import Field
 
@@ -10,24 +10,29 @@ from vqd_scale.data.shards.near_duplicates import DuplicatesConfig, hash_exclude
 from vqd_scale.data.shards.shard_index import ShardSet
 
 
-class Img2datasetConfig(Config):
-    """Indexing of a folder written by img2dataset."""
+class IndexConfig(Config):
+    """Indexing of existing tars."""
 
-    filters: Filters = Filters()
-    """Filters by metadata and caption."""
-    near_duplicates: DuplicatesConfig | None = None
-    """Images to exclude; their near-duplicates are skipped and reported. Set it if the dataset may contain
-    evaluation images; it decodes every image."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """Largest fraction of unusable samples, and of damaged tars."""
     num_workers: int = Field(default=1, ge=1)
     """Number of processes."""
 
 
-def index_img2dataset(config: Img2datasetConfig, tars: Location, folder: Location) -> ShardSet:
-    """Index ``00000.tar``, ``00001.tar``, … of ``tars``; the index is written to ``folder``.
+class Img2datasetConfig(IndexConfig):
+    """Indexing of tars written by img2dataset."""
 
-    Both folders may be the same. Metadata are read from the samples' ``json``; for samples without one, from
+    filters: Filters = Filters()
+    """Filters by metadata and caption."""
+    near_duplicates: DuplicatesConfig | None = None
+    """Images to exclude; their near-duplicates are skipped and reported. Set it if the dataset may contain
+    evaluation images; it decodes every image."""
+
+
+def index_img2dataset(config: Img2datasetConfig, tars: Location, folder: Location | None) -> ShardSet:
+    """Index ``00000.tar``, ``00001.tar``, …; the index is written to ``folder`` or, if None, beside the tars.
+
+    ``tars`` is as in `list_tars`. Metadata are read from the samples' ``json``; for samples without one, from
     ``00000.parquet``. A tar whose sample count differs from ``00000_stats.json`` is damaged.
 
     Raises:
