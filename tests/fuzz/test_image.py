@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.fuzz.harness import SECONDS, fuzz
-from vqd_scale.data.shards.decode import decode_array, decode_arrays, decode_image
+from vqd_scale.data.shards.decode import BadSample, decode_array, decode_arrays, decode_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 4)).astype(np.uint8)
 IMAGE = Image.fromarray(PIXELS)
@@ -46,6 +46,25 @@ def test_damaged_images_are_bad_samples(seconds: float, tmp_path: Path) -> None:
         assert pixels.dtype == np.uint8 and pixels.shape[2] == 3
 
     assert fuzz(target, IMAGES, seconds, tmp_path / "failure") > len(IMAGES)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mode", ["RGBA", "P", "I;16", "RGB", "CMYK"])
+def test_largest_image_fits_into_a_gigabyte(mode: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with io.BytesIO() as file:
+        Image.new(mode, (9_400, 9_500)).save(file, "JPEG" if mode == "CMYK" else "PNG", exif=exif)
+        data = file.getvalue()
+
+    def target(data: bytes) -> None:
+        try:
+            assert sorted(decode_image(data).shape) == [3, 9_400, 9_500]
+        except BadSample as error:
+            raise AssertionError from error
+
+    assert fuzz(target, [data], 0, tmp_path / "failure") == 1
 
 
 def array_of(descr: str, shape: str, size: int = 24) -> bytes:

@@ -34,7 +34,7 @@ class DecodeConfig(Config):
 
     max_pixels: int = Field(default=89_478_485, ge=1, le=178_956_970)
     """Maximum number of pixels; larger images are rejected before they are decoded. Decoding the default
-    takes up to a gigabyte of memory; the largest allowed value is Pillow's own limit."""
+    takes about a gigabyte of memory; the largest allowed value is Pillow's own limit."""
     dct_scaled: bool = False
     """Decode a JPEG at a half, quarter or eighth of its size if the transform needs no more. About twice as
     fast, but some pixels differ by tens of levels from a full decode plus resize. Disable to reproduce

@@ -27,6 +27,9 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 _MAX_SCANS = 100
 """Maximum number of scans of a JPEG, as in libtiff. Encoders write about 10; each visits every pixel."""
 
+_STRIP = 512
+"""Height in pixels of the strips in which an image is converted."""
+
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -98,7 +101,7 @@ def decode_image(
                 return _decoded_jpeg(data)
             image.load()
             turn = _turn(image)
-            return np.array(_as_rgb(image if turn is None else image.transpose(turn)))
+            return _rgb_pixels(image if turn is None else image.transpose(turn))
     except BadSample:
         raise
     except UnidentifiedImageError:
@@ -268,6 +271,15 @@ def _array_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
     if is_fortran_ordered or dtype.hasobject:
         raise ValueError("not plain numbers in C order")
     return dtype, shape
+
+
+def _rgb_pixels(image: Image.Image) -> Pixels:
+    """Convert an image to RGB by strips, since whole copies in several modes would take gigabytes."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, _STRIP):
+        strip = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
+        pixels[top : top + _STRIP] = _as_rgb(strip)
+    return pixels
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
