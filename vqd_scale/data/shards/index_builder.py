@@ -5,7 +5,6 @@ sample counts behind the sample order are exact.
 """
 
 import functools
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -13,10 +12,11 @@ from typing import Any, cast
 import numpy as np
 from pydantic import TypeAdapter
 
-from vqd_scale.core.atomic_io import Location, file_sizes, read_json, reading, sha256_of
+from vqd_scale.core.atomic_io import Location, read_json, reading, sha256_of
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress
 from vqd_scale.core.s3 import S3Object, S3Path
+from vqd_scale.data.parquet_table import ParquetTable
 from vqd_scale.data.process_pool import map_in_processes
 from vqd_scale.data.shards.decode import (
     IMAGE_EXTENSIONS,
@@ -29,7 +29,7 @@ from vqd_scale.data.shards.decode import (
     no_member,
 )
 from vqd_scale.data.shards.filters import Filters
-from vqd_scale.data.shards.manifest import read_index
+from vqd_scale.data.shards.manifest import Count, read_index
 from vqd_scale.data.shards.perceptual_hash import ExcludedImages
 from vqd_scale.data.shards.quarantine import DUPLICATES, QUARANTINE, Quarantine
 from vqd_scale.data.shards.shard_index import (
@@ -41,6 +41,7 @@ from vqd_scale.data.shards.shard_index import (
     table_name,
 )
 from vqd_scale.data.shards.shard_table import publish_table, read_indexed, table_of
+from vqd_scale.data.shards.tar_list import list_tars
 from vqd_scale.data.shards.tar_scanner import Position, TarSample, TarScan
 
 MAX_CAPTIONS = 1_000_000
@@ -98,7 +99,7 @@ class SampleFilter:
 class _Statistics:
     """Entries of img2dataset's ``NAME_stats.json`` that are used."""
 
-    successes: int | None = None
+    successes: Count | None = None
 
 
 _STATISTICS = TypeAdapter(_Statistics)
@@ -120,7 +121,8 @@ def build_index(
     """Index a folder of third-party tars; tars that are already indexed are not read again.
 
     Args:
-        tars: Folder of the tars. Nothing in it is changed, except that the index may be written there.
+        tars: Folder of the tars, or some of its tars as in `list_tars`. Nothing in the folder is changed,
+            except that the index may be written there.
         folder: Folder of the index; None writes it beside the tars.
         sample_filter: Filter for the samples of the tables; None accepts all usable samples.
         meta: Metadata stored in the index; None keeps the metadata of an existing index.
@@ -131,10 +133,8 @@ def build_index(
         UserError: There is no tar; too many tars are damaged or too many samples bad; a filter names a column
             that the dataset lacks; the folder contains another index or cannot be written.
     """
+    tars, names = list_tars(tars)
     folder = tars if folder is None else folder
-    names = sorted(name for name in file_sizes(tars) if name.endswith(".tar"))
-    if not names:
-        raise UserError(f"{tars}: there is no .tar file here.")
     if meta is None:
         index = read_index(folder)
         meta = {} if index is None else index.meta
@@ -224,6 +224,8 @@ def index_tar(
             duplicate = sample_filter.check(sample, rows)
         except BadSample as error:
             skipped.append(SkippedSample(sample.key, str(error)))
+        except UserError as error:
+            raise UserError(f"{tar}: sample '{sample.key}': {error}") from None
         except Unwanted:
             filtered += 1
         else:
@@ -309,19 +311,7 @@ def _parquet_rows(tar: Location) -> Rows:
         raise UserError(
             f"{tar}: filters need metadata, but its samples have no 'json' and {path} is missing."
         )
-    try:
-        # Any: an optional package, untyped if it is not installed.
-        arrow: Any = importlib.import_module("pyarrow")
-        parquet: Any = importlib.import_module("pyarrow.parquet")
-    except ModuleNotFoundError:
-        raise UserError(
-            f"{path}: reading parquet files needs pyarrow; install it with pip install 'vqd-scale[parquet]'."
-        ) from None
-    try:
-        lines = parquet.read_table(arrow.BufferReader(path.read_bytes())).to_pylist()
-    except (arrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({error}); fetch it again.") from None
-    return {str(line.get("key")): line for line in lines}
+    return {str(line.get("key")): line for line in ParquetTable(path)}
 
 
 def _expected_count(tar: Location, sample_count: int) -> int:

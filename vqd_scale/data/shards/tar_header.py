@@ -88,8 +88,6 @@ def _parsed_header(block: bytes, *, is_strict: bool) -> TarHeader:
     if block[257:263] == b"ustar\0" and block[345]:
         name = f"{_decoded(block[345:500])}/{name}"
     kind = block[156:157]
-    if kind in b"0\0" and name.endswith("/"):
-        kind = b"5"
     fault = "" if kind in b"0\0007" else "is no regular file"
     size = 0 if kind in b"123456" else _number(block[124:136])
     return TarHeader(block, name, _decoded(block[157:257]), kind, size, fault)
@@ -105,9 +103,12 @@ def _with_extended(header: TarHeader, extended: Mapping[str, str]) -> TarHeader:
     name = extended.get("GNU.sparse.name") or extended.get("path") or header.name
     if not name or "\0" in name:
         raise ValueError("an invalid name")
+    # So v7 marks a folder.
+    kind = b"5" if header.kind == b"\0" and name.endswith("/") else header.kind
     is_sparse = header.kind == b"S" or any(entry.startswith("GNU.sparse.") for entry in extended)
     fault = "is stored with holes (tar --sparse)" if is_sparse else header.fault
-    return header._replace(name=name, link=extended.get("linkpath") or header.link, size=size, fault=fault)
+    link = extended.get("linkpath") or header.link
+    return header._replace(name=name, link=link, kind=kind, size=size, fault=fault)
 
 
 def _extended_entries(kind: bytes, content: bytes) -> dict[str, str]:

@@ -28,7 +28,8 @@ LARGE_MEMBER = 2 << 20
 
 _CHUNK_BYTES = 1 << 20
 _PAGE = 4096
-_PADDED_SIZES = (10_240, *(1 << shift for shift in range(14, 21)))
+_RECORD = 10_240
+_PADDED_SIZES = (_RECORD, *(1 << shift for shift in range(11, 21)))
 """Sizes in bytes to a multiple of which programs pad a tar after its end mark."""
 _END_MARK = 2 * BLOCK
 _MAX_LINKS = 40
@@ -197,7 +198,8 @@ class TarScan:
             count += 1
             if count == PROBED and offset > PROBED * LARGE_MEMBER:
                 self._window.skip_contents()
-        if gap < 0 and (zeros < 0 or is_zeroed or not _is_padding(start, zeros, self.size)):
+        is_short = self.size - zeros < _RECORD + _END_MARK
+        if gap < 0 and (zeros < 0 or is_zeroed or not (is_short or _is_padding(start, zeros, self.size))):
             gap = self.size if zeros < 0 else zeros
             yield self._damaged("no end mark" if zeros < 0 else "zeros instead of members", gap)
         if gap >= 0:
