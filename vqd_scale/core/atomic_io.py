@@ -26,6 +26,7 @@ from pydantic import PlainSerializer, PlainValidator, TypeAdapter
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.s3 import SCHEME, S3Object, S3Path, object_sizes, write_object
 from vqd_scale.core.safe_json import JSON, parse_json, read_bounded
+from vqd_scale.core.watchdog import beat
 
 T = TypeVar("T")
 
@@ -231,10 +232,13 @@ def read_in_order(path: Location) -> Iterator[bytes]:
         UserError: The file may not be read; the store cannot be reached or refuses.
     """
     if isinstance(path, S3Path):
-        yield from S3Object(path).blocks()
+        for block in S3Object(path).blocks():
+            beat()
+            yield block
         return
     with reading(path), path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
+            beat()
             yield block
 
 

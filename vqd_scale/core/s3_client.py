@@ -28,6 +28,7 @@ from s3fs import S3FileSystem
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.s3_endpoint import S3Endpoint
+from vqd_scale.core.watchdog import beat
 
 Result = TypeVar("Result")
 Response = dict[str, Any]
@@ -89,6 +90,7 @@ class S3Client(S3FileSystem):
     def __init__(self, endpoint: S3Endpoint) -> None:
         super().__init__(
             anon=endpoint.anonymous,
+            requester_pays=endpoint.requester_pays,
             endpoint_url=endpoint.endpoint_url,
             profile=endpoint.profile,
             use_listings_cache=False,
@@ -113,7 +115,9 @@ class S3Client(S3FileSystem):
         # The client has timeouts for connecting and receiving, but none for sending.
         timeout = 2 * RETRY_POLICY.timeout + len(arguments.get("Body", b"")) / _MIN_UPLOAD_SPEED
         accepted_arguments = self._get_s3_method_kwargs(method, *defaults, **arguments)
-        return await asyncio.wait_for(method(**accepted_arguments), timeout)
+        response = await asyncio.wait_for(method(**accepted_arguments), timeout)
+        beat()
+        return response
 
     async def _call_s3(self, method: str, *akwarglist: dict[str, Any], **kwargs: Any) -> Response:  # noqa: ANN401 - as above
         """Call one S3 operation with retries; all of s3fs's methods send their requests through this one."""

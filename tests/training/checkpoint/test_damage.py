@@ -139,7 +139,7 @@ def test_mirror_without_a_valid_copy_stops_the_run(tmp_path: Path) -> None:
 def test_file_damaged_before_the_upload_is_not_mirrored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def prune_and_damage(folder: Path, config: CheckpointConfig) -> None:
+    def prune_and_damage(folder: Path, config: CheckpointConfig, in_use: Path | None) -> None:
         flip_a_byte(folder / "000000000008" / FILES[1])
 
     monkeypatch.setattr("vqd_scale.training.checkpoint.manager.prune", prune_and_damage)

@@ -31,6 +31,7 @@ from vqd_scale.core.atomic_io import (
 )
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.nested import differences
+from vqd_scale.core.watchdog import phase
 from vqd_scale.core.world import World
 from vqd_scale.training.checkpoint.manifest import (
     MANIFEST,
@@ -41,7 +42,7 @@ from vqd_scale.training.checkpoint.manifest import (
     parsed,
     verified,
 )
-from vqd_scale.training.checkpoint.mirror import fetch_newest, send
+from vqd_scale.training.checkpoint.mirror import Uploader, fetch_newest
 from vqd_scale.training.checkpoint.shards import HostSlices, StoredSlices, lower_priority, write_file
 from vqd_scale.training.config import CheckpointConfig
 from vqd_scale.training.ema import EMA
@@ -108,6 +109,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=lower_priority)
         self._save: _Save | None = None
         self._failures = 0
+        self._uploader = Uploader(config.mirror) if config.mirror is not None and world.is_first else None
         self._loaded: dict[Path, Manifest] = {}
 
     def save(self, images: int, state: Mapping[str, Tensor], *, must: bool = False) -> None:
@@ -162,24 +164,33 @@ class Checkpoints:
         save, self._save = self._save, None
         if save is None:
             return
-        error = _error_of(save, save.write)
-        if self.world.any(error is not None):
-            save.abandoned.set()
-        if save.publication is not None:
-            # Always wait: after a failure it deletes the partial folder, which must end before the next save.
-            publish_error = _error_of(save, save.publication)
-            error = error or publish_error
-        if self.world.any(error is not None):
+        with phase("save of a checkpoint", awaits_threads=True):
+            error = _error_of(save, save.write)
+            if self.world.any(error is not None):
+                save.abandoned.set()
+            if save.publication is not None:
+                # Always wait: after a failure it deletes the partial folder, which must end before the next
+                # save.
+                publish_error = _error_of(save, save.publication)
+                error = error or publish_error
+            has_failed = self.world.any(error is not None)
+        if has_failed:
             raise error or UserError(
                 f"{save.folder}: another rank could not write its part of the checkpoint."
             )
         self._failures = 0
 
-    def close(self) -> None:
-        """Abandon a save in progress, for example after an error, and stop the thread."""
+    def close(self, gives_up: Callable[[], bool] = lambda: False) -> None:
+        """Abandon a save in progress, for example after an error, and wait for the uploads.
+
+        Args:
+            gives_up: Condition for leaving the uploads to the next start.
+        """
         if self._save is not None:
             self._save.abandoned.set()
         self._thread.shutdown(wait=True)
+        if self._uploader is not None:
+            self._uploader.wait(gives_up)
 
     def resume(self, before: int | None = None) -> Restored | None:
         """Load the newest checkpoint whose files all match the manifest; collective.
@@ -208,6 +219,9 @@ class Checkpoints:
                 folder = self.folder / candidates[-1]
                 manifest = self._verified(folder, "trying the previous checkpoint")
                 if manifest is not None:
+                    if before is None and self._uploader is not None:
+                        # The upload of an earlier start may have been cut off.
+                        self._uploader.send(folder, only_if_missing=True)
                     self._loaded = {folder: manifest}
                     return self._load(folder, manifest)
             elif mirror is not None:
@@ -315,9 +329,10 @@ class Checkpoints:
         except UserError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        prune(self.folder, self.config)
-        if self.config.mirror is not None:
-            send(final, self.config.mirror)
+        uploader = self._uploader
+        prune(self.folder, self.config, uploader and uploader.current)
+        if uploader is not None:
+            uploader.send(final)
 
     def _load(self, folder: Path, manifest: Manifest) -> Restored:
         differing = sorted(differences(manifest.parameters, self._shapes()))
@@ -380,8 +395,14 @@ def newest_consolidated(folder: Path, kind: str, images: int | None = None) -> t
     raise UserError(f"{folder}: contains no valid {description}; the existing ones are: {existing}.")
 
 
-def prune(folder: Path, config: CheckpointConfig) -> None:
-    """Delete checkpoints beyond the retention policy; only valid ones, whose files are read, are counted."""
+def prune(folder: Path, config: CheckpointConfig, in_use: Path | None = None) -> None:
+    """Delete checkpoints beyond the retention policy; only valid ones, whose files are read, are counted.
+
+    Args:
+        folder: Checkpoint folder of the run.
+        config: Retention policy.
+        in_use: Checkpoint that is not deleted now.
+    """
     checkpoints = _named(folder)[::-1]
     valid_count = 0
     for checkpoint in checkpoints if len(checkpoints) > config.keep_last else []:
@@ -393,6 +414,8 @@ def prune(folder: Path, config: CheckpointConfig) -> None:
                 _set_aside(checkpoint, str(damage), "and an older checkpoint is kept")
             continue
         permanent = config.keep_every_images
+        if checkpoint == in_use:
+            continue
         if permanent is not None and is_due(permanent, int(checkpoint.name), config.every_images):
             continue
         # Rename before deleting, so a partly deleted folder is not taken for a checkpoint.

@@ -2,7 +2,11 @@
 
 import logging
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 
 from vqd_scale.core.atomic_io import (
     PARTIAL,
@@ -14,6 +18,7 @@ from vqd_scale.core.atomic_io import (
     writing,
 )
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.watchdog import phase
 from vqd_scale.training.checkpoint.manifest import (
     MANIFEST,
     DamageError,
@@ -26,18 +31,63 @@ logger = logging.getLogger(__name__)
 
 _COMPLETE = ".json"
 """Suffix of the marker object of a complete copy."""
+_POLL_SECONDS = 0.05
 
 
-def send(checkpoint: Path, mirror: Location) -> None:
-    """Copy a checkpoint to the mirror; a failure or a damaged file is only logged as a warning.
+class Uploader:
+    """Thread that copies checkpoints to a mirror, one after the other.
+
+    Training never waits for it. A stopped run leaves it behind, and the next start sends what is missing.
 
     Args:
-        checkpoint: Folder of the checkpoint.
-        mirror: Mirror. It receives a folder of the same name and, last, a second copy of the manifest next to
-            the folder, which marks the copy as complete.
+        mirror: Mirror.
+
+    Attributes:
+        current: Checkpoint that is being copied, and must not be deleted; None in between.
+    """
+
+    def __init__(self, mirror: Location) -> None:
+        self.current: Path | None = None
+        self._mirror = mirror
+        self._queue: Queue[tuple[Path, bool]] = Queue()
+        Thread(target=self._work, name="mirror", daemon=True).start()
+
+    def send(self, checkpoint: Path, *, only_if_missing: bool = False) -> None:
+        """Copy a checkpoint after those before it.
+
+        Args:
+            checkpoint: Folder of the checkpoint.
+            only_if_missing: Send nothing if the mirror has a complete copy.
+        """
+        self._queue.put((checkpoint, only_if_missing))
+
+    def wait(self, gives_up: Callable[[], bool]) -> None:
+        """Wait until all is sent, or a condition holds."""
+        with phase("upload to the mirror", awaits_threads=True):
+            while self._queue.unfinished_tasks:
+                if gives_up():
+                    logger.warning("not all checkpoints were copied to the mirror; the next start continues.")
+                    return
+                time.sleep(_POLL_SECONDS)
+
+    def _work(self) -> None:
+        while True:
+            self.current, only_if_missing = self._queue.get()
+            _send(self.current, self._mirror, only_if_missing)
+            self.current = None
+            self._queue.task_done()
+
+
+def _send(checkpoint: Path, mirror: Location, only_if_missing: bool) -> None:
+    """Copy a checkpoint to the mirror; a failure or a damaged file is only logged as a warning.
+
+    The mirror receives a folder of the same name and, last, a second copy of the manifest next to the folder,
+    which marks the copy as complete.
     """
     copy = mirror / checkpoint.name
     try:
+        if only_if_missing and f"{checkpoint.name}{_COMPLETE}" in file_sizes(mirror):
+            return
         manifest = read_manifest(checkpoint)
         for file in manifest.files:
             with published(copy / file.name) as partial:
@@ -54,7 +104,7 @@ def fetch_newest(mirror: Location, folder: Path) -> None:
     """Fetch the newest valid copy into a folder without checkpoints, if the mirror has copies.
 
     Args:
-        mirror: Mirror to which `send` copied.
+        mirror: Mirror to which an `Uploader` copied.
         folder: Checkpoint folder of the run.
 
     Raises:

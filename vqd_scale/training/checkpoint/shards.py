@@ -29,6 +29,7 @@ from torch import Tensor
 
 from vqd_scale.core.atomic_io import sync_to_disk, writing
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.watchdog import beat
 from vqd_scale.training.partition import Partition, Piece
 
 if sys.platform == "linux":
@@ -155,6 +156,7 @@ def _write_blocks(file: FileIO, content: memoryview) -> Iterator[memoryview]:
             if error.errno == errno.EINVAL and _set_direct_io(file, False):
                 continue
             raise
+        beat()
         yield content[:count]
         content = content[count:]
 
