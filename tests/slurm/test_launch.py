@@ -39,6 +39,9 @@ def test_stopped_and_restarted_training_equals_uninterrupted(
     status = launch("status", str(run))
     assert f"train {job}: " in status.output
     assert "images seen" in status.output
+    second = launch(str(recipe), *TWO_NODES)
+    assert second.code == 2
+    assert f"job {job} is " in second.errors
     # An edit now affects later launches only.
     (code,) = run.glob("jobs/*/code")
     assert (code / "vqd_scale" / "training" / "loop.py").is_file()

@@ -90,17 +90,17 @@ def test_time_limit_signal_saves_and_requeues(submit: Submit, torchrun_runs: Pat
 
 
 def test_network_cut_ends_the_other_nodes_with_stacks(submit: Submit, torchrun_runs: Path) -> None:
-    submitted, cluster = submit("train_b.sh", "health.hang_seconds=15"), submit.cluster
+    submitted, cluster = submit("train_b.sh", "health.hang_seconds=30"), submit.cluster
     submitted.until_steps("pretrain", 30)
     cluster.freeze("vqd2")
     stacks = submitted.run("pretrain") / "stacks-00000.txt"
-    cluster.until(stacks.exists, 60, "the watchdog of the rank that is left")
+    cluster.until(stacks.exists, 90, "the watchdog of the rank that is left")
     cluster.until(lambda: cluster.job(submitted.number).restarts >= 1, 120, "a requeue")
     # Slurm marks the node as down, and the test restarts it.
     cluster.lose("vqd2")
     cluster.start("vqd2")
     assert_equals_uninterrupted(submitted, torchrun_runs, "pretrain")
-    assert "no step has finished for" in submitted.rank_log("train", 0)
+    assert "no progress for" in submitted.rank_log("train", 0)
     assert "_step" in stacks.read_text()
     assert (submitted.folder / "logs" / submitted.number / "train-ends-0" / "0").read_text() == (
         f"{HUNG_EXIT_CODE}\n"

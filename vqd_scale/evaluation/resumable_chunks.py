@@ -20,6 +20,7 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.fingerprint import first_difference, read_with_digest, write_with_digest
 from vqd_scale.core.outputs import MARKER, reserve
 from vqd_scale.core.progress import progress_bar
+from vqd_scale.core.signals import report_progress
 from vqd_scale.core.world import World
 from vqd_scale.evaluation.extractors import FEATURES
 from vqd_scale.evaluation.frechet import FeatureStatistics
@@ -109,6 +110,7 @@ class ResumableChunks:
                 columns = make(self.images(part))
                 with published(self.path(part)) as partial:
                     write_with_digest(partial, columns, {})
+                report_progress()
                 bar.update(len(self.images(part)))
         if world.any(stopped):
             raise EvaluationStopped

@@ -13,6 +13,7 @@ from jaxtyping import Int64
 from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.atomic_io import Location, published, sha256_of
 from vqd_scale.core.progress import progress_bar
+from vqd_scale.core.signals import report_progress
 from vqd_scale.data.process_pool import map_in_processes
 from vqd_scale.data.shards.decode import no_member
 from vqd_scale.data.shards.index_builder import check_share, index_tar, report
@@ -152,7 +153,9 @@ def written_or_write(folder: Location, recipe: ShardRecipe) -> IndexedShard:
         indexed = read_indexed(recipe.name, table)
         if sha256_of(path) == indexed.sha256:
             return indexed
-    return write_shard(path, recipe.samples())
+    indexed = write_shard(path, recipe.samples())
+    report_progress()
+    return indexed
 
 
 class ShardReader:
