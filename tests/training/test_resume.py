@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 
 from vqd_scale.core.config import load_config
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.run_lock import RunLock
 from vqd_scale.training import resume
 from vqd_scale.training.resume import CHANGEABLE, claim
 from vqd_scale.training.tasks.config import TrainConfig
@@ -19,7 +21,8 @@ BASE = ["tokenizer=t", "data.path=d", "total_images=1000", "diffusion.kind=paper
 
 
 def start(run: Path, *overrides: str) -> int:
-    return claim(load_config(TrainConfig, None, [*BASE, f"run={run}", *overrides]))
+    with closing(RunLock(run)) as lock:
+        return claim(load_config(TrainConfig, None, [*BASE, f"run={run}", *overrides]), lock)
 
 
 def begin(run: Path, *overrides: str) -> None:
@@ -150,7 +153,8 @@ def test_inputs_are_compared_by_content_wherever_they_lie(token_world: Path, tmp
 
     def start_in(folder: Path, run: Path, *overrides: str) -> None:
         inputs = [f"tokenizer={folder / 'tokenizer'}", f"data.path={folder / 'shards'}", f"run={run}"]
-        claim(load_config(TrainConfig, token_world / "train.yaml", [*inputs, *overrides]))
+        with closing(RunLock(run)) as lock:
+            claim(load_config(TrainConfig, token_world / "train.yaml", [*inputs, *overrides]), lock)
 
     old, new = tmp_path / "old", tmp_path / "new"
     shutil.copytree(token_world, old)
@@ -167,6 +171,16 @@ def test_inputs_are_compared_by_content_wherever_they_lie(token_world: Path, tmp
     (new / "poisoned").rename(new / "shards")
     with pytest.raises(UserError, match=rf"another 'data.path' .* continue it with data.path=\"{old}"):
         start_in(new, tmp_path / "moved")
+
+
+def test_second_process_in_a_run_folder_writes_nothing(tmp_path: Path) -> None:
+    begin(tmp_path)
+    before = (tmp_path / "config.yaml").read_text()
+    with closing(RunLock(tmp_path)) as lock:
+        lock.acquire()
+        with pytest.raises(UserError, match="trains here"):
+            start(tmp_path, "total_images=9")
+    assert (tmp_path / "config.yaml").read_text() == before
 
 
 def test_link_in_place_of_the_export_is_refused_at_the_start(tmp_path: Path) -> None:

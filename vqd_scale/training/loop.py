@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress_bar
+from vqd_scale.core.run_lock import RunLock
 from vqd_scale.core.signals import TIME_LIMIT_SIGNAL, StopFlag, report_progress
 from vqd_scale.core.tensors import with_prefix, without_prefix
 from vqd_scale.core.watchdog import beat, phase, watched
@@ -79,11 +80,15 @@ def train(task: Task[BatchType], config: RunConfig, world: World, title: str) ->
             f"{config.engine.gradient_accumulation_steps} parts; choose a multiple of {parts}."
         )
     lanes: list[int] = []
-    world.on_first_rank(lambda: lanes.append(claim(config)))
-    config = with_lanes(config, world.gathered({"lanes": lanes})[0]["lanes"][0])
-    with watched(config.health.hang_seconds, config.run / STACKS.format(world.rank)):
+    lock = RunLock(config.run)
+    with (
+        watched(config.health.hang_seconds, config.run / STACKS.format(world.rank)),
+        closing(lock),
+    ):
+        world.on_first_rank(lambda: lanes.append(claim(config, lock)))
+        config = with_lanes(config, world.gathered({"lanes": lanes})[0]["lanes"][0])
         with phase("build of the engine"):
-            trainer = _Trainer(task, config, world)
+            trainer = _Trainer(task, config, world, lock)
         try:
             result = trainer.run(title)
         finally:
@@ -99,8 +104,9 @@ def train(task: Task[BatchType], config: RunConfig, world: World, title: str) ->
 class _Trainer(Generic[BatchType]):
     """State of a run between two steps."""
 
-    def __init__(self, task: Task[BatchType], config: RunConfig, world: World) -> None:
+    def __init__(self, task: Task[BatchType], config: RunConfig, world: World, lock: RunLock) -> None:
         self.task = task
+        self.lock = lock
         self.config = config
         self.world = world
         self.batch = config.data.global_batch_size
@@ -134,7 +140,7 @@ class _Trainer(Generic[BatchType]):
         self.task.init_weights(self.engine.partition)
         self.ema.restart()
         # Fail now instead of after hours if a checkpoint cannot be written.
-        self.checkpoints.save(0, self._state(), must=True)
+        self._save(must=True)
 
     def _ideal_seconds(self) -> float | None:
         """Return the seconds per image at peak FLOPS of all devices; ``None`` except for bf16 on GPUs."""
@@ -183,7 +189,7 @@ class _Trainer(Generic[BatchType]):
                     self.health.check_replicas(self.images, self.engine.module)
                 is_last = is_stopping or self._is_finished
                 if is_last or self._is_due(self.config.checkpoint.every_images):
-                    self.checkpoints.save(self.images, self._state(), must=is_last)
+                    self._save(must=is_last)
                 if is_stopping:
                     return RunResult(self.images, stopped=True)
         return RunResult(self.images, stopped=False)
@@ -193,6 +199,10 @@ class _Trainer(Generic[BatchType]):
         self.stop.close()
         self.checkpoints.close()
         self.metrics.close()
+
+    def _save(self, *, must: bool) -> None:
+        self.world.on_first_rank(self.lock.check)
+        self.checkpoints.save(self.images, self._state(), must=must)
 
     @property
     def _is_finished(self) -> bool:

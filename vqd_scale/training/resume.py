@@ -29,6 +29,7 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.outputs import EXPORT, JOBS, TRAINING, check_output, reserve
 from vqd_scale.core.provenance import modified_files, provenance
 from vqd_scale.core.renamed_keys import RENAMED
+from vqd_scale.core.run_lock import RunLock
 from vqd_scale.core.s3 import S3Path
 from vqd_scale.data.config import StreamConfig
 from vqd_scale.data.shards.shard_index import INDEX, ShardSet
@@ -75,19 +76,24 @@ _INPUTS = TypeAdapter(dict[str, str])
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 16
 
 
-def claim(config: RunConfig) -> int:
-    """Check that the run folder contains no other run, and write the resolved configuration to it.
+def claim(config: RunConfig, lock: RunLock) -> int:
+    """Lock the run folder, check that it contains no other run, and write the resolved configuration to it.
+
+    Args:
+        config: Configuration of the run.
+        lock: Lock of its folder, acquired here.
 
     Returns:
         Lanes of the run's order: its first batch size.
 
     Raises:
-        UserError: The folder contains another run, or files of someone else.
+        UserError: The folder contains another run or files of someone else, or another process trains in it.
     """
     folder, checkpoints = config.run, config.run / "checkpoints"
     reserve(folder, TRAINING, _FILES, siblings=[JOBS])
     # A link in its place would be found after the last step.
     check_output(folder / "export", EXPORT)
+    lock.acquire()
     record, values = folder / "inputs.json", config.model_dump(mode="json")
     stored = read_yaml(folder / "config.yaml") if (folder / "config.yaml").exists() else values
     inputs = read_json(record, "record of inputs", _INPUTS) if record.exists() else {}
