@@ -276,12 +276,12 @@ def test_published_folder_without_null_embeddings_is_refused(folder: Path) -> No
         (
             "model_index.json",
             {"_class_name": "StableDiffusionPipeline"},
-            "describes a StableDiffusionPipeline",
+            "describes a 'StableDiffusionPipeline'",
         ),
         ("tokenizer/tokenizer_config.json", {"pad_token": "<|endoftext|>"}, "padded with '<.endoftext.>'"),
-        ("text_encoder/config.json", {"hidden_act": "gelu"}, "hidden_act is 'gelu'.*needs 'quick_gelu'"),
-        ("transformer/config.json", {"activation_fn": "geglu"}, "needs 'geglu-approximate'"),
-        ("transformer/config.json", {"num_layers": None}, "lacks num_layers"),
+        ("text_encoder/config.json", {"hidden_act": "gelu"}, "hidden_act: Input should be 'quick_gelu'"),
+        ("transformer/config.json", {"activation_fn": "geglu"}, "should be 'geglu-approximate'"),
+        ("transformer/config.json", {"num_layers": None}, "num_layers: Input should be a valid integer"),
         ("transformer/config.json", {"num_layers": 1}, r"unknown transformer/transformer_blocks\.1"),
         ("transformer/config.json", {"num_vector_embeds": 12}, "scheduler has 10 classes"),
         (
@@ -292,7 +292,7 @@ def test_published_folder_without_null_embeddings_is_refused(folder: Path) -> No
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 50}, "50 timesteps.*trained with 12"),
         ("scheduler/scheduler_config.json", {"alpha_cum_end": 1.5}, "keep_last"),
         ("vqvae/config.json", {"num_vq_embeddings": 5}, "the tokenizer has 5 codes|has the shape"),
-        ("vqvae/config.json", {"norm_type": "spatial"}, "norm_type is 'spatial'"),
+        ("vqvae/config.json", {"norm_type": "spatial"}, "norm_type: Input should be 'group'"),
     ],
 )
 def test_folder_of_another_model_is_refused(
@@ -313,6 +313,129 @@ def test_missing_weights_and_files_are_named(folder: Path) -> None:
     path.unlink()
     with pytest.raises(UserError, match="there are no weights"):
         TextToImage.load(folder, device="cpu")
+
+
+PART = "diffusion_pytorch_model"
+
+
+@pytest.mark.parametrize(
+    "stray",
+    [
+        "old_model.safetensors",
+        f"{PART}.fp16.safetensors",
+        f"{PART}.non_ema.safetensors",
+        "model.bin",
+        f"{PART}.bin",
+    ],
+)
+def test_stray_weights_beside_the_standard_name_are_ignored(folder: Path, stray: str) -> None:
+    before = states_of(plan_diffusers(folder).bundle())
+    weights = load_file(folder / "transformer" / f"{PART}.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, folder / "transformer" / stray)
+    after = states_of(plan_diffusers(folder).bundle())
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_weights_without_the_standard_name_must_be_alone(folder: Path) -> None:
+    before = states_of(plan_diffusers(folder).bundle())
+    part = folder / "transformer"
+    (part / f"{PART}.safetensors").rename(part / f"{PART}.fp16.safetensors")
+    after = states_of(plan_diffusers(folder).bundle())
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    (part / "old_model.safetensors").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=rf"unclear which .*: {PART}\.fp16\.safetensors, old_model\.safetensors"
+    ):
+        plan_diffusers(folder)
+
+
+def sharded(folder: Path) -> tuple[Path, dict[str, str]]:
+    """Replace a component's weights by two files and their index."""
+    weights = load_file(folder / f"{PART}.safetensors")
+    (folder / f"{PART}.safetensors").unlink()
+    files = {name: f"{PART}-{1 + n % 2:05d}-of-00002.safetensors" for n, name in enumerate(weights)}
+    for file in set(files.values()):
+        save_file({name: weights[name] for name in weights if files[name] == file}, folder / file)
+    index = folder / f"{PART}.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": files}))
+    return index, files
+
+
+def test_weights_of_an_index_are_those_it_names(folder: Path) -> None:
+    before = states_of(plan_diffusers(folder).bundle())
+    index, files = sharded(folder / "transformer")
+    save_file({"stray": torch.zeros(1)}, folder / "transformer" / f"{PART}-00003-of-00003.safetensors")
+    after = states_of(plan_diffusers(folder).bundle())
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    for change, sentence in (
+        ({"out.bias": "../model.safetensors"}, "which is not in its folder"),
+        ({"out.bias": "/etc/passwd"}, "which is not in its folder"),
+        ({"surprise": files["out.bias"]}, "does not fit its files: 'surprise'"),
+        ({"out.bias": "absent.safetensors"}, "no such file"),
+    ):
+        index.write_text(json.dumps({"weight_map": files | change}))
+        with pytest.raises(UserError, match=sentence):
+            plan_diffusers(folder)
+    index.write_text(json.dumps({"weight_map": {name: files[name] for name in list(files)[1:]}}))
+    with pytest.raises(UserError, match="does not fit its files"):
+        plan_diffusers(folder)
+    save_file({}, folder / "transformer" / f"{PART}.safetensors")
+    with pytest.raises(UserError, match=r"unclear which .*index\.json"):
+        plan_diffusers(folder)
+
+
+JSON_FILES = [
+    "model_index.json",
+    "transformer/config.json",
+    "vqvae/config.json",
+    "text_encoder/config.json",
+    "scheduler/scheduler_config.json",
+    "learned_classifier_free_sampling_embeddings/config.json",
+    "tokenizer/tokenizer_config.json",
+]
+
+
+@pytest.mark.parametrize("path", JSON_FILES)
+@pytest.mark.parametrize("content", ["[]", "null", "5", '"text"', "[" * 5000, "{", "\ud800"])
+def test_json_of_another_shape_is_refused(folder: Path, path: str, content: str) -> None:
+    (folder / path).write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError, match=Path(path).name):
+        plan_diffusers(folder)
+
+
+NUMBERS = [
+    (path, key)
+    for path, keys in {
+        "transformer/config.json": [
+            "num_vector_embeds",
+            "sample_size",
+            "num_attention_heads",
+            "attention_head_dim",
+            "num_layers",
+            "cross_attention_dim",
+            "num_embeds_ada_norm",
+        ],
+        "vqvae/config.json": ["layers_per_block", "latent_channels", "num_vq_embeddings", "vq_embed_dim"],
+        "text_encoder/config.json": [
+            "hidden_size",
+            "num_attention_heads",
+            "num_hidden_layers",
+            "max_position_embeddings",
+            "vocab_size",
+        ],
+        "scheduler/scheduler_config.json": ["num_vec_classes", "num_train_timesteps", "alpha_cum_start"],
+    }.items()
+    for key in keys
+]
+
+
+@pytest.mark.parametrize(("path", "key"), NUMBERS)
+def test_number_of_another_kind_or_size_is_refused(folder: Path, path: str, key: str) -> None:
+    values = json.loads((folder / path).read_text())
+    for value in ("8", True, [8], -1, 0, 2**20, 10**18, {"a": 1}):
+        (folder / path).write_text(json.dumps({**values, key: value}))
+        with pytest.raises(UserError):
+            plan_diffusers(folder).exchange.check()
 
 
 def test_pickled_weights_of_older_versions_are_read(folder: Path) -> None:
