@@ -88,6 +88,30 @@ def test_index_existing_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "1 samples in 1 shards" in capsys.readouterr().out
 
 
+def test_index_some_tars(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(4):
+        with TarWriter(str(tmp_path / f"{number:02d}.tar")) as writer:
+            writer.write({"__key__": f"{number}", "txt": "words"})
+    (tmp_path / "04.tar.gz").touch()
+    for notation, count in {"{00..01}.tar": 2, "03.tar": 1, "*.tar": 4}.items():
+        out = tmp_path / f"index-{count}"
+        main(["index", str(tmp_path / notation), "--output", str(out), "num_workers=2"])
+        assert f"{count} samples in {count} shards" in capsys.readouterr().out
+        assert ShardSet.open(out).count == count
+    assert "1 .tar.gz (04.tar.gz)" in caplog.text
+
+
+def test_index_tolerates_what_its_setting_allows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with TarWriter(str(tmp_path / "0.tar")) as writer:
+        writer.write({"__key__": "a", "txt": "words"})
+        writer.write({"__key__": "b", "json": b"no JSON"})
+    assert "more than max_bad_fraction=0.01" in failing(["index", str(tmp_path)], capsys).splitlines()[-1]
+    main(["index", str(tmp_path), "max_bad_fraction=0.5"])
+    assert "1 samples in 1 shards" in capsys.readouterr().out
+
+
 def test_print_config_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["shapes", str(tmp_path / "out"), "--print-config", "seed=4"])
     assert "seed: 4" in capsys.readouterr().out
@@ -107,7 +131,7 @@ def test_documented_commands_run(
 ) -> None:
     monkeypatch.chdir(ROOT)
     if arguments[0] == "index":
-        assert "no .tar file" in failing(arguments, capsys)
+        assert "no such folder" in failing(arguments, capsys)
         return
     main([*arguments, "--print-config"])
     assert ": " in capsys.readouterr().out

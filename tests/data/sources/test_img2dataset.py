@@ -161,6 +161,33 @@ def test_missing_column_is_refused(download: Path, capsys: pytest.CaptureFixture
     assert "this set has no column 'NSFW'; it has aesthetic," in error
 
 
+def write_tar(path: Path, contents: list[dict[str, Any]]) -> None:
+    with TarWriter(str(path)) as writer:
+        for number, content in enumerate(contents):
+            writer.write({"__key__": f"{number:09d}", "jpg": jpeg(number), "txt": "a", "json": content})
+
+
+def test_sample_that_lacks_a_column_is_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00000.tar", [{"punsafe": 0.1}, {"caption": "x"}])
+    config = Img2datasetConfig(filters=Filters(columns={"punsafe": Bounds(max=0.5)}))
+    with pytest.raises(
+        UserError, match=r"00000\.tar: sample '000000001': .* no column 'punsafe'; it has caption"
+    ):
+        index_img2dataset(config, tmp_path, None)
+
+
+def test_numbers_of_any_size_are_filtered(tmp_path: Path) -> None:
+    sizes: list[Any] = [5, 10**400, -(10**400), float("inf"), float("nan"), None]
+    write_tar(tmp_path / "00000.tar", [{"size": size, "width": size, "height": 3} for size in sizes])
+    bounds = {"min": Bounds(min=6), "max": Bounds(max=6), "aspect": Bounds()}
+    expected = {"min": [1, 3], "max": [0, 2], "aspect": [0, 1]}
+    for name, bound in bounds.items():
+        aspect = Bounds(max=1e308) if name == "aspect" else Bounds()
+        config = Img2datasetConfig(filters=Filters(columns={"size": bound}, aspect=aspect))
+        shards = index_img2dataset(config, tmp_path, tmp_path / name)
+        assert keys(shards) == [f"{number:09d}" for number in expected[name]]
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_presets(path: Path) -> None:
     filters = load_config(Img2datasetConfig, path).filters

@@ -88,8 +88,8 @@ def _number(metadata: Mapping[str, Any], name: str) -> float:
         return float("nan")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"filters.columns.{name}: holds {value!r}, no number; use filters.labels.")
-    # JSON has integers that are no floating-point numbers.
-    return float(max(min(value, _LARGEST), -_LARGEST))
+    # Integers in JSON have no bound.
+    return value if isinstance(value, float) else float(max(min(value, _LARGEST), -_LARGEST))
 
 
 def _aspect(metadata: Mapping[str, Any]) -> float:
