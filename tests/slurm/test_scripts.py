@@ -1,6 +1,7 @@
 """The scripts' handling of failing jobs, with a stub tool, and their output."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -249,6 +250,31 @@ def test_job_validates_configuration_once_before_its_ranks(
         assert completed.stderr == "train.py: it is wrong.\n"
         assert completed.stdout == ""
         assert not (tmp_path / "logs").exists()
+
+
+def test_port_in_use_is_skipped_and_the_users_is_kept(tmp_path: Path) -> None:
+    stub_tool(tmp_path, "echo n1", name="scontrol")
+
+    def rendezvous(**variables: str) -> str:
+        completed = subprocess.run(
+            ["bash", "-euc", 'source slurm/env.sh; echo "$MASTER_ADDR:$MASTER_PORT"'],
+            cwd=ROOT,
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n1", **variables},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return completed.stdout.strip()
+
+    first = rendezvous(SLURM_JOB_ID="7")
+    assert first.startswith("n1:")
+    port = int(first.removeprefix("n1:"))
+    with socket.create_server(("", port)):
+        assert int(rendezvous(SLURM_JOB_ID="7").removeprefix("n1:")) > port
+    assert rendezvous(SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1") != first
+    users = {"MASTER_ADDR": "n2", "MASTER_PORT": "4711"}
+    assert rendezvous(SLURM_JOB_ID="7", **users) == "n2:4711"
+    assert rendezvous(SLURM_JOB_ID="7", RENDEZVOUS_OF_JOB="6", **users) == first
 
 
 @pytest.mark.parametrize("script", JOBS, ids=lambda path: path.name)
