@@ -12,25 +12,19 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from vqd_scale.cli.eval_ablation import AblationConfig
 from vqd_scale.core.config import Config
 from vqd_scale.core.s3 import S3Path
-from vqd_scale.data.sources.coco import CocoConfig
-from vqd_scale.data.sources.cub200 import CubConfig
-from vqd_scale.data.sources.ffhq import FFHQConfig
-from vqd_scale.data.sources.imagefolder import ImageFolderConfig
-from vqd_scale.data.sources.imagenet import ImageNetConfig
-from vqd_scale.data.sources.img2dataset import Img2datasetConfig
-from vqd_scale.data.sources.oxford102 import OxfordConfig
+from vqd_scale.data.sources.img2dataset import Img2datasetConfig, IndexConfig
 from vqd_scale.data.sources.photographs import PhotographsConfig
+from vqd_scale.data.sources.registry import IMAGE_SOURCES
 from vqd_scale.data.sources.shapes import ShapesConfig
 from vqd_scale.evaluation.config import EvaluationConfig, SweepConfig
 from vqd_scale.preparation.config import TokenizeConfig
 from vqd_scale.training.tasks.config import TOKEN_RUNS, TOKENIZER_RUNS
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
-FOLDERS = (CocoConfig, CubConfig, OxfordConfig, ImageNetConfig, FFHQConfig, ImageFolderConfig)
 TOOLS: dict[str, tuple[str, tuple[type[Config], ...]]] = {
     "make_shards": (
         "Converts a source of images and captions to shards; each source has its own configuration",
-        (ShapesConfig, PhotographsConfig, *FOLDERS, Img2datasetConfig),
+        (ShapesConfig, PhotographsConfig, *IMAGE_SOURCES, Img2datasetConfig, IndexConfig),
     ),
     "train_tokenizer": (
         "Trains a tokenizer, or rebuilds the codebook of a trained one (ReFiT)",
