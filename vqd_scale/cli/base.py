@@ -16,9 +16,11 @@ from vqd_scale.core.config import ConfigType, load_config, to_yaml
 from vqd_scale.core.environment import OWN_LOG, place_among_ranks
 from vqd_scale.core.errors import USER_ERROR_EXIT_CODE, FirstRankError, UserError
 from vqd_scale.core.s3 import S3Path
+from vqd_scale.core.terminal import escaped_output, shortened
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+_LONGEST_SENTENCE = 2000
 _STDOUT = 1
 
 Parameters = ParamSpec("Parameters")
@@ -59,6 +61,7 @@ class Tool:
 
         return register
 
+    @escaped_output()
     def __call__(self, arguments: Sequence[str] | None = None) -> None:
         """Run the tool; a `UserError` becomes one sentence on stderr and exit code 2.
 
@@ -74,7 +77,8 @@ class Tool:
             typer.main.get_command(self._app).main(words, prog_name=_program())
         except UserError as error:
             if not isinstance(error, FirstRankError) and _is_first_to_print(str(error)):
-                print(f"{_program()}: {error}", file=sys.stderr)
+                sentence = shortened(str(error), _LONGEST_SENTENCE).replace("\n", "\\n")
+                print(f"{_program()}: {sentence}", file=sys.stderr)
             raise SystemExit(USER_ERROR_EXIT_CODE) from None
         except SystemExit as end:
             if end.code:

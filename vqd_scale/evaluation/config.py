@@ -35,6 +35,9 @@ class Inception(Config):
     published ones."""
     layer: Literal["64", "192", "768", "2048"] = "2048"
     """Feature layer; standard FID uses 2048."""
+    input: Literal["torch-fidelity", "pytorch-fid"] = "torch-fidelity"
+    """Implementation whose resize and scaling of the input is used: TensorFlow's, as in torch-fidelity, or
+    pytorch-fid's, to compare with its figures."""
 
     @property
     def label(self) -> str:
@@ -108,12 +111,30 @@ class RandomNetwork(Config):
         return random_network(self, device)
 
 
+ImageExtractorConfig = Annotated[
+    Annotated[Inception, Tag("inception")] | Annotated[RandomNetwork, Tag("random")],
+    Discriminator(kind_or("inception")),
+]
+"""Extractors that need no model."""
+
 ExtractorConfig = Annotated[
     Annotated[Inception, Tag("inception")]
     | Annotated[TokenizerLatents, Tag("tokenizer")]
     | Annotated[RandomNetwork, Tag("random")],
     Discriminator(kind_or("inception")),
 ]
+
+
+class FoldersConfig(Config):
+    """Comparison of two folders of images."""
+
+    image_size: int | None = Field(default=None, ge=1, le=1 << 14)
+    """Side of the square to which all images are resized and cropped, in pixels. ``null``: the images are
+    unchanged, and must have one size."""
+    extractor: ImageExtractorConfig = Inception()
+    """Feature extractor."""
+    batch_size: int = Field(default=32, ge=1)
+    """Images per batch."""
 
 
 class ClipConfig(Config):

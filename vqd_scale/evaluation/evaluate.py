@@ -161,7 +161,7 @@ def evaluate(
     inputs = MetricInputs(config, statistics, reference, names, parts.column, world.device)
     figures = {name: value for metric in metrics for name, value in metric.values(inputs).items()}
     *_, scores = filter(None, (metric.scores(inputs) for metric in metrics))
-    distance = metric_name(config, "fid")
+    distance = metric_name(config.extractor, "fid")
     by_count = _distances_by_count(inputs.features, reference, figures[distance])
     report = {
         "figures": figures,

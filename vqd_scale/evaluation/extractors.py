@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import UInt8
@@ -17,8 +17,10 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.fingerprint import configs_digest, tensors_digest
 from vqd_scale.core.rng import Purpose, uniforms
 from vqd_scale.core.tensors import read_tensors
-from vqd_scale.evaluation.config import Inception, RandomNetwork
+from vqd_scale.evaluation.config import ImageExtractorConfig, Inception, RandomNetwork
 from vqd_scale.tokenizers.base import ImageTokenizer, to_signal
+
+_RESIZES = {"torch-fidelity": "TensorFlow 1", "pytorch-fid": "PyTorch"}
 
 FEATURES = "features"
 LOGITS = "logits"
@@ -71,6 +73,13 @@ def checked_weights(path: Path, sha256: str | None, name: str, instruction: str)
     return digest
 
 
+def images_extractor(config: ImageExtractorConfig, device: torch.device) -> Extractor:
+    """Build an extractor that needs no model; errors as for `inception`."""
+    if isinstance(config, RandomNetwork):
+        return random_network(config, device)
+    return inception(config, device)
+
+
 def inception(config: Inception, device: torch.device) -> Extractor:
     """Load TensorFlow's Inception of 2015.
 
@@ -98,13 +107,27 @@ def inception(config: Inception, device: torch.device) -> Extractor:
         "kind": "torch-fidelity's Inception",
         "layer": config.layer,
         "weights_sha256": digest,
-        "resize": "to 299 x 299, bilinear as in TensorFlow 1, not anti-aliased",
+        "resize": f"to 299 x 299, bilinear as in {_RESIZES[config.input]}, not anti-aliased",
     }
-    return Extractor(
-        int(config.layer),
-        description,
-        lambda images: dict(zip((FEATURES, LOGITS), network(images.to(device)), strict=False)),
-    )
+    originals: list[Tensor] = []
+    if config.input == "pytorch-fid":
+        first_layer = cast(nn.Module, network.Conv2d_1a_3x3)
+
+        def replace(_module: nn.Module, _inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+            return (_pytorch_fid_input(originals[0]),)
+
+        first_layer.register_forward_pre_hook(replace)
+
+    def columns(images: Images) -> dict[str, Tensor]:
+        originals[:] = [images.to(device)]
+        return dict(zip((FEATURES, LOGITS), network(originals[0]), strict=False))
+
+    return Extractor(int(config.layer), description, columns)
+
+
+def _pytorch_fid_input(images: Images) -> Tensor:
+    resized = functional.interpolate(images / 255, (299, 299), mode="bilinear", align_corners=False)
+    return 2 * resized - 1
 
 
 def tokenizer_latents(tokenizer: ImageTokenizer) -> Extractor:

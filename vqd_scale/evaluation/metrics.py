@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vqd_scale.evaluation import clip as clips
-from vqd_scale.evaluation.config import EvaluationConfig
+from vqd_scale.evaluation.config import EvaluationConfig, ExtractorConfig
 from vqd_scale.evaluation.extractors import FEATURES, LOGITS, Images
 from vqd_scale.evaluation.feature_metrics import (
     NeighborMetrics,
@@ -141,14 +141,14 @@ class Metric(ABC):
         return None
 
 
-def metric_name(config: EvaluationConfig, name: str) -> str:
+def metric_name(extractor: ExtractorConfig, name: str) -> str:
     """Return a metric's name, which says the features unless they are those of published figures.
 
     Args:
-        config: Evaluation protocol.
+        extractor: Feature extractor.
         name: Name with Inception's 2048 features, such as ``fid``.
     """
-    label = config.extractor.label
+    label = extractor.label
     return f"{_GENERAL_NAMES.get(name, name)}_{label}" if label else name
 
 
@@ -160,7 +160,7 @@ class FrechetDistance(Metric):
     def values(self, inputs: MetricInputs) -> dict[str, Any]:
         """Compute the distance."""
         distance = frechet_distance(inputs.statistics, inputs.reference.statistics)
-        return {metric_name(self.config, "fid"): distance}
+        return {metric_name(self.config.extractor, "fid"): distance}
 
 
 class KernelDistance(Metric):
@@ -176,7 +176,7 @@ class KernelDistance(Metric):
         """Compute mean and deviation."""
         kid, real = self.config.kid, inputs.reference.features
         distance = kernel_distance(inputs.features, real, subsets=kid.subsets, size=kid.size)
-        return {metric_name(self.config, "kid"): distance}
+        return {metric_name(self.config.extractor, "kid"): distance}
 
 
 class Neighbors(Metric):
@@ -194,7 +194,7 @@ class Neighbors(Metric):
     def values(self, inputs: MetricInputs) -> dict[str, Any]:
         """Compute the four values."""
         names = ("precision", "recall", "density", "coverage")
-        return {metric_name(self.config, name): getattr(inputs.neighbors, name) for name in names}
+        return {metric_name(self.config.extractor, name): getattr(inputs.neighbors, name) for name in names}
 
     def scores(self, inputs: MetricInputs) -> ImageScores:
         """Return the distance of each image to the nearest real image."""
@@ -217,7 +217,7 @@ class InceptionScore(Metric):
         if LOGITS not in inputs.names:
             return {}
         score = inception_score(inputs.column(LOGITS), self.config.inception_splits)
-        return {metric_name(self.config, "inception_score"): score}
+        return {metric_name(self.config.extractor, "inception_score"): score}
 
 
 class ClipMetrics(Metric):

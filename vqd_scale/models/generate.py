@@ -231,6 +231,11 @@ class _Record(TypedDict):
 _RECORD = TypeAdapter(_Record)
 
 
+def is_grid(path: Path) -> bool:
+    """Return whether a file is the contact sheet of a folder of samples."""
+    return path.name == GRID and (path.parent / _LIST).exists()
+
+
 def read_generated(folder: Path) -> tuple[list[Prompt], UInt8[NDArray[np.uint8], "count height width 3"]]:
     """Read the prompts and images written by `generate`.
 

@@ -11,12 +11,15 @@ from PIL.PngImagePlugin import PngInfo
 
 from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.atomic_io import published
+from vqd_scale.core.terminal import escaped
 
 _INPUTS = "vqd_scale inputs"
 _MARGIN = 16
 _FONT_SIZE = 13
 _LINE_HEIGHT = 18
 _CAPTION_LINES = 5
+_LONGEST_CAPTION = 2000
+"""More characters do not fit in the lines of the widest images."""
 _CAPTION_COLOR = (60, 60, 60)
 _WHITE = (255, 255, 255)
 _MAX_MARKED_VALUES = 20
@@ -80,7 +83,8 @@ def image_grid(
     if count == 0 or (captions is not None and len(captions) != count):
         raise ValueError(f"a grid of {count} images with {captions and len(captions)} captions")
     font = _caption_font()
-    lines = [_wrapped(caption, font, width * scale) for caption in captions or [""] * count]
+    texts = [escaped(caption[:_LONGEST_CAPTION]) for caption in captions or [""] * count]
+    lines = [_wrapped(text, font, width * scale) for text in texts]
     rows = [range(start, min(start + columns, count)) for start in range(0, count, columns)]
     text_heights = [_LINE_HEIGHT * max(len(lines[index]) for index in row) for row in rows]
     pitch = width * scale + _MARGIN
