@@ -382,5 +382,16 @@ def test_tables_record_caption_counts(tmp_path: Path) -> None:
     members = [(f"{n}.json", json.dumps({"captions": ["a"] * n}).encode()) for n in range(3)]
     write_tar(tmp_path / "set" / "0.tar", members)
     opened = build_index(tmp_path / "set")
-    assert opened.captions == (3,)
-    assert read_table(opened.shards[0]).columns["captions"].tolist() == [0, 1, 2]
+    assert opened.captions == (4,)
+    assert read_table(opened.shards[0]).columns["captions"].tolist() == [1, 1, 2]
+
+
+def test_samples_without_captions_are_items_to_report(tmp_path: Path) -> None:
+    """Of a sample whose captions are all empty, ``captions=each`` has an item, so that it is counted as bad."""
+    captions: list[list[str]] = [["", " "], [], ["a", "", "b"]]
+    with TarWriter(str(tmp_path / "0.tar")) as writer:
+        for number, texts in enumerate(captions):
+            writer.write({"__key__": str(number), "txt": "", "json": {"captions": texts}})
+    shards = build_index(tmp_path)
+    assert read_table(shards.shards[0]).columns["captions"].tolist() == [1, 1, 2]
+    assert shards.captions == (4,)

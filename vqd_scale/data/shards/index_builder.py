@@ -279,7 +279,8 @@ def _columns(sample: TarSample) -> dict[str, float]:
     content = cast("Mapping[str, Any]", value) if isinstance(value, dict) else {}
     columns: dict[str, float] = {}
     if content.get("captions") is not None:
-        columns["captions"] = len(listed_captions(content))
+        # A sample whose captions are all empty is one item, which is reported when it is read.
+        columns["captions"] = max(1, len(listed_captions(content)))
         if columns["captions"] > MAX_CAPTIONS:
             raise BadSample(f"lists more than {MAX_CAPTIONS:,} captions")
     label = content.get("class")
