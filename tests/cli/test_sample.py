@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from webdataset.writer import TarWriter
 
 from tests.evaluation.test_evaluate import change_model
 from tests.models.exchange.microsoft_files import HEADS, ITHQ_SLIM, Kind, checkpoint_of, write
 from vqd_scale.cli import inpaint, sample
 from vqd_scale.core.config import Config
+from vqd_scale.core.errors import UserError
+from vqd_scale.data.shards.index_builder import build_index
 from vqd_scale.diffusion.config import SamplerConfig
 from vqd_scale.models.exchange.microsoft import MicrosoftOptions, plan_microsoft
+from vqd_scale.models.generate import prompts_of
 
 
 @pytest.fixture
@@ -151,3 +155,13 @@ def test_unreadable_image_exits_2(
         inpaint.main([bundle, str(path), str(path), "a star"])
     assert end.value.code == 2
     assert str(path) in capsys.readouterr().err
+
+
+def test_captions_of_a_dataset_are_prompts_and_a_missing_one_is_named(tmp_path: Path) -> None:
+    with TarWriter(str(tmp_path / "0.tar")) as writer:
+        writer.write({"__key__": "a", "txt": "", "json": {"captions": ["", "words"]}})
+        writer.write({"__key__": "b", "caption": "words"})
+    shards = build_index(tmp_path)
+    assert [prompt.caption for prompt in prompts_of(shards, 1)] == ["words"]
+    with pytest.raises(UserError, match=r"0\.tar: sample 'b' has no 'txt', only 'caption'"):
+        prompts_of(shards, 2)

@@ -21,6 +21,7 @@ from vqd_scale.core.fingerprint import configs_digest, first_difference, json_di
 from vqd_scale.core.outputs import check_output, reserve, safe_name
 from vqd_scale.core.progress import progress_bar
 from vqd_scale.core.safe_json import JSON_OBJECT
+from vqd_scale.data.shards.decode import BadSample, decode_captions
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.shards.shard_io import KEY, read_shard
 from vqd_scale.diffusion.config import ConstantGuidance, GuidanceScale
@@ -63,7 +64,7 @@ def prompts_of(shards: ShardSet, count: int) -> list[Prompt]:
     """Return the captions of the first ``count`` samples of a dataset.
 
     Raises:
-        UserError: The dataset has fewer samples.
+        UserError: The dataset has fewer samples, or one of them has no caption.
     """
     if count > shards.count:
         raise UserError(f"{shards.folder}: holds {shards.count} samples, fewer than the {count} asked for.")
@@ -72,7 +73,11 @@ def prompts_of(shards: ShardSet, count: int) -> list[Prompt]:
         for sample in read_shard(shard):
             if len(prompts) == count:
                 return prompts
-            prompts.append(Prompt(sample[KEY], sample["txt"].decode("utf-8").strip(), len(prompts)))
+            try:
+                caption = decode_captions(sample)[0]
+            except BadSample as error:
+                raise UserError(f"{shard.path}: sample '{sample[KEY]}' {error}.") from None
+            prompts.append(Prompt(sample[KEY], caption, len(prompts)))
     return prompts
 
 
