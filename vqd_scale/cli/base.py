@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 import os
 import select
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, ParamSpec, get_args, get_origin, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
 from vqd_scale.core.atomic_io import Location, parse_location
 from vqd_scale.core.config import ConfigType, load_config, to_yaml
@@ -21,6 +23,7 @@ from vqd_scale.core.terminal import escaped_output, shortened
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 _LONGEST_SENTENCE = 2000
+_LARGEST_NUMBER = 10**12
 _STDOUT = 1
 
 Parameters = ParamSpec("Parameters")
@@ -148,7 +151,7 @@ def _flattened(function: Callable[..., None]) -> Callable[..., None]:
     parameters: list[inspect.Parameter] = []
 
     def add(name: str, annotation: Any, default: object) -> None:  # noqa: ANN401 - an annotation
-        annotation = _without_location(annotation)
+        annotation = _bounded(_without_location(annotation))
         kind = inspect.Parameter.KEYWORD_ONLY
         parameters.append(inspect.Parameter(name, kind, default=default, annotation=annotation))
 
@@ -165,6 +168,10 @@ def _flattened(function: Callable[..., None]) -> Callable[..., None]:
             add(field.name, annotations[field.name], default)
 
     def command(**values: Any) -> None:  # noqa: ANN401 - typer passes each parameter in its own type
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(f"{option}: given {value}, allowed: a finite number.")
         for name, group in groups.items():
             names = [field.name for field in dataclasses.fields(group)]
             values[name] = group(**{field: values.pop(field) for field in names})
@@ -184,6 +191,14 @@ def _flattened(function: Callable[..., None]) -> Callable[..., None]:
     command.__name__, command.__doc__ = function.__name__, function.__doc__
     command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     return command
+
+
+def _bounded(annotation: Any) -> Any:  # noqa: ANN401 - annotations
+    """Set the upper bound of numbers without one: no number of a user may be too large for an int64."""
+    for option in get_args(annotation)[1:]:
+        if isinstance(option, OptionInfo) and option.max is None:
+            option.max = _LARGEST_NUMBER
+    return annotation
 
 
 def _without_location(annotation: Any) -> Any:  # noqa: ANN401 - annotations

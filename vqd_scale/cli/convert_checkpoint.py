@@ -46,10 +46,12 @@ def microsoft(
     tokenizer: Annotated[
         Path | None, typer.Option(help="tokenizer bundle, for a file without a tokenizer")
     ] = None,
-    heads: Annotated[int, typer.Option(min=1, help="attention heads; 16 in every published model")] = 16,
+    heads: Annotated[
+        int, typer.Option(min=1, max=1024, help="attention heads; 16 in every published model")
+    ] = 16,
     grid: Annotated[
         tuple[int, int] | None,
-        typer.Option(metavar="ROWS COLUMNS", help="token grid (default: that of the file)"),
+        typer.Option(min=1, max=1024, metavar="ROWS COLUMNS", help="token grid (default: that of the file)"),
     ] = None,
     null_condition: Annotated[
         Literal["learned", "empty"] | None,
@@ -132,7 +134,7 @@ def consolidate(
         Literal["ema", "raw"], typer.Option(help="the EMA, or the weights of the optimizer")
     ] = "ema",
     images: Annotated[
-        int | None, typer.Option(help="checkpoint, by images seen (default: the newest)")
+        int | None, typer.Option(min=0, help="checkpoint, by images seen (default: the newest)")
     ] = None,
 ) -> None:
     """Convert a checkpoint of a run, also of an unfinished one, to a bundle."""

@@ -27,13 +27,19 @@ main = Tool()
 )
 def cost(
     options: RunConfigOptions,
-    codebook_size: Annotated[int, typer.Option(min=1, help="number of codes of the tokenizer")] = 1024,
-    grid: Annotated[tuple[int, int], typer.Option(metavar="ROWS COLUMNS", help="token grid")] = (16, 16),
+    codebook_size: Annotated[
+        int, typer.Option(min=1, max=1 << 20, help="number of codes of the tokenizer")
+    ] = 1024,
+    grid: Annotated[
+        tuple[int, int], typer.Option(min=1, max=1024, metavar="ROWS COLUMNS", help="token grid")
+    ] = (16, 16),
     steps: Annotated[
         list[int] | None,
         typer.Option(min=1, metavar="N", help="sampling steps of an image; repeatable (default: 100)"),
     ] = None,
-    context_length: Annotated[int, typer.Option(min=1, help="positions of a caption, if any")] = 77,
+    context_length: Annotated[
+        int, typer.Option(min=1, max=1 << 16, help="positions of a caption, if any")
+    ] = 77,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="time a forward pass of this batch size here; adds hours")
     ] = None,

@@ -28,7 +28,9 @@ def evaluate_tokenizers(
         typer.Option(parser=location_from, metavar="SHARDS", help="image shards, or s3://bucket/key"),
     ],
     output: Annotated[Path, typer.Option(help="folder for report.json, report.html and image grids")],
-    image_size: Annotated[int, typer.Option(min=1, help="side of the square images in pixels")] = 256,
+    image_size: Annotated[
+        int, typer.Option(min=1, max=1 << 14, help="side of the square images in pixels")
+    ] = 256,
     num_samples: Annotated[
         int | None, typer.Option(min=1, help="number of images, the first of the dataset (default: all)")
     ] = None,

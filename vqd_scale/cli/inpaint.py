@@ -27,7 +27,7 @@ def inpaint(
         Path, typer.Argument(metavar="MASK", help="mask of the same size: white is generated, black is kept")
     ],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="caption of the full image")],
-    num_samples: Annotated[int, typer.Option(min=1, help="number of images to generate")] = 1,
+    num_samples: Annotated[int, typer.Option(min=1, max=1_000_000, help="number of images to generate")] = 1,
     output: Annotated[Path, typer.Option(help="output folder")] = Path("inpainted"),
 ) -> None:
     """Generate the masked part of an image and keep the rest."""

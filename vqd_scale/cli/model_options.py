@@ -60,10 +60,11 @@ class SamplingOptions:
         typer.Option(metavar="KEY=VALUE", help="setting of the sampler, such as weight=2; repeatable"),
     ] = None
     steps: Annotated[
-        int | None, typer.Option(help="sampling steps, each one forward pass (default: the sampler's)")
+        int | None, typer.Option(min=1, help="sampling steps, each one forward pass (default: the sampler's)")
     ] = None
     guidance_scale: Annotated[
-        float | None, typer.Option(help="scale of classifier-free guidance; 1 disables it (default: 3)")
+        float | None,
+        typer.Option(min=0, max=1000, help="scale of classifier-free guidance; 1 disables it (default: 3)"),
     ] = None
     top_p: Annotated[
         float | None, typer.Option(help="sample only from the most probable codes of this total probability")
@@ -71,8 +72,10 @@ class SamplingOptions:
     negative: Annotated[
         str | None, typer.Option(help="negative prompt: what guidance leads away from (default: no caption)")
     ] = None
-    seed: Annotated[int | None, typer.Option(help="seed of the samples (default: 0)")] = None
-    batch_size: Annotated[int | None, typer.Option(help="images per batch (default: 32)")] = None
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=(1 << 31) - 1, help="seed of the samples (default: 0)")
+    ] = None
+    batch_size: Annotated[int | None, typer.Option(min=1, help="images per batch (default: 32)")] = None
 
     def overrides(self, prefix: str = "") -> list[str]:
         """Return the overrides of `SamplingConfig` that the given options stand for.

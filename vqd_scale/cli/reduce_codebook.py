@@ -58,9 +58,7 @@ def reduce(
     code_map: Annotated[
         Path | None, typer.Option("--map", help="a published map: one tensor, .safetensors or .pt")
     ] = None,
-    min_count: Annotated[
-        int, typer.Option(min=1, max=1 << 62, help="codes that occur less often are unused")
-    ] = 1,
+    min_count: Annotated[int, typer.Option(min=1, help="codes that occur less often are unused")] = 1,
     unused: Annotated[
         Unused,
         typer.Option(

@@ -42,9 +42,9 @@ def sample(
 
     The same command resumes an interrupted one.
     """
+    sampling = options.config()
     if bool(prompts) == (data is not None):
         raise UserError("give either prompts, or shards with --data to take captions from.")
-    sampling = options.config()
     shards = None if data is None else ShardSet.open(data)
     check_model(model.model)
     check_output(output, "sample.py")
