@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from vqd_scale.data.shards.manifest import INDEX
 from vqd_scale.data.shards.quarantine import QUARANTINE
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.data.shards.shard_io import read_shard
-from vqd_scale.data.sources.base import Jpeg, OriginalFile
+from vqd_scale.data.sources.base import ImageSource, Jpeg, OriginalFile, SourceImage
 from vqd_scale.data.sources.imagefolder import ImageFolderConfig
 from vqd_scale.data.transforms import fitted
 
@@ -311,3 +312,27 @@ def test_bad_rows_of_metadata_are_counted(tmp_path: Path) -> None:
     assert len(quarantined(tmp_path / "out")) == 5 + 2
     with pytest.raises(UserError, match="has no column words, only file_name, text"):
         CONFIG.model_copy(update={"caption_column": "words"}).pack(tmp_path / "in", tmp_path / "other")
+
+
+class ListedFiles(ImageSource):
+    """Images whose paths are taken from a list as they are."""
+
+    name: ClassVar[str] = "listed"
+    example: ClassVar[str] = ""
+
+    def list_images(self, folder: Path) -> list[SourceImage]:
+        names = (folder / "list.txt").read_text().splitlines()
+        return [SourceImage(folder / name, str(number), name) for number, name in enumerate(names)]
+
+
+def test_no_source_reads_files_outside_of_its_folder(tmp_path: Path) -> None:
+    write_image(tmp_path / "secret.png")
+    write_image(tmp_path / "in" / "0.png")
+    names = ["0.png", "../secret.png", str(tmp_path / "secret.png"), "a\0.png"]
+    (tmp_path / "in" / "list.txt").write_text("\n".join(names))
+    assert ListedFiles(max_bad_fraction=0.75).pack(tmp_path / "in", tmp_path / "out").count == 1
+    assert quarantined(tmp_path / "out") == sorted(names[1:])
+    source = tmp_path / "in" / ".." / "in"
+    assert ListedFiles(max_bad_fraction=0.75).pack(source, tmp_path / "again").count == 1
+    with pytest.raises(UserError, match=r"2 of 4 .* '\.\./secret\.png' for one lies outside of"):
+        ListedFiles(max_bad_fraction=0.25).pack(tmp_path / "in", tmp_path / "other")

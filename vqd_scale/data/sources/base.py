@@ -6,7 +6,7 @@ import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -156,6 +156,9 @@ class ImageSource(Config, ABC):
             images = self.list_images(source)
         except OSError as error:
             raise UserError(f"{error.filename or source}: cannot be read ({error.strerror}).") from None
+        for number, image in enumerate(images):
+            if not image.path.is_relative_to(source) or ".." in image.path.relative_to(source).parts:
+                images[number] = replace(image, path=source, fault="lies outside of the source's folder")
         faults = [image for image in images if image.fault]
         if len(faults) > self.max_bad_fraction * len(images):
             raise UserError(
