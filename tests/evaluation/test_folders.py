@@ -56,16 +56,20 @@ def test_distance_equals_torch_fidelity_and_pytorch_fid(
         return state
 
     monkeypatch.setattr(inception, "load_state_dict_from_url", load)
-    other = fid_score.calculate_fid_given_paths(list(map(str, folders)), 16, "cpu", 64, num_workers=0)
+    pytorch_fid_distance = fid_score.calculate_fid_given_paths(
+        list(map(str, folders)), 16, "cpu", 64, num_workers=0
+    )
     # A grid of samples is no sample.
     (tmp_path / "a" / "samples.json").write_text("{}")
     Image.new("RGB", (600, 600)).save(tmp_path / "a" / "grid.png")
     words = [f"extractor.weights={weights}", f"extractor.sha256={sha256_of(weights)}"]
     words.append("extractor.layer='64'")
     report = report_of(tmp_path, *words, "extractor.input=pytorch-fid")
-    assert report["frechet_distance_inception_64"] == pytest.approx(other, rel=1e-5)
+    assert report["frechet_distance_inception_64"] == pytest.approx(pytorch_fid_distance, rel=1e-5)
     report = report_of(tmp_path, *words)
-    assert report["frechet_distance_inception_64"] == pytest.approx(expected, rel=1e-5) != other
+    assert (
+        report["frechet_distance_inception_64"] == pytest.approx(expected, rel=1e-5) != pytorch_fid_distance
+    )
     assert (report["images"], report["size"], report["resize"]) == ([66, 66], [32, 32], "none")
 
 

@@ -90,9 +90,9 @@ class TokenSetMeta:
             raise UserError(
                 f"{shards.folder}: these shards contain no tokens; tokenize_shards.py writes them."
             )
-        known = {name: meta[name] for name in cls.__dataclass_fields__ if name in meta}
+        values = {name: meta[name] for name in cls.__dataclass_fields__ if name in meta}
         try:
-            return parse_json(json.dumps(known), TypeAdapter(cls))
+            return parse_json(json.dumps(values), TypeAdapter(cls))
         except ValueError as error:
             raise UserError(
                 f"{shards.folder}: the description of these tokens cannot be read ({error}); make them again."
