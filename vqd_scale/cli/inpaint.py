@@ -1,16 +1,12 @@
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from vqd_scale.cli.base import Tool
 from vqd_scale.cli.model_options import ModelOptions, SamplingOptions
 from vqd_scale.cli.run import check_model
-from vqd_scale.core.errors import UserError
 from vqd_scale.core.outputs import check_output, reserve
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 main = Tool()
 """Entry point of ``tools/inpaint.py``."""
@@ -24,7 +20,12 @@ def inpaint(
         Path, typer.Argument(metavar="IMAGE", help="image; center-cropped and resized to the model's size")
     ],
     mask: Annotated[
-        Path, typer.Argument(metavar="MASK", help="mask of the same size: white is generated, black is kept")
+        Path,
+        typer.Argument(
+            metavar="MASK",
+            help="mask of the same size: what is white is generated, or what is opaque in a mask "
+            "with transparent pixels; the rest is kept",
+        ),
     ],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="caption of the full image")],
     num_samples: Annotated[int, typer.Option(min=1, max=1_000_000, help="number of images to generate")] = 1,
@@ -35,7 +36,10 @@ def inpaint(
     check_model(model.model)
     names = [f"{number:06d}.png" for number in range(num_samples)]
     check_output(output, "inpaint.py", names)
-    original, mask_image = _opened(image), _opened(mask)
+
+    from vqd_scale.models.images import read_image
+
+    original, mask_image = read_image(image, "IMAGE"), read_image(mask, "MASK")
 
     from vqd_scale.reports.plots import publish_image
 
@@ -54,16 +58,3 @@ def inpaint(
     for name, inpainted in zip(names, images, strict=True):
         publish_image(output / name, inpainted)
     print(f"{num_samples} images in {output}")
-
-
-def _opened(path: Path) -> "Image":
-    from PIL import Image
-
-    from vqd_scale.data.shards.decode import BadSample, decode_image
-
-    try:
-        return Image.fromarray(decode_image(path.read_bytes()))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
-    except BadSample as error:
-        raise UserError(f"{path}: {error}.") from None

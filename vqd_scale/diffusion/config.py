@@ -22,7 +22,7 @@ class Released(Config):
     """
 
     kind: Literal["released"] = "released"
-    steps: int = Field(default=100, ge=2)
+    steps: int = Field(default=100, ge=2, le=1 << 16)
     """T, the number of timesteps."""
     keep_first: float = Field(default=0.99999, gt=0, lt=1)
     """Probability that a token is still clean after the first timestep. Needed to load checkpoints trained
@@ -66,7 +66,7 @@ class Paper(Config):
     """
 
     kind: Literal["paper"] = "paper"
-    steps: int = Field(default=100, ge=1)
+    steps: int = Field(default=100, ge=1, le=1 << 16)
     """T, the number of timesteps."""
     mask_rate: float = Field(default=0.9, ge=0, le=1)
     """Masked fraction of x_T; the other tokens of x_T are uniformly random. 1 or 0 reproduces the paper's
@@ -101,7 +101,7 @@ class UniformCosine(Config):
     """
 
     kind: Literal["uniform_cosine"] = "uniform_cosine"
-    steps: int = Field(default=4000, ge=1)
+    steps: int = Field(default=4000, ge=1, le=1 << 16)
     """T, the number of timesteps."""
     offset: float = Field(default=0.008, gt=0)
     """Shift of the cosine, as a fraction of T, so that the first timesteps do not add too little noise.
@@ -135,7 +135,7 @@ class Absorbing(Config):
     """
 
     kind: Literal["absorbing"] = "absorbing"
-    steps: int = Field(default=100, ge=1)
+    steps: int = Field(default=100, ge=1, le=1 << 16)
     """T, the number of timesteps."""
 
     @property
@@ -200,7 +200,7 @@ class ConstantGuidance(Config):
     """
 
     kind: Literal["constant"] = "constant"
-    scale: float = Field(default=3.0, ge=0)
+    scale: float = Field(default=3.0, ge=0, le=1000)
     """Guidance scale; 1 disables guidance."""
 
     def at(self, t: int) -> float:
@@ -212,9 +212,9 @@ class Linear(Config):
     """Guidance scale linear in time: ``clean`` at t = 0, ``noisy`` at t >= ``noisy_time``."""
 
     kind: Literal["linear"] = "linear"
-    noisy: float = Field(default=1.0, ge=0)
+    noisy: float = Field(default=1.0, ge=0, le=1000)
     """Guidance scale at ``noisy_time`` and at noisier times."""
-    clean: float = Field(default=3.0, ge=0)
+    clean: float = Field(default=3.0, ge=0, le=1000)
     """Guidance scale at t = 0. Raise it to follow the caption more closely in details."""
     noisy_time: int = Field(default=99, ge=1)
     """Time from which the scale is ``noisy``; T - 1 for a ramp over all timesteps."""
@@ -231,7 +231,7 @@ class IntervalGuidance(Config):
     """
 
     kind: Literal["interval"] = "interval"
-    scale: float = Field(default=3.0, ge=0)
+    scale: float = Field(default=3.0, ge=0, le=1000)
     """Guidance scale within the interval."""
     first: int = Field(default=80, ge=0)
     """Noisiest guided time."""

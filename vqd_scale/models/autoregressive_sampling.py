@@ -6,18 +6,20 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.rng import Purpose, sample_codes, uniforms
-from vqd_scale.diffusion.config import ConstantGuidance, TopP, Truncation
+from vqd_scale.core.watchdog import beat
+from vqd_scale.diffusion.config import ConstantGuidance, Truncation
 from vqd_scale.diffusion.guidance import Predict, apply_guidance, truncate
 from vqd_scale.models.bundle import AutoregressiveBundle, load_autoregressive_bundle
 from vqd_scale.models.conditions import Conditions, Prompts, conditions_of
-from vqd_scale.models.pipeline import FOLDERS, GeneratedImages, as_list, image_slots
+from vqd_scale.models.options import AutoregressiveOptions, as_list, sampling_config, target_of
+from vqd_scale.models.pipeline import FOLDERS, GeneratedImages, image_slots
 from vqd_scale.models.s3_download import local_folder
 from vqd_scale.nn.autoregressive import Autoregressive
-from vqd_scale.tokenizers.base import to_bytes
+from vqd_scale.tokenizers.base import to_pixels
 
 
 class AutoregressiveTextToImage:
@@ -32,34 +34,38 @@ class AutoregressiveTextToImage:
 
     @classmethod
     def load(
-        cls, path: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+        cls,
+        path: Path | str,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
     ) -> Self:
         """Load a model from its bundle or a finished run; see `TextToImage.load`."""
         with local_folder(path, FOLDERS) as folder:
             bundle = load_autoregressive_bundle(folder)
-        bundle.to(dtype or torch.float32)
-        bundle.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        bundle.to(target_of(dtype or torch.float32))
+        bundle.to(target_of(device or ("cuda" if torch.cuda.is_available() else "cpu")))
         return cls(bundle)
 
-    def __call__(
-        self, prompts: Prompts, *, guidance: float = 3.0, truncation: float = 1.0, seed: int = 0
-    ) -> GeneratedImages:
+    def __call__(self, prompts: Prompts, **options: Unpack[AutoregressiveOptions]) -> GeneratedImages:
         """Generate one image per prompt, all in one batch.
 
         Args:
             prompts: One or several captions; an empty one means no caption.
-            guidance: Scale of classifier-free guidance; 1 turns guidance off.
-            truncation: Probability mass kept of each prediction (top-p).
-            seed: Seed below 2**31. Image i of a seed does not depend on the batch.
+            **options: See `AutoregressiveOptions`.
 
         Raises:
-            UserError: The seed is out of range.
+            TypeError: A keyword is unknown.
+            UserError: A value is wrong.
         """
         prompts = as_list(prompts)
-        slots = image_slots(seed, len(prompts))
-        scale = ConstantGuidance(scale=guidance)
-        top_p = TopP(p=truncation) if truncation < 1 else None
-        return GeneratedImages(self.generate_batch(prompts, slots, guidance=scale, truncation=top_p))
+        config = sampling_config(options, AutoregressiveOptions.__annotations__)
+        if not isinstance(config.guidance, ConstantGuidance):
+            raise UserError("guidance: an autoregressive model takes a constant scale only.")
+        slots = image_slots(options.get("seed", 0), len(prompts))
+        return GeneratedImages(
+            self.generate_batch(prompts, slots, guidance=config.guidance, truncation=config.truncation)
+        )
 
     @torch.no_grad()
     def generate_batch(
@@ -97,7 +103,7 @@ class AutoregressiveTextToImage:
             predict = truncate(predict, truncation)
         slots = slots.to(self.bundle.device)
         tokens = sample_in_order(predict, slots, rows * columns, seed=0, on_step=on_step)
-        return to_bytes(self.bundle.tokenizer.decode(tokens.unflatten(1, (rows, columns)))).cpu()
+        return to_pixels(self.bundle.tokenizer.decode(tokens.unflatten(1, (rows, columns))))
 
 
 def build_predict(
@@ -168,6 +174,7 @@ def sample_in_order(
     tokens = slots.new_zeros((len(slots), length))
     all_finite = torch.ones((), dtype=torch.bool, device=slots.device)
     for position in range(length):
+        beat()
         log_p = predict(tokens, position)
         all_finite = all_finite & log_p.amax(-1).isfinite().all()
         column = slice(position, position + 1)

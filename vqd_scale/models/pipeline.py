@@ -3,60 +3,38 @@
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TypedDict, overload
+from typing import cast, overload
 
-import numpy as np
 import torch
 from jaxtyping import Int, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from typing_extensions import Self, Unpack
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.progress import progress_bar
-from vqd_scale.diffusion.config import (
-    ConstantGuidance,
-    GuidanceScale,
-    SamplerConfig,
-    Strided,
-    TopP,
-    Truncation,
-)
+from vqd_scale.diffusion.config import GuidanceScale, SamplerConfig, Truncation
 from vqd_scale.diffusion.guidance import Predict, PredictPair, apply_guidance, truncate
 from vqd_scale.diffusion.samplers import KnownTokens, Start, sample
 from vqd_scale.diffusion.transition import MaskAndReplace
 from vqd_scale.models.bundle import Bundle, load_bundle
 from vqd_scale.models.conditions import Conditions, Prompts, conditions_of
 from vqd_scale.models.exchange.diffusers import COMPONENTS, INDEX, plan_diffusers
+from vqd_scale.models.images import ImageInput, fitted_image, fitted_mask, read_image
+from vqd_scale.models.options import (
+    SamplingOptions,
+    as_list,
+    number,
+    sampling_config,
+    seeds_of,
+    target_of,
+)
 from vqd_scale.models.s3_download import local_folder
 from vqd_scale.tokenizers.base import to_pixels, to_signal
 
 FOLDERS = ("export", "export/tokenizer", *COMPONENTS)
 """Subfolders that a model folder may contain, in any of the layouts that can be loaded."""
 _SEEDS = 1 << 32
-
-
-class SamplingOptions(TypedDict, total=False):
-    """Sampling options: keywords of every sampling method of `TextToImage`."""
-
-    steps: int
-    """Number of sampling steps (network evaluations), 1 to the schedule's T, with the exact strided
-    posterior. Default: 25."""
-    sampler: SamplerConfig
-    """Sampler that replaces ``steps``: any of `vqd_scale.diffusion.samplers`."""
-    guidance: float | GuidanceScale
-    """Scale of classifier-free guidance, or a schedule of it; 1 turns guidance off. Default: 3."""
-    truncation: float | Truncation | None
-    """Probability mass kept of each prediction (top-p); 0.86 is the papers' 0.86r. Default: no truncation."""
-    negative: str | Sequence[str]
-    """Negative prompt for all images, or one per image, used instead of the null condition."""
-    seed: int | Sequence[int]
-    """Seed below 2**31. Image i of a seed does not depend on the batch. A list has one seed per image;
-    each image is then the first image of its seed."""
-    batch: int
-    """Number of images per batch. Default: 16."""
-    progress: bool
-    """Show a progress bar. Default: True."""
 
 
 class GeneratedImages(Sequence[Image.Image]):
@@ -102,7 +80,11 @@ class TextToImage:
 
     @classmethod
     def load(
-        cls, path: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+        cls,
+        path: Path | str,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
     ) -> Self:
         """Load a model from its bundle, a finished run, or a diffusers VQDiffusionPipeline folder.
 
@@ -125,8 +107,11 @@ class TextToImage:
         """Move the networks to a device, or set their compute dtype, in place.
 
         Token selection (softmax, guidance, posterior) stays in float32 and float64.
+
+        Raises:
+            UserError: There is no such device or dtype.
         """
-        for target in targets:
+        for target in map(target_of, targets):
             self.bundle.to(target)
         return self
 
@@ -138,12 +123,14 @@ class TextToImage:
             **options: See `SamplingOptions`.
 
         Raises:
-            UserError: The sampler does not fit the schedule, or lengths do not fit the prompts.
+            TypeError: A keyword is unknown.
+            UserError: A value is wrong, the sampler does not fit the schedule, or lengths do not fit the
+                prompts.
         """
         return self._generate(as_list(prompts), None, None, options)
 
     def inpaint(
-        self, image: Image.Image, mask: Image.Image, prompts: Prompts, **options: Unpack[SamplingOptions]
+        self, image: ImageInput, mask: ImageInput, prompts: Prompts, **options: Unpack[SamplingOptions]
     ) -> GeneratedImages:
         """Generate the masked part of an image and keep the rest.
 
@@ -151,20 +138,24 @@ class TextToImage:
 
         Args:
             image: Input image; center-cropped to the model's aspect ratio and resized.
-            mask: Mask of the image's size; white (128 and above) is generated, black pixels are kept exactly.
+            mask: Mask of the image's size; what is painted is generated, other pixels are kept exactly. What
+                is opaque is painted if the mask has transparent pixels, else what is white (128 and above).
             prompts: Prompts for the whole image, one output image each.
             **options: See `SamplingOptions`.
 
         Raises:
             UserError: Image and mask differ in size, the mask is all black, or see `__call__`.
         """
+        image, mask = read_image(image, "image"), read_image(mask, "mask")
         if image.size != mask.size:
             raise UserError(
                 f"the image has {image.size} pixels and its mask {mask.size}; give both the same size."
             )
-        pixels, is_generated = self._fit(image), self._fit(mask.convert("L"))[0] >= 128
+        pixels, is_generated = self._fit(image), torch.from_numpy(fitted_mask(mask, *self._size))
         if not is_generated.any():
-            raise UserError("the mask is all black; paint the part to generate white.")
+            raise UserError(
+                "the mask is all black in the center of the image; paint the part to generate white."
+            )
         factor = self.bundle.tokenizer.factor
         free = is_generated.unflatten(0, (-1, factor)).unflatten(2, (-1, factor)).any(3).any(1)
         known_tokens = KnownTokens(self._tokens(pixels), ~free.flatten()[None].to(self.bundle.device))
@@ -172,7 +163,7 @@ class TextToImage:
         return GeneratedImages(torch.where(is_generated, images.tensor, pixels))
 
     def vary(
-        self, image: Image.Image, prompts: Prompts, strength: float = 0.5, **options: Unpack[SamplingOptions]
+        self, image: ImageInput, prompts: Prompts, strength: float = 0.5, **options: Unpack[SamplingOptions]
     ) -> GeneratedImages:
         """Generate variations of an image: add noise to its tokens and denoise them under the prompt.
 
@@ -185,7 +176,8 @@ class TextToImage:
         Raises:
             UserError: The sampler cannot start from an image, or see `__call__`.
         """
-        start = Start(self._tokens(self._fit(image)), strength)
+        pixels = self._fit(read_image(image, "image"))
+        start = Start(self._tokens(pixels), number(strength, "strength"))
         return self._generate(as_list(prompts), None, start, options)
 
     @torch.no_grad()
@@ -248,22 +240,17 @@ class TextToImage:
         options: SamplingOptions,
     ) -> GeneratedImages:
         """Generate all images, batch by batch."""
-        count = len(prompts)
-        size = options.get("batch", 16)
-        if size < 1 or not count:
-            raise UserError("batch must be at least 1, and there must be a prompt.")
-        sampler = options.get("sampler") or Strided(steps=options.get("steps", 25))
-        guidance = options.get("guidance", 3.0)
-        if isinstance(guidance, float | int):
-            guidance = ConstantGuidance(scale=guidance)
-        truncation = options.get("truncation")
-        if isinstance(truncation, float | int):
-            truncation = TopP(p=truncation)
+        config = sampling_config(options, SamplingOptions.__annotations__)
+        count, size = len(prompts), config.batch_size
         negative = options.get("negative")
-        if isinstance(negative, str):
-            negative = [negative] * count
-        if negative is not None and len(negative) != count:
-            raise UserError(f"negative: {len(negative)} for {count} prompts; give one, or one per prompt.")
+        if negative is not None:
+            negative = cast(Sequence[str], as_list(negative, "negative"))
+            if isinstance(options.get("negative"), str):
+                negative = list(negative) * count
+            if len(negative) != count:
+                raise UserError(
+                    f"negative: {len(negative)} for {count} prompts; give one, or one per prompt."
+                )
         slots = image_slots(options.get("seed", 0), count)
         parts = [slice(first, first + size) for first in range(0, count, size)]
         with progress_bar("sample", 0, unit="step", quiet=not options.get("progress", True)) as bar:
@@ -276,9 +263,9 @@ class TextToImage:
                 self.generate_batch(
                     prompts[part],
                     slots[part],
-                    sampler,
-                    guidance=guidance,
-                    truncation=truncation,
+                    config.sampler,
+                    guidance=config.guidance,
+                    truncation=config.truncation,
                     negative=negative and negative[part],
                     known_tokens=known_tokens and _expand_known(known_tokens, len(slots[part])),
                     start=start and Start(start.tokens.expand(len(slots[part]), -1), start.strength),
@@ -313,14 +300,15 @@ class TextToImage:
 
         return conditional, pair
 
-    def _fit(self, image: Image.Image) -> UInt8[Tensor, "channels height width"]:
-        """Center-crop an image to the model's aspect ratio and resize it to the model's size."""
+    @property
+    def _size(self) -> tuple[int, int]:
+        """Width and height of the images in pixels."""
         rows, columns = self.bundle.config.grid
-        factor = self.bundle.tokenizer.factor
-        converted = image.convert("L" if image.mode == "L" else "RGB")
-        resized = ImageOps.fit(converted, (columns * factor, rows * factor), Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.array(resized))
-        return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+        return columns * self.bundle.tokenizer.factor, rows * self.bundle.tokenizer.factor
+
+    def _fit(self, image: Image.Image) -> UInt8[Tensor, "3 height width"]:
+        """Center-crop an image to the model's aspect ratio and resize it to the model's size."""
+        return torch.from_numpy(fitted_image(image, *self._size)).permute(2, 0, 1)
 
     @torch.no_grad()
     def _tokens(self, pixels: UInt8[Tensor, "3 height width"]) -> Int[Tensor, "1 length"]:
@@ -333,20 +321,9 @@ def image_slots(seed: int | Sequence[int], count: int) -> Int[Tensor, " count"]:
     Raises:
         UserError: A seed is out of range, or the number of seeds differs from the number of images.
     """
-    seeds = [seed] * count if isinstance(seed, int) else list(seed)
-    if len(seeds) != count:
-        raise UserError(f"seed: {len(seeds)} seeds for {count} images; give one seed, or one per image.")
-    if any(not 0 <= value < 1 << 31 for value in seeds):
-        raise UserError("seed: every seed must lie between 0 and 2**31 - 1.")
-    targets = torch.arange(count) if isinstance(seed, int) else torch.zeros(count, dtype=torch.int64)
+    seeds, is_single = seeds_of(seed, count)
+    targets = torch.arange(count) if is_single else torch.zeros(count, dtype=torch.int64)
     return torch.tensor(seeds) * _SEEDS + targets
-
-
-def as_list(prompts: Prompts) -> Sequence[str] | Sequence[int]:
-    """Return a single prompt as a list, and several unchanged."""
-    if isinstance(prompts, str):
-        return [prompts]
-    return [prompts] if isinstance(prompts, int) else prompts
 
 
 def _expand_known(known_tokens: KnownTokens, count: int) -> KnownTokens:

@@ -100,8 +100,7 @@ def decode_image(
             elif is_plain_jpeg and _turn(image) is None:
                 return _decoded_jpeg(data)
             image.load()
-            turn = _turn(image)
-            return _rgb_pixels(image if turn is None else image.transpose(turn))
+            return rgb_pixels(upright(image))
     except BadSample:
         raise
     except UnidentifiedImageError:
@@ -119,6 +118,12 @@ def image_format(data: bytes) -> str:
             return "jpg" if image.format in ("JPEG", "MPO") else str(image.format).lower()
     except Exception:  # noqa: BLE001 - as in `decode_image`
         raise BadSample("is not a readable image (of no known kind)") from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return an image turned as its EXIF orientation says."""
+    turn = _turn(image)
+    return image if turn is None else image.transpose(turn)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -273,12 +278,18 @@ def _array_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
     return dtype, shape
 
 
-def _rgb_pixels(image: Image.Image) -> Pixels:
-    """Convert an image to RGB by strips, since whole copies in several modes would take gigabytes."""
+def rgb_pixels(image: Image.Image) -> Pixels:
+    """Convert an image to RGB: transparent pixels become white, 16-bit values their upper 8 bits.
+
+    In strips, since whole copies in several modes would take gigabytes.
+
+    Raises:
+        ValueError: The pixels are floating-point numbers, whose range is not defined.
+    """
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     for top in range(0, image.height, _STRIP):
         strip = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
-        pixels[top : top + _STRIP] = _as_rgb(strip)
+        pixels[top : top + _STRIP] = np.asarray(_as_rgb(strip))
     return pixels
 
 
