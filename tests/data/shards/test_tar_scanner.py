@@ -1,4 +1,4 @@
-"""What lies in a tar beside ordinary members, compared with `tarfile` from the standard library."""
+"""Damage, links, sparse files, extended headers and dotted keys in tars, compared with `tarfile` from the standard library."""
 
 import io
 import json
@@ -11,6 +11,7 @@ import pytest
 
 from tests.data.shards.test_index_builder import quarantine, write_tar
 from vqd_scale.core.errors import UserError
+from vqd_scale.data.shards import index_builder
 from vqd_scale.data.shards.index_builder import build_index
 from vqd_scale.data.shards.shard_io import KEY, read_shard
 from vqd_scale.data.shards.tar_scanner import TarScan
@@ -288,3 +289,10 @@ def test_tar_of_many_zeros_is_damaged(tmp_path: Path) -> None:
         assert [bool(sample.fault) for sample in samples] == [False, False, False, is_damaged]
     path.write_bytes(content + bytes(-len(content) % (1 << 20)))
     assert not any(sample.fault for sample in TarScan(path).samples())
+
+
+def test_too_many_extensions_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_builder, "MAX_CELLS", 100)
+    write_tar(tmp_path / "0.tar", [(f"{number}.v{number}", b"a") for number in range(11)])
+    with pytest.raises(UserError, match=r"0\.tar: has 11 different extensions"):
+        build_index(tmp_path)

@@ -46,6 +46,8 @@ from vqd_scale.data.shards.tar_scanner import Position, TarSample, TarScan
 
 MAX_CAPTIONS = 1_000_000
 """Maximum number of captions of a sample."""
+MAX_CELLS = 1 << 26
+"""Maximum number of a table's entries, samples times extensions."""
 MAX_CLASS = 1 << 31
 """Bound of the class numbers."""
 
@@ -240,6 +242,12 @@ def index_tar(
     if lost:
         reason = f"{damage}; {sample_count} samples were found, up to {lost} are lost"
         skipped.append(SkippedSample("", reason, count=lost))
+    extensions = {extension for _, members, _ in entries for extension in members}
+    if len(entries) * len(extensions) > MAX_CELLS:
+        raise UserError(
+            f"{tar}: has {len(extensions)} different extensions of members; pack it so that members of one "
+            "kind have one extension, as '0001.jpg' and '0001.txt'."
+        )
     content = table_of(entries)
     captions = int(np.nan_to_num(content.columns.get("captions", np.ones(len(entries))), nan=1.0).sum())
     indexed = IndexedShard(

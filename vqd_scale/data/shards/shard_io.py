@@ -218,11 +218,12 @@ class ShardReader:
             members = self.extensions(member)
             raise no_member(next(name for name in extensions if name not in members), members)
         content = self._bytes.read(member, begin, end)
-        view = memoryview(content)
+        view, contents = memoryview(content), list[bytes]()
         for first, last, checksum in zip(within[::3], within[1::3], within[2::3], strict=True):
             if checksum and zlib.crc32(view[first - BLOCK : last]) != checksum:
                 raise changed(self.shard.path, f"'{self.key(member)}' is another")
-        return [content[first:last] for first, last in zip(within[::3], within[1::3], strict=True)]
+            contents.append(content[first:last])
+        return contents
 
     def _spans_of(self, extensions: tuple[str, ...]) -> Int64[NDArray[np.int64], "count places"]:
         """Return, per sample, the byte range of the members, and each one's range within it and checksum.

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
+from pathlib import Path
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
@@ -18,7 +19,7 @@ from pydantic import TypeAdapter
 from vqd_scale.core.arrays import NDArray
 from vqd_scale.core.atomic_io import Location, published
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.safe_json import parse_json
+from vqd_scale.core.safe_json import parse_json, read_bounded
 from vqd_scale.data.shards.decode import BadSample, decode_array
 from vqd_scale.data.shards.shard_index import IndexedShard, Shard
 from vqd_scale.data.shards.tar_header import BLOCK
@@ -133,7 +134,7 @@ def decoded(name: bytes) -> str:
 
 def _read_table(path: Location) -> tuple[ShardTable, IndexedShard]:
     try:
-        content = path.read_bytes()
+        content = read_bounded(path) if isinstance(path, Path) else path.read_bytes()
         table, indexed = _parsed_table(content)
     except FileNotFoundError:
         raise UserError(f"{path}: missing, although the index lists it; make the index again.") from None
