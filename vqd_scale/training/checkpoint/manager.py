@@ -155,6 +155,7 @@ class Checkpoints:
         elif not self.config.asynchronous:
             self._wait_with_tolerance()
 
+    @phase("save of a checkpoint", awaits_threads=True)
     def wait(self) -> None:
         """Wait for the save in progress, if any; collective.
 
@@ -164,28 +165,21 @@ class Checkpoints:
         save, self._save = self._save, None
         if save is None:
             return
-        with phase("save of a checkpoint", awaits_threads=True):
-            error = _error_of(save, save.write)
-            if self.world.any(error is not None):
-                save.abandoned.set()
-            if save.publication is not None:
-                # Always wait: after a failure it deletes the partial folder, which must end before the next
-                # save.
-                publish_error = _error_of(save, save.publication)
-                error = error or publish_error
-            has_failed = self.world.any(error is not None)
-        if has_failed:
+        error = _error_of(save, save.write)
+        if self.world.any(error is not None):
+            save.abandoned.set()
+        if save.publication is not None:
+            # Always wait: after a failure it deletes the partial folder, which must end before the next save.
+            publish_error = _error_of(save, save.publication)
+            error = error or publish_error
+        if self.world.any(error is not None):
             raise error or UserError(
                 f"{save.folder}: another rank could not write its part of the checkpoint."
             )
         self._failures = 0
 
     def close(self, gives_up: Callable[[], bool] = lambda: False) -> None:
-        """Abandon a save in progress, for example after an error, and wait for the uploads.
-
-        Args:
-            gives_up: Condition for leaving the uploads to the next start.
-        """
+        """Abandon a save in progress, stop the thread, and wait for the uploads until ``gives_up`` holds."""
         if self._save is not None:
             self._save.abandoned.set()
         self._thread.shutdown(wait=True)
@@ -329,10 +323,9 @@ class Checkpoints:
         except UserError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        uploader = self._uploader
-        prune(self.folder, self.config, uploader and uploader.current)
-        if uploader is not None:
-            uploader.send(final)
+        prune(self.folder, self.config, self._uploader and self._uploader.current)
+        if self._uploader is not None:
+            self._uploader.send(final)
 
     def _load(self, folder: Path, manifest: Manifest) -> Restored:
         differing = sorted(differences(manifest.parameters, self._shapes()))
@@ -396,13 +389,7 @@ def newest_consolidated(folder: Path, kind: str, images: int | None = None) -> t
 
 
 def prune(folder: Path, config: CheckpointConfig, in_use: Path | None = None) -> None:
-    """Delete checkpoints beyond the retention policy; only valid ones, whose files are read, are counted.
-
-    Args:
-        folder: Checkpoint folder of the run.
-        config: Retention policy.
-        in_use: Checkpoint that is not deleted now.
-    """
+    """Delete checkpoints, except ``in_use``, beyond the retention policy; only valid ones, as read, count."""
     checkpoints = _named(folder)[::-1]
     valid_count = 0
     for checkpoint in checkpoints if len(checkpoints) > config.keep_last else []:
@@ -414,9 +401,8 @@ def prune(folder: Path, config: CheckpointConfig, in_use: Path | None = None) ->
                 _set_aside(checkpoint, str(damage), "and an older checkpoint is kept")
             continue
         permanent = config.keep_every_images
-        if checkpoint == in_use:
-            continue
-        if permanent is not None and is_due(permanent, int(checkpoint.name), config.every_images):
+        is_kept = permanent is not None and is_due(permanent, int(checkpoint.name), config.every_images)
+        if is_kept or checkpoint == in_use:
             continue
         # Rename before deleting, so a partly deleted folder is not taken for a checkpoint.
         partial = checkpoint.rename(checkpoint.with_name(checkpoint.name + PARTIAL))
