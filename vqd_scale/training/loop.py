@@ -196,8 +196,8 @@ class _Trainer(Generic[BatchType]):
 
     def close(self) -> None:
         """Abandon a save in progress, close the metric writers and restore the signal handlers."""
+        self.checkpoints.close(lambda: self.stop.requested or not self._is_finished)
         self.stop.close()
-        self.checkpoints.close()
         self.metrics.close()
 
     def _save(self, *, must: bool) -> None:
