@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from vqd_scale.cli.launch import main
-from vqd_scale.core.outputs import JOBS
+from vqd_scale.core.outputs import JOBS, TRAINING, reserve
+from vqd_scale.core.run_lock import RunLock
 from vqd_scale.data.config import StreamConfig
 from vqd_scale.launchers import slurm
 from vqd_scale.launchers.job_record import Launch, State
@@ -42,7 +43,7 @@ def test_launches_of_one_second_have_folders_in_their_order(folders: list[Path],
     assert len(folders) == 3
 
 
-def test_second_launch_into_a_run_is_refused(
+def test_launch_into_a_run_with_a_job_or_a_process_is_refused(
     folders: list[Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -71,5 +72,12 @@ def test_second_launch_into_a_run_is_refused(
     )
     assert folders == []
     state = State("done", 0)
+    reserve(tmp_path / "run", TRAINING, [], siblings=[JOBS])
+    lock = RunLock(tmp_path / "run")
+    lock.acquire()
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "trains here; end it first" in capsys.readouterr().err
+    lock.close()
     main(arguments)
     assert len(folders) == 1

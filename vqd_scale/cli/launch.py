@@ -15,6 +15,7 @@ from vqd_scale.core.atomic_io import Location
 from vqd_scale.core.config import Config
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.outputs import JOBS, TRAINING, check_output, safe_name
+from vqd_scale.core.run_lock import check_free
 from vqd_scale.data.config import StreamConfig
 from vqd_scale.data.shards.shard_index import ShardSet
 from vqd_scale.launchers.job_record import Cluster, Launch, check_none_active, newest_launch
@@ -184,6 +185,7 @@ def _launch(
         )
     if kind in _TRAINING:
         check_none_active(parent)
+        check_free(parent.parent)
 
     from vqd_scale.launchers import slurm
 
