@@ -24,7 +24,7 @@ def test_kernels_compile_for_each_generation(
     kinds |= {"key": "i64", "draw": "i64"}
     sizes = {"row_stride", "code_stride", "codes", "count"}
     constants = {"width": 4096, "words_per_number": 2 if sums == "fp64" else 1, "blocks": 128, "rate": 0.86}
-    kinds |= {"log_p": "*fp32", "kept": "*fp32"}
+    kinds |= {"log_p": "*fp32", "result": "*fp32"}
     for kernel in (rows._statistics_kernel, rows._gradient_kernel, philox._uniforms, top_p._top_p):  # pyright: ignore[reportPrivateUsage]
         signature = {
             name: "constexpr"

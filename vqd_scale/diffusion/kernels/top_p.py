@@ -36,7 +36,7 @@ def _(log_p: Tensor, rate: float) -> Tensor:
 
 @triton.jit
 def _top_p(
-    log_p: tl.tensor, kept: tl.tensor, codes: tl.tensor, rate: tl.constexpr, width: tl.constexpr
+    log_p: tl.tensor, result: tl.tensor, codes: tl.tensor, rate: tl.constexpr, width: tl.constexpr
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     code = tl.arange(0, width)
@@ -57,4 +57,4 @@ def _top_p(
     is_kept = tl.where(bits > low, 1, (before < mass).to(tl.int32))
     is_kept += tl.sum((line != line).to(tl.int32), 0)
     line = tl.where(is_kept > 0, line, float("-inf"))
-    tl.store(kept + row * codes + code, line, mask=code < codes)
+    tl.store(result + row * codes + code, line, mask=code < codes)
