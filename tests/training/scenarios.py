@@ -6,6 +6,7 @@ did to ``OUT/results.json``.
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ from vqd_scale.training.tasks.base import Forward, Losses
 from vqd_scale.training.tasks.config import TrainConfig
 from vqd_scale.training.tasks.denoising import DenoisingTask
 
+OVERRIDE = re.compile(r"[a-z_]+(?:\.[a-z_]+)*=(?:\[[^\]]*\]|[^\s,;]*[^\s,;.])")
+
 Result = dict[str, Any]
 Prepare = Callable[[DenoisingTask], None]
 
@@ -44,6 +47,23 @@ class Spiky(DenoisingTask):
         if images in self.at:
             return losses._replace(per_sample=losses.per_sample * 100)
         return losses
+
+
+class NaNLoss(DenoisingTask):
+    """Task with a loss that is not finite after 40 images."""
+
+    def losses(self, forward: Forward, batch: TokenBatch, images: int) -> Losses:
+        losses = super().losses(forward, batch, images)
+        return losses._replace(per_sample=losses.per_sample * (torch.nan if images == 40 else 1.0))
+
+
+class NaNGradient(DenoisingTask):
+    """Task with a gradient of finite losses that is not finite after 40 images."""
+
+    def losses(self, forward: Forward, batch: TokenBatch, images: int) -> Losses:
+        losses = super().losses(forward, batch, images)
+        spoiled = losses.per_sample + (losses.per_sample * 0).sqrt()
+        return losses._replace(per_sample=spoiled if images == 40 else losses.per_sample)
 
 
 class Runner:
@@ -198,6 +218,32 @@ def health(runner: Runner) -> Result:
     }
 
 
+def advice(runner: Runner) -> Result:
+    """Runs that stop, and copies of them that follow each override in the message."""
+    guard = ["health.spike.factor=10", "health.spike.half_life_images=24", "health.spike.max_consecutive=1"]
+    skip = ["health.nonfinite_gradient=skip", "health.max_consecutive_nonfinite=0"]
+    stopped: dict[str, tuple[type[DenoisingTask], list[str], list[str]]] = {
+        "loss": (NaNLoss, [], []),
+        "second loss": (NaNLoss, ["health.skip_batches=[8]"], []),
+        "gradient": (NaNGradient, [], []),
+        "gradients": (NaNGradient, skip, []),
+        "spikes": (spikes(40, 48), guard, []),
+        "another run": (DenoisingTask, [], ["seed=7"]),
+    }
+    results: Result = {}
+    for case, (kind, overrides, changes) in stopped.items():
+        name = f"advice-{case.replace(' ', '-')}"
+        first = runner.run(name, *overrides, images=64, kind=kind)
+        first = runner.run(name, *overrides, *changes, images=64, kind=kind) if changes else first
+        results[case] = {"error": first["error"]}
+        for number, override in enumerate(OVERRIDE.findall(first["error"])):
+            shutil.copytree(runner.out / name, runner.out / f"{name}-{number}")
+            results[case][override] = runner.run(
+                f"{name}-{number}", *overrides, *changes, override, images=64, kind=kind
+            )
+    return results
+
+
 def held_out(runner: Runner) -> Result:
     """Validation figures, and losses with and without validation."""
     validation_overrides = [
@@ -296,6 +342,7 @@ SCENARIOS: dict[str, Callable[[Runner], Result]] = {
         compiled,
         half_precision,
         health,
+        advice,
         held_out,
         native,
         damage,
@@ -307,7 +354,9 @@ SCENARIOS: dict[str, Callable[[Runner], Result]] = {
 def main(arguments: Sequence[str]) -> None:
     world = join_world()
     folder, out = Path(arguments[0]), Path(arguments[1])
-    names = arguments[2:] or [name for name in SCENARIOS if name not in ("compiled", "damage_matrix")]
+    names = arguments[2:] or [
+        name for name in SCENARIOS if name not in ("advice", "compiled", "damage_matrix")
+    ]
     runner = Runner(world, folder, out)
     results = {name: SCENARIOS[name](runner) for name in names}
     if world.is_first:

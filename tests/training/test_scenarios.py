@@ -139,6 +139,51 @@ def test_too_many_spikes_stop_or_rewind_the_run(results: Callable[..., Results])
     assert [row["images"] for row in rewound["rows"]] == list(range(8, 65, 8))
 
 
+@pytest.mark.parametrize(
+    ("case", "overrides"),
+    [
+        ("loss", {"optim.lr=0.0005": False, "health.skip_batches=[40]": True}),
+        ("second loss", {"optim.lr=0.0005": False, "health.skip_batches=[8,40]": True}),
+        (
+            "gradient",
+            {
+                "optim.lr=0.0005": False,
+                "health.nonfinite_gradient=skip": True,
+                "health.skip_batches=[40]": True,
+            },
+        ),
+        (
+            "gradients",
+            {
+                "optim.lr=0.0005": False,
+                "health.max_consecutive_nonfinite=1": True,
+                "health.skip_batches=[40]": True,
+            },
+        ),
+        (
+            "spikes",
+            {"optim.lr=0.0005": False, "health.spike.rewind=true": True, "health.skip_batches=[48]": True},
+        ),
+        ("another run", {"seed=0": True, "run": True}),
+    ],
+)
+def test_advice_to_resume_can_be_followed(
+    results: Callable[..., Results], case: str, overrides: dict[str, bool]
+) -> None:
+    """Each override in the message is accepted; with all but the learning rate, these runs end."""
+    stopped = results(1, "advice")["advice"][case]
+    error = stopped.pop("error")
+    with_lower_rate = error.partition(": ")[2].replace("optim.lr=0.0005", "optim.lr=0.00025")
+    assert len(stopped) == len(overrides), error
+    for (override, result), (expected, ends) in zip(stopped.items(), overrides.items(), strict=True):
+        assert override.startswith(expected), error
+        assert result["error"].partition(": ")[2] == ("" if ends else with_lower_rate), override
+        if override.startswith("health.skip_batches"):
+            assert [row["images"] for row in result["rows"]] == list(range(8, 65, 8))
+            assert result["rows"][5]["skipped_batches"] >= 1
+            assert "loss" not in result["rows"][5] or case == "spikes"
+
+
 def test_validation_is_equal_on_any_number_of_ranks(results: Callable[..., Results]) -> None:
     one, two = (results(*selection)["held_out"]["figures"] for selection in (ONE, TWO))
     looked = [index for index, figures in enumerate(one) if figures]

@@ -1,4 +1,5 @@
 import logging
+import re
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from vqd_scale.training.config import LogConfig, WandbConfig
 from vqd_scale.training.logging import loggers
 from vqd_scale.training.logging.loggers import AsyncLogger, TensorBoardWriter, WandbWriter
-from vqd_scale.training.logging.metrics import MetricLogger, read_metrics
+from vqd_scale.training.logging.metrics import MetricLogger, MetricsFile, read_metrics
 
 ROWS = [{"images": 8, "loss": 2.5}, {"images": 3_000_000_000, "loss": 0.25, "rate": 1e-4}]
 
@@ -39,7 +40,8 @@ def test_tensorboard_reads_each_row_once_it_is_written(tmp_path: Path) -> None:
 
 
 def test_tensorboard_drops_points_after_the_resumed_checkpoint(tmp_path: Path) -> None:
-    for start, losses in ((0, {8: 4.0, 16: 3.0, 24: 2.0, 32: 1.0}), (16, {24: 2.5})):
+    starts = ((0, {8: 4.0, 16: 3.0, 24: 2.0, 32: 1.0}), (16, {24: 2.5, 32: 2.0}), (16, {24: 2.5}))
+    for start, losses in starts:
         metric_logger = MetricLogger(LogConfig(tensorboard=True), tmp_path, start, {})
         for images, loss in losses.items():
             metric_logger.write({"images": images, "loss": loss})
@@ -141,11 +143,20 @@ def test_blocked_logger_does_not_stall_training(
     forever.set()
 
 
-def test_real_wandb_offline_writes_into_the_run_folder(
+def test_real_wandb_offline_leaves_one_folder_with_all_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of two starts, the second from an earlier checkpoint."""
     monkeypatch.setenv("WANDB_CONSOLE", "off")
-    writer = WandbWriter(WandbConfig(), tmp_path, {"seed": 3})
-    writer.write(ROWS[0])
-    writer.close()
-    assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    for start, losses in ((0, {8: 4.0, 16: 3.0, 24: 2.0}), (16, {24: 2.5, 32: 1.0})):
+        metrics = MetricsFile(tmp_path / "metrics.jsonl", start)
+        writer = WandbWriter(WandbConfig(), tmp_path, {"seed": 3}, read_metrics(metrics.path))
+        for images, loss in losses.items():
+            for each in (metrics, writer):
+                each.write({"images": images, "loss": loss})
+        writer.close()
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    # Records of protobuf: a name, and its value as JSON.
+    values = re.findall(rb"loss\x82\x01.([0-9.]+)", file.read_bytes())
+    assert list(dict.fromkeys(map(float, values))) == [4.0, 3.0, 2.5, 1.0]
+    assert len(list((tmp_path / "wandb").glob("replaced-offline-run-*"))) == 1

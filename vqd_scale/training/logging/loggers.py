@@ -4,7 +4,7 @@ import logging
 import queue
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,20 +82,30 @@ class AsyncLogger:
 class WandbWriter:
     """Weights & Biases writer, resumed under the run ID stored in the run folder.
 
+    W&B cannot resume an offline run: each start writes a folder of its own. So every start writes all rows,
+    and the folders of earlier starts are renamed, so that ``wandb sync`` finds one folder.
+
     Args:
         config: Project, mode and names.
         run: Run folder.
         settings: Full configuration of the run.
+        rows: Rows of earlier starts.
     """
 
-    def __init__(self, config: WandbConfig, run: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, config: WandbConfig, run: Path, settings: Mapping[str, Any], rows: Sequence[Row] = ()
+    ) -> None:
         import wandb
 
         id_file = run / "wandb-id.txt"
         if not id_file.exists():
             publish_text(id_file, uuid.uuid4().hex[:8])
+        identity = id_file.read_text(encoding="utf-8").strip()
+        if config.mode == "offline":
+            for earlier in (run / "wandb").glob(f"offline-run-*-{identity}"):
+                earlier.rename(earlier.with_name(f"replaced-{earlier.name}"))
         self._run = wandb.init(
-            id=id_file.read_text(encoding="utf-8").strip(),
+            id=identity,
             resume="allow",
             project=config.project,
             entity=config.entity,
@@ -105,6 +115,8 @@ class WandbWriter:
             config=dict(settings),
             settings=wandb.Settings(console="off", silent=True),
         )
+        for row in rows if config.mode == "offline" else ():
+            self.write(row)
 
     def write(self, row: Row) -> None:
         """Log a row with its number of images as the step."""

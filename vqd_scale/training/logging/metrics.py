@@ -7,12 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from vqd_scale.core.atomic_io import publish_text, set_aside, writing
 from vqd_scale.core.errors import UserError
+from vqd_scale.core.safe_json import parse_json
 from vqd_scale.training.config import LogConfig
 from vqd_scale.training.logging.loggers import AsyncLogger, TensorBoardWriter, WandbWriter, Writer
 
 logger = logging.getLogger(__name__)
+
+_ROW: TypeAdapter[dict[str, float]] = TypeAdapter(dict[str, int | float])
 
 
 class MetricsFile:
@@ -67,8 +72,8 @@ class MetricLogger:
             folder = run / "tensorboard"
             self._writers.append(AsyncLogger("TensorBoard", lambda: TensorBoardWriter(folder, images)))
         if config.wandb is not None and config.wandb.mode != "disabled":
-            wandb = config.wandb
-            self._writers.append(AsyncLogger("wandb", lambda: WandbWriter(wandb, run, settings)))
+            wandb, rows = config.wandb, read_metrics(run / "metrics.jsonl")
+            self._writers.append(AsyncLogger("wandb", lambda: WandbWriter(wandb, run, settings, rows)))
 
     def write(self, row: Mapping[str, float]) -> None:
         """Write a row to all writers."""
@@ -93,8 +98,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 def _parsed(line: bytes) -> dict[str, float] | None:
     """Return the row of a line, or ``None`` if it is no JSON object of numbers."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parse_json(line, _ROW)
+    except ValueError:
         return None
-    is_row = isinstance(row, dict) and "images" in row
-    return row if is_row and all(isinstance(value, int | float) for value in row.values()) else None
+    return row if "images" in row else None
