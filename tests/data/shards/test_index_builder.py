@@ -387,7 +387,7 @@ def test_tables_record_caption_counts(tmp_path: Path) -> None:
 
 
 def test_samples_without_captions_are_items_to_report(tmp_path: Path) -> None:
-    """Of a sample whose captions are all empty, ``captions=each`` has an item, so that it is counted as bad."""
+    """A sample whose captions are all empty is an item of ``captions=each``, so that it is counted as bad."""
     captions: list[list[str]] = [["", " "], [], ["a", "", "b"]]
     with TarWriter(str(tmp_path / "0.tar")) as writer:
         for number, texts in enumerate(captions):

@@ -262,10 +262,10 @@ def test_table_columns(tmp_path: Path) -> None:
     opened = write_shard_set(tmp_path, META, [recipe], "test")
     columns = read_table(opened.shards[0]).columns
     assert {name: column.tolist() for name, column in columns.items()} == {
-        "captions": [0, 1, 2, 0],
+        "captions": [1, 1, 2, 1],
         "class": [0, 1, 2, 3],
     }
-    assert opened.captions == (3,)
+    assert opened.captions == (5,)
 
 
 def test_shards_as_a_sequence(tmp_path: Path) -> None:

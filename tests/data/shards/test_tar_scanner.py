@@ -1,4 +1,4 @@
-"""Damage, links, sparse files, extended headers and dotted keys in tars, compared with `tarfile` from the standard library."""
+"""Damage, links, sparse files, extended headers and dotted keys in tars."""
 
 import io
 import json
@@ -264,7 +264,7 @@ def test_class_without_bound_is_a_bad_sample(tmp_path: Path, label: str) -> None
 def test_statistics_of_another_shape_are_one_sentence(tmp_path: Path, statistics: str) -> None:
     write_tar(tmp_path / "0.tar", [("0.txt", b"a")])
     (tmp_path / "0_stats.json").write_text(statistics)
-    with pytest.raises(UserError, match=r"0_stats\.json: this statistics of a shard cannot be read"):
+    with pytest.raises(UserError, match=r"0_stats\.json: this statistics file of a shard cannot be read"):
         build_index(tmp_path)
 
 

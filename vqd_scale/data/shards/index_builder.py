@@ -329,4 +329,4 @@ def _expected_count(tar: Location, sample_count: int) -> int:
     with reading(path):
         if not path.exists():
             return sample_count
-    return read_json(path, "statistics of a shard", _STATISTICS).successes or sample_count
+    return read_json(path, "statistics file of a shard", _STATISTICS).successes or sample_count
