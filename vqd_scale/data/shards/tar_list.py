@@ -34,23 +34,23 @@ def list_tars(tars: Location) -> tuple[Location, list[str]]:
             f"data.sources."
         )
     (folder,) = folders
-    names, others = _entries(folder)
+    names, unused = _entries(folder)
     selected: set[str] = set()
     for pattern in ["*.tar" if place == folder else place.name for place in places]:
         matches = {name for name in names if name == pattern or fnmatchcase(name, pattern)}
         if not matches and pattern != "*.tar":
             raise UserError(f"{folder / pattern}: there is no such tar.")
         selected |= matches
-    others += [(kind_of(name), name) for name in _unused(names, selected)]
+    unused += [(kind_of(name), name) for name in _unused(names, selected)]
     if not selected:
-        kinds = ", ".join(sorted({kind for kind, _ in others})) or "no other either"
+        kinds = ", ".join(sorted({kind for kind, _ in unused})) or "no other either"
         raise UserError(f"{folder}: there is no .tar file here, only {kinds}; unpack compressed tars.")
     dangling = [name for name in selected if isinstance(folder, Path) and not (folder / name).is_file()]
     if dangling:
         raise UserError(
             f"{folder / min(dangling)}: is a link to a file that is missing; fetch it, or remove the link."
         )
-    warn_of_unused(folder, others)
+    warn_of_unused(folder, unused)
     return folder, sorted(selected)
 
 
