@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.models.exchange import microsoft_files as files
 from tests.models.exchange.microsoft_files import GUMBEL_SLIM, HEADS, ITHQ_SLIM, VQ_SLIM, Kind
@@ -201,3 +202,83 @@ def test_reduced_tokenizer_is_recorded_in_bundle(tmp_path: Path) -> None:
     assert isinstance(plan, ModelPlan)
     assert plan.tokenizer == ReducedConfig(codebook_size=3, full=GUMBEL_SLIM)
     assert "reduction map -> tokenizer.map [13]" in plan.exchange.lines()
+
+
+def test_bare_state_dictionaries_and_safetensors_are_accepted(tmp_path: Path) -> None:
+    checkpoint = files.checkpoint_of(Kind(), ITHQ_SLIM)
+    last = checkpoint["model"]
+    expected = plan_microsoft(files.write(tmp_path, {"model": last}), OPTIONS).exchange.weights()
+    wrapped = {f"module.{name}": value for name, value in last.items()}
+    save_file({name: value.clone() for name, value in last.items()}, tmp_path / "model.safetensors")
+    for path in (
+        files.write(tmp_path, last, "bare.pth"),
+        files.write(tmp_path, {"model": wrapped}, "module.pth"),
+        tmp_path / "model.safetensors",
+    ):
+        weights = plan_microsoft(path, OPTIONS).exchange.weights()
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+
+
+def test_grid_that_is_not_square_is_inferred_or_asked_for(tmp_path: Path) -> None:
+    checkpoint = files.checkpoint_of(Kind(), ITHQ_SLIM)
+    average, side = checkpoint["ema"], Kind().side
+    table = "transformer.content_emb.width_emb.weight"
+    average[table] = average[table][:1].repeat(2 * side, 1)
+    for name in list(average):
+        if name.endswith("attn2.mask"):
+            average[name] = torch.zeros(1, 1, 2 * side**2, 2 * side**2)
+    plan = plan_microsoft(files.write(tmp_path, checkpoint), OPTIONS)
+    assert isinstance(plan, ModelPlan)
+    assert plan.config.grid == (side, 2 * side)
+    average[table] = average[table][:1].repeat(4 * side, 1)
+    path = files.write(tmp_path, checkpoint)
+    with pytest.raises(
+        UserError, match=rf"grid of its {2 * side**2} tokens is unclear.*Give --grid ROWS COLUMNS"
+    ):
+        plan_microsoft(path, OPTIONS)
+    for name in list(average):
+        if name.endswith("attn2.mask"):
+            del average[name]
+    path = files.write(tmp_path, checkpoint)
+    with pytest.raises(UserError, match="grid of its unknown number of tokens is unclear"):
+        plan_microsoft(path, OPTIONS)
+    plan = plan_microsoft(path, MicrosoftOptions(heads=HEADS, grid=(side, 2 * side)))
+    assert isinstance(plan, ModelPlan)
+    assert plan.config.grid == (side, 2 * side)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"heads": 0}, "heads: given 0"),
+        ({"heads": 7}, "not a multiple of heads 7"),
+        ({"grid": (0, 0)}, "grid.0: given 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(tmp_path: Path, options: Any, sentence: str) -> None:
+    path = files.write(tmp_path, files.checkpoint_of(Kind(), ITHQ_SLIM))
+    with pytest.raises(UserError, match=sentence):
+        plan_microsoft(path, MicrosoftOptions(**{"heads": HEADS, **options}))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 0), (3, 0), (1, 1, 1)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer.content_emb.emb.weight",
+        "transformer.content_emb.height_emb.weight",
+        "transformer.blocks.0.attn2.key.weight",
+        "transformer.blocks.0.mlp.0.weight",
+        "condition_emb.token_embedding.weight",
+        "condition_emb.positional_embedding",
+        "log_at",
+        "log_cumprod_at",
+    ],
+)
+def test_weight_of_another_shape_is_refused(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    checkpoint = files.checkpoint_of(Kind(), ITHQ_SLIM)
+    assert name in checkpoint["ema"]
+    checkpoint["ema"][name] = torch.zeros(shape)
+    with pytest.raises(UserError):
+        plan_microsoft(files.write(tmp_path, checkpoint), OPTIONS).exchange.check()

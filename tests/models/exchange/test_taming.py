@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from tests.models.exchange.microsoft_files import GUMBEL_SLIM, VQ_SLIM, codec_state
 from tests.tokenizers.plain_implementation import Published, decoded, vectors_of
@@ -101,5 +102,32 @@ def test_weights_that_contradict_the_yaml_are_listed(tmp_path: Path) -> None:
 def test_foreign_checkpoint_raises_user_error(tmp_path: Path) -> None:
     _, description = write_published(tmp_path, VQ_SLIM)
     torch.save({"model": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(UserError, match="contains no 'state_dict'"):
+    with pytest.raises(UserError, match="holds no tensors"):
         plan_taming(tmp_path / "other.ckpt", description)
+
+
+@pytest.mark.parametrize("form", ["bare", "module", "ema", "safetensors"])
+def test_other_forms_of_a_state_dictionary_are_accepted(tmp_path: Path, form: str) -> None:
+    path, description = write_published(tmp_path, VQ_SLIM)
+    weights = torch.load(path, weights_only=False)["state_dict"]
+    if form == "bare":
+        torch.save(weights, path)
+    elif form == "module":
+        torch.save({"state_dict": {f"module.{name}": value for name, value in weights.items()}}, path)
+    elif form == "ema":
+        averages = {f"model_ema.{name.replace('.', '')}": value for name, value in weights.items()}
+        torch.save({"state_dict": {name: value + 1 for name, value in weights.items()} | averages}, path)
+    else:
+        save_file(weights, path)
+    plan = plan_taming(path, description)
+    assert all(torch.equal(value, weights[name]) for name, value in plan.exchange.weights().items())
+
+
+def test_weights_that_are_not_finite_are_not_converted(tmp_path: Path) -> None:
+    path, description = write_published(tmp_path, VQ_SLIM)
+    weights = torch.load(path, weights_only=False)["state_dict"]
+    weights["quantize.embedding.weight"][0, 0] = torch.nan
+    torch.save({"state_dict": weights}, path)
+    with pytest.raises(UserError, match=r"'quantize\.embedding\.weight' has NaN or infinite values"):
+        plan_taming(path, description).save(tmp_path / "tokenizer")
+    assert not (tmp_path / "tokenizer").exists()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vqd_scale.core.config import read_yaml
 from vqd_scale.core.errors import UserError
-from vqd_scale.core.safe_load import read_saved, tensors_in
+from vqd_scale.core.tensors import read_tensors
 from vqd_scale.models.exchange.conversion import TokenizerPlan, tokenizer_weights
 from vqd_scale.models.exchange.key_mapping import Exchange, count_numbered
 from vqd_scale.tokenizers.config import TamingGumbelConfig, TamingVQConfig, VQGANConfig
@@ -23,19 +23,14 @@ _DROPPED = (
 
 
 def plan_taming(path: Path, description: Path) -> TokenizerPlan:
-    """Plan the import of a tokenizer from a taming-transformers ``.ckpt`` file and its YAML file.
+    """Plan the import of a tokenizer from taming-transformers' weights and their YAML file.
 
     Raises:
         UserError: A file is missing, damaged, or of another kind.
     """
     config = taming_config(read_yaml(description), str(description))
-    loaded = read_saved(path)
-    source_weights = tensors_in(loaded.get("state_dict")) if isinstance(loaded, dict) else {}
-    if not source_weights:
-        raise UserError(f"{path}: contains no 'state_dict', as taming's checkpoints do.")
-    exchange = Exchange(
-        str(path), source_weights, tokenizer_weights(config, str(description)), from_taming, _DROPPED
-    )
+    targets = tokenizer_weights(config, str(description))
+    exchange = Exchange(str(path), read_tensors(path), targets, from_taming, _DROPPED)
     return TokenizerPlan(config, exchange)
 
 

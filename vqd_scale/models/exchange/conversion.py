@@ -1,11 +1,15 @@
 """Import plans: configuration and key mapping of foreign weights, before conversion."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from vqd_scale.core.errors import UserError
 from vqd_scale.core.tensors import with_prefix, without_prefix
 from vqd_scale.models.bundle import (
     Bundle,
@@ -76,6 +80,20 @@ class TokenizerPlan:
 
 
 Plan = ModelPlan | TokenizerPlan
+
+
+@contextmanager
+def expected_shapes(source: str) -> Generator[None]:
+    """Convert errors of an architecture that is inferred from weights, or given, to a `UserError`."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{source}: {place}: given {first['input']!r:.99}: {message}.") from None
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"{source}: a weight has another shape than its name implies ({error}).") from None
 
 
 def tokenizer_weights(config: TokenizerConfig, source: str) -> dict[str, Tensor]:

@@ -144,7 +144,13 @@ class Exchange:
             return self.convert(state)
         except UserError as error:
             raise UserError(f"{self.source}: {error}") from None
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"{self.source}: a weight has another shape than its name implies ({error})."
+            ) from None
 
 
 def _first_column(tensor: Tensor) -> Tensor:
+    if not tensor.numel():
+        return tensor.flatten()
     return tensor[(slice(None), *([0] * (tensor.ndim - 1)))] if tensor.ndim else tensor[None]

@@ -28,6 +28,7 @@ from vqd_scale.models.exchange.conversion import (
     ModelPlan,
     Plan,
     TokenizerPlan,
+    expected_shapes,
     model_weights,
     tokenizer_weights,
 )
@@ -113,9 +114,15 @@ def plan_microsoft(path: Path, options: MicrosoftOptions) -> Plan:
     """Plan the import of a ``.pth`` file with a model, or with only a tokenizer.
 
     Raises:
-        UserError: The file is missing, damaged, or not a VQ-Diffusion checkpoint; or an option is missing.
+        UserError: The file is missing, damaged, or not a VQ-Diffusion checkpoint; or an option is missing or
+            does not fit.
     """
     weights = _weights_in(path)
+    with expected_shapes(str(path)):
+        return _plan(weights, path, options)
+
+
+def _plan(weights: dict[str, Tensor], path: Path, options: MicrosoftOptions) -> Plan:
     if "encoder.conv_in.weight" in weights:
         shape = autoencoder_config(weights, str(path))
         return TokenizerPlan(
@@ -126,10 +133,10 @@ def plan_microsoft(path: Path, options: MicrosoftOptions) -> Plan:
     if options.reduction is not None and isinstance(tokenizer, ReducedConfig):
         weights[_MAP] = read_map(options.reduction)
         check_map(weights[_MAP], len(weights[_MAP]), codes - 1, str(options.reduction))
-    grid = options.grid or _grid(weights, tokenizer)
     rows, columns = (
         _table(weights, f"{_NETWORK}content_emb.{side}_emb.weight", path)[0] for side in ("height", "width")
     )
+    grid = options.grid or _grid(weights, (rows, columns), tokenizer, path)
     condition = _condition(weights)
     null_condition = options.null_condition or ("learned" if _NULL in weights else "empty")
     config = BundleConfig(
@@ -158,16 +165,21 @@ def plan_microsoft(path: Path, options: MicrosoftOptions) -> Plan:
 
 
 def _weights_in(path: Path) -> dict[str, Tensor]:
-    """Return the network's EMA weights (else its training weights) and all weights outside it."""
+    """Return the network's EMA weights (else its training weights) and all weights outside it.
+
+    The file contains ``model`` and ``ema``, or is itself a state dictionary, also one of safetensors.
+    """
     saved = read_saved(path)
     checkpoint = cast(Mapping[str, object], saved) if isinstance(saved, Mapping) else {}
     last, average = tensors_in(checkpoint.get("model")), tensors_in(checkpoint.get("ema"))
     if not last and not average:
+        last = tensors_in(saved)
+    if not last and not average:
         raise UserError(f"{path}: contains neither 'ema' nor 'model', as VQ-Diffusion's checkpoints do.")
-    if "encoder.conv_in.weight" in last:
+    if "encoder.conv_in.weight" in last or f"{_NETWORK}content_emb.emb.weight" in last:
         return last
-    return (average or without_prefix(last, "transformer.")) | {
-        name: tensor for name, tensor in last.items() if not name.startswith("transformer.")
+    return (average or without_prefix(last, _NETWORK)) | {
+        name: tensor for name, tensor in last.items() if not name.startswith(_NETWORK)
     }
 
 
@@ -207,15 +219,28 @@ def _tokenizer(
     return full
 
 
-def _grid(weights: Mapping[str, Tensor], tokenizer: TokenizerConfig | Path) -> tuple[int, int]:
-    """Infer the token grid from the cross-attention masks, or from the tokenizer at 256 x 256 pixels."""
+def _grid(
+    weights: Mapping[str, Tensor], tables: tuple[int, int], tokenizer: TokenizerConfig | Path, path: Path
+) -> tuple[int, int]:
+    """Infer the token grid from the cross-attention masks, or from the tokenizer at 256 x 256 pixels.
+
+    The position tables may be larger than the grid, so only a square grid can be inferred without a doubt, or
+    one that fills the tables.
+    """
     mask = weights.get(f"{_NETWORK}blocks.0.attn2.mask")
-    if mask is not None:
-        side = math.isqrt(mask.shape[-1])
-    elif isinstance(tokenizer, Path):
-        side = _PIXELS // load_tokenizer(tokenizer, torch.device("cpu")).factor
-    else:
-        side = _PIXELS // (tokenizer.full if isinstance(tokenizer, ReducedConfig) else tokenizer).factor
+    length = None if mask is None else mask.shape[-1]
+    if length == math.prod(tables):
+        return tables
+    side = None if length is None else math.isqrt(length)
+    if side is None and tables[0] == tables[1]:
+        codec = tokenizer.full if isinstance(tokenizer, ReducedConfig) else tokenizer
+        codec = load_tokenizer(codec, torch.device("cpu")) if isinstance(codec, Path) else codec
+        side = _PIXELS // codec.factor
+    if side is None or (length is not None and side * side != length):
+        raise UserError(
+            f"{path}: the grid of its {length or 'unknown number of'} tokens is unclear, its position tables "
+            f"have {tables[0]} rows and {tables[1]} columns. Give --grid ROWS COLUMNS."
+        )
     return side, side
 
 
