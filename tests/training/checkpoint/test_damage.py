@@ -19,6 +19,7 @@ from vqd_scale.core.errors import UserError
 from vqd_scale.core.world import World
 from vqd_scale.training.checkpoint import manager, manifest
 from vqd_scale.training.checkpoint.manager import consolidated, newest_consolidated, prune
+from vqd_scale.training.checkpoint.shards import HostSlices
 from vqd_scale.training.config import CheckpointConfig
 
 KEEP = CheckpointConfig(keep_last=5)
@@ -139,7 +140,7 @@ def test_mirror_without_a_valid_copy_stops_the_run(tmp_path: Path) -> None:
 def test_file_damaged_before_the_upload_is_not_mirrored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def prune_and_damage(folder: Path, config: CheckpointConfig, in_use: Path | None) -> None:
+    def prune_and_damage(folder: Path, *arguments: object) -> None:
         flip_a_byte(folder / "000000000008" / FILES[1])
 
     monkeypatch.setattr("vqd_scale.training.checkpoint.manager.prune", prune_and_damage)
@@ -213,6 +214,46 @@ def test_each_byte_is_hashed_by_one_rank(tmp_path: Path, monkeypatch: pytest.Mon
 
     on_ranks(ranks, finish)
     assert hashed == Counter({path: 2 * count for path, count in before.items()})
+
+
+@pytest.mark.parametrize(("ranks", "keep_last"), [(2, 2), (3, 3)])
+def test_ranks_share_the_reads_before_pruning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, keep_last: int
+) -> None:
+    """A save reads each file of the checkpoints that it counts once, and a rank reads its share."""
+    config = CheckpointConfig(keep_last=keep_last)
+    saved(tmp_path, 8, 16, 24, config=config, ranks=ranks)
+    hashed: Counter[str] = Counter()
+    by_thread: Counter[int] = Counter()
+
+    def counting(path: Path) -> str:
+        hashed[path.parent.name] += path.suffix == ".safetensors"
+        by_thread[threading.get_ident()] += 1
+        return sha256_of(path)
+
+    for module in (manager, manifest):
+        monkeypatch.setattr(module, "sha256_of", counting)
+    saved(tmp_path, 32, config=config, ranks=ranks)
+    assert set(hashed.values()) == {ranks, ranks + 1}
+    assert len(hashed) == keep_last
+    assert len(by_thread) == ranks
+    assert max(by_thread.values()) <= 2 * keep_last
+    assert len(names(tmp_path)) == keep_last
+
+
+def test_slices_damaged_during_a_save_fail_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(host: HostSlices, path: Path) -> dict[str, object]:
+        description = whole_write(host, path)
+        flip_a_byte(path)
+        return description
+
+    saved(tmp_path, 8)
+    whole_write = HostSlices.write
+    with monkeypatch.context() as patch:
+        patch.setattr(HostSlices, "write", write)
+        with pytest.raises(UserError, match="damaged while it was written"):
+            saved(tmp_path, 16)
+    assert names(tmp_path) == ["8"]
 
 
 def test_only_damaged_checkpoints_stop_every_start(tmp_path: Path) -> None:

@@ -277,6 +277,34 @@ def test_write_failure_of_one_rank_fails_the_save(tmp_path: Path, monkeypatch: p
     assert resumed(tmp_path) == 24
 
 
+@pytest.mark.parametrize("file", [*FILES, "slices-00001-of-00002.json"])
+def test_failed_save_leaves_nothing_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """What it had written would let every later save fail, too."""
+    opened, texts = Path.open, Path.write_text
+
+    def full(write: Callable[..., object]) -> Callable[..., object]:
+        def call(path: Path, *arguments: str, **named: str) -> object:
+            if file.split(".")[0] in path.name and path.parent.name.endswith(PARTIAL) and path.suffix:
+                is_json = ".json" in path.name
+                if is_json == file.endswith(".json"):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(path, *arguments, **named)
+
+        return call
+
+    config = CheckpointConfig(asynchronous=False)
+    saved(tmp_path, 8, config=config)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full(opened))
+        patch.setattr(Path, "write_text", full(texts))
+        saved(tmp_path, 16, config=config)
+        assert [path.name for path in tmp_path.iterdir()] == ["000000000008"]
+    saved(tmp_path, 24, config=config)
+    assert resumed(tmp_path) == 24
+
+
 def test_pruning_keeps_the_newest_and_periodic_checkpoints(tmp_path: Path) -> None:
     saved(
         tmp_path,

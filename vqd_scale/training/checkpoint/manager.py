@@ -26,10 +26,11 @@ from vqd_scale.core.atomic_io import (
     PARTIAL,
     publish_json,
     set_aside,
+    sha256_of,
     sync_to_disk,
     writing,
 )
-from vqd_scale.core.errors import UserError
+from vqd_scale.core.errors import FirstRankError, UserError
 from vqd_scale.core.nested import differences
 from vqd_scale.core.watchdog import phase
 from vqd_scale.core.world import World
@@ -37,6 +38,7 @@ from vqd_scale.training.checkpoint.manifest import (
     MANIFEST,
     DamageError,
     Manifest,
+    SlicesDescription,
     StoredFile,
     is_checkpoint,
     parsed,
@@ -169,13 +171,13 @@ class Checkpoints:
         if self.world.any(error is not None):
             save.abandoned.set()
         if save.publication is not None:
-            # Always wait: after a failure it deletes the partial folder, which must end before the next save.
             publish_error = _error_of(save, save.publication)
             error = error or publish_error
-        if self.world.any(error is not None):
-            raise error or UserError(
-                f"{save.folder}: another rank could not write its part of the checkpoint."
-            )
+        reports = self.world.gathered({"error": "" if error is None else str(error)})
+        if messages := [report["error"] for report in reports if report["error"]]:
+            # No rank writes any more.
+            self._delete_partial(save)
+            raise (UserError if self.world.is_first else FirstRankError)(messages[0])
         self._failures = 0
 
     def close(self, gives_up: Callable[[], bool] = lambda: False) -> None:
@@ -183,6 +185,8 @@ class Checkpoints:
         if self._save is not None:
             self._save.abandoned.set()
         self._thread.shutdown(wait=True)
+        if self._save is not None:
+            self._delete_partial(self._save)
         if self._uploader is not None:
             self._uploader.wait(gives_up)
 
@@ -284,6 +288,11 @@ class Checkpoints:
                     remaining_failures + 1,
                 )
 
+    def _delete_partial(self, save: _Save) -> None:
+        """Delete what a failed save has written, which would fill the disk."""
+        if self.world.is_first:
+            shutil.rmtree(save.folder.with_name(save.folder.name + PARTIAL), ignore_errors=True)
+
     def _slices_name(self) -> str:
         return f"slices-{self.world.rank:05d}-of-{self.world.size:05d}.safetensors"
 
@@ -291,7 +300,15 @@ class Checkpoints:
         with writing(partial):
             partial.mkdir(parents=True, exist_ok=True)
         path = partial / self._slices_name()
-        publish_json(path.with_suffix(_DESCRIPTION), host.write(path))
+        file = StoredFile(**host.write(path))
+        if sha256_of(path) != file.sha256:
+            raise UserError(f"{path}: damaged while it was written; check this disk.")
+        older = _named(self.folder)
+        count = self.config.keep_last - 1
+        older = older[len(older) - count :] if len(older) >= self.config.keep_last else []
+        damages = {folder.name: _damage(folder, self.world.rank, self.world.size) for folder in older}
+        description = SlicesDescription(file=file, damages=damages)
+        publish_json(path.with_suffix(_DESCRIPTION), description.model_dump())
 
     def _publish(
         self,
@@ -310,20 +327,19 @@ class Checkpoints:
         while not abandoned.is_set() and not all(path.exists() for path in descriptions):
             time.sleep(_POLL_SECONDS)
         if abandoned.is_set():
-            shutil.rmtree(partial, ignore_errors=True)
             return
-        try:
-            manifest.files = [*(parsed(StoredFile, path) for path in descriptions), state]
-            publish_json(partial / MANIFEST, manifest.sealed())
-            with writing(final):
-                for path in descriptions:
-                    path.unlink()
-                partial.rename(final)
-                sync_to_disk(self.folder)
-        except UserError:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        prune(self.folder, self.config, self._uploader and self._uploader.current)
+        parts = [parsed(SlicesDescription, path) for path in descriptions]
+        manifest.files = [*(part.file for part in parts), state]
+        publish_json(partial / MANIFEST, manifest.sealed())
+        with writing(final):
+            for path in descriptions:
+                path.unlink()
+            partial.rename(final)
+            sync_to_disk(self.folder)
+        damages = {final.name: ""}
+        for name, damage in (item for part in parts for item in part.damages.items()):
+            damages[name] = damages.get(name) or damage
+        prune(self.folder, self.config, self._uploader and self._uploader.current, damages)
         if self._uploader is not None:
             self._uploader.send(final)
 
@@ -388,17 +404,29 @@ def newest_consolidated(folder: Path, kind: str, images: int | None = None) -> t
     raise UserError(f"{folder}: contains no valid {description}; the existing ones are: {existing}.")
 
 
-def prune(folder: Path, config: CheckpointConfig, in_use: Path | None = None) -> None:
-    """Delete checkpoints, except ``in_use``, beyond the retention policy; only valid ones, as read, count."""
+def prune(
+    folder: Path,
+    config: CheckpointConfig,
+    in_use: Path | None = None,
+    damages: Mapping[str, str] | None = None,
+) -> None:
+    """Delete checkpoints beyond the retention policy; only valid ones count.
+
+    Args:
+        folder: Checkpoint folder of the run.
+        config: Retention policy.
+        in_use: Checkpoint that is not deleted.
+        damages: Damage of checkpoints that are verified already, by name; empty for valid ones.
+    """
     checkpoints = _named(folder)[::-1]
     valid_count = 0
     for checkpoint in checkpoints if len(checkpoints) > config.keep_last else []:
         if valid_count < config.keep_last:
-            try:
-                verified(checkpoint)
+            verdict = (damages or {}).get(checkpoint.name)
+            if damage := _damage(checkpoint) if verdict is None else verdict:
+                _set_aside(checkpoint, damage, "and an older checkpoint is kept")
+            else:
                 valid_count += 1
-            except DamageError as damage:
-                _set_aside(checkpoint, str(damage), "and an older checkpoint is kept")
             continue
         permanent = config.keep_every_images
         is_kept = permanent is not None and is_due(permanent, int(checkpoint.name), config.every_images)
@@ -417,6 +445,15 @@ def _parameters(folder: Path, manifest: Manifest, kind: str) -> dict[str, Tensor
         stored.copy(kind, Piece(name, tuple(shape), 0, flat.numel(), 0, 0), flat)
         parameters[name] = flat.view(shape)
     return parameters
+
+
+def _damage(folder: Path, rank: int = 0, ranks: int = 1) -> str:
+    """Verify this rank's part of a checkpoint's files, and describe the damage; empty if there is none."""
+    try:
+        verified(folder, rank, ranks)
+    except DamageError as damage:
+        return str(damage)
+    return ""
 
 
 def _set_aside(folder: Path, damage: str, consequence: str) -> None:

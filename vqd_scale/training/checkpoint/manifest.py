@@ -34,6 +34,18 @@ class StoredFile(_Strict):
     sha256: str
 
 
+class SlicesDescription(_Strict):
+    """Description of a rank's file in a save in progress.
+
+    Attributes:
+        file: The file.
+        damages: Damage of the rank's part of older checkpoints, by name; empty for valid ones.
+    """
+
+    file: StoredFile
+    damages: dict[str, str]
+
+
 class Manifest(_Strict):
     """Content of ``manifest.json``; ``sha256`` is the digest of the other fields."""
 
