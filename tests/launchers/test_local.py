@@ -69,16 +69,16 @@ def launcher(tool: Path, folder: Path) -> "subprocess.Popen[bytes]":
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_ranks_end_with_the_launcher(tool: Path, tmp_path: Path, number: signal.Signals) -> None:
     process = launcher(tool, tmp_path)
     pids = [int((tmp_path / f"pid-{rank}").read_text()) for rank in (0, 1)]
     os.kill(process.pid, number)
     code = process.wait(timeout=20)
     wait_until_gone(pids)
-    # A stop signal is forwarded to the ranks, and their exit code is returned.
-    assert code == (75 if number is signal.SIGTERM else -signal.SIGKILL)
-    assert (tmp_path / "asked-0").exists() == (number is signal.SIGTERM)
+    # A stop signal, or Ctrl-C, is forwarded to the ranks, and their exit code is returned.
+    assert code == (-signal.SIGKILL if number is signal.SIGKILL else 75)
+    assert (tmp_path / "asked-0").exists() == (number is not signal.SIGKILL)
 
 
 def test_cores_are_divided_among_ranks() -> None:

@@ -7,7 +7,10 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from vqd_scale.core.atomic_io import publish_json, read_json
 from vqd_scale.core.errors import UserError
@@ -17,6 +20,21 @@ Cluster = Literal["slurm", "local", "debug"]
 CANCELED = "canceled"
 """Name of the marker file in a launch folder that prevents restarts of its jobs."""
 
+
+class _Record(TypedDict):
+    name: str
+    cluster: Cluster
+    jobs: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], ...]
+    run: str
+    details: dict[str, Any]
+
+
+class _Outcome(TypedDict):
+    summary: str
+    code: int
+
+
+_RECORD, _OUTCOME = TypeAdapter(_Record), TypeAdapter(_Outcome)
 _LAUNCH = "launch.json"
 _ENDED = (
     "BOOT_FAIL",
@@ -55,10 +73,9 @@ class Launch:
         """Load the record from a launch folder.
 
         Raises:
-            UserError: The folder contains no launch record.
+            UserError: The folder contains no launch record, or a damaged one.
         """
-        values = read_json(folder / _LAUNCH, "launch")
-        return cls(**(values | {"folder": folder, "jobs": tuple(values["jobs"])}))
+        return cls(folder, **read_json(folder / _LAUNCH, "launch", _RECORD))
 
     def write(self) -> None:
         """Write the record to ``launch.json`` in its folder."""
@@ -95,7 +112,7 @@ class Launch:
             return State("running", None)
         outcome = outcome_file(self.folder, job)
         if outcome.exists():
-            values = read_json(outcome, "outcome")
+            values = read_json(outcome, "outcome", _OUTCOME)
             return State(values["summary"], values["code"])
         summary = "canceled" if (self.folder / CANCELED).exists() else "ended without outcome: see its logs"
         return State(summary, 1)
