@@ -22,6 +22,7 @@ endpoints = st.builds(
     st.none() | st.sampled_from(["http://127.0.0.1:7480", "https://s3.example.org/a?b&c=d"]),
     st.none() | names,
     st.booleans(),
+    st.booleans(),
 )
 
 

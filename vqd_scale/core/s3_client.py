@@ -24,7 +24,9 @@ from botocore.exceptions import (
     IncompleteReadError,
 )
 from botocore.parsers import ResponseParserError
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from s3fs import S3FileSystem
+from typing_extensions import NotRequired, TypedDict
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.s3_endpoint import S3Endpoint
@@ -47,6 +49,67 @@ _TRANSIENT_CODES = {"SlowDown", "RequestTimeout", "IncompleteBody", "BadDigest",
 _PARTICIPLES = {"head_object": "found", "list_objects_v2": "listed", "delete_object": "deleted"}
 """Verbs of error messages, as in "could not be listed"; "written" for any other operation."""
 _entropy = random.SystemRandom()
+
+
+class _Object(TypedDict):
+    ETag: str
+    ContentLength: NonNegativeInt
+
+
+class _Version(TypedDict):
+    ETag: str
+
+
+class _Upload(TypedDict):
+    UploadId: str
+
+
+class _Entry(TypedDict):
+    Key: str
+    Size: NonNegativeInt
+
+
+class _Folder(TypedDict):
+    Prefix: str
+
+
+class _Page(TypedDict):
+    Name: str
+    Contents: NotRequired[list[_Entry]]
+    CommonPrefixes: NotRequired[list[_Folder]]
+
+
+_SHAPES: dict[str, TypeAdapter[Any]] = {
+    "head_object": TypeAdapter(_Object),
+    "get_object": TypeAdapter(_Object),
+    "put_object": TypeAdapter(_Version),
+    "upload_part": TypeAdapter(_Version),
+    "complete_multipart_upload": TypeAdapter(_Version),
+    "create_multipart_upload": TypeAdapter(_Upload),
+    "list_objects_v2": TypeAdapter(_Page),
+}
+"""Shape of each operation's response; a web page parses as a response without any content."""
+_CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
+_REGION = (
+    "the bucket is in another region or at another endpoint; set its region (AWS_DEFAULT_REGION, or that of "
+    "a profile) or its endpoint_url"
+)
+_EXPIRED = (
+    "the session token has expired or is not valid; get new credentials (AWS_SESSION_TOKEN, or a profile)"
+)
+_CLOCK = "the clock of this machine differs from the store's; set the clock"
+_CAUSES = {
+    "NoSuchBucket": "there is no such bucket; create it or name another",
+    **dict.fromkeys(("301", "302", "307", "PermanentRedirect", "TemporaryRedirect"), _REGION),
+    **dict.fromkeys(("AuthorizationHeaderMalformed", "IllegalLocationConstraintException"), _REGION),
+    **dict.fromkeys(("ExpiredToken", "InvalidToken", "TokenRefreshRequired"), _EXPIRED),
+    **dict.fromkeys(("RequestTimeTooSkewed", "RequestExpired"), _CLOCK),
+    "400": f"the store gives no reason; mostly {_EXPIRED}; or {_REGION}",
+    "InvalidAccessKeyId": f"the store does not know the access key; see that it is right ({_CREDENTIALS})",
+    "SignatureDoesNotMatch": f"the secret key does not fit the access key; see both ({_CREDENTIALS})",
+    "InvalidObjectState": "the object is archived; restore it first",
+}
+"""Cause and remedy of a refusal by the store's code; without a body, the code is the status."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +138,15 @@ class RetryPolicy:
 
 
 RETRY_POLICY = RetryPolicy()
+
+
+class NotS3Error(BotoCoreError):
+    """Address that is no URL, or answer that is not in the format of S3."""
+
+    fmt = (
+        "not S3 ({problem}); see that endpoint_url (or AWS_ENDPOINT_URL) is the address of the S3 API, not "
+        "of a console or a login page"
+    )
 
 
 class S3Client(S3FileSystem):
@@ -109,13 +181,41 @@ class S3Client(S3FileSystem):
         )
         self.endpoint = endpoint
 
+    async def set_session(self, refresh: bool = False, kwargs: dict[str, Any] | None = None) -> Any:  # noqa: ANN401 - of botocore
+        """Return the botocore client."""
+        client = await super().set_session(refresh, kwargs or {})
+        client.meta.events.register("before-call.s3.HeadBucket", _end_redirects, unique_id="redirects")
+        # With wildcards it comes before the handler of botocore that takes a page for an internal error of
+        # the store, which would be retried.
+        client.meta.events.register_first("before-parse.*.*", _refuse_page, unique_id="pages")
+        return client
+
     async def request(self, operation: str, *defaults: dict[str, Any], **arguments: Any) -> Response:  # noqa: ANN401 - as the operation demands
-        """Call one S3 operation, by its botocore name, without retries."""
-        method = getattr(await self.set_session(), operation)
-        # The client has timeouts for connecting and receiving, but none for sending.
-        timeout = 2 * RETRY_POLICY.timeout + len(arguments.get("Body", b"")) / _MIN_UPLOAD_SPEED
-        accepted_arguments = self._get_s3_method_kwargs(method, *defaults, **arguments)
-        response = await asyncio.wait_for(method(**accepted_arguments), timeout)
+        """Call one S3 operation, by its botocore name, without retries.
+
+        Raises:
+            NotS3Error: The address is invalid, or the answer is not in the format of S3.
+        """
+        try:
+            method = getattr(await self.set_session(), operation)
+            # The client has timeouts for connecting and receiving, but none for sending.
+            timeout = 2 * RETRY_POLICY.timeout + len(arguments.get("Body", b"")) / _MIN_UPLOAD_SPEED
+            accepted_arguments = self._get_s3_method_kwargs(method, *defaults, **arguments)
+            response = await asyncio.wait_for(method(**accepted_arguments), timeout)
+            if operation in _SHAPES:
+                _SHAPES[operation].validate_python(response)
+            token = response.get("NextContinuationToken")
+            if response.get("IsTruncated") and token in (None, arguments.get("ContinuationToken")):
+                raise ValueError("a list without end")
+        except ClientError as error:
+            if operation == "head_object" and _status(error) in (301, 307, 400, 403):
+                # An answer to HEAD has no body with the cause.
+                first_byte = await self.request("get_object", *defaults, **arguments, Range="bytes=0-0")
+                first_byte["Body"].close()
+            raise
+        except ValueError as error:
+            problem = "an incomplete answer" if isinstance(error, ValidationError) else error
+            raise NotS3Error(problem=problem) from None
         beat()
         return response
 
@@ -207,12 +307,11 @@ def _permanent_error(location: object, participle: str, error: Exception) -> Exc
         return UserError(f"{location}: cannot be {participle}: {_in_one_line(error).rstrip('.')}.")
     if not isinstance(error, ClientError):
         return None
-    response: Response = dict(error.response)
-    status, code = int(response["ResponseMetadata"]["HTTPStatusCode"]), str(response["Error"].get("Code", ""))
+    status, code = _status(error), str(error.response.get("Error", {}).get("Code", ""))
     if status >= 500 or status == 429 or code in _TRANSIENT_CODES:
         return None
-    if code == "NoSuchBucket":
-        return UserError(f"{location}: there is no such bucket; create it or name another.")
+    if cause := _CAUSES.get(code):
+        return UserError(f"{location}: cannot be {participle}: {cause}.")
     if status == 404:
         return FileNotFoundError(f"{location}: there is no such object")
     if status == 412:
@@ -223,12 +322,28 @@ def _permanent_error(location: object, participle: str, error: Exception) -> Exc
     if status in (401, 403):
         return UserError(
             f"{location}: cannot be {participle}: access was denied ({code}); see that the bucket is right "
-            "and that the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile) allow it; "
-            "for a public bucket add ?anonymous=true."
+            f"and that the credentials ({_CREDENTIALS}) allow it; for a public bucket add ?anonymous=true, "
+            "for one whose requester pays ?requester_pays=true."
         )
     return UserError(
         f"{location}: cannot be {participle}: the store refuses: {_in_one_line(error).rstrip('.')}."
     )
+
+
+def _end_redirects(context: dict[str, Any], **_: object) -> None:
+    # After a redirect, botocore asks for the bucket's region, and would ask again if that is redirected too.
+    context["s3_redirect"]["redirected"] = True
+
+
+def _refuse_page(operation_model: Any, response_dict: Response, **_: object) -> None:  # noqa: ANN401 - of botocore
+    kind = str(response_dict["headers"].get("content-type", ""))
+    is_object = operation_model.name in ("GetObject", "HeadObject")
+    if response_dict["status_code"] < 300 and not is_object and ("html" in kind or "json" in kind):
+        raise NotS3Error(problem="a web page")
+
+
+def _status(error: ClientError) -> int:
+    return int(error.response["ResponseMetadata"]["HTTPStatusCode"])
 
 
 def _in_one_line(error: Exception) -> str:
