@@ -9,7 +9,6 @@ that it claims, are checked before torch reads it.
 import codecs
 import io
 import mmap
-import pickle
 import pickletools
 import re
 import warnings
@@ -48,6 +47,7 @@ _WRAPPERS = ("module.", "_orig_mod.")
 _EMA = "model_ema."
 _EMA_COUNTERS = ("decay", "num_updates")
 _BLOCK = 1 << 24
+_PICKLE = b"\x80"
 _LFS = b"version https://git-lfs"
 _LEGACY_PICKLES = 4
 """Pickles before the weights in a file of torch < 1.6: a number, a version, the system, and the content."""
@@ -150,7 +150,7 @@ def _head(path: Path) -> bytes:
         )
     if head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"<":
         raise UserError(f"{path}: is a web page (HTML or XML), not a file of weights; download it again.")
-    if head and head.isascii() and b"\0" not in head and head[:1] != pickle.PROTO:
+    if head and head.isascii() and b"\0" not in head and head[:1] != _PICKLE:
         raise UserError(
             f"{path}: is damaged or no file of weights: its content is the text {head[:60].decode()!r}; "
             f"download it again."
@@ -218,5 +218,5 @@ def _names_in(stream: IO[bytes]) -> set[str]:
             module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
             names.add(f"{module}.{name}")
         elif opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
-            raise pickle.UnpicklingError("its pickle has another protocol than torch.save's, 2")
+            raise ValueError("its pickle has another protocol than torch.save's, 2")
     return names

@@ -35,10 +35,8 @@ def read_image(image: ImageInput, name: str) -> Image.Image:
             # The bounds on formats and sizes are those of a dataset.
             decode_image(data)
             image = Image.open(io.BytesIO(data))
-        elif isinstance(image, np.ndarray):
-            image = Image.fromarray(image)
-        if not isinstance(image, Image.Image):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"expected a PIL image or a path, not {type(image).__name__}")
+        elif not isinstance(image, Image.Image):
+            image = Image.fromarray(np.asarray(image))
         image.load()
         return upright(image)
     except BadSample as error:
@@ -47,8 +45,8 @@ def read_image(image: ImageInput, name: str) -> Image.Image:
         ) from None
     except OSError as error:
         raise UserError(f"{name}: the image cannot be read ({error.strerror or error}).") from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{name}: {error}.") from None
+    except (TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{name}: expected a PIL image, an array of bytes or a path ({error}).") from None
 
 
 def fitted_image(image: Image.Image, width: int, height: int) -> UInt8[NDArray[np.uint8], "height width 3"]:

@@ -4,9 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict, cast
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from vqd_scale.core.config import Config, validated
 from vqd_scale.core.errors import UserError
@@ -85,7 +83,7 @@ def sampling_config(options: Mapping[str, Any], allowed: Iterable[str]) -> Sampl
         known = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(sorted(allowed))}"
         raise TypeError(f"unknown keyword '{name}': {_DIFFUSERS.get(name, known)}")
 
-    def given(name: str, kind: str, key: str) -> Any:  # noqa: ANN401 - plain values
+    def tagged(name: str, kind: str, key: str) -> Any:  # noqa: ANN401 - plain values
         value = options[name]
         return (
             value.model_dump(mode="json")
@@ -98,11 +96,11 @@ def sampling_config(options: Mapping[str, Any], allowed: Iterable[str]) -> Sampl
     }
     values["batch_size"] = number(options.get("batch", 16), "batch")
     if options.get("sampler") is not None:
-        values["sampler"] = given("sampler", "strided", "steps")
+        values["sampler"] = tagged("sampler", "strided", "steps")
     if "guidance" in options:
-        values["guidance"] = given("guidance", "constant", "scale")
+        values["guidance"] = tagged("guidance", "constant", "scale")
     if options.get("truncation") is not None:
-        values["truncation"] = given("truncation", "top_p", "p")
+        values["truncation"] = tagged("truncation", "top_p", "p")
     return validated(SamplingConfig, values, "sampling options")
 
 
@@ -174,7 +172,8 @@ def target_of(target: object) -> torch.dtype | torch.device:
 
 
 def _plain(value: object) -> object:
-    return value.tolist() if isinstance(value, np.generic | np.ndarray | Tensor) else value
+    # Arrays and scalars of numpy, and tensors.
+    return cast(Any, value).tolist() if hasattr(value, "tolist") else value
 
 
 def _items(value: object) -> list[object]:
