@@ -80,8 +80,8 @@ def sampling_config(options: Mapping[str, Any], allowed: Iterable[str]) -> Sampl
     """
     for name in sorted(options.keys() - set(allowed)):
         near = difflib.get_close_matches(name, allowed, n=1)
-        known = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(sorted(allowed))}"
-        raise TypeError(f"unknown keyword '{name}': {_DIFFUSERS.get(name, known)}")
+        hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(sorted(allowed))}"
+        raise TypeError(f"unknown keyword '{name}': {_DIFFUSERS.get(name, hint)}")
 
     def tagged(name: str, kind: str, key: str) -> Any:  # noqa: ANN401 - plain values
         value = options[name]
