@@ -19,7 +19,7 @@ from vqd_scale.data.shards.shard_io import KEY, Sample, ShardRecipe, write_shard
 from vqd_scale.data.sources.img2dataset import Img2datasetConfig
 from vqd_scale.evaluation.config import EvaluationConfig, SweepConfig
 from vqd_scale.models.bundle import save_tokenizer, tokenizer_fingerprint
-from vqd_scale.nn.config import ClassCondition
+from vqd_scale.nn.config import ClassCondition, UNetConfig
 from vqd_scale.preparation.config import TokenizeConfig
 from vqd_scale.preparation.tokenize_shards import TokenSetMeta
 from vqd_scale.text.clip import CaptionTokenizer, TextEncoder
@@ -31,9 +31,11 @@ from vqd_scale.training.tasks.autoregression import AutoregressionTask
 from vqd_scale.training.tasks.config import (
     TOKEN_RUNS,
     TOKENIZER_RUNS,
+    AutoregressionConfig,
     RefitConfig,
     TokenizerRun,
     TokenizerTrainConfig,
+    TokenRun,
 )
 from vqd_scale.training.tasks.denoising import DenoisingTask
 
@@ -51,7 +53,7 @@ KINDS: dict[str, type[Config] | tuple[type[Config], ...]] = {
 """Every kind of configuration file, with the classes that its tool reads."""
 
 LAYERS = 2
-"""Number of layers of the text tower."""
+"""Number of layers of reduced networks."""
 BATCH = 2
 CAPTIONS = ("a small bird with a red head", "")
 
@@ -77,6 +79,15 @@ def configs_of(kind: str) -> list[Path]:
 
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT / "configs"))
+
+
+def layer_overrides(shipped: TokenRun) -> list[str]:
+    """The network at its own width, with two layers or levels."""
+    if isinstance(shipped, AutoregressionConfig):
+        return [f"network.layers={LAYERS}"]
+    if isinstance(shipped.denoiser, UNetConfig):
+        return [f"denoiser.channel_multipliers={list(shipped.denoiser.channel_multipliers[:LAYERS])}"]
+    return [f"denoiser.layers={LAYERS}"]
 
 
 class Inputs:

@@ -17,22 +17,20 @@ from tests.training.shipped_configs import (
     BATCH,
     CONFIGS,
     KIND_OF,
-    LAYERS,
     Inputs,
     configs_of,
     image_batch,
+    layer_overrides,
     name_of,
     token_batch,
 )
 from vqd_scale.core.config import load_config
 from vqd_scale.core.world import join_world, leave_world
 from vqd_scale.data.loading.batch import ImageBatch, TokenBatch
-from vqd_scale.nn.config import UNetConfig
 from vqd_scale.training.engine import Engine
 from vqd_scale.training.tasks.config import (
     TOKEN_RUNS,
     TOKENIZER_RUNS,
-    AutoregressionConfig,
     RefitConfig,
     TokenizerRun,
     TokenRun,
@@ -135,12 +133,6 @@ def test_first_step_of_a_token_run_is_finite(
     path: Path, inputs: Inputs, results: dict[Path, Result], tmp_path: Path
 ) -> None:
     shipped = load_config(TOKEN_RUNS, path)
-    if isinstance(shipped, AutoregressionConfig):
-        layers = [f"network.layers={LAYERS}"]
-    elif isinstance(shipped.denoiser, UNetConfig):
-        layers = [f"denoiser.channel_multipliers={list(shipped.denoiser.channel_multipliers[:LAYERS])}"]
-    else:
-        layers = [f"denoiser.layers={LAYERS}"]
     overrides = [
         f"run={tmp_path}",
         f"tokenizer={inputs.tokenizer}",
@@ -148,7 +140,9 @@ def test_first_step_of_a_token_run_is_finite(
         f"data.global_batch_size={BATCH}",
     ]
     overrides += [f"data.path={inputs.token_shards(shipped.text)}"]
-    config = load_config(TOKEN_RUNS, path, [*overrides, *layers, *inputs.text_overrides(shipped.text)])
+    config = load_config(
+        TOKEN_RUNS, path, [*overrides, *layer_overrides(shipped), *inputs.text_overrides(shipped.text)]
+    )
 
     task = config.build(join_world())
     step = FirstStep(task, config)

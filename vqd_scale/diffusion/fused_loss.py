@@ -74,6 +74,24 @@ class RowStatistics(torch.autograd.Function):
         return to_hidden.to(hidden.dtype), to_weight.to(weight.dtype), to_bias, None, None, None, None
 
 
+def head_bytes(rows: int, codes: int, width: int, dtype: torch.dtype) -> int:
+    """Return the bytes on a GPU of a chunk of logits, its gradient, and the float32 gradients of the head.
+
+    Args:
+        rows: Number of tokens.
+        codes: K, the number of codes.
+        width: Width of the hidden states.
+        dtype: Dtype of the hidden states.
+    """
+    logits = _chunk_rows(rows, codes, "cuda") * codes * (4 + dtype.itemsize % 4)
+    # The gradient of the weight, that of a chunk's part of it, and the gradient of the hidden states.
+    return logits + 4 * width * (2 * codes + rows)
+
+
+def _chunk_rows(rows: int, codes: int, device: str) -> int:
+    return max(1, min(rows, (_CHUNK_ON_CPU if device == "cpu" else _CHUNK_ON_GPU) // codes))
+
+
 class _Head:
     """Linear head evaluated in chunks of tokens.
 
@@ -93,8 +111,7 @@ class _Head:
         self.weight = weight.to(torch.bfloat16 if on_tensor_cores else dtype)
         self.bias = None if bias is None else bias.to(dtype)
         self.dtype = dtype
-        chunk = _CHUNK_ON_CPU if hidden.device.type == "cpu" else _CHUNK_ON_GPU
-        self.size = max(1, chunk // len(weight))
+        self.size = _chunk_rows(len(hidden), len(weight), hidden.device.type)
         self._buffer = hidden.new_empty(self.size, len(weight), dtype=dtype)
 
     def chunks(self) -> Iterator[slice]:

@@ -106,16 +106,12 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
+        shape = tower_shape(config)
         if isinstance(config, Tower):
             self.tokenizer = CaptionTokenizer(config.context_length, config.bpe_merges)
-            vocabulary = self.tokenizer.vocabulary
-            shape = Shape(
-                config.context_length, vocabulary, config.width, config.heads, config.layers, quick_gelu=True
-            )
-            self.tower = _build_tower(shape)
+            self.tower = build_tower(shape)
             self.normalize = config.normalize
         else:
-            shape = published_shape(config.model)
             self.tokenizer = CaptionTokenizer(shape.context_length)
             tower = _published_tower(config, shape, self.tokenizer)
             if config.train:
@@ -160,7 +156,22 @@ class TextEncoder(nn.Module):
             return self.network.to(captions.device)(captions)
 
 
-def _build_tower(shape: Shape) -> "TextTransformer":
+def tower_shape(config: TextConfig) -> Shape:
+    """Return the shape of a text tower.
+
+    Raises:
+        UserError: See `published_shape`.
+    """
+    if not isinstance(config, Tower):
+        return published_shape(config.model)
+    vocabulary = CaptionTokenizer(config.context_length, config.bpe_merges).vocabulary
+    return Shape(
+        config.context_length, vocabulary, config.width, config.heads, config.layers, quick_gelu=True
+    )
+
+
+def build_tower(shape: Shape) -> "TextTransformer":
+    """Build a text tower with random weights."""
     transformer = open_clip_module("transformer")
     return transformer.TextTransformer(
         context_length=shape.context_length,
@@ -180,7 +191,7 @@ def _published_tower(config: Pretrained, shape: Shape, tokenizer: CaptionTokeniz
             f"text.model: '{config.model}' has {shape.vocabulary} token ids, not CLIP's "
             f"{tokenizer.vocabulary}; take another model."
         )
-    tower = _build_tower(shape)
+    tower = build_tower(shape)
     if config.pretrained is None:
         return tower
     weights = published_weights(config.model, config.pretrained)

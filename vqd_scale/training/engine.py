@@ -268,6 +268,7 @@ class Engine:
         return not self._engine.optimizer.overflow
 
     @property
-    def gradient_norm(self) -> float:
-        """Global norm of the last applied gradient before clipping."""
-        return float(self._engine.get_global_grad_norm() or 0.0)
+    def gradient_norm(self) -> Tensor:
+        """Global norm of the last applied gradient before clipping, on the device where DeepSpeed has it."""
+        norm = self._engine.get_global_grad_norm()
+        return torch.as_tensor(0.0 if norm is None else norm)

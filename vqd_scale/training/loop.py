@@ -217,29 +217,28 @@ class _Trainer(Generic[BatchType]):
         parts = batch.split(self.config.engine.gradient_accumulation_steps)
         learning_rate = self.rate.at(self.images)
         if self.health.skips(self.images):
-            self.metrics.add_step(torch.zeros(()), learning_rate)
-            return bool(self._sum_over_ranks(torch.tensor(self.stop.requested)))
-        valid, loss_sum, mean_loss = torch.ones(()), 0.0, 0.0
+            self.metrics.add_step(0.0, learning_rate)
+            return bool(self._sum_over_ranks(self.stop.requested)[0])
+        valid, loss_sum, mean_loss = 1.0, 0.0, 0.0
         is_stopping = is_spike = is_applied = False
         for number, part in enumerate(parts, start=1):
             on_device = part.to(self.world.device, non_blocking=True)
             losses = self.task.losses(self.engine, on_device, self.images)
             loss = torch.where(on_device.valid, losses.per_sample, 0.0).sum()
-            nonfinite = ~losses.per_sample.detach().isfinite().cpu() & part.valid
-            # One all-reduce for all values: each all-reduce waits for the slowest rank.
+            nonfinite = ~losses.per_sample.detach().isfinite() & on_device.valid
             valid, nonfinite_count, stop_count, part_loss = self._sum_over_ranks(
-                batch.valid.sum(), nonfinite.sum(), torch.tensor(self.stop.requested), loss.detach()
+                batch.valid.sum(), nonfinite.sum(), self.stop.requested, loss.detach()
             )
             if nonfinite_count:
                 facts = losses.facts or {}
                 self.health.check_losses(self.images, losses.per_sample, part.valid, part.slots, facts)
             is_stopping = is_stopping or bool(stop_count)
-            loss_sum += float(part_loss)
-            mean_loss = loss_sum / max(1.0, float(valid))
+            loss_sum += part_loss
+            mean_loss = loss_sum / max(1.0, valid)
             is_spike = number == len(parts) and self.health.is_spike(mean_loss)
             # The engine averages over ranks and micro-batches; rescale to the mean over valid samples.
-            scale = self.world.size * len(parts) / valid.clamp(min=1)
-            self.engine.backward(loss * scale.to(loss), discard=is_spike)
+            scale = self.world.size * len(parts) / max(1.0, valid)
+            self.engine.backward(loss * scale, discard=is_spike)
             is_applied = self.engine.step(learning_rate)
             self.metrics.add_losses(loss.detach(), losses.statistics)
         squared_norm = self.health.probe.squared_norm()
@@ -254,9 +253,19 @@ class _Trainer(Generic[BatchType]):
         self.metrics.add_step(valid, learning_rate)
         return is_stopping
 
-    def _sum_over_ranks(self, *values: Tensor) -> Tensor:
-        local_values = torch.stack([value.double().cpu() for value in values])
-        return self.world.sum(local_values.to(self.world.device)).cpu()
+    def _sum_over_ranks(self, *values: Tensor | float) -> list[float]:
+        """Sum values over the ranks: in one message, since each waits for the slowest rank.
+
+        The step waits for the device here only, so numbers of the host are filled in, not copied.
+        """
+        device = self.world.device
+        local_values = [
+            value.double()
+            if isinstance(value, Tensor) and value.device == device
+            else torch.full((), float(value), dtype=torch.float64, device=device)
+            for value in values
+        ]
+        return self.world.sum(torch.stack(local_values)).cpu().tolist()
 
     def _validate(self) -> dict[str, float]:
         """Return the validation metrics of the EMA weights if due, else an empty mapping."""

@@ -48,7 +48,7 @@ def test_update_moves_each_code_to_the_average_of_its_vectors() -> None:
     codebook, points = filled(decay=0.75), vectors()
     before_size, before_avg = codebook.cluster_size.clone(), codebook.embedding_avg.clone()
     ids = codebook.nearest(points)
-    codebook.update(points, ids, lambda tensor: tensor)
+    codebook.update(points, ids, torch.ones(len(ids)), lambda tensor: tensor)
     for code in range(codebook.codes):
         mine = points[ids == code]
         size = 0.75 * before_size[code] + 0.25 * len(mine)
@@ -60,10 +60,12 @@ def test_two_ranks_update_as_one() -> None:
     points = vectors()
     alone, first, second = filled(), filled(), filled()
     ids = alone.nearest(points)
-    alone.update(points, ids, lambda tensor: tensor)
+    alone.update(points, ids, torch.ones(len(ids)), lambda tensor: tensor)
     parts: list[torch.Tensor] = []
-    first.update(points[:20], ids[:20], lambda tensor: parts.append(tensor) or tensor)
-    second.update(points[20:], ids[20:], lambda tensor: tensor + parts[0])
+    first.update(
+        points[:20], ids[:20], torch.ones(len(ids[:20])), lambda tensor: parts.append(tensor) or tensor
+    )
+    second.update(points[20:], ids[20:], torch.ones(len(ids[20:])), lambda tensor: tensor + parts[0])
     torch.testing.assert_close(second.embedding, alone.embedding)
 
 

@@ -37,7 +37,7 @@ def test_model_flops_utilization_requires_known_peak(
     config.run.mkdir(exist_ok=True)
     metrics = MetricAggregator(config, SingleRankWorld(0, 1, torch.device("cpu")), 0, ideal_seconds)
     metrics.add_losses(torch.tensor(16.0), {})
-    metrics.add_step(torch.tensor(8), 1e-3)
+    metrics.add_step(8.0, 1e-3)
     assert metrics.write(8, {}) == 2.0
     metrics.close()
     (row,) = read_metrics(config.run / "metrics.jsonl")
@@ -64,7 +64,7 @@ def test_straggler_is_named_at_equal_step_times(config: TrainConfig, monkeypatch
         thread_times.seconds = 0.03 if world.rank == 1 else 0.01
         metrics = MetricAggregator(config, world, 0)
         metrics.add_losses(torch.tensor(4.0), {})
-        metrics.add_step(torch.tensor(6), 1e-3)
+        metrics.add_step(6.0, 1e-3)
         metrics.write(8, {})
         metrics.close()
 

@@ -98,10 +98,13 @@ class Codebook(nn.Module):
         self.embedding_avg.copy_(self.embedding * self.cluster_size[:, None])
 
     @torch.no_grad()
-    def update(self, vectors: Vectors, ids: CodeIds, add_over_ranks: Sum) -> None:
-        """Update the codes by EMA with the vectors assigned to them on all ranks."""
-        sums = torch.zeros_like(self.embedding_avg).index_add_(0, ids, vectors.float())
-        counts = torch.bincount(ids, minlength=self.codes).to(sums.dtype)
+    def update(
+        self, vectors: Vectors, ids: CodeIds, weight: Float[Tensor, " count"], add_over_ranks: Sum
+    ) -> None:
+        """Update the codes by EMA with the vectors assigned to them on all ranks; a weight is 0 or 1."""
+        counted = torch.where(weight[:, None] > 0, vectors.float(), 0.0)
+        sums = torch.zeros_like(self.embedding_avg).index_add_(0, ids, counted)
+        counts = torch.zeros_like(self.cluster_size).index_add_(0, ids, weight)
         gathered = add_over_ranks(torch.cat([sums, counts[:, None]], dim=1))
         self.embedding_avg.lerp_(gathered[:, :-1], 1 - self.decay)
         self.cluster_size.lerp_(gathered[:, -1], 1 - self.decay)

@@ -48,12 +48,13 @@ class MetricAggregator:
 
     def reset(self) -> None:
         """Reset the sums for the next row."""
-        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
-        self._valid = torch.zeros((), dtype=torch.float64)
-        self._small = torch.zeros((), dtype=torch.float64)
-        self._big = 0.0
+        # On the device: reading a value makes the host wait for it.
+        zero = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        self._sums: dict[str, Tensor] = defaultdict(lambda: zero.expand(2))
+        self._valid = 0.0
+        self._small = self._big = zero
         self._steps = 0
-        self._norm = 0.0
+        self._norm = zero
         self._learning_rate = 0.0
         self._wait_seconds = 0.0
         self._start = time.monotonic()
@@ -67,16 +68,16 @@ class MetricAggregator:
 
     def add_losses(self, loss: Tensor, statistics: Mapping[str, Tensor]) -> None:
         """Add a micro-batch's summed loss and the task's (sum, count) pairs."""
-        self._sums["loss"] = self._sums["loss"] + torch.stack([loss, loss.new_zeros(())]).double().cpu()
+        self._sums["loss"] = self._sums["loss"] + torch.stack([loss, loss.new_zeros(())]).double()
         for name, value in statistics.items():
-            self._sums[name] = self._sums[name] + value.double().cpu()
+            self._sums[name] = self._sums[name] + value.double()
 
-    def add_step(self, valid: Tensor, learning_rate: float) -> None:
+    def add_step(self, valid: float, learning_rate: float) -> None:
         """Add a batch's number of valid samples over all ranks, and set the learning rate."""
-        self._valid = self._valid + valid.double().cpu()
+        self._valid += valid
         self._learning_rate = learning_rate
 
-    def add_gradient(self, local_squared_norm: Tensor, norm: float) -> None:
+    def add_gradient(self, local_squared_norm: Tensor, norm: Tensor) -> None:
         """Add the gradient of an applied step.
 
         Args:
@@ -84,8 +85,8 @@ class MetricAggregator:
             norm: Gradient norm of the global batch.
         """
         self._norm = norm
-        self._small = self._small + local_squared_norm.double().cpu()
-        self._big += norm**2
+        self._small = self._small + local_squared_norm.double()
+        self._big = self._big + norm.double() ** 2
         self._steps += 1
 
     @property
@@ -111,26 +112,29 @@ class MetricAggregator:
             [self.wait_fraction, _benchmark_seconds(self.world.device)]
         )
         local_sums = torch.cat(
-            [*(self._sums[name] for name in names), rank_values.flatten(), self._small[None]]
+            [
+                *(self._sums[name] for name in names),
+                rank_values.flatten().to(self.world.device),
+                self._small[None],
+            ]
         )
-        totals = self.world.sum(local_sums.to(self.world.device)).cpu()
+        totals = self.world.sum(local_sums).cpu()
         sums, rank_values, small = totals.split([2 * len(names), rank_values.numel(), 1])
-        valid = float(self._valid)
         # Nothing has a mean if all batches were skipped, or all samples were bad.
         means = {
-            name: float(total / (valid if name == "loss" else count))
+            name: float(total / (self._valid if name == "loss" else count))
             for name, (total, count) in zip(names, sums.unflatten(0, (-1, 2)), strict=True)
-            if (valid if name == "loss" else count) > 0
+            if (self._valid if name == "loss" else count) > 0
         }
         wait_fractions, benchmark_seconds = rank_values.unflatten(0, (-1, 2)).unbind(dim=1)
-        self._images_per_second = valid / seconds
+        self._images_per_second = self._valid / seconds
         utilization = {} if self.utilization is None else {"model_flops_utilization": self.utilization}
         row = {
             "images": images,
             **means,
             **extra_metrics,
             "learning_rate": self._learning_rate,
-            "gradient_norm": self._norm,
+            "gradient_norm": float(self._norm),
             **self._noise(float(small)),
             "images_per_second": self._images_per_second,
             **utilization,
@@ -156,7 +160,7 @@ class MetricAggregator:
         # The engine divides each micro-batch's gradient by the number of accumulation steps.
         scale = noise_scale(
             small * self._accumulation**2 / self._steps / self._parts,
-            self._big / self._steps,
+            float(self._big) / self._steps,
             self._batch / self._parts,
             self._batch,
         )

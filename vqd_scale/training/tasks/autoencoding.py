@@ -85,7 +85,7 @@ class AutoencodingTask(TokenizerTask):
     def inputs(self, batch: ImageBatch, images: int | None) -> tuple[Tensor, ...]:
         """Return images, slots and the temperature of the Gumbel softmax, 1 for validation."""
         temperature = 1.0 if images is None else self.config.temperature.at(images)
-        return batch.images, batch.slots, torch.tensor(temperature, device=self.world.device)
+        return batch.images, batch.slots, torch.full((), temperature, device=self.world.device)
 
     def update_codebook(self, latents: Tensor, ids: Tensor, valid: Tensor, images: int) -> dict[str, Tensor]:
         """Update an EMA codebook, or pool latents for its initialization at the end of its warmup."""

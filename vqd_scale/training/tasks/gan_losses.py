@@ -139,7 +139,7 @@ class GANLosses:
             statistics |= {
                 "generator": mean_of(generator_loss, valid.double()),
                 "discriminator": mean_of(discriminator_loss, valid.double()),
-                "adversarial_weight": torch.stack([weight.double().cpu(), torch.ones(()).double()]),
+                "adversarial_weight": torch.stack([weight, torch.ones_like(weight)]).double(),
             }
         # Surrogate term: value zero, with the gradients computed above.
         surrogate = (reconstructions.float() * gradient).flatten(1).sum(dim=1)
@@ -159,7 +159,7 @@ class GANLosses:
     ) -> Tensor:
         """Return the weight of the adversarial loss; if adaptive, computed over all ranks' samples."""
         if not config.adaptive:
-            return total_gradient.new_tensor(config.weight)
+            return total_gradient.new_full((), config.weight)
         squares = torch.stack([total_gradient.square().sum(), generator_gradient.square().sum()])
         return config.weight * adaptive_weight(*self.world.sum(squares).sqrt().unbind())
 

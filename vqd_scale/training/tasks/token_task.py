@@ -9,12 +9,13 @@ from torch import Tensor
 
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.outputs import EXPORT
-from vqd_scale.core.rng import Purpose, uniforms
+from vqd_scale.core.rng import Purpose
 from vqd_scale.core.tensors import without_prefix
 from vqd_scale.core.world import World
 from vqd_scale.data.loading.batch import TokenBatch
 from vqd_scale.data.loading.sample_readers import TokenSamples
 from vqd_scale.data.shards.shard_index import ShardSet
+from vqd_scale.diffusion.noise import uniforms
 from vqd_scale.models.bundle import (
     AnyModel,
     AutoregressiveModel,

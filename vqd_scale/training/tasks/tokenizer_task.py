@@ -87,11 +87,14 @@ class TokenizerTask(Task[ImageBatch]):
 
     def update_codebook(self, latents: Tensor, ids: Tensor, valid: Tensor, images: int) -> dict[str, Tensor]:
         """Update an EMA codebook with a batch's latents and return statistics of the codes; collective."""
-        is_valid = valid.repeat_interleave(len(ids) // len(valid))
+        # A weight, not a selection: the number of selected rows makes the host wait for the device.
+        weight = valid.repeat_interleave(len(ids) // len(valid)).float()
         if self.codebook is not None:
-            self.codebook.update(latents[is_valid], ids[is_valid], self.world.sum)
+            self.codebook.update(latents, ids, weight, self.world.sum)
             self._latents = latents
-        return {"codes_used": torch.tensor([ids[is_valid].unique().numel(), 1.0])}
+        counts = weight.new_zeros(self.tokenizer.codes).index_add_(0, ids, weight)
+        used = (counts > 0).sum().double()
+        return {"codes_used": torch.stack([used, torch.ones_like(used)])}
 
     def validate(self, forward: Forward, batch: ImageBatch) -> dict[str, Tensor]:
         """Compute the squared error of the reconstructions; a Gumbel tokenizer's codes are sampled."""
