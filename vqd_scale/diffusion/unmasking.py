@@ -65,6 +65,11 @@ class ConfidenceSampler(UnmaskingSampler[Confidence]):
 class HaltonSampler(UnmaskingSampler[Halton]):
     """Implementation of `Halton`."""
 
+    def __init__(self, config: Halton) -> None:
+        super().__init__(config)
+        # Of the first step: a copy to the device in every step would wait for it.
+        self._priority: PerToken | None = None
+
     def advance(self, tokens: Tokens, log_p: LogProbabilities, context: SamplerContext) -> Tokens:
         """Unmask some positions.
 
@@ -72,9 +77,11 @@ class HaltonSampler(UnmaskingSampler[Halton]):
             UserError: The number of tokens is not a square number.
         """
         codes = sample_codes(log_p.exp(), context.noise.uniforms(Purpose.SAMPLING))
-        order = torch.tensor(halton_order(tokens.shape[1]), device=tokens.device)
-        priority = torch.empty_like(order).scatter_(0, order, -torch.arange(len(order), device=tokens.device))
-        return unmask(tokens, codes, priority.double().expand_as(tokens), context)
+        if self._priority is None:
+            order = torch.tensor(halton_order(tokens.shape[1]))
+            ranks = torch.arange(len(order), dtype=torch.float64)
+            self._priority = torch.empty_like(ranks).scatter_(0, order, -ranks).to(tokens.device)
+        return unmask(tokens, codes, self._priority.expand_as(tokens), context)
 
 
 class RemaskSampler(UnmaskingSampler[Remask]):
