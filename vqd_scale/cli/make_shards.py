@@ -88,9 +88,7 @@ def index(tars: Tars, options: ConfigOptions, output: IndexFolder = None) -> Non
     from vqd_scale.data.sources.img2dataset import IndexConfig
 
     config = options.load(IndexConfig)
-    _report(
-        build_index(tars, output, max_bad_fraction=config.max_bad_fraction, workers=config.num_workers)
-    )
+    _report(build_index(tars, output, max_bad_fraction=config.max_bad_fraction, workers=config.num_workers))
 
 
 def _report(*datasets: "ShardSet") -> None:

@@ -59,9 +59,7 @@ class StopFlag:
             if self._interrupted is None:
                 self._interrupted = now
                 if place_among_ranks()[0] == 0:
-                    os.write(
-                        2, b"\nstopping at the next step, with a checkpoint; Ctrl-C again: at once\n"
-                    )
+                    os.write(2, b"\nstopping at the next step, with a checkpoint; Ctrl-C again: at once\n")
             # The terminal and the launcher may both deliver the same Ctrl-C.
             elif now - self._interrupted > _SAME_INTERRUPT_SECONDS:
                 raise KeyboardInterrupt

@@ -85,9 +85,7 @@ class Watchdog:
                 self._exit(idle)
 
     def _exit(self, idle: float) -> None:
-        message = (
-            f"no progress for {idle:.0f} s in this phase: {self.phase}; the stacks of all threads:\n"
-        )
+        message = f"no progress for {idle:.0f} s in this phase: {self.phase}; the stacks of all threads:\n"
         try:
             sys.stderr.write(message)
             sys.stderr.flush()

@@ -1,5 +1,6 @@
 """Conversion of checkpoints in Microsoft's layout."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -256,10 +257,10 @@ def test_grid_that_is_not_square_is_inferred_or_asked_for(tmp_path: Path) -> Non
         ({"grid": (0, 0)}, "grid.0: given 0"),
     ],
 )
-def test_options_out_of_range_are_refused(tmp_path: Path, options: Any, sentence: str) -> None:
+def test_options_out_of_range_are_refused(tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
     path = files.write(tmp_path, files.checkpoint_of(Kind(), ITHQ_SLIM))
     with pytest.raises(UserError, match=sentence):
-        plan_microsoft(path, MicrosoftOptions(**{"heads": HEADS, **options}))
+        plan_microsoft(path, replace(MicrosoftOptions(heads=HEADS), **options))
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 0), (3, 0), (1, 1, 1)])
