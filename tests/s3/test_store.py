@@ -201,7 +201,7 @@ def test_invalid_use_raises_user_error(folder: S3Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match=r"profile.*could not be found"):
         S3Path(folder.bucket, folder.key, S3Endpoint(profile="no-such-profile")).exists()
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(UserError, match="access was denied"):
+    with pytest.raises(UserError, match="the secret key does not fit"):
         S3Path(folder.bucket, f"{folder.key}/closed", S3Endpoint(os.environ["AWS_ENDPOINT_URL"])).read_text()
 
 
