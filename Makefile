@@ -52,8 +52,8 @@ test-machines: setup ## the short demo on odd machines: no compiler, no network,
 test-lowest: setup ## the suite with the lowest direct dependencies that pyproject.toml allows, on Python 3.10
 	bash tests/lowest.sh
 
-chaos: setup ## a run on two ranks, ended twenty times at random moments, against one in peace
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/training/test_train.py -m long -k chaos -s
+chaos: setup ## a run and ten tools, ended forty times at random moments and damaged between, against undisturbed ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/training/test_train.py tests/tools/test_chaos.py -m long -k chaos -s
 
 test-gpu: setup ## what needs a GPU: kernels against their slow twins, ZeRO-3 over NCCL, figures as JSON
 	$(BIN)/python -m pytest tests/gpu -m gpu

@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.training.checkpoint.damages import flip_a_byte
 from tests.training.plain_training import SingleRankWorld, train_plainly
 from tests.training.rank_processes import TRAIN, Ranks
 from vqd_scale.core.config import load_config
@@ -122,6 +123,16 @@ def interrupt_randomly(arguments: list[str], run: Path, output_folder: Path, cha
     return f"{disturbance} after {kill_moment}: exit code {code}, {now[0]['images'] if now else 0} images"
 
 
+def flip_a_byte_randomly(run: Path, chance: random.Random) -> str:
+    """Damage a file of the newest of several checkpoints, in half of the cases, and return a description."""
+    checkpoints = [path for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
+    if len(checkpoints) < 2 or chance.random() < 0.5:
+        return "no damage"
+    path = chance.choice(sorted(max(checkpoints).iterdir()))
+    flip_a_byte(path)
+    return f"a flipped byte in {path.parent.name}/{path.name}"
+
+
 @pytest.mark.parametrize(("kills", "images"), [(3, 240), pytest.param(20, 1360, marks=pytest.mark.long)])
 def test_chaos_ends_as_the_uninterrupted_run(
     kills: int,
@@ -136,8 +147,9 @@ def test_chaos_ends_as_the_uninterrupted_run(
     completed = run_tool("train.py", *common, f"run={calm}", ranks=2)
     assert completed.returncode == 0, completed.stderr
     # With this seed the first three are one of each kind, two of them during a write.
-    chance = random.Random(6)
+    chance, damage_chance = random.Random(6), random.Random(1)
     for kill in range(kills):
+        print(f"\n{flip_a_byte_randomly(run, damage_chance)}", end="")
         completed = interrupt_randomly([*common, f"run={run}"], run, tmp_path / f"said-{kill}", chance)
         print(f"\n{kill + 1}/{kills} {completed}", end="", flush=True)
         assert not (run / "export").exists(), "it ended before it was disturbed often enough"

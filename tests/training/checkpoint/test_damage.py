@@ -18,7 +18,8 @@ from vqd_scale.core.atomic_io import PARTIAL, publish_json, sha256_of
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.world import World
 from vqd_scale.training.checkpoint import manager, manifest
-from vqd_scale.training.checkpoint.manager import consolidated, newest_consolidated, prune
+from vqd_scale.training.checkpoint.manager import consolidated, newest_consolidated
+from vqd_scale.training.checkpoint.retention import prune
 from vqd_scale.training.checkpoint.shards import HostSlices
 from vqd_scale.training.config import CheckpointConfig
 

@@ -18,7 +18,8 @@ from tests.training.rank_threads import on_ranks, own_seed, partition_of
 from vqd_scale.core.atomic_io import PARTIAL
 from vqd_scale.core.errors import UserError
 from vqd_scale.core.world import World
-from vqd_scale.training.checkpoint.manager import Checkpoints, consolidated, prune
+from vqd_scale.training.checkpoint.manager import Checkpoints, consolidated
+from vqd_scale.training.checkpoint.retention import prune
 from vqd_scale.training.checkpoint.shards import HostSlices
 from vqd_scale.training.config import CheckpointConfig, EMAConfig
 from vqd_scale.training.ema import EMA
@@ -281,7 +282,7 @@ def test_write_failure_of_one_rank_fails_the_save(tmp_path: Path, monkeypatch: p
 def test_failed_save_leaves_nothing_on_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
-    """What it had written would let every later save fail, too."""
+    """Remains of one failed save would let every later save fail, too."""
     opened, texts = Path.open, Path.write_text
 
     def full(write: Callable[..., object]) -> Callable[..., object]:

@@ -146,7 +146,7 @@ def test_blocked_logger_does_not_stall_training(
 def test_real_wandb_offline_leaves_one_folder_with_all_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two starts, the second from an earlier checkpoint."""
+    """Two starts, the second from an earlier checkpoint."""
     monkeypatch.setenv("WANDB_CONSOLE", "off")
     for start, losses in ((0, {8: 4.0, 16: 3.0, 24: 2.0}), (16, {24: 2.5, 32: 1.0})):
         metrics = MetricsFile(tmp_path / "metrics.jsonl", start)

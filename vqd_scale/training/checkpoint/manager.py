@@ -25,7 +25,6 @@ from vqd_scale.core.atomic_io import (
     DAMAGED,
     PARTIAL,
     publish_json,
-    set_aside,
     sha256_of,
     sync_to_disk,
     writing,
@@ -45,11 +44,16 @@ from vqd_scale.training.checkpoint.manifest import (
     verified,
 )
 from vqd_scale.training.checkpoint.mirror import Uploader, fetch_newest
+from vqd_scale.training.checkpoint.retention import (
+    damage_of,
+    named_checkpoints,
+    prune,
+    set_aside_damaged,
+)
 from vqd_scale.training.checkpoint.shards import HostSlices, StoredSlices, lower_priority, write_file
 from vqd_scale.training.config import CheckpointConfig
 from vqd_scale.training.ema import EMA
 from vqd_scale.training.partition import Partition, Piece
-from vqd_scale.training.periods import is_due
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +214,7 @@ class Checkpoints:
                     shutil.rmtree(leftover, ignore_errors=True)
         while True:
             # The first rank's list counts: other nodes may see a shared file system in another state.
-            listed = _named(self.folder) if self.world.is_first else []
+            listed = named_checkpoints(self.folder) if self.world.is_first else []
             names = self.world.gathered({"names": [path.name for path in listed]})[0]["names"]
             candidates = [name for name in names if before is None or int(name) < before]
             if candidates:
@@ -258,7 +262,7 @@ class Checkpoints:
         def settle() -> None:
             if errors:
                 raise UserError(errors[0])
-            _set_aside(folder, damages[0], consequence)
+            set_aside_damaged(folder, damages[0], consequence)
 
         self.world.on_first_rank(settle)
         return None
@@ -284,7 +288,7 @@ class Checkpoints:
                     "NO CHECKPOINT WAS WRITTEN: %s Training continues; the newest checkpoint is still '%s', "
                     "and after %d more failures in a row the run stops.",
                     error,
-                    max((path.name for path in _named(self.folder)), default="none"),
+                    max((path.name for path in named_checkpoints(self.folder)), default="none"),
                     remaining_failures + 1,
                 )
 
@@ -303,10 +307,10 @@ class Checkpoints:
         file = StoredFile(**host.write(path))
         if sha256_of(path) != file.sha256:
             raise UserError(f"{path}: damaged while it was written; check this disk.")
-        older = _named(self.folder)
+        older = named_checkpoints(self.folder)
         count = self.config.keep_last - 1
         older = older[len(older) - count :] if len(older) >= self.config.keep_last else []
-        damages = {folder.name: _damage(folder, self.world.rank, self.world.size) for folder in older}
+        damages = {folder.name: damage_of(folder, self.world.rank, self.world.size) for folder in older}
         description = SlicesDescription(file=file, damages=damages)
         publish_json(path.with_suffix(_DESCRIPTION), description.model_dump())
 
@@ -392,7 +396,7 @@ def newest_consolidated(folder: Path, kind: str, images: int | None = None) -> t
     Raises:
         UserError: There is no such checkpoint, or it is damaged.
     """
-    candidates = _named(folder)[::-1]
+    candidates = named_checkpoints(folder)[::-1]
     for candidate in candidates:
         if images in (None, int(candidate.name)):
             try:
@@ -404,39 +408,6 @@ def newest_consolidated(folder: Path, kind: str, images: int | None = None) -> t
     raise UserError(f"{folder}: contains no valid {description}; the existing ones are: {existing}.")
 
 
-def prune(
-    folder: Path,
-    config: CheckpointConfig,
-    in_use: Path | None = None,
-    damages: Mapping[str, str] | None = None,
-) -> None:
-    """Delete checkpoints beyond the retention policy; only valid ones count.
-
-    Args:
-        folder: Checkpoint folder of the run.
-        config: Retention policy.
-        in_use: Checkpoint that is not deleted.
-        damages: Damage of checkpoints that are verified already, by name; empty for valid ones.
-    """
-    checkpoints = _named(folder)[::-1]
-    valid_count = 0
-    for checkpoint in checkpoints if len(checkpoints) > config.keep_last else []:
-        if valid_count < config.keep_last:
-            verdict = (damages or {}).get(checkpoint.name)
-            if damage := _damage(checkpoint) if verdict is None else verdict:
-                _set_aside(checkpoint, damage, "and an older checkpoint is kept")
-            else:
-                valid_count += 1
-            continue
-        permanent = config.keep_every_images
-        is_kept = permanent is not None and is_due(permanent, int(checkpoint.name), config.every_images)
-        if is_kept or checkpoint == in_use:
-            continue
-        # Rename before deleting, so a partly deleted folder is not taken for a checkpoint.
-        partial = checkpoint.rename(checkpoint.with_name(checkpoint.name + PARTIAL))
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def _parameters(folder: Path, manifest: Manifest, kind: str) -> dict[str, Tensor]:
     stored = _stored(folder, manifest)
     parameters: dict[str, Tensor] = {}
@@ -445,25 +416,6 @@ def _parameters(folder: Path, manifest: Manifest, kind: str) -> dict[str, Tensor
         stored.copy(kind, Piece(name, tuple(shape), 0, flat.numel(), 0, 0), flat)
         parameters[name] = flat.view(shape)
     return parameters
-
-
-def _damage(folder: Path, rank: int = 0, ranks: int = 1) -> str:
-    """Verify this rank's part of a checkpoint's files, and describe the damage; empty if there is none."""
-    try:
-        verified(folder, rank, ranks)
-    except DamageError as damage:
-        return str(damage)
-    return ""
-
-
-def _set_aside(folder: Path, damage: str, consequence: str) -> None:
-    renamed = set_aside(folder)
-    logger.warning("%s: not used, %s; set aside as '%s', %s.", folder, damage, renamed.name, consequence)
-
-
-def _named(folder: Path) -> list[Path]:
-    """Return a run's checkpoints, valid or not, by images seen."""
-    return sorted(filter(is_checkpoint, folder.glob("*")), key=lambda path: int(path.name))
 
 
 def _error_of(save: _Save, future: "Future[None]") -> UserError | None:
