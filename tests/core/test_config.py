@@ -391,3 +391,27 @@ def test_every_successor_key_exists(package_fields: list[tuple[str, FieldInfo]])
     keys = {name for name, _ in package_fields}
     assert len(keys) > 100
     assert [name for names in RENAMED.values() for name in names if name not in keys] == []
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.num_workers=1000000000",
+        "data.prefetch_batches=1000000000000",
+        "data.global_batch_size=1000000000000000",
+        "data.shuffle_window=1000000000000",
+        "data.ranged_reads.buffer_megabytes=1000000000000",
+        "engine.gradient_accumulation_steps=1000000000000",
+        "optim.betas=[1, 0.9]",
+        "validation={path: a, batch_size: 1000000000}",
+        "denoiser.width=1000000000",
+        "denoiser.layers=1000000",
+        "total_images=1" + "0" * 30,
+    ],
+)
+def test_implausible_size_is_refused_before_anything_is_built(override: str) -> None:
+    from vqd_scale.training.tasks.config import TrainConfig
+
+    required = ["run=a", "total_images=1", "data.path=a", "tokenizer=a"]
+    with pytest.raises(UserError, match=override.partition("=")[0]):
+        load_config(TrainConfig, None, [*required, override])

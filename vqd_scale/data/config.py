@@ -23,7 +23,7 @@ class CacheConfig(Config):
 class RangedReadConfig(Config):
     """Reading of shards in S3; local shards are read in place."""
 
-    buffer_megabytes: int = Field(default=512, ge=1)
+    buffer_megabytes: int = Field(default=512, ge=1, le=1 << 20)
     """Memory for prefetched pieces, per reading process."""
     cache: CacheConfig | None = None
     """Local disk cache of whole shards, for datasets that are read more than once."""
@@ -57,12 +57,12 @@ class StreamConfig(Config):
     """Folder of the shards, local or in S3."""
     sources: tuple[SourceConfig, ...] | None = Field(default=None, min_length=1)
     """Datasets of a weighted mixture, in place of ``path``."""
-    global_batch_size: int = Field(default=128, ge=1)
+    global_batch_size: int = Field(default=128, ge=1, le=1 << 20)
     """Samples in a batch, over all ranks."""
-    order_lanes: int | None = Field(default=None, ge=1)
+    order_lanes: int | None = Field(default=None, ge=1, le=1 << 20)
     """Lanes into which the plan cuts an epoch; by default ``global_batch_size``, so a batch takes one sample
     from each. A run that resumes with another batch size keeps its lanes. Part of the order."""
-    shuffle_window: int = Field(default=256, ge=1)
+    shuffle_window: int = Field(default=256, ge=1, le=1 << 20)
     """Number of neighboring samples of a lane among which a sample is shuffled. Part of the order."""
     captions: Literal["first", "random", "each"] = "first"
     """Caption of an image that has several: the ``first``, a ``random`` one at each visit, or ``each``, which
@@ -72,7 +72,7 @@ class StreamConfig(Config):
     should be local."""
     num_workers: int = Field(default=0, ge=0, le=64)
     """Reading processes per rank; 0 reads in a thread of the rank. Not part of the order."""
-    prefetch_batches: int = Field(default=4, ge=1)
+    prefetch_batches: int = Field(default=4, ge=1, le=1 << 10)
     """Batches read ahead."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """Largest fraction of unusable samples in an epoch; above it the run stops."""

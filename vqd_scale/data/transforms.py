@@ -22,7 +22,7 @@ class CenterCrop(Config):
     """Resize of the short side to ``size`` and center crop, as used in evaluation."""
 
     kind: Literal["center"] = "center"
-    size: int = Field(default=256, ge=1)
+    size: int = Field(default=256, ge=1, le=1 << 14)
     """Height and width of the result in pixels."""
 
     draws: ClassVar[int] = 0
@@ -49,7 +49,7 @@ class NearCenterCrop(Config):
     """
 
     kind: Literal["near_center"] = "near_center"
-    size: int = Field(default=256, ge=1)
+    size: int = Field(default=256, ge=1, le=1 << 14)
     """Height and width of the result in pixels."""
 
     draws: ClassVar[int] = 5
@@ -79,7 +79,7 @@ class RandomResizedCrop(Config):
     """Crop of random area and aspect ratio, resized to a square (Szegedy et al., 2014)."""
 
     kind: Literal["random_resized"] = "random_resized"
-    size: int = Field(default=256, ge=1)
+    size: int = Field(default=256, ge=1, le=1 << 14)
     """Height and width of the result in pixels."""
     scale: tuple[float, float] = (0.8, 1.0)
     """Minimum and maximum crop area, as a fraction of the image area."""

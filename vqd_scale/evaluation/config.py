@@ -89,7 +89,7 @@ class RandomNetwork(Config):
     """Three untrained convolutions, for testing the evaluation without downloaded weights."""
 
     kind: Literal["random"] = "random"
-    features: int = Field(default=32, ge=1)
+    features: int = Field(default=32, ge=1, le=1 << 16)
     """Number of features."""
     seed: int = Field(default=0, ge=0)
     """Seed of the random weights."""
@@ -133,7 +133,7 @@ class FoldersConfig(Config):
     unchanged, and must have one size."""
     extractor: ImageExtractorConfig = Inception()
     """Feature extractor."""
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1, le=1 << 20)
     """Images per batch."""
 
 
@@ -150,7 +150,7 @@ class ClipConfig(Config):
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """SHA-256 of the weights file. If not given, any file is accepted and its digest is recorded. Set it to
     require the same weights in every evaluation."""
-    retrieval_candidates: int = Field(default=100, ge=2)
+    retrieval_candidates: int = Field(default=100, ge=2, le=1 << 20)
     """Number of candidate captions of R-precision, including the image's own. Lower it for datasets with
     fewer than 100 captions."""
 
@@ -163,10 +163,10 @@ class ReferenceConfig(Config):
     different figures."""
     images: Literal["prompted", "all"] = "prompted"
     """``prompted`` takes the images whose captions were chosen, once per caption; ``all`` the set."""
-    repeat_to: int | None = Field(default=None, ge=1)
+    repeat_to: int | None = Field(default=None, ge=1, le=1 << 24)
     """Repeat the images in order up to this count, as the authors of VQ-Diffusion did for small sets. The
     repetition adds no information."""
-    stored_features: int = Field(default=50_000, ge=2)
+    stored_features: int = Field(default=50_000, ge=2, le=1 << 24)
     """Number of features stored for distances that need more than mean and covariance."""
     file: Path | None = None
     """File for the statistics, to be shared by several evaluations."""
@@ -184,9 +184,9 @@ class EvaluationSamplingConfig(SamplingConfig):
 class KernelConfig(Config):
     """Subsets of the kernel inception distance (KID)."""
 
-    subsets: int = Field(default=100, ge=1)
+    subsets: int = Field(default=100, ge=1, le=1 << 20)
     """Number of subsets."""
-    size: int = Field(default=1000, ge=2)
+    size: int = Field(default=1000, ge=2, le=1 << 20)
     """Images per subset."""
 
 
@@ -194,7 +194,7 @@ class Captions(Config):
     """Captions of a dataset."""
 
     kind: Literal["captions"] = "captions"
-    count: int = Field(default=30_000, ge=1)
+    count: int = Field(default=30_000, ge=1, le=1 << 24)
     """Number of prompts."""
     caption: Literal["first", "random", "each"] = "random"
     """Caption of an image that has several: the ``first``, a ``random`` one, or ``each`` of them."""
@@ -208,9 +208,9 @@ class Classes(Config):
     """Every class equally often, in order of the classes."""
 
     kind: Literal["classes"] = "classes"
-    count: int = Field(default=50_000, ge=1)
+    count: int = Field(default=50_000, ge=1, le=1 << 24)
     """Number of images."""
-    classes: int = Field(default=1000, ge=1)
+    classes: int = Field(default=1000, ge=1, le=1 << 20)
     """Number of classes."""
 
 
@@ -218,7 +218,7 @@ class Nothing(Config):
     """Empty prompts, for an unconditional model."""
 
     kind: Literal["nothing"] = "nothing"
-    count: int = Field(default=50_000, ge=1)
+    count: int = Field(default=50_000, ge=1, le=1 << 24)
     """Number of images."""
 
 
@@ -245,12 +245,12 @@ class EvaluationConfig(Config):
     captioned images."""
     kid: KernelConfig = KernelConfig()
     """Subsets of the kernel inception distance."""
-    inception_splits: int = Field(default=10, ge=1)
+    inception_splits: int = Field(default=10, ge=1, le=1 << 20)
     """Number of splits of the Inception score; published scores use 10. Lower it for small sets."""
-    neighbors: int = Field(default=5, ge=1)
+    neighbors: int = Field(default=5, ge=1, le=1 << 10)
     """Number of neighbors k of precision, recall, density and coverage. Needed to reproduce precision and
     recall with k = 3 (Kynkäänniemi et al., 2019)."""
-    report_images: int = Field(default=8, ge=1)
+    report_images: int = Field(default=8, ge=1, le=1 << 10)
     """Number of best, worst and random images in the report, each. Raise it for closer inspection."""
 
     @model_validator(mode="after")

@@ -68,5 +68,5 @@ class SamplingConfig(Config):
     """Negative prompt, used instead of the null condition of classifier-free guidance."""
     seed: int = Field(default=0, ge=0, lt=1 << 31)
     """Seed of the samples."""
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: Size = 32
     """Images per batch."""

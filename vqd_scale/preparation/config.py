@@ -3,17 +3,18 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt
 
 from vqd_scale.core.atomic_io import Location
 from vqd_scale.core.config import Config
+from vqd_scale.core.safe_json import Count, Size
 from vqd_scale.text.config import ALL_MERGES
 
 
 class CaptionsConfig(Config):
     """Caption vocabulary; must match the text tower to be trained."""
 
-    context_length: PositiveInt = 77
+    context_length: Size = 77
     """Length of a caption in ids; a longer caption is cut."""
     bpe_merges: NonNegativeInt = ALL_MERGES
     """Number of CLIP's byte-pair merges."""
@@ -40,7 +41,7 @@ class EncodingConfig(Config):
 class ViewsConfig(Config):
     """Random crops of each image instead of its center crop; each crop is a sample."""
 
-    count: PositiveInt
+    count: Count
     """Number of crops per image; multiplies the length of an epoch."""
     crop: Literal["near_center", "random_resized"] = "near_center"
     """Crop: near the center, as in the released code, or of random area and aspect ratio."""
@@ -61,7 +62,7 @@ class TokenizeConfig(Config):
     """Output folder for token shards, local or in S3; finished shards are skipped."""
     tokenizer: Path
     """Tokenizer bundle."""
-    size: PositiveInt = 256
+    size: int = Field(default=256, ge=1, le=1 << 14)
     """Side of the square that images are cropped and resized to, in pixels."""
     augmented_views: ViewsConfig | None = None
     """Random crops to encode. ``null``: the center crop only."""
@@ -72,5 +73,5 @@ class TokenizeConfig(Config):
     """Encoding options of the tokenizer."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """Maximum fraction of unusable samples before the job aborts."""
-    batch_size: PositiveInt = 64
+    batch_size: Size = 64
     """Images per batch and worker. Raise it on a GPU."""

@@ -20,6 +20,7 @@ from pydantic import (
 
 from vqd_scale.core.atomic_io import Location
 from vqd_scale.core.config import Config, kind_or
+from vqd_scale.core.safe_json import Size
 from vqd_scale.data.config import StreamConfig
 
 if TYPE_CHECKING:
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
 STACKS = "stacks-{:05d}.txt"
 """Name of the file in a run folder for the stacks of a rank that hung."""
+
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""Decay of a moment per step."""
 
 
 class ZeroConfig(Config):
@@ -57,7 +62,7 @@ class EngineConfig(Config):
     precision: Literal["fp32", "bf16"] = "bf16"
     """Compute dtype of the network. Master weights and optimizer moments are always float32. On a CPU with
     only AVX2, a bf16 step takes nine times as long; a warning reports it."""
-    gradient_accumulation_steps: PositiveInt = 1
+    gradient_accumulation_steps: Size = 1
     """Micro-batches per rank and step; a larger number needs less memory."""
     param_persistence_threshold: NonNegativeInt = 100_000
     """Stage 3: parameters with fewer elements stay unsharded; their optimizer state is still sharded."""
@@ -184,7 +189,7 @@ class AdamWConfig(BaseOptimConfig):
 
     kind: Literal["adamw"] = "adamw"
     moments = ("exp_avg", "exp_avg_sq")
-    betas: tuple[float, float] = (0.9, 0.96)
+    betas: tuple[Decay, Decay] = (0.9, 0.96)
     """Decays of the first and second moment per step."""
 
     def build(self, groups: "list[dict[str, Any]]") -> "Optimizer":
@@ -206,7 +211,7 @@ class LionConfig(BaseOptimConfig):
     moments = ("exp_avg",)
     lr: PositiveFloat = 5e-5
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
     """Decays per step: of the moment in the update, and of the stored moment."""
     weight_decay: NonNegativeFloat = 0.18
     """Decoupled weight decay, relative to the learning rate."""
@@ -342,9 +347,9 @@ class ValidationConfig(Config):
     """Validation shards, of the same kind as the training shards but with other samples."""
     every_images: PositiveInt = 1_000_000
     """Images between two evaluations; the last evaluation is at the end of the run."""
-    samples: PositiveInt = 2048
+    samples: int = Field(default=2048, ge=1, le=1 << 24)
     """Maximum number of validation samples, taken in a fixed order."""
-    batch_size: PositiveInt = 64
+    batch_size: Size = 64
     """Batch size per rank."""
 
 

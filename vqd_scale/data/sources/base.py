@@ -120,14 +120,14 @@ class ImageSource(Config, ABC):
     """Storage format of the images. With ``original``, training can choose its own crops."""
     image_size: int = Field(default=256, ge=8, le=4096)
     """Side in pixels: the short side is resized to it and the center square cut. Unused with ``original``."""
-    samples_per_shard: int = Field(default=1_000, ge=1)
+    samples_per_shard: int = Field(default=1_000, ge=1, le=1 << 20)
     """Images per shard. Lower it for large images, so that a shard stays below about 1 GB."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """Largest fraction of unusable images, which are skipped and reported."""
     near_duplicates: DuplicatesConfig | None = None
     """Images to exclude; their near-duplicates are skipped and reported. Set it if the dataset may contain
     evaluation images."""
-    num_workers: int = Field(default=1, ge=1)
+    num_workers: int = Field(default=1, ge=1, le=1 << 10)
     """Number of processes."""
 
     @abstractmethod

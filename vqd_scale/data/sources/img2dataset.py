@@ -15,7 +15,7 @@ class IndexConfig(Config):
 
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """Largest fraction of unusable samples, and of damaged tars."""
-    num_workers: int = Field(default=1, ge=1)
+    num_workers: int = Field(default=1, ge=1, le=1 << 10)
     """Number of processes."""
 
 

@@ -29,13 +29,13 @@ class PhotographsConfig(Config):
     held_out: str = "chelsea"
     """Name of the photograph for validation; no training crop is taken from it. Change it for
     cross-validation."""
-    size: int = Field(default=64, ge=8)
+    size: int = Field(default=64, ge=8, le=4096)
     """Side of the crops in pixels, at the photographs' original scale."""
-    train_samples: int = Field(default=8192, ge=1)
+    train_samples: int = Field(default=8192, ge=1, le=1 << 24)
     """Number of random crops of the other photographs. Lower it for a quick test."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the crop positions."""
-    samples_per_shard: int = Field(default=2048, ge=1)
+    samples_per_shard: int = Field(default=2048, ge=1, le=1 << 20)
     """Images per shard. Lower it for several shards of a small dataset."""
 
 

@@ -117,12 +117,12 @@ class ShapesConfig(Config):
     """Height and width of the images in pixels."""
     objects: int = Field(default=1, ge=1, le=2)
     """Figures per scene; 2 gives captions with a spatial relation."""
-    train_samples: int = Field(default=16_384, ge=1)
+    train_samples: int = Field(default=16_384, ge=1, le=1 << 24)
     """Number of training samples; scenes occur equally often, each time with a new caption. Lower it for a
     quick test."""
-    held_out_samples: int = Field(default=512, ge=1)
+    held_out_samples: int = Field(default=512, ge=1, le=1 << 24)
     """Number of samples of held-out scenes. Raise it for a less noisy evaluation."""
-    samples_per_shard: int = Field(default=1_024, ge=1)
+    samples_per_shard: int = Field(default=1_024, ge=1, le=1 << 20)
     """Samples per shard. Lower it for several shards of a small dataset."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of scene order and caption wording."""

@@ -17,6 +17,7 @@ from pydantic import (
 from typing_extensions import Self
 
 from vqd_scale.core.config import Config, kind_or
+from vqd_scale.core.safe_json import Size
 from vqd_scale.data.config import DecodeConfig
 from vqd_scale.data.transforms import CenterCrop, Transform
 from vqd_scale.diffusion.config import ObjectiveConfig, Paper, Schedule, Times, Uniform
@@ -282,10 +283,10 @@ class TokenizerTrainConfig(AutoencodingConfig):
 class PoolConfig(Config):
     """Pool of encoder outputs for k-means: a uniform sample of all outputs of the pool's images."""
 
-    size: PositiveInt = 20_000
+    size: int = Field(default=20_000, ge=1, le=1 << 24)
     """Number of vectors (P), much larger than the number of codes. VQ-DDM's code uses 20,000; 100,000 is
     worth the time."""
-    images: PositiveInt = 20_000
+    images: int = Field(default=20_000, ge=1, le=1 << 24)
     """Number of images encoded for the pool, the first ones of the run."""
     chain_length: PositiveInt = CHAIN
     """Length of the Markov chains of AFK-MC² seeding. Raise it for seeds closer to those of k-means++; time
@@ -299,7 +300,7 @@ class RefitConfig(AutoencodingConfig):
     title: ClassVar[str] = "refit tokenizer"
     tokenizer: Path
     """Bundle of the tokenizer whose codebook is replaced."""
-    codebook_size: PositiveInt = 1024
+    codebook_size: Size = 1024
     """Number of codes in the new codebook (K')."""
     pool: PoolConfig = PoolConfig()
     """Pool of encoder outputs from which the new codes are computed."""
