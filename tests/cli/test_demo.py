@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from vqd_scale.cli import demo
+from vqd_scale.core.errors import UserError
 from vqd_scale.training.logging.metrics import read_metrics
 
 pytestmark = pytest.mark.ranks
@@ -131,3 +133,23 @@ def test_demo_killed_in_every_stage_gives_equal_report(finished: tuple[Path, str
 
 def read_losses(out: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(out / "model" / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("stages.json", "[]"),
+        ("stages.json", '{"train": "5"}'),
+        ("evaluation/report.json", '{"count": 3}'),
+        ("tokenizer-report/report.json", "{}"),
+    ],
+)
+def test_report_of_another_shape_is_named(name: str, content: str, tmp_path: Path) -> None:
+    evaluation = {"count": 1, "figures": {"frechet_distance_tokenizer": 1, "alignment": {}}}
+    valid = {"stages.json": "{}", "evaluation/report.json": json.dumps(evaluation)}
+    for file, text in {**valid, name: content}.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match=f"{name}: this .* cannot be read"):
+        demo._run([], tmp_path, tmp_path)  # pyright: ignore[reportPrivateUsage]
+        demo._metrics(tmp_path)  # pyright: ignore[reportPrivateUsage]

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from vqd_scale.cli.base import Tool
 from vqd_scale.core.atomic_io import publish_json, read_json
@@ -16,6 +18,28 @@ from vqd_scale.core.outputs import reserve
 
 _STAGES_FILE = "stages.json"
 _GRID_IMAGES = 40
+
+
+class _Figures(TypedDict):
+    frechet_distance_tokenizer: float
+    alignment: dict[str, Any]
+
+
+class _Evaluation(TypedDict):
+    count: int
+    figures: _Figures
+
+
+class _Reconstruction(TypedDict):
+    psnr: float
+    ssim: float
+    reader_on_originals: float
+    reader_on_reconstructions: float
+
+
+_SECONDS = TypeAdapter(dict[str, float])
+_EVALUATION = TypeAdapter(_Evaluation)
+_TOKENIZERS = TypeAdapter(Annotated[dict[str, _Reconstruction], Field(min_length=1, max_length=1)])
 
 main = Tool()
 """Entry point of ``tools/demo.py``."""
@@ -133,7 +157,7 @@ def _run(plan: list[Stage], tools: Path, output: Path) -> dict[str, float]:
     from vqd_scale.launchers.local import run_locally
 
     record = output / _STAGES_FILE
-    seconds: dict[str, float] = read_json(record, "list of stages") if record.exists() else {}
+    seconds = read_json(record, "list of stages", _SECONDS) if record.exists() else {}
     for number, stage in enumerate(plan, start=1):
         print(f"[{number}/{len(plan)}] {stage.name}", end="", flush=True)
         if stage.name in seconds:
@@ -153,9 +177,9 @@ def _run(plan: list[Stage], tools: Path, output: Path) -> dict[str, float]:
 
 def _metrics(output: Path) -> dict[str, Any]:
     """Collect the metrics of the model and of its tokenizer."""
-    evaluation = read_json(output / "evaluation" / "report.json", "report of an evaluation")
-    reports = read_json(output / "tokenizer-report" / "report.json", "report of a tokenizer")
-    tokenizer = reports[str(output / "tokenizer" / "export")]
+    evaluation = read_json(output / "evaluation" / "report.json", "report of an evaluation", _EVALUATION)
+    reports = read_json(output / "tokenizer-report" / "report.json", "report of a tokenizer", _TOKENIZERS)
+    (tokenizer,) = reports.values()
     return {
         "count": evaluation["count"],
         "tokenizer_psnr": tokenizer["psnr"],
