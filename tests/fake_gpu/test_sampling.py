@@ -1,13 +1,19 @@
+# pyright: reportPrivateUsage=false
 """Sampling, tokenization and evaluation on a GPU without values: devices, dtypes and host waits."""
 
 from collections.abc import Callable, Generator, Mapping
 from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
+from tests.evaluation.inception import write_random_inception
 from tests.fake_gpu.twin import DEVICE, FakeGPU, fake_gpu
+from vqd_scale.core.atomic_io import sha256_of
 from vqd_scale.diffusion.config import (
     Ancestral,
     Confidence,
@@ -27,6 +33,8 @@ from vqd_scale.diffusion.config import (
 from vqd_scale.diffusion.guidance import apply_guidance, truncate
 from vqd_scale.diffusion.samplers import sample
 from vqd_scale.diffusion.transition import MaskAndReplace
+from vqd_scale.evaluation.config import Inception
+from vqd_scale.evaluation.extractors import FEATURES, inception
 from vqd_scale.models.autoregressive_sampling import build_predict, sample_in_order
 from vqd_scale.nn.autoregressive import Autoregressive
 from vqd_scale.nn.config import AutoregressiveConfig, DenoiserConfig
@@ -71,10 +79,12 @@ def waits_of_steps(
     """Host waits of each step but the first, which may prepare, and of the whole sampling."""
     counts: list[int] = []
     gpu.reset()
-    run(lambda *_: counts.append(sum(gpu.waits.values())))
-    return [after - before for before, after in zip(counts, counts[1:], strict=False)], sum(
-        gpu.waits.values()
-    )
+
+    def on_step(*_: int) -> None:
+        counts.append(sum(gpu.waits.values()))
+
+    run(on_step)
+    return [after - before for before, after in pairwise(counts)], sum(gpu.waits.values())
 
 
 @pytest.mark.parametrize(
@@ -136,4 +146,30 @@ def test_tokenizer_encodes_and_decodes(
     assert images.shape == (BATCH, 3, 64, 64)
     assert (tokens.device, images.device, images.dtype) == (DEVICE, DEVICE, torch.float32)
     # The range of the images, and the lowest and highest token, are checked once per batch.
+    assert sum(gpu.waits.values()) == 3, gpu.waits
+
+
+@pytest.mark.parametrize("input", ["torch-fidelity", "pytorch-fid"])
+def test_inception_computes_features(
+    input: Literal["torch-fidelity", "pytorch-fid"],
+    gpu: FakeGPU,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load = torch.load
+
+    def load_really(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return load(*args, **kwargs)
+
+    # torch loads fake tensors in the presence of others.
+    monkeypatch.setattr(torch, "load", load_really)
+    weights = tmp_path / "inception.pth"
+    with _disable_current_modes():
+        write_random_inception(weights)
+    extractor = inception(Inception(weights=weights, sha256=sha256_of(weights), input=input), DEVICE)
+    gpu.reset()
+    columns = extractor(torch.zeros(BATCH, 3, 64, 64, dtype=torch.uint8))
+    assert columns[FEATURES].shape == (BATCH, 2048)
+    # The images to the device, features and logits to the host.
     assert sum(gpu.waits.values()) == 3, gpu.waits

@@ -32,16 +32,20 @@ from vqd_scale.training.tasks import gan_losses
 from vqd_scale.training.tasks.base import Task
 from vqd_scale.training.tasks.config import TOKEN_RUNS, TOKENIZER_RUNS, RefitConfig, TokenizerRun, TokenRun
 from vqd_scale.training.tasks.refitting import RefitTask
+from vqd_scale.training.tasks.tokenizer_task import TokenizerTask
+from vqd_scale.training.validation import ValidationSet
 
+FROZEN_ENCODER = {"tokenizers/autoencoder.py", "tokenizers/convolutions.py"}
+"""The frozen part of a tokenizer that is refitted."""
 ALONE = ["log.tensorboard=false", "validation=null", "sample_images=null"]
 """Overrides that leave the training step alone."""
 CODES, GRID = 2887, (32, 32)
 WAITS = 1
 """Host waits of a micro-batch, all of them in the training loop: one read of all that decides on the step."""
-OPERATORS = {"published/coco.yaml": 4600, "l/pretrain.yaml": 12000}
+OPERATORS = {"published/coco.yaml": 3500, "l/pretrain.yaml": 7250}
 """Bounds of the operators of a step of the whole models."""
-WIDE = {"text/clip.py", "tokenizers/perceptual.py"}
-"""Frozen networks, which compute in float32 in every run."""
+WIDE = {"text/clip.py", "tokenizers/perceptual.py", "training/tasks/gan_losses.py"}
+"""Frozen networks, which compute in float32 in every run; the last has the gradients of LPIPS."""
 MEMORY_TOLERANCE = 0.01
 """Largest difference of the memory model from the tracked peak of a whole model, as a fraction."""
 REDUCED_TOLERANCE = 0.15
@@ -96,13 +100,14 @@ def step(trainer: Any, batch: Batch, images: int) -> None:
     trainer.task.on_step_end(images + BATCH)
 
 
-def validate(trainer: Any, batch: Batch) -> None:
-    """Validation of a batch with the EMA weights."""
-    on_device = batch.to(DEVICE, non_blocking=True)
-    with trainer.ema.in_place_of_weights(), torch.no_grad():
-        for value in trainer.task.validate(trainer.engine, on_device).values():
-            assert value.shape == (2,)
-            assert value.device == DEVICE
+def check_validation(gpu: FakeGPU, trainer: Any, batch: Batch) -> None:
+    """Validate two batches with the EMA weights, with one wait for the metrics."""
+    validation: Any = object.__new__(ValidationSet)
+    validation.__dict__ |= {"_task": trainer.task, "_world": WORLD, "_batches": [batch, batch]}
+    gpu.reset()
+    with trainer.ema.in_place_of_weights():
+        validation.metrics(trainer.engine)
+    assert sum(gpu.waits.values()) == 1, gpu.waits
 
 
 def token_run(path: Path, inputs: Inputs, folder: Path, *overrides: str) -> TokenRun:
@@ -136,15 +141,21 @@ def check_step(gpu: FakeGPU, trainer: Any, batch: Batch, images: int = 0, micro_
     step(trainer, batch, images)
     assert sum(gpu.waits.values()) <= WAITS * micro_batches, gpu.waits
     if trainer.config.engine.precision == "bf16":
-        assert {place.file for place in gpu.wide_products} <= WIDE, gpu.wide_products
+        # A tokenizer selects its codes in float32, by matrix products.
+        name = "convolution" if isinstance(trainer.task, TokenizerTask) else ""
+        wide = {place.file for place in gpu.wide_products if name in place.operator}
+        frozen = FROZEN_ENCODER if isinstance(trainer.task, RefitTask) else set[str]()
+        assert wide <= WIDE | frozen, gpu.wide_products
         trained = [value for value in trainer.task.module.parameters() if value.requires_grad]
         assert {value.dtype for value in trained} == {torch.bfloat16}
 
 
 def check_memory(gpu: FakeGPU, config: TokenRun, tolerance: float = REDUCED_TOLERANCE) -> None:
     """Compare the memory model with the tracked peak of the last step."""
+    # The model traces on the device meta, which the twin takes for the GPU.
+    peak = gpu.peak
     model = training_memory(config, CODES, GRID, BATCH)
-    assert model.total == pytest.approx(gpu.peak, rel=tolerance), model
+    assert model.total == pytest.approx(peak, rel=tolerance), model
 
 
 @pytest.mark.parametrize("path", configs_of("token run"), ids=name_of)
@@ -154,9 +165,7 @@ def test_step_of_a_token_run(path: Path, inputs: Inputs, gpu: FakeGPU, tmp_path:
     batch = token_batch(trainer.task)
     check_step(gpu, trainer, batch)
     check_memory(gpu, config)
-    gpu.reset()
-    validate(trainer, batch)
-    assert not gpu.waits
+    check_validation(gpu, trainer, batch)
 
 
 @pytest.mark.parametrize("path", configs_of("tokenizer run"), ids=name_of)
@@ -172,9 +181,7 @@ def test_step_of_a_tokenizer_run(path: Path, inputs: Inputs, gpu: FakeGPU, tmp_p
     batch = image_batch(config.transform.size)
     for images in (0, config.total_images - BATCH):
         check_step(gpu, trainer, batch, images)
-    gpu.reset()
-    validate(trainer, batch)
-    assert not gpu.waits
+    check_validation(gpu, trainer, batch)
 
 
 @pytest.mark.parametrize(

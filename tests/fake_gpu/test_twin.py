@@ -36,7 +36,7 @@ WAITS: dict[str, Callable[[], object]] = {
     "from the host": lambda: torch.zeros(3).to(DEVICE),
     "a number from the host": lambda: torch.tensor(2.5, device=DEVICE),
     "nonzero": lambda: _mask().nonzero(),
-    "unique": lambda: torch.unique(torch.zeros(3, device=DEVICE)),
+    "unique": lambda: _mask().unique(),  # pyright: ignore[reportUnknownLambdaType]
     "bincount": lambda: torch.zeros(3, dtype=torch.int64, device=DEVICE).bincount(minlength=2),
     "mask": lambda: torch.zeros(3, 2, device=DEVICE)[_mask()],
     "assignment by a mask": lambda: torch.zeros(3, 2, device=DEVICE).__setitem__(_mask(), _rows()),

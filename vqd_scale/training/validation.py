@@ -74,7 +74,7 @@ class ValidationSet(Generic[BatchType]):
             beat()
             batch = samples.to(self._world.device, non_blocking=True)
             for name, value in self._task.validate(forward, batch).items():
-                sums[name] = sums.get(name, torch.zeros(2, dtype=torch.float64)) + value.double().cpu()
+                sums[name] = sums[name] + value.double() if name in sums else value.double()
         names = sorted(sums)
-        totals = self._world.sum(torch.stack([sums[name] for name in names]).to(self._world.device)).cpu()
+        totals = self._world.sum(torch.stack([sums[name] for name in names])).cpu()
         return {name: float(total / count) for name, (total, count) in zip(names, totals, strict=True)}
