@@ -43,7 +43,7 @@ def list_tars(tars: Location) -> tuple[Location, list[str]]:
         selected |= matches
     unused += [(kind_of(name), name) for name in _unused(names, selected)]
     if not selected:
-        kinds = ", ".join(sorted({kind for kind, _ in unused})) or "no other either"
+        kinds = ", ".join(sorted({kind for kind, _ in unused})) or "an empty folder"
         raise UserError(f"{folder}: there is no .tar file here, only {kinds}; unpack compressed tars.")
     dangling = [name for name in selected if isinstance(folder, Path) and not (folder / name).is_file()]
     if dangling:
