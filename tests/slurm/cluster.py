@@ -32,7 +32,8 @@ PACKAGES = "slurm-wlm munge"
 HOSTS = Path("/etc/hosts")
 MARK = "# a Slurm cluster of vqd-scale's tests:"
 SECONDS_TO_START = 60
-SECONDS_TO_NOTICE_A_LOST_NODE = 10
+SECONDS_TO_NOTICE_A_LOST_NODE = 45
+"""Longer than the watchdog of a test whose node is frozen, which bounds the imports too."""
 NODES_ARE_CHECKED_EVERY = 30
 """Seconds between two looks of the controller at its nodes, and at the time limits of its jobs."""
 
