@@ -36,6 +36,12 @@ def tool_that_raises(error: BaseException) -> Tool:
     return main
 
 
+def without_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unset the variables of ranks: DeepSpeed sets some for the rest of a process."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "VQD_RANK_LOG"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.mark.parametrize(
     ("error", "rank", "code", "message"),
     [
@@ -54,6 +60,7 @@ def test_exit_code_and_message(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    without_ranks(monkeypatch)
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setattr("sys.argv", ["tools/resize.py"])
     with pytest.raises(SystemExit) as end:
@@ -81,6 +88,7 @@ def test_one_rank_of_a_terminal_prints(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    without_ranks(monkeypatch)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit):

@@ -75,7 +75,8 @@ def test_missing_rank_ends_the_rendezvous_with_a_sentence() -> None:
 
 SLOW_FIRST_RANK = """
 import time
-from vqd_scale.core.watchdog import _watchdogs, beat, watched
+from vqd_scale.core import watchdog
+from vqd_scale.core.watchdog import beat, watched
 from vqd_scale.core.world import join_world
 
 def generate_images(progresses):
@@ -84,12 +85,12 @@ def generate_images(progresses):
         if progresses:
             beat()
 
+watchdog._LONGEST_INTERVAL = 0.3
 with watched(60):
     world = join_world()
     # From here on: the imports took longer.
-    _watchdogs[0]._seconds, _watchdogs[0]._interval = 3, 0.3
-    time.sleep(0.3)
     beat()
+    watchdog._watchdogs[0]._seconds = 3
     world.on_first_rank(lambda: generate_images(True))
     print("no rank has left", flush=True)
     world.on_first_rank(lambda: generate_images(False))

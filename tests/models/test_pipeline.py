@@ -149,7 +149,7 @@ def test_images_of_different_seeds_share_no_random_numbers() -> None:
 def test_batch_size_changes_nothing(pipe: TextToImage) -> None:
     all = pipe(PROMPTS * 2, steps=4, seed=2)
     assert torch.equal(pipe(PROMPTS * 2, steps=4, seed=2, batch=4).tensor, all.tensor)
-    with pytest.raises(UserError, match="batch_size: given 0, allowed: greater than or equal to 1"):
+    with pytest.raises(UserError, match="batch_size: given 0, allowed: greater than 0"):
         pipe(PROMPTS, batch=0)
     with pytest.raises(UserError, match="there must be a prompt"):
         pipe([])

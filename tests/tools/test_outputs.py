@@ -1,8 +1,10 @@
 """Outputs of all tools: whatever a user has at or beside the place of an output survives byte for byte."""
 
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +35,8 @@ from vqd_scale.cli import (
     train,
     train_tokenizer,
 )
+from vqd_scale.data.shards.shard_index import ShardSet, finish_set
+from vqd_scale.data.shards.shard_table import publish_table, read_indexed, read_table
 
 ROOT = Path(__file__).parents[2]
 STEPS = ["--steps", "2"]
@@ -222,11 +226,18 @@ def _without_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+def without_locks(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if not re.fullmatch(r"\.lock-\d+\.json", path.name))
+
+
 def contents(*folders: Path) -> dict[str, str]:
-    """Return the state of everything below some folders: a file that is written again has another."""
+    """Return the state of everything below some folders: a file that is written again has another.
+
+    Without the locks of runs, of which each start has its own.
+    """
     states: dict[str, str] = {}
     for folder in folders:
-        for path in folder.rglob("*"):
+        for path in without_locks(folder):
             state = path.lstat()
             is_folder = path.is_dir() and not path.is_symlink()
             states[str(path)] = (
@@ -366,14 +377,18 @@ def run_twice(tool: Tool, inputs: Path, out: Path) -> None:
     arguments = tool.arguments(inputs, str(out))
     before = contents(inputs, *neighbors)
     tool.main(arguments)
-    names = sorted(str(path.relative_to(out)) for path in out.rglob("*"))
+    names = sorted(str(path.relative_to(out)) for path in without_locks(out))
     user_files = [out / "notes.txt", out / "mine" / "grid.png"]
     for file in user_files:
         file.parent.mkdir(exist_ok=True)
         file.write_text("mine")
     tool.main(arguments)
     assert [file.read_text() for file in user_files] == ["mine", "mine"]
-    after = {str(path.relative_to(out)) for path in out.rglob("*")} - {"mine", "notes.txt", "mine/grid.png"}
+    after = {str(path.relative_to(out)) for path in without_locks(out)} - {
+        "mine",
+        "notes.txt",
+        "mine/grid.png",
+    }
     assert sorted(after) == names
     assert contents(inputs, *neighbors) == before
     assert not list(out.rglob("*.partial"))
@@ -459,11 +474,11 @@ def test_keys_of_a_dataset_are_no_paths(inputs: Path, tmp_path: Path) -> None:
         for number in range(len(keys)):
             writer.write({"__key__": str(number), "txt": "a star"})
     make_shards.main(["index", str(data)])
-    # A table may come from someone else as well.
-    with np.load(data / "0.npz") as table:
-        arrays = {name: table[name] for name in table.files}
-    arrays["keys"] = np.array([key.encode() for key in keys])
-    np.savez(data / "0.npz", **arrays)
+    # An index may come from someone else as well.
+    shards = ShardSet.open(data)
+    table = replace(read_table(shards.shards[0]), keys=np.array([key.encode() for key in keys]))
+    indexed = publish_table(data / "0.npz", table, read_indexed("0.tar", data / "0.npz"))
+    finish_set(data, shards.meta, [indexed])
     before, out = set(tmp_path.rglob("*")), data / "samples"
     options = ["--data", str(data), *STEPS, "--num-samples", str(len(keys)), "--output", str(out)]
     for _ in range(2):

@@ -29,6 +29,7 @@ def read_image(image: ImageInput, name: str) -> Image.Image:
     Raises:
         UserError: The file is missing, damaged or too large, or the argument is no image.
     """
+    subject = str(image) if isinstance(image, str | PathLike) else "this image"
     try:
         if isinstance(image, str | PathLike):
             data = Path(image).read_bytes()
@@ -40,11 +41,9 @@ def read_image(image: ImageInput, name: str) -> Image.Image:
         image.load()
         return upright(image)
     except BadSample as error:
-        raise UserError(
-            f"{name}: {image if isinstance(image, str | PathLike) else 'this image'} {error}."
-        ) from None
+        raise UserError(f"{name}: {subject} {error}.") from None
     except OSError as error:
-        raise UserError(f"{name}: the image cannot be read ({error.strerror or error}).") from None
+        raise UserError(f"{name}: {subject} cannot be read ({error.strerror or error}).") from None
     except (TypeError, ValueError, IndexError) as error:
         raise UserError(f"{name}: expected a PIL image, an array of bytes or a path ({error}).") from None
 
