@@ -32,6 +32,16 @@ def test_decoder_overflow_in_half_precision_is_no_black_image(pipe: TextToImage)
         pipe.to(torch.float16)(PROMPTS, steps=2)
 
 
+def test_encoder_overflow_in_half_precision_gives_no_tokens(pipe: TextToImage) -> None:
+    tokenizer: Any = pipe.bundle.tokenizer
+    tokenizer.encoder.conv_out.bias.fill_(6e4)
+    tokenizer.encoder.conv_out.weight.fill_(6e4)
+    image = Image.new("RGB", (8, 8), "white")
+    pipe.vary(image, PROMPTS[0], steps=2)
+    with pytest.raises(UserError, match="in float16 its values overflow, take bfloat16 or float32"):
+        pipe.to(torch.float16).vary(image, PROMPTS[0], steps=2)
+
+
 @pytest.mark.parametrize(
     ("keyword", "sentence"),
     [

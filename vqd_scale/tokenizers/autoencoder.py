@@ -93,13 +93,19 @@ class Autoencoder(ImageTokenizer, Generic[QuantizerType]):
         Raises:
             ValueError: The images have another range, dtype or shape (see `check_signal`), or the number of
                 slots differs from the number of images.
-            UserError: ``sampling_key`` is given, but the tokenizer has no code probabilities.
+            UserError: ``sampling_key`` is given, but the tokenizer has no code probabilities; or the vectors
+                contain NaN or infinity, to which any code would be the nearest.
         """
         check_signal(images, self.factor)
         if sampling_key is not None and len(sampling_key.slots) != len(images):
             count = len(sampling_key.slots)
             raise ValueError(f"expected one slot for each of {len(images)} images, got {count}")
         z = self.latents(images).float()
+        if not bool(z.isfinite().all()):
+            raise UserError(
+                "the encoder's vectors contain NaN or infinity: in float16 its values overflow, take "
+                "bfloat16 or float32; in other dtypes its weights are unusable."
+            )
         flat = z.permute(0, 2, 3, 1).flatten(0, 2)
         ids = self.quantize.nearest(flat) if sampling_key is None else self._sample_codes(flat, sampling_key)
         return ids.unflatten(0, (z.shape[0], z.shape[2], z.shape[3]))

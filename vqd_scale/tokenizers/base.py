@@ -128,6 +128,7 @@ def check_tokens(tokens: TokenGrid, codes: int) -> None:
     """
     if tokens.ndim != 3 or tokens.is_floating_point() or not tokens.numel():
         raise ValueError(f"expected tokens [batch, rows, columns], got {tokens.dtype} {list(tokens.shape)}")
-    low, high = (int(extreme) for extreme in tokens.aminmax())
+    # One copy from the device for both.
+    low, high = torch.stack(tokens.aminmax()).cpu().tolist()
     if low < 0 or high >= codes:
         raise ValueError(f"expected codes 0..{codes - 1}, found {low}..{high}")
