@@ -24,6 +24,7 @@ from vqd_scale.models.conditions import conditions_of
 from vqd_scale.models.config import BundleConfig
 from vqd_scale.models.exchange.diffusers import plan_diffusers
 from vqd_scale.models.exchange.export import export_diffusers
+from vqd_scale.models.generate import model_identity
 from vqd_scale.models.pipeline import TextToImage, image_slots
 from vqd_scale.nn.config import (
     ClassCondition,
@@ -447,6 +448,29 @@ def test_pickled_weights_of_older_versions_are_read(folder: Path) -> None:
     path.unlink()
     after = states_of(plan_diffusers(folder).bundle())
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_identity_covers_each_file_of_each_layout(folder: Path) -> None:
+    """A replaced shard, a replaced `.bin` and another layout of the same weights."""
+    identity = model_identity("model", TextToImage.load(folder, device="cpu"))
+    _, files = sharded(folder / "transformer")
+    assert model_identity("model", TextToImage.load(folder, device="cpu")) == identity
+    identities = [identity]
+    for file in sorted(set(files.values())):
+        path = folder / "transformer" / file
+        weights = load_file(path)
+        next(iter(weights.values())).view(-1)[0] += 1
+        save_file(weights, path)
+        identities.append(model_identity("model", TextToImage.load(folder, device="cpu")))
+    vae = folder / "vqvae" / f"{PART}.safetensors"
+    weights = load_file(vae)
+    vae.unlink()
+    for _ in range(2):
+        torch.save(weights, vae.with_suffix(".bin"))
+        identities.append(model_identity("model", TextToImage.load(folder, device="cpu")))
+        next(iter(weights.values())).view(-1)[0] += 1
+    assert identities[2] == identities[3]
+    assert len({json.dumps(each) for each in identities}) == 4
 
 
 def test_half_precision_weights_are_read_as_float32(folder: Path) -> None:
