@@ -36,7 +36,17 @@ def test_cut_off_upload_is_sent_by_the_next_start(
     tmp_path: Path, slow_copy: Callable[[Callable[[], object]], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     arrives = threading.Event()
-    slow_copy(arrives.wait)
+    cut_off_threads: set[threading.Thread] = set()
+
+    def copy_block() -> None:
+        """Wait, and fail in the thread that stands for the process that ended."""
+        if not arrives.is_set():
+            cut_off_threads.add(threading.current_thread())
+        arrives.wait()
+        if threading.current_thread() in cut_off_threads:
+            raise RuntimeError("the process ended")
+
+    slow_copy(copy_block)
     folder, mirror = tmp_path / "here", tmp_path / "there"
     config = CheckpointConfig(mirror=mirror, keep_last=1)
 
@@ -64,6 +74,36 @@ def test_cut_off_upload_is_sent_by_the_next_start(
 
     on_ranks(1, resume)
     assert (mirror / "000000000024.json").is_file()
+
+
+@pytest.mark.parametrize("error", [OSError("lost"), RuntimeError("a bug")])
+def test_failed_copy_is_logged_and_awaited_by_nothing(
+    error: Exception,
+    tmp_path: Path,
+    slow_copy: Callable[[Callable[[], object]], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    failures = [error]
+
+    def fail_once() -> None:
+        if failures:
+            raise failures.pop()
+
+    slow_copy(fail_once)
+    folder, mirror = tmp_path / "here", tmp_path / "there"
+
+    def save_twice(world: World) -> None:
+        checkpoints = checkpoints_of(folder, world, CheckpointConfig(mirror=mirror))
+        for value in (8, 16):
+            move(checkpoints, value)
+            checkpoints.save(value, {"history": checkpoints.partition.masters[0].detach()[:1].clone()})
+        checkpoints.wait()
+        checkpoints.close()
+
+    with caplog.at_level(logging.WARNING):
+        on_ranks(1, save_twice)
+    assert [path.name for path in mirror.glob("*.json")] == ["000000000016.json"]
+    assert "not copied to the mirror" in caplog.text
 
 
 def test_copies_are_progress_while_the_run_waits(

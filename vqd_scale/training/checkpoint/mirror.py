@@ -73,7 +73,11 @@ class Uploader:
     def _work(self) -> None:
         while True:
             self.current, only_if_missing = self._queue.get()
-            _send(self.current, self._mirror, only_if_missing)
+            try:
+                _send(self.current, self._mirror, only_if_missing)
+            except Exception:
+                # The thread must survive: the end of the run waits for it.
+                logger.exception("the checkpoint %s was not copied to the mirror", self.current)
             self.current = None
             self._queue.task_done()
 
@@ -94,7 +98,7 @@ def _send(checkpoint: Path, mirror: Location, only_if_missing: bool) -> None:
                 copy_verified(checkpoint / file.name, partial, file)
         for target in (copy / MANIFEST, mirror / f"{checkpoint.name}{_COMPLETE}"):
             publish_json(target, manifest.sealed())
-    except UserError as error:
+    except (UserError, OSError) as error:
         logger.warning(
             "the checkpoint at %s images was not copied to the mirror: %s", int(checkpoint.name), error
         )
