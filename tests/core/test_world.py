@@ -80,7 +80,7 @@ from vqd_scale.core.watchdog import beat, watched
 from vqd_scale.core.world import join_world
 
 def generate_images(progresses):
-    for _ in range(30):
+    for _ in range(45):
         time.sleep(0.2)
         if progresses:
             beat()
@@ -90,7 +90,7 @@ with watched(60):
     world = join_world()
     # From here on: the imports took longer.
     beat()
-    watchdog._watchdogs[0]._seconds = 3
+    watchdog._watchdogs[0]._seconds = 6
     world.on_first_rank(lambda: generate_images(True))
     print("no rank has left", flush=True)
     world.on_first_rank(lambda: generate_images(False))
