@@ -118,9 +118,11 @@ OPERATIONS: dict[str, Callable[[S3Path], object]] = {
 def test_refusal_is_one_sentence_with_the_cause(
     store: Store, operation: str, status: int, code: str, cause: str
 ) -> None:
-    if (operation, status) == ("head", 404):
-        pytest.skip("an answer to HEAD has no code")
     store.answer(status, ERROR.format(code, "Message."))
+    if (operation, status) == ("head", 404):
+        # An answer to HEAD has no code: a missing bucket is a missing object.
+        assert OPERATIONS[operation](store.path()) is False
+        return
     with pytest.raises(UserError, match=rf"s3://bucket/.*{cause}") as caught:
         OPERATIONS[operation](store.path())
     assert "\n" not in str(caught.value)

@@ -44,7 +44,7 @@ def test_cut_off_upload_is_sent_by_the_next_start(
             cut_off_threads.add(threading.current_thread())
         arrives.wait()
         if threading.current_thread() in cut_off_threads:
-            raise RuntimeError("the process ended")
+            raise OSError("the process ended")
 
     slow_copy(copy_block)
     folder, mirror = tmp_path / "here", tmp_path / "there"
@@ -77,7 +77,7 @@ def test_cut_off_upload_is_sent_by_the_next_start(
 
 
 @pytest.mark.parametrize("error", [OSError("lost"), RuntimeError("a bug")])
-def test_failed_copy_is_logged_and_awaited_by_nothing(
+def test_failed_copy_is_a_warning_and_a_bug_ends_the_run(
     error: Exception,
     tmp_path: Path,
     slow_copy: Callable[[Callable[[], object]], None],
@@ -100,10 +100,14 @@ def test_failed_copy_is_logged_and_awaited_by_nothing(
         checkpoints.wait()
         checkpoints.close()
 
-    with caplog.at_level(logging.WARNING):
-        on_ranks(1, save_twice)
-    assert [path.name for path in mirror.glob("*.json")] == ["000000000016.json"]
-    assert "not copied to the mirror" in caplog.text
+    if isinstance(error, OSError):
+        with caplog.at_level(logging.WARNING):
+            on_ranks(1, save_twice)
+        assert [path.name for path in mirror.glob("*.json")] == ["000000000016.json"]
+        assert "was not copied to the mirror: lost" in caplog.text
+    else:
+        with pytest.raises(RuntimeError, match="a bug"):
+            on_ranks(1, save_twice)
 
 
 def test_copies_are_progress_while_the_run_waits(

@@ -48,6 +48,7 @@ class Uploader:
 
     def __init__(self, mirror: Location) -> None:
         self.current: Path | None = None
+        self._failure: Exception | None = None
         self._mirror = mirror
         self._queue: Queue[tuple[Path, bool]] = Queue()
         Thread(target=self._work, name="mirror", daemon=True).start()
@@ -58,26 +59,34 @@ class Uploader:
         Args:
             checkpoint: Folder of the checkpoint.
             only_if_missing: Send nothing if the mirror has a complete copy.
+
+        Raises:
+            Exception: An earlier copy failed for a reason that is neither the mirror's nor the disk's.
         """
+        self._raise_failure()
         self._queue.put((checkpoint, only_if_missing))
 
     def wait(self, gives_up: Callable[[], bool]) -> None:
-        """Wait until all is sent, or a condition holds."""
+        """Wait until all is sent, or a condition holds; raises as `send`."""
         with phase("upload to the mirror", awaits_threads=True):
             while self._queue.unfinished_tasks:
                 if gives_up():
                     logger.warning("not all checkpoints were copied to the mirror; the next start continues.")
                     return
                 time.sleep(_POLL_SECONDS)
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     def _work(self) -> None:
         while True:
             self.current, only_if_missing = self._queue.get()
             try:
                 _send(self.current, self._mirror, only_if_missing)
-            except Exception:
-                # The thread must survive: the end of the run waits for it.
-                logger.exception("the checkpoint %s was not copied to the mirror", self.current)
+            except Exception as error:  # noqa: BLE001 - raised in the main thread, which waits for this one
+                self._failure = error
             self.current = None
             self._queue.task_done()
 
