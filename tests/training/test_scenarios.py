@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,11 +174,17 @@ def test_advice_to_resume_can_be_followed(
     """Each override in the message is accepted; with all but the learning rate, these runs end."""
     stopped = results(1, "advice")["advice"][case]
     error = stopped.pop("error")
-    with_lower_rate = error.partition(": ")[2].replace("optim.lr=0.0005", "optim.lr=0.00025")
+
+    def sentence(message: str) -> str:
+        # The value of a spike depends on the steps repeated at the lower rate: a run that stops abandons the
+        # save in progress, so the one before may be resumed.
+        return re.sub(r"loss of [\d.]+", "loss of some value", message.partition(": ")[2])
+
+    with_lower_rate = sentence(error).replace("optim.lr=0.0005", "optim.lr=0.00025")
     assert len(stopped) == len(overrides), error
     for (override, result), (expected, ends) in zip(stopped.items(), overrides.items(), strict=True):
         assert override.startswith(expected), error
-        assert result["error"].partition(": ")[2] == ("" if ends else with_lower_rate), override
+        assert sentence(result["error"]) == ("" if ends else with_lower_rate), override
         if override.startswith("health.skip_batches"):
             assert [row["images"] for row in result["rows"]] == list(range(8, 65, 8))
             assert result["rows"][5]["skipped_batches"] >= 1
